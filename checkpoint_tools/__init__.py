@@ -1,0 +1,1 @@
+"""Command-line tools for checkpoints; the library code is in `megatron_oprd.weights`."""

@@ -1,0 +1,202 @@
+"""Turns a GGUF file into a Hugging Face checkpoint folder.
+
+    python -m checkpoint_tools.gguf_to_hf --gguf FILE --out DIR
+
+transformers reads the file and unpacks its quantised blocks; the folder gets plain weights, the
+config, the generation config and the tokenizer with its chat template. What the GGUF's metadata or
+tensors say and transformers would drop is an error.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils.quantization_config import GgufConfig
+
+from megatron_oprd.errors import UserError, run_entry_point
+from megatron_oprd.weights.hf_files import (
+    CONFIG_FILE,
+    HFCheckpoint,
+    check_output_folder,
+    show_progress,
+    write_hf_folder,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def gguf_to_hf(gguf: Path, out: Path, *, dtype: torch.dtype, force: bool) -> HFCheckpoint:
+    """Writes the model of the file `gguf` as the Hugging Face folder `out`.
+
+    Args:
+        gguf: The GGUF file.
+        out: The folder to create; it appears when it is whole.
+        dtype: The weights' dtype; float32 keeps the dequantised values exactly.
+        force: Whether a checkpoint that is at `out` is replaced.
+
+    Returns:
+        The new checkpoint, opened.
+
+    Raises:
+        UserError: If the file is missing or no GGUF file, if transformers cannot read all that it
+            holds, or if `out` is taken or cannot be written.
+    """
+    check_output_folder(out, force=force)
+    blank = blank_model(gguf)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=dtype,
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
+        raise UserError(
+            f"GGUF file {gguf}: transformers could not place {len(wrong)} tensors of its "
+            f"{blank.config.model_type} model, the first is {wrong[0]}."
+        )
+    weights = plain_weights(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = _save_config_files(gguf, model, Path(scratch))
+        write_hf_folder(
+            out,
+            show_progress(weights.items(), _num_bytes(weights), "gguf_to_hf"),
+            config=config,
+            companion_files=sorted(Path(scratch).iterdir()),
+            force=force,
+        )
+    return HFCheckpoint(out)
+
+
+def blank_model(gguf: Path) -> PreTrainedModel:
+    """Builds the model of a GGUF file without weights (on the meta device), and checks the file.
+
+    Raises:
+        UserError: If the file is missing or no GGUF file, has no tokenizer or an architecture or a
+            rope scaling that transformers does not read from GGUF, or if its tensors hold more or
+            fewer values than the model takes.
+    """
+    reader = _open_gguf(gguf)
+    try:
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UserError(f"GGUF file {gguf}: transformers cannot read it: {error}") from error
+    _check_rope(gguf, reader, config)
+    stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    taken = sum(parameter.numel() for parameter in model.parameters())
+    if stored != taken:
+        others = [tensor.name for tensor in reader.tensors if not tensor.name.startswith("blk.")]
+        raise UserError(
+            f"GGUF file {gguf} holds {stored} values, but the {config.model_type} model that "
+            f"transformers builds from its metadata takes {taken}; something in the file is not "
+            f"supported (tensors outside the layers: {', '.join(others)})."
+        )
+    return model
+
+
+def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's weights under the names of a Hugging Face checkpoint, tied ones once."""
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    untied = {name: state[name].detach() for name in first.values()}
+    return revert_weight_conversion(model, untied)
+
+
+def _open_gguf(gguf: Path) -> GGUFReader:
+    if not gguf.is_file():
+        found = "it is a folder" if gguf.is_dir() else "it does not exist"
+        raise UserError(f"--gguf {gguf}: {found}; give a .gguf file.")
+    try:
+        reader = GGUFReader(gguf)
+    except (ValueError, IndexError, KeyError) as error:
+        raise UserError(
+            f"--gguf {gguf} is not a whole GGUF file ({gguf.stat().st_size} bytes): {error}."
+        ) from error
+    for field in ("general.architecture", "tokenizer.ggml.tokens"):
+        if field not in reader.fields:
+            raise UserError(
+                f"GGUF file {gguf} has no {field} in its metadata; a complete language model's "
+                "file is needed."
+            )
+    return reader
+
+
+def _check_rope(gguf: Path, reader: GGUFReader, config: PreTrainedConfig) -> None:
+    """Refuses a rope scaling that did not make its way into the config."""
+    field = reader.fields.get(
+        f"{reader.fields['general.architecture'].contents()}.rope.scaling.type"
+    )
+    scaling = "none" if field is None else field.contents()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if scaling != "none" and rope.get("rope_type", "default") == "default":
+        raise UserError(
+            f"GGUF file {gguf} has rope scaling {scaling!r}, which transformers does not read from "
+            "GGUF; only files without rope scaling can be converted."
+        )
+
+
+def _save_config_files(gguf: Path, model: PreTrainedModel, folder: Path) -> dict[str, object]:
+    """Saves tokenizer and generation config into `folder`; returns the content of config.json."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)  # the weights are plain now
+    config.pop("_model_name_or_path", None)
+    (folder / CONFIG_FILE).unlink()
+    model.generation_config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return config
+
+
+def _num_bytes(weights: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in weights.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool with the arguments `argv` (the process's by default)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoint_tools.gguf_to_hf",
+        description="Convert a GGUF file to a Hugging Face checkpoint folder.",
+    )
+    parser.add_argument("--gguf", type=Path, required=True, help="the GGUF file")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to create")
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default="float32",
+        help="dtype of the weights (default: float32, which keeps the dequantised values exactly)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint at --out")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written")
+    args = parser.parse_args(argv)
+
+    dtype = DTYPES[args.dtype]
+    if args.dry_run:
+        check_output_folder(args.out, force=args.force)
+        weights = plain_weights(blank_model(args.gguf).to(dtype))
+        print(f"would write {args.out}: {len(weights)} tensors, {_num_bytes(weights)} bytes")
+        return 0
+    written = gguf_to_hf(args.gguf, args.out, dtype=dtype, force=args.force)
+    print(f"{args.out}: {len(written.names())} tensors, {written.num_bytes()} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

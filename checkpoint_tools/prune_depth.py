@@ -1,0 +1,252 @@
+"""Makes a shallower student of a model: keeps some of its layers, changes nothing else.
+
+    python -m checkpoint_tools.prune_depth --hf DIR --out DIR --num-layers 24
+    python -m checkpoint_tools.prune_depth --hf DIR --out DIR --keep 0,1,2,5,8
+
+Works on Hugging Face decoders whose layer tensors are named `model.layers.<i>.…`. The kept layers
+are renumbered from 0; every tensor keeps its bytes. Settings of the config that depend on the
+layer's number are translated; one that cannot be translated is an error.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_oprd.errors import UserError, run_entry_point
+from megatron_oprd.weights.hf_files import (
+    HFCheckpoint,
+    check_output_folder,
+    show_progress,
+    write_hf_folder,
+)
+
+_LAYER_TENSOR = re.compile(r"(model\.layers\.)(\d+)(\..+)")
+
+# Config fields that depend on the layer's number, by kind.
+_PER_LAYER = {"layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type"}
+_LAYER_NUMBERS = {"mlp_only_layers"}
+_FIRST_LAYERS = {
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "max_window_layers",
+}  # the first so many layers differ
+_PERIODS = {  # every so-many-th layer differs, unless this other field lists the layers
+    "decoder_sparse_step": None,
+    "moe_layer_freq": None,
+    "interleave_moe_layer_step": None,
+    "sliding_window_pattern": "layer_types",
+    "full_attention_interval": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "attn_layer_period": "layers_block_type",
+    "expert_layer_period": None,
+}
+
+
+def evenly_spaced_layers(num_layers: int, keep: int) -> list[int]:
+    """Chooses `keep` evenly spaced layers of `num_layers`, the first and the last among them.
+
+    Layer i of the result is `round(i * (num_layers - 1) / (keep - 1))`, where halves go to the even
+    neighbour (Python's round). A single layer is the first.
+
+    Raises:
+        UserError: If `keep` is not in 1..num_layers.
+    """
+    if not 1 <= keep <= num_layers:
+        raise UserError(
+            f"--num-layers {keep}: the model has {num_layers} layers; give 1..{num_layers}."
+        )
+    if keep == 1:
+        return [0]
+    return [round(i * (num_layers - 1) / (keep - 1)) for i in range(keep)]
+
+
+def prune_depth(hf: Path, out: Path, keep: Sequence[int], *, force: bool) -> HFCheckpoint:
+    """Writes the model of folder `hf` with the layers `keep` only as folder `out`.
+
+    Args:
+        hf: A Hugging Face checkpoint folder.
+        out: The folder to create; it appears when it is whole.
+        keep: The layers to keep, ascending; layer keep[i] becomes layer i.
+        force: Whether a checkpoint that is at `out` is replaced.
+
+    Returns:
+        The new checkpoint, opened.
+
+    Raises:
+        UserError: If `keep` is empty, not ascending or out of range, if the model's tensors or
+            config do not let its layers be picked, or if a folder cannot be read or written.
+    """
+    source = HFCheckpoint(hf)
+    config = pruned_config(source, keep)
+    names = pruned_names(source, keep)
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        for old, new in names.items():
+            yield new, source.read(old)
+
+    write_hf_folder(
+        out,
+        show_progress(read(), _num_bytes(source, names), "prune_depth"),
+        config=config,
+        companion_files=source.companion_files(),
+        force=force,
+    )
+    return HFCheckpoint(out)
+
+
+def pruned_names(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, str]:
+    """Maps every tensor that stays to its name in the pruned model, in the order on disk.
+
+    Raises:
+        UserError: If the layers that the tensors' names show are not 0..num_hidden_layers-1.
+    """
+    new_number = {old: new for new, old in enumerate(keep)}
+    names = {}
+    layers = set()
+    for name in source.names():
+        match = _LAYER_TENSOR.fullmatch(name)
+        if match is None:
+            names[name] = name
+            continue
+        layer = int(match[2])
+        layers.add(layer)
+        if layer in new_number:
+            names[name] = f"{match[1]}{new_number[layer]}{match[3]}"
+    num_layers = _num_layers(source)
+    if layers != set(range(num_layers)):
+        raise UserError(
+            f"{source.folder}: config.json says num_hidden_layers={num_layers}, but tensors named "
+            f"model.layers.<i>.… exist for {len(layers)} layers"
+            f"{f', up to layer {max(layers)}' if layers else ''}; only models with exactly those "
+            "layers can be pruned."
+        )
+    return names
+
+
+def pruned_config(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, Any]:
+    """The config of the model that has only the layers `keep` of `source`.
+
+    Raises:
+        UserError: If `keep` is not a valid choice, or the config has a field that depends on the
+            layer's number in a way that cannot be kept.
+    """
+    num_layers = _num_layers(source)
+    _check_keep(keep, num_layers)
+    config = dict(source.config)
+    for field, value in source.config.items():
+        if value is None:
+            continue
+        if field in _PER_LAYER:
+            if len(value) != num_layers:
+                raise UserError(
+                    f"{source.folder}/config.json: {field} has {len(value)} entries for "
+                    f"{num_layers} layers; it must have one for each."
+                )
+            config[field] = [value[layer] for layer in keep]
+        elif field in _LAYER_NUMBERS:
+            config[field] = [new for new, old in enumerate(keep) if old in value]
+        elif field in _FIRST_LAYERS:
+            config[field] = sum(layer < value for layer in keep)
+        elif field in _PERIODS:
+            if value not in (0, 1) and not config.get(_PERIODS[field] or ""):
+                raise _cannot_keep(source, field, value)
+        elif _names_layers(field, value):
+            raise _cannot_keep(source, field, value)
+    config["num_hidden_layers"] = len(keep)
+    return config
+
+
+def _names_layers(field: str, value: object) -> bool:
+    """Whether an unknown field looks as if it depended on the layers' numbers."""
+    if "layer" in field and isinstance(value, list):
+        return True
+    return re.search(r"layers\.\d", json.dumps(value)) is not None
+
+
+def _cannot_keep(source: HFCheckpoint, field: str, value: object) -> UserError:
+    return UserError(
+        f"{source.folder}/config.json: {field}={json.dumps(value)} depends on the layers' numbers, "
+        "and this tool does not know how to keep its meaning for the remaining layers."
+    )
+
+
+def _check_keep(keep: Sequence[int], num_layers: int) -> None:
+    shown = ",".join(map(str, keep))
+    if not keep:
+        raise UserError("--keep: no layers given; keep at least one.")
+    if outside := [layer for layer in keep if not 0 <= layer < num_layers]:
+        raise UserError(
+            f"--keep {shown}: the model has no layer {outside[0]}; its layers are "
+            f"0..{num_layers - 1}."
+        )
+    if list(keep) != sorted(set(keep)):
+        raise UserError(f"--keep {shown}: give every layer once, in ascending order.")
+
+
+def _num_layers(source: HFCheckpoint) -> int:
+    num_layers = source.config.get("num_hidden_layers")
+    if not isinstance(num_layers, int):
+        raise UserError(
+            f"{source.folder}/config.json has no num_hidden_layers at its top level; only plain "
+            "decoders (model.layers.<i>.…) can be pruned."
+        )
+    return num_layers
+
+
+def _num_bytes(source: HFCheckpoint, names: dict[str, str]) -> int:
+    return sum(math.prod(source.shape(name)) * source.dtype(name).itemsize for name in names)
+
+
+def _layer_list(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of layer numbers like 0,2,4"
+        ) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool with the arguments `argv` (the process's by default)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoint_tools.prune_depth",
+        description="Make a student of a Hugging Face model by keeping some of its layers.",
+    )
+    parser.add_argument("--hf", type=Path, required=True, help="the model's folder")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to create")
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--keep", type=_layer_list, help="the layers to keep, e.g. 0,1,2,5,8")
+    choice.add_argument(
+        "--num-layers",
+        type=int,
+        metavar="N",
+        help="keep N evenly spaced layers: round(i*(L-1)/(N-1)), halves to the even neighbour",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint at --out")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written")
+    args = parser.parse_args(argv)
+
+    source = HFCheckpoint(args.hf)
+    keep = args.keep
+    if keep is None:
+        keep = evenly_spaced_layers(_num_layers(source), args.num_layers)
+    if args.dry_run:
+        pruned_config(source, keep)
+        names = pruned_names(source, keep)
+        check_output_folder(args.out, force=args.force)
+        print(f"layers kept: {','.join(map(str, keep))} of {_num_layers(source)}")
+        print(f"would write {args.out}: {len(names)} tensors, {_num_bytes(source, names)} bytes")
+        return 0
+    pruned = prune_depth(args.hf, args.out, keep, force=args.force)
+    print(f"{args.out}: {len(pruned.names())} tensors, {pruned.num_bytes()} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,137 @@
+"""Hugging Face tokenizers: loading one, and whether two give their ids the same meaning."""
+
+import json
+import logging
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from megatron_oprd.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a Hugging Face model folder, from local files only.
+
+    A tokenizer.json is taken as it stands. (AutoTokenizer rebuilds some families' tokenizers from
+    the vocabulary alone, Qwen2's and Phi-3's among them, and then splits text otherwise than a
+    tokenizer.json that differs from the family's.) Other folders go through AutoTokenizer.
+
+    Raises:
+        UserError: The folder holds no tokenizer, or one that cannot be read.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        found = "has no tokenizer" if folder.is_dir() else "is not a folder"
+        raise UserError(
+            f"{folder} {found}; give a Hugging Face model folder that has one of "
+            f"{', '.join(_TOKENIZER_FILES)}"
+        )
+    from_file = (folder / "tokenizer.json").is_file()
+    loader = PreTrainedTokenizerFast if from_file else AutoTokenizer
+    try:
+        return loader.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise UserError(f"cannot read the tokenizer of {folder}: {error}") from error
+
+
+def check_same_tokenizer(student_folder: Path, teacher_folder: Path) -> None:
+    """Checks that student and teacher mean the same text by the same token ids.
+
+    The vocabularies, the added tokens and which of them are special must be equal. The chat
+    template may differ (both models read what the student's made), and so may the
+    end-of-sequence token, which only says where the student's rollouts stop: base and instruct
+    models of one family differ in it. That difference is logged.
+
+    Raises:
+        UserError: The tokenizers differ; it names the first difference.
+    """
+    student, teacher = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
+    difference = _first_difference(student, teacher)
+    if difference is not None:
+        raise UserError(
+            f"the tokenizers of the student ({student_folder}) and the teacher ({teacher_folder}) "
+            f"differ: {difference}. Hidden states are matched at the same token ids, so both need "
+            "the same tokenizer; a teacher with another tokenizer needs the bridge for other "
+            "tokenizers, which is not there yet"
+        )
+    if student.eos_token_id != teacher.eos_token_id:
+        logger.warning(
+            "the student's end-of-sequence token is %r, the teacher's %r: rollouts stop at the "
+            "student's",
+            student.eos_token,
+            teacher.eos_token,
+        )
+
+
+def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end a response, sorted: generation_config.json's and the tokenizer's own.
+
+    Raises:
+        UserError: Neither names one, or generation_config.json cannot be read.
+    """
+    file = folder / "generation_config.json"
+    configured = None
+    if file.is_file():
+        try:
+            configured = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"cannot read {file}: {error}; it must be a JSON object") from error
+    ids = configured if isinstance(configured, list) else [configured]
+    found = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    if not found:
+        raise UserError(
+            f"{folder} names no end-of-sequence token; set eos_token in tokenizer_config.json or "
+            "eos_token_id in generation_config.json"
+        )
+    if not all(isinstance(i, int) for i in found):
+        raise UserError(
+            f"eos_token_id in {file} is {configured!r}; it must be a token id or a list of them"
+        )
+    return tuple(sorted(found))
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's padding token, or its end-of-sequence token where it has none.
+
+    Raises:
+        UserError: It has neither.
+    """
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    raise UserError(
+        f"the tokenizer of {tokenizer.name_or_path} has neither a padding nor an end-of-sequence "
+        "token; set pad_token in tokenizer_config.json"
+    )
+
+
+def _first_difference(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> str | None:
+    """Names the lowest token id at which the two differ, or returns None."""
+    student_tokens = {i: token for token, i in student.get_vocab().items()}
+    teacher_tokens = {i: token for token, i in teacher.get_vocab().items()}
+    for i in sorted(student_tokens.keys() | teacher_tokens.keys()):
+        ours, theirs = student_tokens.get(i), teacher_tokens.get(i)
+        if ours != theirs:
+            sizes = f"{len(student_tokens)} and {len(teacher_tokens)} tokens in all"
+            return (
+                f"token id {i} is {ours!r} for the student and {theirs!r} for the teacher ({sizes})"
+            )
+    student_added, teacher_added = student.added_tokens_decoder, teacher.added_tokens_decoder
+    for i in sorted(student_added.keys() | teacher_added.keys()):
+        ours, theirs = (
+            "not an added token"
+            if i not in added
+            else ("a special token" if added[i].special else "an added token")
+            for added in (student_added, teacher_added)
+        )
+        if ours != theirs:
+            return (
+                f"token id {i} ({student_tokens[i]!r}) is {ours} for the student and {theirs} for "
+                "the teacher"
+            )
+    return None

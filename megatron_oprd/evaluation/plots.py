@@ -1,0 +1,183 @@
+"""The picture of a training run: curves over the steps, and cosine by layer."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from megatron_oprd.errors import UserError
+from megatron_oprd.evaluation.students import Evaluation
+
+# Okabe and Ito's colours, told apart by colour-blind readers; light ones left out.
+_BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+_COLOURS = (_ORANGE, _BLUE, _GREEN, _PURPLE)
+_MARKERS = ("o", "s", "^", "D")
+_FEW_STEPS = 60  # up to this many, each step gets a dot
+
+Record = Mapping[str, Any]
+
+
+def read_metrics(file: Path) -> list[Record]:
+    """Reads metrics.jsonl: one record a step, by rising step.
+
+    A run that was resumed from a checkpoint has written some steps again: what it wrote last
+    holds, and later steps of the abandoned part are dropped. A last line without its end is one
+    that is being written and is left out.
+
+    Args:
+        file: One JSON object a line, each with ``step``.
+
+    Raises:
+        UserError: The file is missing, has no record, or a line is not a record.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--metrics: cannot read {file}: {error.strerror}") from error
+    records: list[Record] = []
+    whole_lines = text[: text.rfind("\n") + 1].splitlines()
+    for number, line in enumerate(whole_lines, start=1):
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--metrics: line {number} of {file} is not a JSON object with 'step'"
+            ) from error
+        while records and records[-1]["step"] >= step:
+            records.pop()
+        records.append(record)
+    if not records:
+        raise UserError(f"--metrics: {file} has no steps")
+    return records
+
+
+def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
+    """Steps and one key's values; NaN, which is drawn as a gap, where a step has no finite one."""
+    steps = [record["step"] for record in records]
+    values = [record.get(key) for record in records]
+    return steps, [v if v is not None and math.isfinite(v) else math.nan for v in values]
+
+
+def report_figure(records: Sequence[Record], evaluation: Evaluation | None = None) -> Figure:
+    """Loss, cosine, gradient norm, learning rate and response length over steps; cosine by layer.
+
+    Args:
+        records: See `read_metrics`; at least one.
+        evaluation: Its students' cosine by layer is drawn. Without one, the training's own at its
+            first and last step is.
+    """
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(14, 7.6), dpi=120, layout=layout)
+    figure.suptitle(_title(records), fontsize=13)
+    axes = figure.subplots(2, 3)
+    for axis in axes.flat:
+        axis.grid(True, alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+
+    _curve(axes[0, 0], records, "loss", _BLUE)
+    _describe(axes[0, 0], "Loss", "loss")
+    _log_scale_where_fit(axes[0, 0], records, "loss")
+
+    _curve(axes[0, 1], records, "cosine", _BLUE)
+    _describe(axes[0, 1], "Cosine on the student's rollouts", "mean over layers and tokens")
+
+    _layers(axes[0, 2], records, evaluation)
+
+    _curve(axes[1, 0], records, "grad_norm", _BLUE)
+    _describe(axes[1, 0], "Gradient norm, before clipping", "L2 norm")
+    _log_scale_where_fit(axes[1, 0], records, "grad_norm")
+
+    _curve(axes[1, 1], records, "lr", _BLUE)
+    _describe(axes[1, 1], "Learning rate", "learning rate")
+    axes[1, 1].set_ylim(bottom=0)
+    axes[1, 1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+
+    _curve(axes[1, 2], records, "response_length_max", _ORANGE, "longest")
+    _curve(axes[1, 2], records, "response_length_mean", _BLUE, "mean")
+    _describe(axes[1, 2], "Response length", "tokens")
+    axes[1, 2].set_ylim(bottom=0)
+    axes[1, 2].legend(frameon=False)
+    return figure
+
+
+def write_picture(figure: Figure, file: Path) -> None:
+    """Writes a PNG; the folder is made where it is missing.
+
+    Raises:
+        UserError: The file's name does not end in .png.
+    """
+    if file.suffix != ".png":
+        raise UserError(f"--output is {file}; it must end in .png")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def _title(records: Sequence[Record]) -> str:
+    first, last = records[0]["step"], records[-1]["step"]
+    skipped = sum(bool(record.get("skipped")) for record in records)
+    return f"Training, steps {first} to {last}" + (f" ({skipped} skipped)" if skipped else "")
+
+
+def _curve(
+    axis: Axes, records: Sequence[Record], key: str, colour: str, label: str | None = None
+) -> None:
+    steps, values = series(records, key)
+    if all(math.isnan(value) for value in values):
+        axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color="gray")
+        return
+    few = len(steps) <= _FEW_STEPS
+    axis.plot(
+        steps,
+        values,
+        color=colour,
+        label=label,
+        linewidth=1.5 if few else 1.1,
+        marker="." if few else None,
+    )
+
+
+def _describe(axis: Axes, title: str, unit: str) -> None:
+    axis.set_title(title)
+    axis.set_ylabel(unit)
+    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _log_scale_where_fit(axis: Axes, records: Sequence[Record], key: str) -> None:
+    """A logarithmic y-axis where all values are positive and spread over more than a factor 4."""
+    values = [value for value in series(records, key)[1] if not math.isnan(value)]
+    if values and min(values) > 0 and max(values) > 4 * min(values):
+        axis.set_yscale("log")
+        axis.set_ylabel(f"{axis.get_ylabel()} (log scale)")
+
+
+def _layers(axis: Axes, records: Sequence[Record], evaluation: Evaluation | None) -> None:
+    if evaluation is not None:
+        where = "on the teacher's continuations"
+        curves = {s.name: s.measures.cosine_per_layer for s in evaluation.students}
+    else:
+        where = "on the student's rollouts"
+        measured = [r for r in records if r.get("cosine_per_layer")]
+        curves = {f"step {r['step']}": r["cosine_per_layer"] for r in measured[:1] + measured[-1:]}
+    for index, (label, by_layer) in enumerate(curves.items()):
+        layers = sorted(by_layer, key=int)
+        axis.plot(
+            [int(layer) for layer in layers],
+            [by_layer[layer] for layer in layers],
+            color=_COLOURS[index % len(_COLOURS)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=4,
+            linewidth=1.3,
+            label=label,
+        )
+    _describe(axis, f"Cosine by layer, {where}", "mean over tokens")
+    axis.set_xlabel("student layer (from 0)")
+    if curves:
+        axis.legend(frameon=False)

@@ -1,0 +1,79 @@
+"""Tables of an evaluation, for the terminal."""
+
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+from megatron_oprd.evaluation.students import Evaluation
+from megatron_oprd.evaluation.teacher_forced import TeacherForcedMeasures
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """How a field of `TeacherForcedMeasures` is shown."""
+
+    field: str
+    title: str
+    unit: str
+    number: str  # format specification
+    more_is_better: bool
+
+    def of(self, measures: TeacherForcedMeasures) -> float:
+        return getattr(measures, self.field)
+
+
+_MEASURES = (
+    _Measure("cosine", "mean cosine", "", ".4f", True),
+    _Measure("top1_agreement", "top-1 agreement", "", ".1%", True),
+    _Measure("reverse_kl", "KL(student||teacher)", "nats/token", ".4f", False),
+    _Measure("forward_kl", "KL(teacher||student)", "nats/token", ".4f", False),
+    _Measure("student_perplexity", "perplexity", "", ".3f", False),
+)
+
+
+def students_table(evaluation: Evaluation) -> Table:
+    """One row a student, one column a measure."""
+    table = Table(title="Students against the teacher", caption=_caption(evaluation))
+    table.add_column("student")
+    table.add_column("layers", justify="right")
+    for measure in _MEASURES:
+        unit = f"\n{measure.unit}" if measure.unit else ""
+        table.add_column(measure.title + unit, justify="right")
+    for student in evaluation.students:
+        values = [format(m.of(student.measures), m.number) for m in _MEASURES]
+        table.add_row(student.name, str(student.num_layers), *values)
+    return table
+
+
+def changes_table(evaluation: Evaluation) -> Table:
+    """One row a measure, one column a student, and the change from the first to the last."""
+    table = Table(title="Before and after", caption=_caption(evaluation))
+    table.add_column("measure")
+    for student in evaluation.students:
+        table.add_column(student.name, justify="right")
+    table.add_column("change", justify="right")
+    for measure in _MEASURES:
+        values = [measure.of(student.measures) for student in evaluation.students]
+        table.add_row(
+            f"{measure.title}, {measure.unit}" if measure.unit else measure.title,
+            *(format(value, measure.number) for value in values),
+            _change(measure, values[-1] - values[0]),
+        )
+    return table
+
+
+def _change(measure: _Measure, change: float) -> Text:
+    shown = format(change, "+" + measure.number)
+    if float(shown.rstrip("%")) == 0:
+        return Text("none")
+    better = (change > 0) == measure.more_is_better
+    return Text(f"{shown} {'better' if better else 'worse'}", style="green" if better else "red")
+
+
+def _caption(evaluation: Evaluation) -> str:
+    measures = evaluation.students[0].measures
+    return (
+        f"{evaluation.num_prompts} prompts, {measures.num_positions} tokens that the teacher wrote "
+        f"(its own perplexity on them: {measures.teacher_perplexity:.3f})"
+    )

@@ -1,0 +1,31 @@
+"""The supported model families: configuration -> `Architecture`, and its table of mappings."""
+
+from transformers import AutoConfig
+
+from megatron_oprd.errors import UserError
+from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.models.families import llama, qwen2, qwen3
+from megatron_oprd.models.families.dense import Family
+from megatron_oprd.weights.hf_files import HFCheckpoint
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+}
+
+
+def read_architecture(checkpoint: HFCheckpoint) -> Architecture:
+    """Reads a model folder's configuration; no weight is read.
+
+    Raises:
+        UserError: The architecture is not supported, or a field changes the model's numbers in a
+            way that is not handled.
+    """
+    source = str(checkpoint.folder / "config.json")
+    names = checkpoint.config.get("architectures") or []
+    if len(names) != 1 or names[0] not in FAMILIES:
+        raise UserError(
+            f"{source}: architectures = {names}; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    family = FAMILIES[names[0]]
+    family.check(checkpoint.config, source)
+    return family.architecture(AutoConfig.from_pretrained(checkpoint.folder), source)

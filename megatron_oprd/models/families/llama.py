@@ -1,0 +1,11 @@
+"""Llama 2 and 3.x, SmolLM2, and other models of the same class."""
+
+from megatron_oprd.models.families.dense import Family
+
+FAMILY = Family(
+    name="LlamaForCausalLM",
+    required={
+        "attention_bias": lambda value: not value,
+        "mlp_bias": lambda value: not value,
+    },
+)

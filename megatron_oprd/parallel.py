@@ -1,0 +1,148 @@
+"""Process groups, this rank's place in the model-parallel layout, and seeds."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_oprd import cpu
+from megatron_oprd.config import ParallelConfig
+from megatron_oprd.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """This rank's place in the run.
+
+    Attributes:
+        device: Where this rank's tensors live.
+        groups: megatron-core's process groups.
+        model_parallel_group: The ranks of this data-parallel replica (TP x PP).
+        leader: Global rank of the replica's first rank (tensor rank 0 of stage 0), which generates
+            rollouts and collects exported weights.
+        transformer_engine: Whether layers come from Transformer Engine.
+    """
+
+    device: torch.device
+    groups: ProcessGroupCollection
+    model_parallel_group: dist.ProcessGroup
+    leader: int
+    transformer_engine: bool
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return dist.get_rank()
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is the first rank of its data-parallel replica."""
+        return self.rank == self.leader
+
+    @property
+    def tp_rank(self) -> int:
+        """Rank in the tensor-parallel group."""
+        return self.groups.tp.rank()
+
+    @property
+    def tp_size(self) -> int:
+        """Size of the tensor-parallel group."""
+        return self.groups.tp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage of this rank."""
+        return self.groups.pp.rank()
+
+    @property
+    def pp_size(self) -> int:
+        """Pipeline stages."""
+        return self.groups.pp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        """This replica's index."""
+        return self.groups.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel replicas."""
+        return self.groups.dp.size()
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Replicas that ``world_size`` ranks make.
+
+    Raises:
+        UserError: The model-parallel sizes do not divide the number of ranks.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise UserError(
+            f"{world_size} processes do not divide into model-parallel groups of "
+            f"parallel.tensor_model_parallel_size = {tp} x "
+            f"parallel.pipeline_model_parallel_size = {pp}; start a multiple of {tp * pp} "
+            "(torchrun --nproc-per-node)"
+        )
+    return world_size // (tp * pp)
+
+
+@contextmanager
+def parallel_run(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelContext]:
+    """Joins the process group, lays out the ranks, seeds them, and leaves cleanly at the end.
+
+    Under torchrun the world is torchrun's; a process started by itself is a world of one.
+    """
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0"),
+    ):
+        os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend, transformer_engine = "nccl", _has_transformer_engine()
+    else:
+        cpu.enter()
+        backend, transformer_engine = "gloo", False
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    # The same on every tensor-parallel rank's own sequence of seeds; stages differ.
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed + 100 * pp_rank)
+    model_parallel_cuda_manual_seed(seed + 100 * pp_rank)
+    group = parallel_state.get_model_parallel_group()
+    try:
+        yield ParallelContext(
+            device=torch.device(torch.cuda.current_device()),
+            groups=ProcessGroupCollection.use_mpu_process_groups(),
+            model_parallel_group=group,
+            leader=dist.get_process_group_ranks(group)[0],
+            transformer_engine=transformer_engine,
+        )
+        # A rank that leaves while another still talks to it makes the other fail.
+        dist.barrier()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _has_transformer_engine() -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE

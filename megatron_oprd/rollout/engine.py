@@ -1,0 +1,61 @@
+"""What the training loop asks of a rollout engine, and what it gets back."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_oprd.data.prompts import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How responses are sampled.
+
+    Attributes:
+        temperature: Softmax temperature; 0 is greedy.
+        top_p: Nucleus: the smallest set of tokens whose probability reaches this; 1.0 is off.
+        top_k: Only the k most likely tokens; 0 is off.
+        max_new_tokens: A response is cut after this many tokens.
+        samples_per_prompt: Responses for each prompt.
+        seed: The same seed gives the same response to the same prompt and sample index, whatever
+            else is in the batch and however the prompts are divided over processes.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int
+    samples_per_prompt: int = 1
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One response to one prompt.
+
+    Attributes:
+        prompt_index: The prompt's index in the data set (`Prompt.index`).
+        sample_index: Which of the prompt's ``samples_per_prompt`` responses this is.
+        prompt_ids: Token ids of the prompt, without padding.
+        response_ids: Token ids of the response, the end-of-sequence token included when it was
+            sampled. Never empty.
+        finished: False when the response was cut at ``max_new_tokens``.
+    """
+
+    prompt_index: int
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    finished: bool
+
+
+class RolloutEngine(Protocol):
+    """Generates responses with the student's current weights."""
+
+    def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces every weight by the stream's (full tensors under Hugging Face names)."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample."""

@@ -1,0 +1,183 @@
+"""The embedded rollout engine: the student as a transformers model in this process."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.rollout.sampling import logits_processors, sample_seed
+
+_FUSED_GATE_UP = ".experts.gate_up_proj"
+_FUSED_DOWN = ".experts.down_proj"
+
+
+class HFEngine:
+    """A `RolloutEngine` on transformers' ``generate``, with a copy of the student's weights.
+
+    The model is built without weights; `load_weights` has to come before `generate`.
+
+    The same seed gives the same response whatever else is in the batch, up to the rounding of
+    the logits: a kernel that rounds otherwise for another batch shape can flip a near tie.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        max_batch_size: int | None = None,
+    ):
+        """Builds the model of ``folder``'s config.json; no weights are read.
+
+        Args:
+            folder: A Hugging Face model folder. Its generation_config.json has no influence.
+            dtype: The weights' and activations' type.
+            device: Where the model lives.
+            eos_token_ids: A response ends with any of these.
+            pad_token_id: Fills up shorter prompts on the left; masked.
+            max_batch_size: Most responses that are generated at once; None is no limit.
+        """
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device(device), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()  # no_init_weights leaves this out too
+        # generate() takes from here whatever its explicit config leaves open.
+        model.generation_config = GenerationConfig()
+        self._model: PreTrainedModel = model.eval().requires_grad_(False)
+        self._device = device
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._pad_token_id = pad_token_id
+        self._max_batch_size = max_batch_size
+        self._has_weights = False
+
+    @torch.no_grad()
+    def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces every weight, in place.
+
+        Args:
+            stream: Full tensors, under the names they have in a Hugging Face checkpoint, of any
+                float type and on any device. A weight with two names (tied embeddings) may come
+                under either or both.
+
+        Raises:
+            ValueError: A name that the model lacks, a wrong shape, a weight that came twice (tied
+                ones may, if equal) or not at all.
+        """
+        destinations = checkpoint_tensors(self._model)
+        came: set[str] = set()
+        delivered: dict[int, str] = {}  # where the weight is in memory -> the name it came under
+        for name, tensor in stream:
+            destination = destinations.get(name)
+            if destination is None:
+                raise ValueError(f"the rollout model has no weight {name!r}")
+            if tensor.shape != destination.shape:
+                raise ValueError(
+                    f"{name}: the rollout model's shape is {tuple(destination.shape)}, "
+                    f"got {tuple(tensor.shape)}"
+                )
+            if name in came:
+                raise ValueError(f"{name} came twice")
+            came.add(name)
+            value = tensor.to(device=destination.device, dtype=destination.dtype)
+            earlier = delivered.setdefault(destination.data_ptr(), name)
+            if earlier == name:
+                destination.copy_(value)
+            elif not torch.equal(destination, value):
+                raise ValueError(f"{name} and {earlier} are one weight, but got two values")
+        missing = [n for n, t in destinations.items() if t.data_ptr() not in delivered]
+        if missing:
+            raise ValueError(f"{len(missing)} weights were not delivered, the first {missing[0]!r}")
+        self._has_weights = True
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample.
+
+        Prompts of similar length share a batch. Communicates with nobody.
+
+        Raises:
+            RuntimeError: `load_weights` has not been called.
+        """
+        if not self._has_weights:
+            raise RuntimeError("generate() before load_weights(): the model has no weights yet")
+        requests = [(p, i) for p in prompts for i in range(sampling.samples_per_prompt)]
+        by_length = sorted(range(len(requests)), key=lambda i: len(requests[i][0].token_ids))
+        batch_size = self._max_batch_size or max(len(requests), 1)
+        rollouts: dict[int, Rollout] = {}
+        for start in range(0, len(requests), batch_size):
+            batch = by_length[start : start + batch_size]
+            rollouts.update(
+                zip(batch, self._generate([requests[i] for i in batch], sampling), strict=True)
+            )
+        return [rollouts[i] for i in range(len(requests))]
+
+    def _generate(
+        self, requests: Sequence[tuple[Prompt, int]], sampling: SamplingParams
+    ) -> list[Rollout]:
+        """Generates one batch of (prompt, sample index)."""
+        width = max(len(prompt.token_ids) for prompt, _ in requests)
+        # [b, s], padded on the left
+        input_ids = torch.full((len(requests), width), self._pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, (prompt, _) in enumerate(requests):
+            assert prompt.token_ids, f"prompt {prompt.index} is empty"
+            input_ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+            attention_mask[row, width - len(prompt.token_ids) :] = 1
+        seeds = [sample_seed(sampling.seed, prompt.index, sample) for prompt, sample in requests]
+        sequences = self._model.generate(
+            input_ids.to(self._device),
+            attention_mask=attention_mask.to(self._device),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=sorted(self._eos_token_ids) or None,
+                pad_token_id=self._pad_token_id,
+            ),
+            logits_processor=logits_processors(sampling, seeds, self._device),
+        )
+        rollouts = []
+        for (prompt, sample), response in zip(requests, sequences[:, width:].tolist(), strict=True):
+            end = next((i for i, t in enumerate(response) if t in self._eos_token_ids), None)
+            rollouts.append(
+                Rollout(
+                    prompt_index=prompt.index,
+                    sample_index=sample,
+                    prompt_ids=prompt.token_ids,
+                    response_ids=tuple(response if end is None else response[: end + 1]),
+                    finished=end is not None,
+                )
+            )
+        return rollouts
+
+
+def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's weights under their checkpoint names; each tensor shares the model's memory.
+
+    transformers keeps the experts of one layer in one tensor; in a checkpoint each expert has
+    three: gate_up_proj [e, 2 f, h] --> e times gate_proj [f, h] and up_proj [f, h], and
+    down_proj [e, h, f] --> e times [h, f].
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith(_FUSED_GATE_UP):
+            prefix = name.removesuffix("gate_up_proj")
+            for expert, gate_up in enumerate(tensor):
+                gate, up = gate_up.chunk(2)
+                tensors[f"{prefix}{expert}.gate_proj.weight"] = gate
+                tensors[f"{prefix}{expert}.up_proj.weight"] = up
+        elif name.endswith(_FUSED_DOWN):
+            prefix = name.removesuffix("down_proj")
+            for expert, down in enumerate(tensor):
+                tensors[f"{prefix}{expert}.down_proj.weight"] = down
+        else:
+            tensors[name] = tensor
+    return tensors

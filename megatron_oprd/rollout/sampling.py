@@ -1,0 +1,72 @@
+"""Sampling that depends on the sample alone, not on the batch it is in."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from megatron_oprd.rollout.engine import SamplingParams
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds standard Gumbel noise to the logits, from one random generator a row.
+
+    argmax_v(logit_v + g_v) with independent Gumbel g_v is an exact sample of softmax(logits)
+    (the Gumbel-max trick), so greedy decoding after this processor samples. Every call draws one
+    value a token of the vocabulary from each row's generator: row i's k-th token depends on its
+    logits, its seed and k only.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._exponential: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns ``scores`` ([b, vocabulary], float32; b the number of seeds) with noise."""
+        assert len(scores) == len(self._generators), (len(scores), len(self._generators))
+        if self._exponential is None:
+            # float64: with 24 random bits the smallest values, which decide between a hundred
+            # thousand tokens, would be coarse, and 0 would come up.
+            self._exponential = torch.empty_like(scores, dtype=torch.float64)
+        for row, generator in zip(self._exponential, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        # -log of an exponential variable is a Gumbel variable.
+        return scores - self._exponential.log().to(scores.dtype)
+
+
+def sample_seed(seed: int, prompt_index: int, sample_index: int) -> int:
+    """A 63-bit seed for one sample, the same on every machine and in every process."""
+    text = f"{seed}/{prompt_index}/{sample_index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def logits_processors(
+    sampling: SamplingParams, seeds: Sequence[int], device: torch.device
+) -> LogitsProcessorList:
+    """What turns greedy decoding into sampling as ``sampling`` says: none at temperature 0.
+
+    Temperature first, then top-k, then top-p of what is left, then the noise.
+
+    Args:
+        sampling: How to sample.
+        seeds: One seed (`sample_seed`) for each row of the batch.
+        device: Where the logits are.
+    """
+    processors = LogitsProcessorList()
+    if sampling.temperature == 0:
+        return processors
+    processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k > 0:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    processors.append(GumbelNoise(seeds, device))
+    return processors

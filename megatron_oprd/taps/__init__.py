@@ -1,0 +1,1 @@
+"""Hidden-state taps: which layers, which positions, and the modules that collect and compare."""

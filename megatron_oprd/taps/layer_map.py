@@ -1,0 +1,146 @@
+"""Which student layers are supervised, and which teacher layer each is matched with.
+
+Layers are counted from 0 throughout; layer l is the l-th block, whatever a model calls its outputs.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from megatron_oprd.errors import UserError
+
+LayerMode = Literal["all", "last", "even", "odd"]
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A student layer and the teacher layer it is matched with, both counted from 0."""
+
+    student: int
+    teacher: int
+
+
+def proportional_layer_map(num_student_layers: int, num_teacher_layers: int) -> list[int]:
+    """The teacher layer for every student layer by depth (the paper's eq. 11).
+
+    With layers counted from 1, phi(l) = round((l-1)/(L_S-1) * (L_T-1)) + 1. The quotient is exact
+    and halves go to the even side, as in the reference code. A student of one layer is matched with
+    the teacher's last. The map never decreases.
+
+    Args:
+        num_student_layers: L_S, at least 1.
+        num_teacher_layers: L_T, at least 1.
+
+    Returns:
+        One teacher layer, from 0, for each student layer.
+
+    Raises:
+        ValueError: A number of layers is below 1.
+    """
+    if num_student_layers < 1 or num_teacher_layers < 1:
+        raise ValueError(
+            f"a model has at least one layer; got num_student_layers={num_student_layers}, "
+            f"num_teacher_layers={num_teacher_layers}"
+        )
+    last_student, last_teacher = num_student_layers - 1, num_teacher_layers - 1
+    if last_student == 0:
+        return [last_teacher]
+    return [
+        round(Fraction(layer * last_teacher, last_student)) for layer in range(num_student_layers)
+    ]
+
+
+def select_layers(layers: LayerMode | Sequence[int], num_layers: int) -> list[int]:
+    """The student layers a setting ``taps.layers`` stands for.
+
+    Args:
+        layers: ``all``, ``last``, ``even`` (0, 2, 4, ...), ``odd`` (1, 3, 5, ...), or layers
+            counted from 0, in rising order and each once.
+        num_layers: The student's number of layers.
+
+    Returns:
+        The layers, from 0, in rising order; never empty.
+
+    Raises:
+        UserError: Unknown word, a list that is empty, not rising or out of range, or ``odd`` with a
+            model of one layer.
+    """
+    if isinstance(layers, str):
+        chosen = {
+            "all": range(num_layers),
+            "last": range(num_layers - 1, num_layers),
+            "even": range(0, num_layers, 2),
+            "odd": range(1, num_layers, 2),
+        }.get(layers)
+        if chosen is None:
+            raise UserError(
+                f"taps.layers is {layers!r}; it must be all, last, even, odd or a list of layers"
+            )
+        if not chosen:
+            raise UserError(f"taps.layers is {layers!r}, which selects none of {num_layers} layers")
+        return list(chosen)
+
+    listed = list(layers)
+    if not listed:
+        raise UserError("taps.layers is an empty list; it must name at least one layer")
+    _check_range("taps.layers", listed, num_layers, "student")
+    if any(after <= before for before, after in itertools.pairwise(listed)):
+        raise UserError(
+            f"taps.layers is {listed}; it must be in rising order, each layer once: "
+            f"{sorted(set(listed))}"
+        )
+    return listed
+
+
+def layer_pairs(
+    layers: LayerMode | Sequence[int],
+    layer_map: Literal["proportional"] | Sequence[int],
+    *,
+    num_student_layers: int,
+    num_teacher_layers: int,
+) -> list[LayerPair]:
+    """The layers that are compared.
+
+    Args:
+        layers: The student layers, see `select_layers`.
+        layer_map: ``proportional`` (see `proportional_layer_map`), or one teacher layer, from 0,
+            for each selected student layer, in any order.
+        num_student_layers: The student's number of layers.
+        num_teacher_layers: The teacher's number of layers.
+
+    Returns:
+        One pair for each selected student layer, by rising student layer.
+
+    Raises:
+        UserError: A mistake in ``taps.layers`` or ``taps.layer_map``.
+    """
+    student_layers = select_layers(layers, num_student_layers)
+    if isinstance(layer_map, str):
+        if layer_map != "proportional":
+            raise UserError(
+                f"taps.layer_map is {layer_map!r}; it must be proportional or a list of teacher "
+                "layers"
+            )
+        by_depth = proportional_layer_map(num_student_layers, num_teacher_layers)
+        teacher_layers = [by_depth[layer] for layer in student_layers]
+    else:
+        teacher_layers = list(layer_map)
+        if len(teacher_layers) != len(student_layers):
+            raise UserError(
+                f"taps.layer_map has {len(teacher_layers)} teacher layers {teacher_layers}; it "
+                f"must have {len(student_layers)}, one for each student layer {student_layers} "
+                "that taps.layers selects"
+            )
+        _check_range("taps.layer_map", teacher_layers, num_teacher_layers, "teacher")
+    return [LayerPair(s, t) for s, t in zip(student_layers, teacher_layers, strict=True)]
+
+
+def _check_range(setting: str, listed: list[int], num_layers: int, whose: str) -> None:
+    outside = [layer for layer in listed if not 0 <= layer < num_layers]
+    if outside:
+        raise UserError(
+            f"{setting} has {', '.join(map(str, outside))}; the {whose}'s layers are 0 to "
+            f"{num_layers - 1}"
+        )

@@ -1,0 +1,162 @@
+"""Taps on live models: the teacher's collect targets, the student's attach the loss.
+
+The loss is attached where the hidden state is, on the pipeline stage that owns the layer, through
+an autograd function in the layer's forward pass. The schedule knows nothing of it, and no hidden
+state leaves its stage.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.losses.representation import Normalize, token_cosine, token_mse
+from megatron_oprd.models.layers import Tap
+from megatron_oprd.taps.layer_map import LayerPair
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Passes a hidden state through unchanged and adds a loss to the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones((), dtype=torch.float32, device=grad.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The supervised positions of a micro-batch on this rank's slice of the sequence.
+
+    Attributes:
+        micro_batch: The micro-batch's number.
+        index: Rows of the flattened hidden state [s * b, h] (or [s/tp * b, h]), [n], int64.
+        weights: What each counts for in the loss, [n], fp32.
+    """
+
+    micro_batch: int
+    index: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, micro_batch: MicroBatch, *, tp_rank: int, tp_size: int) -> "Selection":
+        """Selects on one of ``tp_size`` equal slices of the sequence (1: the whole of it)."""
+        # [b, s] --> [s/tp * b]
+        weights = micro_batch.weights.t().chunk(tp_size)[tp_rank].flatten()
+        index = weights.nonzero().squeeze(1)
+        return cls(micro_batch=micro_batch.index, index=index, weights=weights[index])
+
+
+class Taps:
+    """The taps of this rank's model chunks, and what they hold during a step.
+
+    Args:
+        pairs: All matched layers; each rank taps those it owns.
+        normalize: See `token_mse`.
+        coefficient: Factor on the loss that is attached; metrics are without it.
+        post_norm: Whether a model's last layer is taken after the final norm.
+        device: Where the metrics live.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[LayerPair],
+        *,
+        normalize: Normalize,
+        coefficient: float,
+        post_norm: bool,
+        device: torch.device,
+    ) -> None:
+        self._pairs = sorted(pairs, key=lambda pair: pair.student)
+        self._normalize = normalize
+        self._coefficient = coefficient
+        self._post_norm = post_norm
+        self._current: Selection | None = None
+        self._targets: dict[tuple[int, int], Tensor] = {}
+        self._pending: dict[int, deque[Selection]] = {}
+        self._loss = torch.zeros(len(pairs), device=device, dtype=torch.float64)
+        self._cosine = torch.zeros(len(pairs), device=device, dtype=torch.float64)
+
+    def attach_teacher(self, chunks: Sequence[GPTModel], *, depth: int) -> None:
+        """Puts collecting taps on a teacher of ``depth`` layers (before it was cut)."""
+        for layer in sorted({pair.teacher for pair in self._pairs}):
+            self._attach(chunks, layer, depth, self._collecting_tap(layer))
+
+    def attach_student(self, chunks: Sequence[GPTModel], *, depth: int) -> None:
+        """Puts comparing taps on a student of ``depth`` layers."""
+        for number, pair in enumerate(self._pairs):
+            self._attach(chunks, pair.student, depth, self._comparing_tap(number, pair))
+
+    def begin(self, selection: Selection) -> None:
+        """Says which micro-batch the next forward pass is of."""
+        self._current = selection
+
+    def end_step(self) -> tuple[Tensor, Tensor]:
+        """Forgets the targets and hands out the metrics.
+
+        Returns:
+            This rank's part of each pair's loss (without the coefficient) and of its cosine, both
+            weighted over the global batch, [pairs], fp64. Summed over the ranks that hold a part
+            they are the global values.
+        """
+        assert not any(self._pending.values()), "a recomputed layer was not run again"
+        self._targets.clear()
+        loss, cosine = self._loss.clone(), self._cosine.clone()
+        self._loss.zero_()
+        self._cosine.zero_()
+        return loss, cosine
+
+    def _attach(self, chunks: Sequence[GPTModel], layer: int, depth: int, tap: Tap) -> None:
+        for chunk in chunks:
+            for module in chunk.decoder.layers:
+                if module.layer_number - 1 != layer:
+                    continue
+                if layer == depth - 1 and self._post_norm:
+                    norm = chunk.decoder.final_layernorm
+                    norm.register_forward_hook(lambda _module, _inputs, output: tap(output))
+                else:
+                    module.tap = tap
+
+    def _collecting_tap(self, layer: int) -> Tap:
+        def collect(hidden: Tensor) -> Tensor:
+            selection = self._current
+            assert selection is not None
+            rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)
+            self._targets[layer, selection.micro_batch] = rows
+            return hidden
+
+        return collect
+
+    def _comparing_tap(self, number: int, pair: LayerPair) -> Tap:
+        # Under full recompute the layer's forward runs twice: first without grad, then, during
+        # the backward pass, with it, when later micro-batches have begun. Backward passes come in
+        # the order of the forward passes, so a queue says which micro-batch it is.
+        pending = self._pending.setdefault(number, deque())
+
+        def compare(hidden: Tensor) -> Tensor:
+            assert self._current is not None
+            if not torch.is_grad_enabled():
+                pending.append(self._current)
+                return hidden
+            selection = pending.popleft() if pending else self._current
+            rows = hidden.flatten(0, 1).index_select(0, selection.index)
+            target = self._targets[pair.teacher, selection.micro_batch]
+            distance = token_mse(rows, target, normalize=self._normalize)
+            loss = (selection.weights * distance).sum()
+            with torch.no_grad():
+                self._loss[number] += loss
+                self._cosine[number] += (selection.weights * token_cosine(rows, target)).sum()
+            attached = _AttachLoss.apply(hidden, loss * (self._coefficient / len(self._pairs)))
+            # The schedule frees stage outputs and cannot free a view.
+            return make_viewless_tensor(attached, requires_grad=True, keep_graph=True)
+
+        return compare

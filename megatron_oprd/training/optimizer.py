@@ -1,0 +1,93 @@
+"""Megatron's data parallelism, optimizer and learning-rate schedule around the student."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_oprd.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What changes during training.
+
+    Attributes:
+        chunks: The student's chunks, wrapped for data parallelism.
+        optimizer: Megatron's optimizer over their trainable parameters.
+        scheduler: The learning-rate schedule.
+    """
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def modules(self) -> list[GPTModel]:
+        """The student's chunks without the wrappers."""
+        return [chunk.module for chunk in self.chunks]
+
+
+def make_train_state(
+    config: RunConfig, transformer_config: TransformerConfig, chunks: Sequence[GPTModel]
+) -> TrainState:
+    """Wraps the student's chunks, whose frozen parameters are already frozen."""
+    options = config.optimizer
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+    )
+    wrapped = [
+        # As in Megatron's training script: later chunks reduce in one bucket, since their
+        # gradients are ready while the pipeline still works on the first.
+        DistributedDataParallel(
+            transformer_config, ddp_config, module=chunk, disable_bucketing=number > 0
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    if options.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        transformer_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            min_lr=options.min_lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.adam_beta1,
+            adam_beta2=options.adam_beta2,
+            adam_eps=options.adam_eps,
+            clip_grad=options.clip_grad,
+            bf16=config.model.params_dtype == "bf16",
+            params_dtype=transformer_config.params_dtype,
+            use_distributed_optimizer=options.use_distributed_optimizer,
+        ),
+        wrapped,
+    )
+    return TrainState(
+        chunks=wrapped, optimizer=optimizer, scheduler=_make_scheduler(config, optimizer)
+    )
+
+
+def _make_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    options = config.optimizer
+    warmup = min(round(options.lr_warmup_fraction * config.train_iters), config.train_iters - 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        # Step 0 is the first rung of the warm-up, not a step with learning rate 0.
+        init_lr=options.lr / (warmup + 1),
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=config.train_iters,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,204 @@
+"""Mapping kinds between Hugging Face tensors and tensor-parallel Megatron parameters.
+
+A mapping says, for any tensor-parallel rank, which rectangle of which Hugging Face tensor is
+which rectangle of the rank's local parameter. Loading reads the rectangles, export writes them
+back, so both directions are one definition and no process group is needed to know a rank's share.
+
+Megatron parameters carry the names of Megatron's own checkpoints with the global layer index,
+``decoder.layers.<i>.self_attention.linear_qkv.weight``; a norm in front of a linear layer is
+``<linear>.layer_norm_weight`` whichever layer spec the model was built with.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+Index = tuple[slice, ...]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One rectangle that a Hugging Face tensor and a rank's local parameter have in common.
+
+    Attributes:
+        hf: Name of the Hugging Face tensor; None marks padding, which is zero and not exported.
+        hf_index: The rectangle in the Hugging Face tensor.
+        local_index: The same rectangle in the local parameter.
+    """
+
+    hf: str | None
+    hf_index: Index
+    local_index: Index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapping(ABC):
+    """How one Megatron parameter is made of Hugging Face tensors.
+
+    Attributes:
+        megatron: Name of the Megatron parameter.
+        hf: Full shapes of the Hugging Face tensors, by name.
+    """
+
+    megatron: str
+    hf: dict[str, Shape]
+
+    @abstractmethod
+    def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
+        """The pieces of tensor-parallel rank ``tp_rank``; they cover its parameter exactly."""
+
+    @abstractmethod
+    def local_shape(self, tp_size: int) -> Shape:
+        """Shape of the parameter on each tensor-parallel rank."""
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every tensor-parallel rank holds the whole parameter."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy(Mapping):
+    """The same tensor on every tensor-parallel rank: norms."""
+
+    def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
+        ((name, shape),) = self.hf.items()
+        whole = tuple(slice(0, n) for n in shape)
+        return [Piece(hf=name, hf_index=whole, local_index=whole)]
+
+    def local_shape(self, tp_size: int) -> Shape:
+        (shape,) = self.hf.values()
+        return shape
+
+    @property
+    def is_replicated(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSplit(Mapping):
+    """A row-parallel linear layer: [out, in] --> [out, in/tp]."""
+
+    def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
+        ((name, _),) = self.hf.items()
+        rows, columns = self.local_shape(tp_size)
+        start = tp_rank * columns
+        return [
+            Piece(
+                hf=name,
+                hf_index=(slice(0, rows), slice(start, start + columns)),
+                local_index=(slice(0, rows), slice(0, columns)),
+            )
+        ]
+
+    def local_shape(self, tp_size: int) -> Shape:
+        ((rows, columns),) = self.hf.values()
+        return rows, _divide(columns, tp_size, self.megatron)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows(Mapping):
+    """A parameter whose rows are rows of Hugging Face tensors, split over ranks by rows."""
+
+    @abstractmethod
+    def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
+        """(tensor, first row, number of rows), in the order of the rank's local rows."""
+
+    @property
+    def _trailing(self) -> Shape:
+        return next(iter(self.hf.values()))[1:]
+
+    def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
+        trailing = tuple(slice(0, n) for n in self._trailing)
+        pieces, row = [], 0
+        for name, start, count in self._segments(tp_rank, tp_size):
+            pieces.append(
+                Piece(
+                    hf=name,
+                    hf_index=(slice(start, start + count), *trailing),
+                    local_index=(slice(row, row + count), *trailing),
+                )
+            )
+            row += count
+        return pieces
+
+    def local_shape(self, tp_size: int) -> Shape:
+        rows = sum(count for _, _, count in self._segments(0, tp_size))
+        return (rows, *self._trailing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedMLP(_Rows):
+    """Gate and up projection in one parameter: each rank holds [its gate rows; its up rows].
+
+    ``hf`` names the gate projection first, then the up projection.
+    """
+
+    def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
+        segments: list[tuple[str | None, int, int]] = []
+        for name, shape in self.hf.items():
+            count = _divide(shape[0], tp_size, self.megatron)
+            segments.append((name, tp_rank * count, count))
+        return segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary(_Rows):
+    """Embedding or LM head, its rows padded with zeros to ``padded_vocab_size`` and then split."""
+
+    padded_vocab_size: int
+
+    def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
+        ((name, shape),) = self.hf.items()
+        count = _divide(self.padded_vocab_size, tp_size, self.megatron)
+        start = tp_rank * count
+        real = min(max(shape[0] - start, 0), count)
+        segments: list[tuple[str | None, int, int]] = [(name, start, real), (None, 0, count - real)]
+        return [segment for segment in segments if segment[2]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QKV(_Rows):
+    """Attention's query, key and value projection (weight or bias) in one parameter.
+
+    Megatron orders rows by key/value group: the group's query heads, its key head, its value
+    head. Ranks take equal runs of these rows; with fewer groups than ranks a run ends inside a
+    group, as megatron-core expects. ``hf`` names query, key, value in this order.
+    """
+
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+
+    def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
+        q, k, v = self.hf
+        dim = self.head_dim
+        heads_per_group = self.num_attention_heads // self.num_query_groups
+        order: list[tuple[str, int, int]] = []
+        for group in range(self.num_query_groups):
+            order.append((q, group * heads_per_group * dim, heads_per_group * dim))
+            order.append((k, group * dim, dim))
+            order.append((v, group * dim, dim))
+        total = sum(count for _, _, count in order)
+        rows = _divide(total, tp_size, self.megatron)
+        return _run_of_rows(order, tp_rank * rows, (tp_rank + 1) * rows)
+
+
+def _run_of_rows(
+    order: list[tuple[str, int, int]], begin: int, end: int
+) -> list[tuple[str | None, int, int]]:
+    """The part of ``order`` that covers rows [begin, end) of its concatenation."""
+    run: list[tuple[str | None, int, int]] = []
+    row = 0
+    for name, start, count in order:
+        first, last = max(begin, row), min(end, row + count)
+        if first < last:
+            run.append((name, start + first - row, last - first))
+        row += count
+    return run
+
+
+def _divide(size: int, parts: int, parameter: str) -> int:
+    if size % parts:
+        raise ValueError(f"{parameter}: {size} rows or columns do not divide into {parts} ranks")
+    return size // parts

@@ -1,0 +1,251 @@
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
+
+from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.rollout.hf import HFEngine
+from tests.rollout.test_sampling import chi_square
+from tests.tiny import EOS_ID, PAD_ID, save_tiny_model, tiny_config
+
+CPU = torch.device("cpu")
+COMMON = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": PAD_ID}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONFIGS = {
+    "llama": tiny_config("llama"),
+    "llama3-rope": tiny_config("llama", rope_parameters=LLAMA3_ROPE),
+    "qwen2": tiny_config("qwen2"),
+    "qwen3": tiny_config("qwen3"),
+    "qwen3-tied": tiny_config("qwen3", tie_word_embeddings=True),
+    "phi3": Phi3Config(**COMMON, intermediate_size=64, num_attention_heads=4, eos_token_id=EOS_ID),
+    "qwen3-moe": Qwen3MoeConfig(
+        **COMMON, moe_intermediate_size=16, num_attention_heads=4, head_dim=16, num_experts=4,
+        num_experts_per_tok=2, num_key_value_heads=2, eos_token_id=EOS_ID,
+    ),
+}  # fmt: skip
+PROMPTS = [
+    Prompt(index=index, token_ids=ids)
+    for index, ids in [(3, (7, 8, 9, 10, 11, 12)), (0, (20,)), (8, (5, 30, 31)), (5, (40, 41, 5))]
+]
+
+
+def build(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> HFEngine:
+    arguments: dict[str, Any] = {
+        "eos_token_ids": [EOS_ID],
+        "pad_token_id": PAD_ID,
+        "max_batch_size": None,
+    }
+    return HFEngine(folder, dtype=dtype, device=CPU, **(arguments | options))
+
+
+def engine_with_weights(
+    folder: Path, dtype: torch.dtype = torch.float32, **options: Any
+) -> HFEngine:
+    engine = build(folder, dtype, **options)
+    engine.load_weights(load_file(folder / "model.safetensors").items())
+    return engine
+
+
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def sampling(**fields: Any) -> SamplingParams:
+    return SamplingParams(**({"max_new_tokens": 12, "seed": 5} | fields))
+
+
+@pytest.fixture(scope="module")
+def small_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with 12 tokens: responses end after few of them."""
+    folder = tmp_path_factory.mktemp("small")
+    save_tiny_model(folder, tiny_config("qwen3", vocab_size=12, num_hidden_layers=2), seed=1)
+    return folder
+
+
+SMALL_PROMPTS = [
+    Prompt(index=index, token_ids=ids)
+    for index, ids in [(4, (7, 8, 9, 10)), (2, (3,)), (9, (5, 6, 11)), (1, (6, 6, 7, 8, 3))]
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_greedy_tokens_equal_from_pretrained(
+    tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    save_tiny_model(tmp_path, CONFIGS[name], seed=0)
+    engine, model = engine_with_weights(tmp_path, dtype), reference(tmp_path, dtype)
+    tokens = torch.tensor([[5, 9, 33, 96, 12, 40]])
+    with torch.no_grad():
+        assert torch.equal(engine._model(tokens).logits, model(tokens).logits)
+    if dtype != torch.float32:
+        return
+    rollouts = engine.generate(PROMPTS, sampling(temperature=0))
+    for prompt, rollout in zip(PROMPTS, rollouts, strict=True):
+        ids = torch.tensor([prompt.token_ids])
+        expected = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+        assert rollout.response_ids == tuple(expected.tolist())
+        assert rollout.prompt_ids == prompt.token_ids
+        assert rollout.prompt_index == prompt.index
+    assert len({rollout.response_ids for rollout in rollouts}) > 1
+
+
+def test_new_weights_replace_the_old_ones(tmp_path: Path) -> None:
+    for name, seed in (("first", 0), ("second", 1)):
+        save_tiny_model(tmp_path / name, tiny_config("qwen3"), seed=seed)
+    greedy = sampling(temperature=0)
+    engine = engine_with_weights(tmp_path / "first")
+    first = engine.generate(PROMPTS, greedy)
+    engine.load_weights(load_file(tmp_path / "second" / "model.safetensors").items())
+    second = engine.generate(PROMPTS, greedy)
+    assert first != second == engine_with_weights(tmp_path / "second").generate(PROMPTS, greedy)
+
+
+def test_the_folders_generation_settings_have_no_influence(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, tiny_config("llama"), seed=0)
+    runs = [sampling(temperature=0), sampling()]
+    expected = [engine_with_weights(tmp_path).generate(PROMPTS, run) for run in runs]
+    generation = {
+        "do_sample": True, "temperature": 0.1, "top_k": 2, "top_p": 0.2, "max_length": 8,
+        "repetition_penalty": 9.0, "min_new_tokens": 11, "num_beams": 3, "bad_words_ids": [[5]],
+        "suppress_tokens": [7, 8, 9], "eos_token_id": [20, 21, 22], "use_cache": False,
+    }  # fmt: skip
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"repetition_penalty": 9.0, "max_length": 8, "use_cache": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert [engine_with_weights(tmp_path).generate(PROMPTS, run) for run in runs] == expected
+
+
+def by_key(rollouts: Sequence[Rollout]) -> dict[tuple[int, int], Rollout]:
+    keyed = {(r.prompt_index, r.sample_index): r for r in rollouts}
+    assert len(keyed) == len(rollouts)
+    return keyed
+
+
+def test_rollouts_do_not_depend_on_the_batch(small_vocabulary: Path) -> None:
+    engine = engine_with_weights(small_vocabulary)
+    params = sampling(samples_per_prompt=3, temperature=0.9, top_p=0.95)
+    rollouts = engine.generate(SMALL_PROMPTS, params)
+    assert [(r.prompt_index, r.sample_index) for r in rollouts] == [
+        (p.index, sample) for p in SMALL_PROMPTS for sample in range(3)
+    ]
+    expected = by_key(rollouts)
+    assert len({r.response_ids for r in rollouts}) > 9
+    for max_batch_size in (1, 2, 5, 100):
+        other = engine_with_weights(small_vocabulary, max_batch_size=max_batch_size)
+        assert other.generate(SMALL_PROMPTS, params) == rollouts
+        assert by_key(other.generate(SMALL_PROMPTS[::-1], params)) == expected
+    halves = [engine.generate(part, params) for part in (SMALL_PROMPTS[:1], SMALL_PROMPTS[1:])]
+    assert halves[0] + halves[1] == rollouts
+    assert engine.generate(SMALL_PROMPTS, sampling(seed=6, samples_per_prompt=3)) != rollouts
+    assert engine.generate([], params) == []
+
+
+def test_responses_end_with_the_first_eos(small_vocabulary: Path) -> None:
+    eos = {EOS_ID, 7}
+    engine = engine_with_weights(small_vocabulary, eos_token_ids=sorted(eos), pad_token_id=EOS_ID)
+    rollouts = engine.generate(SMALL_PROMPTS, sampling(samples_per_prompt=16))
+    assert {r.finished for r in rollouts} == {True, False}
+    assert {r.response_ids[-1] for r in rollouts if r.finished} == eos
+    for rollout in rollouts:
+        assert not eos & set(rollout.response_ids[:-1])
+        assert rollout.finished == (rollout.response_ids[-1] in eos)
+        assert len(rollout.response_ids) <= 12
+        assert rollout.finished or len(rollout.response_ids) == 12
+    longer = engine.generate(SMALL_PROMPTS, sampling(samples_per_prompt=16, max_new_tokens=20))
+    for short, long in zip(rollouts, longer, strict=True):
+        assert long.response_ids[: len(short.response_ids)] == short.response_ids
+        assert not short.finished or long == short
+
+
+def test_first_tokens_follow_the_models_distribution(small_vocabulary: Path) -> None:
+    engine, number = engine_with_weights(small_vocabulary), 3000
+    prompt = SMALL_PROMPTS[0]
+    rollouts = engine.generate(
+        [prompt], sampling(temperature=1.3, samples_per_prompt=number, max_new_tokens=1)
+    )
+    with torch.no_grad():
+        logits = reference(small_vocabulary)(torch.tensor([prompt.token_ids])).logits[0, -1]
+    counts = torch.bincount(torch.tensor([r.response_ids[0] for r in rollouts]), minlength=12)
+    probabilities = (logits.double() / 1.3).softmax(-1).tolist()
+    assert min(probabilities) * number > 5
+    # 31.3 is the 99.9% quantile for 11 degrees of freedom
+    assert chi_square(counts, probabilities) < 31.3
+
+
+def test_generate_before_load_weights(small_vocabulary: Path) -> None:
+    with pytest.raises(RuntimeError, match="before load_weights"):
+        build(small_vocabulary).generate(SMALL_PROMPTS, sampling())
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tied")
+    save_tiny_model(folder, CONFIGS["qwen3-tied"], seed=0)
+    return folder
+
+
+def test_tied_weights_may_come_under_both_names(tied: Path) -> None:
+    weights = load_file(tied / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    embeddings = weights["model.embed_tokens.weight"]
+    expected = engine_with_weights(tied).generate(PROMPTS, sampling())
+
+    engine = build(tied)
+    engine.load_weights((weights | {"lm_head.weight": embeddings.clone()}).items())
+    assert engine.generate(PROMPTS, sampling()) == expected
+
+    engine = build(tied)
+    del weights["model.embed_tokens.weight"]
+    engine.load_weights((weights | {"lm_head.weight": embeddings}).items())
+    assert engine.generate(PROMPTS, sampling()) == expected
+
+
+def broken_streams(weights: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], str]]:
+    name = "model.layers.1.self_attn.k_norm.weight"
+    yield {k: v for k, v in weights.items() if k != name}, rf"1 weights .* '{name}'"
+    yield weights | {"model.extra": torch.ones(1)}, "has no weight 'model.extra'"
+    yield weights | {name: torch.ones(15)}, rf"{name}: .* \(16,\), got \(15,\)"
+    yield weights | {name: torch.ones(1)}, rf"{name}: .* \(16,\), got \(1,\)"
+    other = weights["model.embed_tokens.weight"] + 1
+    yield weights | {"lm_head.weight": other}, "are one weight, but got two values"
+
+
+def test_a_stream_that_does_not_fit(tied: Path) -> None:
+    weights = load_file(tied / "model.safetensors")
+    for stream, error in broken_streams(weights):
+        engine = build(tied)
+        with pytest.raises(ValueError, match=error):
+            engine.load_weights(stream.items())
+        with pytest.raises(RuntimeError, match="no weights yet"):
+            engine.generate(PROMPTS, sampling())
+    with pytest.raises(ValueError, match=r"model\.norm\.weight came twice"):
+        build(tied).load_weights([*weights.items(), ("model.norm.weight", torch.ones(32))])
+
+
+def test_a_missing_expert_is_noticed(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, CONFIGS["qwen3-moe"], seed=0)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.experts.3.up_proj.weight"]
+    with pytest.raises(ValueError, match=r"1 weights .*layers\.1\.mlp\.experts\.3\.up_proj"):
+        build(tmp_path).load_weights(weights.items())

@@ -1,0 +1,120 @@
+"""Tiny random Hugging Face models and tokenizers, saved as real checkpoints are."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+PAD, EOS, UNK, USER, ASSISTANT = "<pad>", "<eos>", "<unk>", "<user>", "<assistant>"
+SPECIAL_TOKENS = (PAD, EOS, UNK, USER, ASSISTANT)
+PAD_ID, EOS_ID = 0, 1
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<' + m['role'] + '>' + m['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+_CONFIG_CLASSES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+# The most useful characters come first, so that a small vocabulary still has them. Space and
+# newline are written as byte-level tokenizers write them.
+_CHARACTERS = (
+    "ĠĊabcdefghijklmnopqrstuvwxyz0123456789.,?!+-*/=()'ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    '"$%&:;<>@[]^_{|}\\#'
+)
+
+
+def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
+    """A config of ``family`` ("llama", "qwen2", "qwen3"): 4 layers, hidden size 32, 97 tokens.
+
+    4 query heads share 2 key-value heads. Qwen3's head_dim is 16, which is not hidden / heads.
+    The embeddings are not tied unless ``tie_word_embeddings=True``.
+    """
+    fields: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+    }
+    if family == "qwen3":
+        fields["head_dim"] = 16
+    return _CONFIG_CLASSES[family](**(fields | overrides))
+
+
+def tiny_tokenizer(
+    vocab_size: int = 97, *, chat_template: str | None = CHAT_TEMPLATE
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer without merges: ``vocab_size`` entries, one a character.
+
+    Ids 0 to 4 are the special tokens (<pad>, <eos>, <unk>, <user>, <assistant>). A vocabulary
+    larger than the characters is filled up with tokens no text contains; a smaller one lacks the
+    last characters, which then become <unk>. Byte-level, because transformers rebuilds a Qwen2
+    folder's tokenizer as byte-level whatever its tokenizer.json says.
+    """
+    tokens = [*SPECIAL_TOKENS, *_CHARACTERS][:vocab_size]
+    tokens += [f"<extra_{i}>" for i in range(vocab_size - len(tokens))]
+    backend = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token=UNK)
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        additional_special_tokens=[USER, ASSISTANT],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """A float32 value for one parameter: norms around 1, biases around 0, matrices 1/sqrt(in)."""
+    noise = torch.randn(shape, generator=generator)
+    if name.endswith("norm.weight"):
+        return 1.0 + 0.3 * noise
+    if name.endswith(".bias"):
+        return 0.3 * noise
+    if name.endswith("embed_tokens.weight"):
+        return 0.5 * noise
+    return noise * shape[-1] ** -0.5
+
+
+def save_tiny_model(
+    folder: Path, config: PretrainedConfig, seed: int, dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes a randomly initialised model with its tokenizer to ``folder``.
+
+    No weight keeps a trivial value: norm weights are not all ones, biases are not zero. The
+    values depend on ``seed`` and the parameters' order only, and are drawn in float32 before
+    they are cast to ``dtype``. The folder has config.json, generation_config.json,
+    model.safetensors, and the tokenizer's files with a chat template.
+    """
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(random_weight(name, parameter.shape, generator))
+    model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    model.save_pretrained(folder)
+    tiny_tokenizer(config.vocab_size).save_pretrained(folder)
