@@ -72,7 +72,7 @@ def _named_folders(students: list[str]) -> dict[str, Path]:
         name, separator, folder = text.partition("=")
         named = separator and "/" not in name
         path = Path(folder if named else text)
-        name = name if named else path.resolve().name
+        name = name if named else path.absolute().name
         if name in folders:
             raise UserError(f"--student: two students are called {name!r}; give NAME=DIR")
         folders[name] = path

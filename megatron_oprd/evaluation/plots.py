@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation.students import Evaluation
@@ -96,14 +96,14 @@ def report_figure(records: Sequence[Record], evaluation: Evaluation | None = Non
 
     _curve(axes[1, 1], records, "lr", _BLUE)
     _describe(axes[1, 1], "Learning rate", "learning rate")
-    axes[1, 1].set_ylim(bottom=0)
+    _from_zero(axes[1, 1])
     axes[1, 1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
 
     _curve(axes[1, 2], records, "response_length_max", _ORANGE, "longest")
     _curve(axes[1, 2], records, "response_length_mean", _BLUE, "mean")
     _describe(axes[1, 2], "Response length", "tokens")
-    axes[1, 2].set_ylim(bottom=0)
-    axes[1, 2].legend(frameon=False)
+    _from_zero(axes[1, 2])
+    _legend(axes[1, 2])
     return figure
 
 
@@ -147,7 +147,17 @@ def _describe(axis: Axes, title: str, unit: str) -> None:
     axis.set_title(title)
     axis.set_ylabel(unit)
     axis.set_xlabel("step")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+
+
+def _legend(axis: Axes) -> None:
+    if axis.get_lines():
+        axis.legend(frameon=False)
+
+
+def _from_zero(axis: Axes) -> None:
+    axis.margins(y=0.1)
+    axis.set_ylim(bottom=0)
 
 
 def _log_scale_where_fit(axis: Axes, records: Sequence[Record], key: str) -> None:
@@ -155,15 +165,18 @@ def _log_scale_where_fit(axis: Axes, records: Sequence[Record], key: str) -> Non
     values = [value for value in series(records, key)[1] if not math.isnan(value)]
     if values and min(values) > 0 and max(values) > 4 * min(values):
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_ylabel(f"{axis.get_ylabel()} (log scale)")
 
 
 def _layers(axis: Axes, records: Sequence[Record], evaluation: Evaluation | None) -> None:
     if evaluation is not None:
-        where = "on the teacher's continuations"
+        tokens = "the teacher's tokens"
         curves = {s.name: s.measures.cosine_per_layer for s in evaluation.students}
     else:
-        where = "on the student's rollouts"
+        tokens = "the rollouts' tokens"
         measured = [r for r in records if r.get("cosine_per_layer")]
         curves = {f"step {r['step']}": r["cosine_per_layer"] for r in measured[:1] + measured[-1:]}
     for index, (label, by_layer) in enumerate(curves.items()):
@@ -177,7 +190,6 @@ def _layers(axis: Axes, records: Sequence[Record], evaluation: Evaluation | None
             linewidth=1.3,
             label=label,
         )
-    _describe(axis, f"Cosine by layer, {where}", "mean over tokens")
+    _describe(axis, "Cosine by layer", f"mean over {tokens}")
     axis.set_xlabel("student layer (from 0)")
-    if curves:
-        axis.legend(frameon=False)
+    _legend(axis)

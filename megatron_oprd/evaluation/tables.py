@@ -11,12 +11,12 @@ from megatron_oprd.evaluation.teacher_forced import TeacherForcedMeasures
 
 @dataclass(frozen=True)
 class _Measure:
-    """How a field of `TeacherForcedMeasures` is shown."""
+    """How a field of `TeacherForcedMeasures` is shown; ``number`` is a format specification."""
 
     field: str
     title: str
     unit: str
-    number: str  # format specification
+    number: str
     more_is_better: bool
 
     def of(self, measures: TeacherForcedMeasures) -> float:
@@ -26,8 +26,8 @@ class _Measure:
 _MEASURES = (
     _Measure("cosine", "mean cosine", "", ".4f", True),
     _Measure("top1_agreement", "top-1 agreement", "", ".1%", True),
-    _Measure("reverse_kl", "KL(student||teacher)", "nats/token", ".4f", False),
-    _Measure("forward_kl", "KL(teacher||student)", "nats/token", ".4f", False),
+    _Measure("reverse_kl", "reverse KL", "nats/token", ".4f", False),
+    _Measure("forward_kl", "forward KL", "nats/token", ".4f", False),
     _Measure("student_perplexity", "perplexity", "", ".3f", False),
 )
 
@@ -65,7 +65,7 @@ def changes_table(evaluation: Evaluation) -> Table:
 
 def _change(measure: _Measure, change: float) -> Text:
     shown = format(change, "+" + measure.number)
-    if float(shown.rstrip("%")) == 0:
+    if not any(digit in shown for digit in "123456789"):
         return Text("none")
     better = (change > 0) == measure.more_is_better
     return Text(f"{shown} {'better' if better else 'worse'}", style="green" if better else "red")
@@ -74,6 +74,6 @@ def _change(measure: _Measure, change: float) -> Text:
 def _caption(evaluation: Evaluation) -> str:
     measures = evaluation.students[0].measures
     return (
-        f"{evaluation.num_prompts} prompts, {measures.num_positions} tokens that the teacher wrote "
-        f"(its own perplexity on them: {measures.teacher_perplexity:.3f})"
+        f"{evaluation.num_prompts} prompts, {measures.num_positions} tokens by the teacher; "
+        f"its own perplexity: {measures.teacher_perplexity:.3f}"
     )

@@ -110,9 +110,16 @@ def test_another_end_of_sequence_token_is_only_logged(
 
 @pytest.mark.parametrize(
     ("configured", "expected"),
-    [({}, (1,)), ({"eos_token_id": 4}, (1, 4)), ({"eos_token_id": [9, 1, 4]}, (1, 4, 9))],
+    [
+        ({}, (1,)),
+        ({"eos_token_id": 0}, (0, 1)),
+        ({"eos_token_id": 4}, (1, 4)),
+        ({"eos_token_id": [9, 1, 4]}, (1, 4, 9)),
+    ],
 )
-def test_eos_token_ids(tmp_path: Path, configured: dict[str, Any], expected: tuple[int]) -> None:
+def test_eos_token_ids(
+    tmp_path: Path, configured: dict[str, Any], expected: tuple[int, ...]
+) -> None:
     assert eos_token_ids(tmp_path, tiny_tokenizer()) == (1,)
     edit_json(tmp_path / "generation_config.json", **configured)
     assert eos_token_ids(tmp_path, tiny_tokenizer()) == expected

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_rollouts_do_not_depend_on_the_batch(small_vocabulary: Path) -> None:
         assert by_key(other.generate(SMALL_PROMPTS[::-1], params)) == expected
     halves = [engine.generate(part, params) for part in (SMALL_PROMPTS[:1], SMALL_PROMPTS[1:])]
     assert halves[0] + halves[1] == rollouts
-    assert engine.generate(SMALL_PROMPTS, sampling(seed=6, samples_per_prompt=3)) != rollouts
+    assert engine.generate(SMALL_PROMPTS, replace(params, seed=6)) != rollouts
     assert engine.generate([], params) == []
 
 
@@ -176,6 +177,33 @@ def test_responses_end_with_the_first_eos(small_vocabulary: Path) -> None:
     for short, long in zip(rollouts, longer, strict=True):
         assert long.response_ids[: len(short.response_ids)] == short.response_ids
         assert not short.finished or long == short
+
+
+def test_without_eos_tokens_nothing_ends_a_response(small_vocabulary: Path) -> None:
+    # config.json has an eos_token_id, which must not count
+    engine = engine_with_weights(small_vocabulary, eos_token_ids=[])
+    rollouts = engine.generate(SMALL_PROMPTS, sampling(samples_per_prompt=16))
+    assert {(len(r.response_ids), r.finished) for r in rollouts} == {(12, False)}
+    after_eos = [
+        r.response_ids[r.response_ids.index(EOS_ID) + 1 :]
+        for r in rollouts
+        if EOS_ID in r.response_ids
+    ]
+    assert len(after_eos) > 9
+    assert len({token for tokens in after_eos for token in tokens}) > 6
+
+
+def test_generation_caches_and_stops_when_every_response_has_ended(small_vocabulary: Path) -> None:
+    engine = engine_with_weights(small_vocabulary)
+    widths: list[int] = []
+    engine._model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    rollouts = engine.generate(SMALL_PROMPTS, sampling(max_new_tokens=200))
+    longest = max(len(rollout.response_ids) for rollout in rollouts)
+    assert all(rollout.finished for rollout in rollouts)
+    assert longest < 200
+    assert widths == [5] + [1] * (longest - 1)
 
 
 def test_first_tokens_follow_the_models_distribution(small_vocabulary: Path) -> None:

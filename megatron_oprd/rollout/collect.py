@@ -1,0 +1,46 @@
+"""One step's rollouts: generated on each replica's leader, known on every rank afterwards."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
+
+
+def collect(
+    engine: RolloutEngine | None,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    *,
+    context: ParallelContext,
+) -> list[Rollout]:
+    """Generates the responses of the whole step.
+
+    Every replica's leader takes every n-th prompt; the results go to its model-parallel group,
+    then over the data-parallel group.
+
+    Args:
+        engine: The engine, on leaders; None on other ranks.
+        prompts: The step's prompts, the same on every leader; not looked at on other ranks.
+        sampling: How to sample.
+        context: This rank's place.
+
+    Returns:
+        All rollouts in the order of ``prompts``, then of the sample, the same on every rank.
+    """
+    own: list[list[Rollout] | None] = [None]
+    if engine is not None:
+        own = [engine.generate(prompts[context.dp_rank :: context.dp_size], sampling)]
+    dist.broadcast_object_list(own, src=context.leader, group=context.model_parallel_group)
+    shares: list[list[Rollout] | None] = [None] * context.dp_size
+    dist.all_gather_object(shares, own[0], group=context.groups.dp)
+    rollouts: list[Rollout] = []
+    n = sampling.samples_per_prompt
+    num_prompts = sum(len(share or ()) for share in shares) // n
+    for prompt in range(num_prompts):
+        share, first = shares[prompt % context.dp_size], prompt // context.dp_size * n
+        assert share is not None
+        rollouts += share[first : first + n]
+    return rollouts

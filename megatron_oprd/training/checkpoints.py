@@ -1,0 +1,214 @@
+"""Training checkpoints: `torch_dist` folders that are whole or not there, loadable in any layout."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+import megatron_oprd
+from megatron_oprd.errors import UserError
+from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.training.optimizer import TrainState
+from megatron_oprd.training.plan import RunPlan
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_(\d{7,})")
+# The one format of the distributed optimizer that loads under another TP and PP.
+_OPTIMIZER_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def checkpoint_folder(output_dir: Path) -> Path:
+    """Where a run's checkpoints are."""
+    return output_dir / "checkpoints"
+
+
+def whole_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. One that was not finished has another name."""
+    folder = checkpoint_folder(output_dir)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((p for p in found if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+
+
+def checkpoint_to_resume(plan: RunPlan) -> Path | None:
+    """The newest whole checkpoint of the run's folder, or None; only its manifest is read.
+
+    Raises:
+        UserError: It belongs to another model, or the run must not resume.
+    """
+    config = plan.config
+    checkpoints = whole_checkpoints(Path(config.output_dir))
+    if not checkpoints:
+        return None
+    newest = checkpoints[-1]
+    if config.checkpoint.resume == "never":
+        raise UserError(
+            f"output_dir = {config.output_dir} has checkpoints (newest: {newest.name}) and "
+            "checkpoint.resume = never; give another folder, or resume = auto"
+        )
+    found = read_manifest(newest)["student"]
+    ours = dataclasses.asdict(plan.student.architecture)
+    for field in ours:
+        if found.get(field) != ours[field]:
+            raise UserError(
+                f"{newest} is of another model: {field} = {found.get(field)!r}, but model.student "
+                f"({config.model.student}) has {ours[field]!r}; give another output_dir"
+            )
+    return newest
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint / MANIFEST} cannot be read: {error}") from error
+
+
+def save(plan: RunPlan, state: TrainState, *, step: int, context: ParallelContext) -> Path:
+    """Writes a checkpoint after ``step`` steps, then removes the oldest beyond ``keep``.
+
+    It is written under a temporary name and renamed when it is whole. Every rank has to call.
+    """
+    folder = checkpoint_folder(Path(plan.config.output_dir))
+    final = folder / f"step_{step:07d}"
+    temporary = folder / f".{final.name}.tmp"
+    if context.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    content = _sharded_state(state, context, is_loading=False, with_rng=True)
+    content["scheduler_steps"] = state.scheduler.num_steps
+    dist_checkpointing.save(content, str(temporary))
+    dist.barrier()
+    if context.rank == 0:
+        _add_companions(temporary, plan, step)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync_folder(folder)
+        for old in whole_checkpoints(Path(plan.config.output_dir))[: -plan.config.checkpoint.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load(
+    checkpoint: Path, plan: RunPlan, state: TrainState, *, context: ParallelContext
+) -> int:
+    """Restores a run's state in place, whatever layout the checkpoint was written in.
+
+    Random states are restored when the layout is the same.
+
+    Returns:
+        The number of steps the checkpoint was written after.
+    """
+    manifest = read_manifest(checkpoint)
+    same_layout = manifest["layout"] == _layout(plan)
+    content = _sharded_state(state, context, is_loading=True, with_rng=same_layout)
+    loaded = dist_checkpointing.load(content, str(checkpoint))
+    for name, module in _named_modules(state):
+        module.load_state_dict(loaded[name])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.scheduler.num_steps = 0
+    state.scheduler.step(increment=loaded["scheduler_steps"])
+    if same_layout:
+        rng = loaded["rng_state"]
+        torch.set_rng_state(rng["cpu"])
+        torch.cuda.set_rng_state(rng["device"])
+        get_cuda_rng_tracker().set_states(rng["tracker"])
+    return manifest["step"]
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Removes what an interrupted write left behind."""
+    folder = checkpoint_folder(output_dir)
+    for path in folder.glob(".step_*.tmp"):
+        shutil.rmtree(path)
+
+
+def _sharded_state(
+    state: TrainState, context: ParallelContext, *, is_loading: bool, with_rng: bool
+) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        name: module.sharded_state_dict() for name, module in _named_modules(state)
+    }
+    content["optimizer"] = state.optimizer.sharded_state_dict(
+        dict(content), is_loading=is_loading, metadata=dict(_OPTIMIZER_METADATA)
+    ) if len(content) > 1 else state.optimizer.sharded_state_dict(
+        content["model"], is_loading=is_loading, metadata=dict(_OPTIMIZER_METADATA)
+    )
+    if with_rng:
+        rng = {
+            "cpu": torch.get_rng_state(),
+            "device": torch.cuda.get_rng_state(),
+            "tracker": get_cuda_rng_tracker().get_states(),
+        }
+        content["rng_state"] = ShardedObject(
+            "rng_state",
+            rng,
+            (context.pp_size, context.tp_size),
+            (context.pp_rank, context.tp_rank),
+            replica_id=context.dp_rank,
+        )
+    return content
+
+
+def _named_modules(state: TrainState) -> Iterable[tuple[str, torch.nn.Module]]:
+    modules = state.modules
+    if len(modules) == 1:
+        return [("model", modules[0])]
+    return [(f"model{number}", module) for number, module in enumerate(modules)]
+
+
+def _layout(plan: RunPlan) -> dict[str, Any]:
+    parallel = plan.config.parallel
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "data_parallel_size": plan.data_parallel_size,
+    }
+
+
+def _add_companions(folder: Path, plan: RunPlan, step: int) -> None:
+    """Adds what makes the checkpoint self-contained: the manifest and Hugging Face's files."""
+    hf = folder / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text(json.dumps(plan.student.checkpoint.config, indent=2))
+    for file in plan.student.checkpoint.companion_files():
+        shutil.copyfile(file, hf / file.name)
+    manifest = {
+        "format": "torch_dist",
+        "megatron_oprd": megatron_oprd.__version__,
+        "step": step,
+        "student": dataclasses.asdict(plan.student.architecture),
+        "layout": _layout(plan),
+        "source": str(plan.student.checkpoint.folder),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

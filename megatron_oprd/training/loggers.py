@@ -1,0 +1,83 @@
+"""Where a run's metrics go: a JSONL file, TensorBoard, and the terminal."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+_WATCHED = ("loss", "cosine", "grad_norm", "tokens_per_second")
+
+
+class Loggers:
+    """Writes a step's metrics everywhere; one process only makes one.
+
+    Args:
+        output_dir: The run's folder: ``metrics.jsonl`` and ``tensorboard/``.
+        first_step: Records of this step and later ones, which a resumed run writes again, are
+            removed from ``metrics.jsonl``.
+        num_steps: Steps of the whole run.
+        tensorboard: Whether to write TensorBoard's event files.
+    """
+
+    def __init__(
+        self, output_dir: Path, *, first_step: int, num_steps: int, tensorboard: bool
+    ) -> None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path = output_dir / "metrics.jsonl"
+        kept = _records_before(path, first_step)
+        self._file = path.open("w", buffering=1)
+        self._file.writelines(line + "\n" for line in kept)
+        self._writer = (
+            SummaryWriter(output_dir / "tensorboard", purge_step=first_step)
+            if tensorboard
+            else None
+        )
+        self._interactive = sys.stderr.isatty()
+        self._progress = tqdm(
+            total=num_steps, initial=first_step, unit="step", disable=not self._interactive
+        )
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Writes one step's metrics; a value that is None is missing."""
+        step = metrics["step"]
+        self._file.write(json.dumps(metrics) + "\n")
+        if self._writer is not None:
+            for name, value in metrics.items():
+                if isinstance(value, dict):
+                    for key, one in value.items():
+                        self._writer.add_scalar(f"{name}/{key}", one, step)
+                elif value is not None and name != "step":
+                    self._writer.add_scalar(name, value, step)
+        watched = {
+            name: "-" if metrics[name] is None else f"{metrics[name]:.4g}" for name in _WATCHED
+        }
+        self._progress.update(1)
+        self._progress.set_postfix(watched)
+        if not self._interactive:
+            shown = "  ".join(f"{name} {value}" for name, value in watched.items())
+            print(f"step {step}  {shown}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        self._progress.close()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _records_before(path: Path, first_step: int) -> list[str]:
+    """The whole lines of an earlier part of the run."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the last line of a run that was killed while it wrote
+        if record["step"] < first_step:
+            kept.append(line)
+    return kept

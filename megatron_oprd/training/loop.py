@@ -1,0 +1,210 @@
+"""The training loop: sync weights, roll out, distil, log, now and then save."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_oprd.config import RunConfig
+from megatron_oprd.data.prompts import Prompt, load_prompts, prompt_indices
+from megatron_oprd.data.tokenizers import eos_token_ids, load_tokenizer, pad_token_id
+from megatron_oprd.models.build import DTYPES
+from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.rollout.collect import collect
+from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.rollout.hf import HFEngine
+from megatron_oprd.training import checkpoints
+from megatron_oprd.training.loggers import Loggers
+from megatron_oprd.training.plan import RunPlan
+from megatron_oprd.training.step import Distiller, StepResult
+from megatron_oprd.weights.export import Exporter
+from megatron_oprd.weights.hf_files import write_hf_folder
+
+
+class TrainingDivergedError(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+def train(plan: RunPlan, context: ParallelContext) -> Path:
+    """Runs a plan to its end and exports the student.
+
+    Returns:
+        The exported Hugging Face folder.
+
+    Raises:
+        TrainingDivergedError: ``optimizer.max_skipped_in_a_row`` steps in a row were skipped.
+    """
+    config = plan.config
+    output_dir = Path(config.output_dir)
+    resume_from = checkpoints.checkpoint_to_resume(plan)
+    dist.barrier()
+    if context.rank == 0:
+        checkpoints.remove_unfinished(output_dir)
+    distiller = Distiller(plan, context)
+    exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
+    first_step = 0
+    if resume_from is not None:
+        first_step = checkpoints.load(resume_from, plan, distiller.state, context=context)
+    engine = _make_engine(config, context) if context.is_leader else None
+    prompts = _load_prompts(config) if context.is_leader else []
+    loggers = (
+        Loggers(
+            output_dir,
+            first_step=first_step,
+            num_steps=config.train_iters,
+            tensorboard=config.tensorboard,
+        )
+        if context.rank == 0
+        else None
+    )
+    saved_at = first_step
+    skipped_in_a_row = 0
+    for step in range(first_step, config.train_iters):
+        started = time.perf_counter()
+        torch.cuda.reset_peak_memory_stats()
+        stream = exporter.stream()
+        if engine is not None:
+            engine.load_weights((name, t) for name, t in stream if t is not None)
+        else:
+            for _ in stream:
+                pass
+        synced = time.perf_counter()
+        rollouts = collect(
+            engine, _prompts_of(step, prompts, config), _sampling(step, config), context=context
+        )
+        rolled_out = time.perf_counter()
+        result = distiller.step(
+            [rollout.prompt_ids for rollout in rollouts],
+            [rollout.response_ids for rollout in rollouts],
+        )
+        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        metrics = {
+            "step": step,
+            **_step_metrics(result, plan),
+            **_rollout_metrics(rollouts),
+            "seconds_weight_sync": synced - started,
+            "seconds_rollout": rolled_out - synced,
+            "peak_memory_gb": _peak_memory_gb(context),
+        }
+        metrics["seconds_step"] = seconds = time.perf_counter() - started
+        metrics["tokens_per_second"] = metrics["num_tokens"] / seconds
+        if loggers is not None:
+            loggers.log(metrics)
+        if skipped_in_a_row == config.optimizer.max_skipped_in_a_row:
+            raise TrainingDivergedError(
+                f"steps {step + 1 - skipped_in_a_row} to {step} had a non-finite loss or gradient "
+                f"(last loss {result.loss}, gradient norm {result.grad_norm}); the newest "
+                f"checkpoint is of step {saved_at}"
+            )
+        interval = config.checkpoint.save_interval
+        if step + 1 == config.train_iters or (interval and (step + 1) % interval == 0):
+            checkpoints.save(plan, distiller.state, step=step + 1, context=context)
+            saved_at = step + 1
+    if loggers is not None:
+        loggers.close()
+    return _export(plan, exporter, context)
+
+
+def _make_engine(config: RunConfig, context: ParallelContext) -> HFEngine:
+    student = Path(config.model.student)
+    tokenizer = load_tokenizer(student)
+    return HFEngine(
+        student,
+        dtype=DTYPES[config.model.params_dtype],
+        device=context.device,
+        eos_token_ids=eos_token_ids(student, tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
+        max_batch_size=config.rollout.max_batch_size,
+    )
+
+
+def _load_prompts(config: RunConfig) -> list[Prompt]:
+    return load_prompts(
+        [Path(file) for file in config.data.prompts],
+        load_tokenizer(Path(config.model.student)),
+        prompt_key=config.data.prompt_key,
+        chat_template=config.data.chat_template,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+    )
+
+
+def _prompts_of(step: int, prompts: list[Prompt], config: RunConfig) -> list[Prompt]:
+    if not prompts:
+        return []
+    indices = prompt_indices(
+        step,
+        num_prompts=len(prompts),
+        prompts_per_step=config.rollout.prompts_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
+    return [prompts[i] for i in indices]
+
+
+def _sampling(step: int, config: RunConfig) -> SamplingParams:
+    rollout = config.rollout
+    return SamplingParams(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_new_tokens=rollout.max_new_tokens,
+        samples_per_prompt=rollout.samples_per_prompt,
+        # A prompt that comes again in a later epoch gets other responses.
+        seed=config.seed + step,
+    )
+
+
+def _step_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
+    layers = [str(pair.student) for pair in plan.pairs]
+    return {
+        "loss": result.loss,
+        "cosine": sum(result.cosine_per_layer) / len(layers),
+        "loss_per_layer": dict(zip(layers, result.loss_per_layer, strict=True)),
+        "cosine_per_layer": dict(zip(layers, result.cosine_per_layer, strict=True)),
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "skipped": result.skipped,
+        "seconds_teacher": result.seconds_teacher,
+        "seconds_student": result.seconds_student,
+        "seconds_optimizer": result.seconds_optimizer,
+    }
+
+
+def _rollout_metrics(rollouts: list[Rollout]) -> dict[str, Any]:
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    return {
+        "response_length_mean": sum(lengths) / len(lengths),
+        "response_length_max": max(lengths),
+        "finished_share": sum(rollout.finished for rollout in rollouts) / len(rollouts),
+        "num_tokens": sum(lengths) + sum(len(rollout.prompt_ids) for rollout in rollouts),
+    }
+
+
+def _peak_memory_gb(context: ParallelContext) -> float:
+    peak = torch.tensor(float(torch.cuda.max_memory_allocated()), device=context.device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return float(peak) / 1e9
+
+
+def _export(plan: RunPlan, exporter: Exporter, context: ParallelContext) -> Path:
+    """Writes the student as a Hugging Face folder, from the first replica."""
+    out = Path(plan.config.output_dir) / "student"
+    if context.dp_rank == 0:
+        stream = exporter.stream()
+        if context.is_leader:
+            config = dict(plan.student.checkpoint.config)
+            key = "torch_dtype" if "torch_dtype" in config else "dtype"
+            config[key] = str(DTYPES[plan.config.model.params_dtype]).removeprefix("torch.")
+            write_hf_folder(
+                out,
+                ((name, tensor) for name, tensor in stream if tensor is not None),
+                config=config,
+                companion_files=plan.student.checkpoint.companion_files(),
+                force=True,
+            )
+        else:
+            for _ in stream:
+                pass
+    return out
