@@ -1,3 +1,16 @@
 """On-policy representation distillation (OPRD, arXiv:2606.06021) on Megatron-Core."""
 
+import warnings
+
 __version__ = "0.1.0"
+
+# What megatron-core and the way it uses torch say at every start, and no user can act on.
+for _message in (
+    "Apex is not installed",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+    r"`torch.distributed.\w+` is deprecated",
+    "MimoModelConfig is experimental",
+    "Transformer Engine and Apex are not installed",
+):
+    warnings.filterwarnings("ignore", message=_message)

@@ -122,7 +122,8 @@ def write_picture(figure: Figure, file: Path) -> None:
 def _title(records: Sequence[Record]) -> str:
     first, last = records[0]["step"], records[-1]["step"]
     skipped = sum(bool(record.get("skipped")) for record in records)
-    return f"Training, steps {first} to {last}" + (f" ({skipped} skipped)" if skipped else "")
+    steps = f"step {first}" if first == last else f"steps {first} to {last}"
+    return f"Training, {steps}" + (f" ({skipped} skipped)" if skipped else "")
 
 
 def _curve(
@@ -147,7 +148,7 @@ def _describe(axis: Axes, title: str, unit: str) -> None:
     axis.set_title(title)
     axis.set_ylabel(unit)
     axis.set_xlabel("step")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10), min_n_ticks=1))
 
 
 def _legend(axis: Axes) -> None:

@@ -71,6 +71,7 @@ class HFEngine:
             ValueError: A name that the model lacks, a wrong shape, a weight that came twice (tied
                 ones may, if equal) or not at all.
         """
+        self._has_weights = False  # until all have come: half of them are no model
         destinations = checkpoint_tensors(self._model)
         came: set[str] = set()
         delivered: dict[int, str] = {}  # where the weight is in memory -> the name it came under

@@ -9,23 +9,25 @@ from megatron_oprd.taps.layer_map import LayerPair
 def student_stages(num_layers: int, num_running: int, num_stages: int) -> tuple[int, ...]:
     """The student's layers on each stage: those that run as even as they go, the rest at the end.
 
+    With fewer running layers than stages, all layers are divided evenly.
+
     Args:
         num_layers: The student's depth.
         num_running: Layers up to the deepest tap, which are the ones that cost time.
         num_stages: Pipeline stages, virtual ones counted one by one.
 
     Raises:
-        UserError: There are fewer running layers than stages.
+        UserError: There are fewer layers than stages.
     """
-    if num_running < num_stages:
+    if num_layers < num_stages:
         raise UserError(
             f"{num_stages} pipeline stages (parallel.pipeline_model_parallel_size x virtual "
-            f"stages) for {num_running} student layers up to the deepest tap: every stage needs "
-            "at least one"
+            f"stages) for the student's {num_layers} layers: every stage needs at least one"
         )
-    share, more = divmod(num_running, num_stages)
+    spread = num_running if num_running >= num_stages else num_layers
+    share, more = divmod(spread, num_stages)
     counts = [share + (stage < more) for stage in range(num_stages)]
-    counts[-1] += num_layers - num_running
+    counts[-1] += num_layers - spread
     return tuple(counts)
 
 

@@ -3,7 +3,7 @@
 The same stream feeds exported checkpoints and the rollout engine.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -41,16 +41,22 @@ class Exporter:
         assert in_table == self._owner.keys(), in_table ^ self._owner.keys()
 
     @torch.no_grad()
-    def stream(self) -> Iterator[tuple[str, Tensor | None]]:
+    def stream(
+        self, value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data
+    ) -> Iterator[tuple[str, Tensor | None]]:
         """Yields every Hugging Face tensor, in the table's order.
 
         Every rank of the replica has to exhaust the stream. The leader (tensor rank 0 of stage 0)
         gets full tensors on its device, the other ranks None. Communicates on the tensor-parallel
         group of the owning stage and on the leader's pipeline group; one parameter at a time is
         held.
+
+        Args:
+            value: What to export of each parameter, in the parameter's shape and dtype: its data,
+                or, say, its gradient.
         """
         for mapping in self._table:
-            shards = self._shards(mapping)
+            shards = self._shards(mapping, value)
             if shards is None:
                 for name in mapping.hf:
                     yield name, None
@@ -63,8 +69,10 @@ class Exporter:
                         tensors[piece.hf][piece.hf_index] = shard[piece.local_index]
             yield from tensors.items()
 
-    def _shards(self, mapping: Mapping) -> list[Tensor] | None:
-        """The parameter of each tensor-parallel rank, on the leader; None on other ranks."""
+    def _shards(
+        self, mapping: Mapping, value: Callable[[torch.nn.Parameter], Tensor]
+    ) -> list[Tensor] | None:
+        """The value of each tensor-parallel rank, on the leader; None on other ranks."""
         context = self._context
         owner = self._owner[mapping.megatron]
         if context.pp_rank not in (owner, 0):
@@ -72,7 +80,7 @@ class Exporter:
         count = 1 if mapping.is_replicated else context.tp_size
         gathered: Tensor | None = None
         if context.pp_rank == owner:
-            local = self._parameters[mapping.megatron].data
+            local = value(self._parameters[mapping.megatron])
             if count == 1:
                 gathered = local[None]
             else:

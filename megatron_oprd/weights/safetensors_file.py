@@ -10,7 +10,7 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -101,20 +101,19 @@ class SafetensorsFile:
         result = torch.empty([max(0, stop - start) for start, stop in bounds], dtype=info.dtype)
         if result.numel():
             buffer = memoryview(result.reshape(-1).view(torch.uint8).numpy().data)
-            done = 0
-            for offset, length in _runs(info, bounds):
-                self._read_into(buffer[done : done + length], offset)
-                done += length
+            descriptor = self._descriptor()
+            starts, length = _runs(info, bounds)
+            for number, start in enumerate(starts):
+                self._read_into(descriptor, buffer[number * length : (number + 1) * length], start)
         return result
 
-    def _read_into(self, buffer: memoryview, offset: int) -> None:
+    def _read_into(self, descriptor: int, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` from `offset` on; one read call returns 2 GiB at most."""
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._descriptor(), [buffer[done:]], offset + done)
+        while (count := os.preadv(descriptor, [buffer], offset)) != len(buffer):
             if count == 0:
                 raise UserError(f"{self.path} became shorter while open; copy it again.")
-            done += count
+            buffer = buffer[count:]
+            offset += count
 
     def _descriptor(self) -> int:
         if not self._opened:
@@ -154,22 +153,22 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _runs(info: TensorInfo, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The byte ranges (offset in the file, length) of a non-empty slice, in row-major order.
+def _runs(info: TensorInfo, bounds: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+    """The pieces of a non-empty slice in the file: where each starts, and the length of all.
 
-    A range covers every dimension after the last one that is cut, so a slice of leading rows is
-    one range.
+    They are in row-major order. A piece covers every dimension after the last one that is cut, so
+    a slice of leading rows is one piece.
     """
-    strides = [math.prod(info.shape[dim + 1 :]) * info.dtype.itemsize for dim in range(len(bounds))]
     cut = [dim for dim, (start, stop) in enumerate(bounds) if stop - start != info.shape[dim]]
     if not cut:
-        yield info.offset, info.num_bytes
-        return
+        return [info.offset], info.num_bytes
+    strides = [math.prod(info.shape[dim + 1 :]) * info.dtype.itemsize for dim in range(len(bounds))]
     last = cut[-1]
     start, stop = bounds[last]
-    for outer in itertools.product(*(range(*bound) for bound in bounds[:last])):
-        begin = sum(index * stride for index, stride in zip(outer, strides[:last], strict=True))
-        yield info.offset + begin + start * strides[last], (stop - start) * strides[last]
+    starts = [info.offset + start * strides[last]]
+    for dim in range(last):
+        starts = [begin + i * strides[dim] for begin in starts for i in range(*bounds[dim])]
+    return starts, (stop - start) * strides[last]
 
 
 def _close_all(files: list[BinaryIO]) -> None:

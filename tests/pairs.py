@@ -1,0 +1,53 @@
+"""Tiny student/teacher pairs, fixed rollouts and the configuration around them."""
+
+import random
+from pathlib import Path
+
+from megatron_oprd.config import RunConfig, load_config
+from tests.tiny import save_tiny_model, tiny_config
+
+Tokens = list[list[int]]
+
+
+def save_pair(folder: Path, family: str, *, teacher_layers: int = 4, tied: bool = False) -> Path:
+    """Saves student and teacher of a family under ``folder``, with prompts and a run file."""
+    folder.mkdir(parents=True)
+    save_tiny_model(folder / "student", tiny_config(family, tie_word_embeddings=tied), seed=1)
+    save_tiny_model(
+        folder / "teacher",
+        tiny_config(family, num_hidden_layers=teacher_layers, tie_word_embeddings=tied),
+        seed=2,
+    )
+    (folder / "prompts.jsonl").write_text(
+        "".join(f'{{"prompt": "{a} plus {b}"}}\n' for a in range(4) for b in range(4))
+    )
+    (folder / "run.yaml").write_text(
+        f"""
+output_dir: {folder / "run"}
+tensorboard: false
+model:
+  student: {folder / "student"}
+  teacher: {folder / "teacher"}
+  params_dtype: fp32
+data:
+  prompts: [{folder / "prompts.jsonl"}]
+rollout: {{prompts_per_step: 4, samples_per_prompt: 2, max_new_tokens: 12}}
+optimizer: {{lr: 1.0e-4}}
+"""
+    )
+    return folder
+
+
+def config_of(pair: Path, overrides: list[str]) -> RunConfig:
+    """The pair's configuration with overrides."""
+    return load_config(pair / "run.yaml", overrides)
+
+
+def fixed_rollouts(count: int = 8, vocab_size: int = 97) -> tuple[Tokens, Tokens]:
+    """Prompts and responses of different lengths, always the same."""
+    draw = random.Random(0)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [draw.randrange(5, vocab_size) for _ in range(draw.randrange(low, high))]
+
+    return [tokens(3, 9) for _ in range(count)], [tokens(1, 20) for _ in range(count)]

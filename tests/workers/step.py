@@ -1,0 +1,51 @@
+"""Two training steps on fixed rollouts; rank 0 writes everything a layout must not change."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_oprd.parallel import parallel_run
+from megatron_oprd.training.plan import make_plan
+from megatron_oprd.training.step import Distiller
+from megatron_oprd.weights.export import Exporter
+from tests.pairs import config_of, fixed_rollouts
+
+
+def gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """The reduced gradient of a parameter, zero for a frozen one."""
+    main_grad = getattr(parameter, "main_grad", None)
+    return torch.zeros_like(parameter.data) if main_grad is None else main_grad
+
+
+def run(case: dict[str, Any], directory: Path) -> None:
+    """Runs one case: {name, pair, overrides}."""
+    config = config_of(Path(case["pair"]), case["overrides"])
+    with parallel_run(config.parallel, seed=config.seed) as context:
+        plan = make_plan(config, world_size=dist.get_world_size())
+        distiller = Distiller(plan, context)
+        exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
+        prompts, responses = fixed_rollouts()
+
+        micro_batches = distiller.micro_batches(prompts, responses)
+        distiller.teacher_pass(micro_batches)
+        loss, cosine = distiller.student_pass(micro_batches)
+        gradients = dict(exporter.stream(gradient))
+        grad_norm, _ = distiller.update(loss_is_finite=True)
+        second = distiller.step(prompts, responses)
+        weights = dict(exporter.stream())
+        if context.rank == 0:
+            torch.save(
+                {
+                    "loss": loss,
+                    "cosine": cosine,
+                    "grad_norm": torch.tensor([grad_norm, second.grad_norm]),
+                    "second_loss": torch.tensor(second.loss_per_layer),
+                    "gradients": gradients,
+                    "weights": weights,
+                    "num_micro_batches": len(micro_batches),
+                },
+                directory / f"{case['name']}.pt",
+            )
