@@ -284,7 +284,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         _check_keys(OmegaConf.to_container(merged), RunConfig, prefix="")
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), merged))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: {str(error).splitlines()[0]} ({_key_of(error)})") from error
+        key = getattr(error, "full_key", None)
+        where = f" (setting {key})" if key else ""
+        raise UserError(f"--config {path}: {str(error).splitlines()[0]}{where}") from error
     assert isinstance(config, RunConfig)
     _check_values(config)
     return config
@@ -293,10 +295,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def _key_of(error: Exception) -> str:
-    return f"setting {getattr(error, 'full_key', None) or 'unknown'}"
 
 
 def _check_keys(given: Any, schema: type, prefix: str) -> None:

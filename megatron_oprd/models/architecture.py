@@ -161,7 +161,6 @@ def read_rope(hf_config: Any, source: str) -> Rope:
         )
     if set(parameters) != allowed:
         raise UserError(
-            f"{source}: rope_type {rope_type!r} takes {sorted(allowed)}, found "
-            f"{sorted(parameters)}"
+            f"{source}: rope_type {rope_type!r} takes {sorted(allowed)}, found {sorted(parameters)}"
         )
     return Rope(theta=theta, rope_type=rope_type, **parameters)

@@ -46,9 +46,7 @@ def teacher_stages(
     Raises:
         UserError: No division puts every pair on one stage; the message names the pair.
     """
-    stage_of = [
-        stage for stage, count in enumerate(layers_per_student_stage) for _ in range(count)
-    ]
+    stage_of = [stage for stage, count in enumerate(layers_per_student_stage) for _ in range(count)]
     num_stages = len(layers_per_student_stage)
     depth = max(pair.teacher for pair in pairs) + 1
     counts, done = [], 0

@@ -1,11 +1,10 @@
-"""Training checkpoints: `torch_dist` folders that are whole or not there, loadable in any layout."""
+"""Training checkpoints: `torch_dist` folders, whole or not there, that any layout can load."""
 
 import dataclasses
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megatron_oprd
@@ -108,9 +108,7 @@ def save(plan: RunPlan, state: TrainState, *, step: int, context: ParallelContex
     return final
 
 
-def load(
-    checkpoint: Path, plan: RunPlan, state: TrainState, *, context: ParallelContext
-) -> int:
+def load(checkpoint: Path, plan: RunPlan, state: TrainState, *, context: ParallelContext) -> int:
     """Restores a run's state in place, whatever layout the checkpoint was written in.
 
     Random states are restored when the layout is the same.
@@ -145,13 +143,12 @@ def remove_unfinished(output_dir: Path) -> None:
 def _sharded_state(
     state: TrainState, context: ParallelContext, *, is_loading: bool, with_rng: bool
 ) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        name: module.sharded_state_dict() for name, module in _named_modules(state)
-    }
+    modules = _named_modules(state)
+    content: dict[str, Any] = {name: module.sharded_state_dict() for name, module in modules}
     content["optimizer"] = state.optimizer.sharded_state_dict(
-        dict(content), is_loading=is_loading, metadata=dict(_OPTIMIZER_METADATA)
-    ) if len(content) > 1 else state.optimizer.sharded_state_dict(
-        content["model"], is_loading=is_loading, metadata=dict(_OPTIMIZER_METADATA)
+        content["model"] if "model" in content else dict(content),
+        is_loading=is_loading,
+        metadata=dict(_OPTIMIZER_METADATA),
     )
     if with_rng:
         rng = {
@@ -169,7 +166,8 @@ def _sharded_state(
     return content
 
 
-def _named_modules(state: TrainState) -> Iterable[tuple[str, torch.nn.Module]]:
+def _named_modules(state: TrainState) -> list[tuple[str, GPTModel]]:
+    """This rank's chunks under the names that Megatron's training script gives them."""
     modules = state.modules
     if len(modules) == 1:
         return [("model", modules[0])]

@@ -102,7 +102,7 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
     student_layers = _student_layers(config.parallel, student_arch, pairs)
     teacher_layers = teacher_stages(pairs, student_layers)
     takes_norm = config.taps.last_layer == "post_norm"
-    plan = RunPlan(
+    return RunPlan(
         config=config,
         student=_model_plan(
             config,
@@ -123,7 +123,6 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
         pairs=pairs,
         data_parallel_size=dp_size,
     )
-    return plan
 
 
 def describe(plan: RunPlan) -> str:
@@ -145,7 +144,9 @@ def describe(plan: RunPlan) -> str:
         plan.student.extent.layers_per_stage, plan.teacher.extent.layers_per_stage, strict=True
     )
     for stage, (of_student, of_teacher) in enumerate(counts):
-        name = f"rank {stage % pp}" + (f", chunk {stage // pp}" if stage >= pp or _vpp(plan) else "")
+        name = f"rank {stage % pp}"
+        if config.parallel.virtual_pipeline_model_parallel_size is not None:
+            name += f", chunk {stage // pp}"
         lines.append(
             f"{name}: student {_layers(student_end, of_student)}; "
             f"teacher {_layers(teacher_end, of_teacher)}"
@@ -159,10 +160,6 @@ def describe(plan: RunPlan) -> str:
         f"teacher: {not_built} layers and the LM head are not built"
     )
     return "\n".join(lines)
-
-
-def _vpp(plan: RunPlan) -> bool:
-    return plan.config.parallel.virtual_pipeline_model_parallel_size is not None
 
 
 def _layers(start: int, count: int) -> str:
@@ -232,6 +229,9 @@ def _check_batch(config: RunConfig, dp_size: int) -> None:
             f"rollout.prompts_per_step = {rollout.prompts_per_step} x rollout.samples_per_prompt = "
             f"{rollout.samples_per_prompt} gives {sequences} sequences a step; "
             f"{dp_size} data-parallel replicas"
-            + (f" with interleaved stages need {dp_size * multiple}" if interleaved else
-               f" need at least {dp_size}")
+            + (
+                f" with interleaved stages need {dp_size * multiple}"
+                if interleaved
+                else f" need at least {dp_size}"
+            )
         )

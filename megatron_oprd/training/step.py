@@ -95,7 +95,9 @@ class Distiller:
         """
         config = self.plan.config
         parallel, taps = config.parallel, config.taps
-        sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        sequences = [
+            [*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)
+        ]
         weights = position_weights(
             [len(prompt) for prompt in prompts],
             [len(response) for response in responses],

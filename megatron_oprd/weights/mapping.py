@@ -12,6 +12,8 @@ Megatron parameters carry the names of Megatron's own checkpoints with the globa
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 Index = tuple[slice, ...]
 Shape = tuple[int, ...]
 
@@ -61,16 +63,19 @@ class Mapping(ABC):
 class Copy(Mapping):
     """The same tensor on every tensor-parallel rank: norms."""
 
+    @override
     def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
         ((name, shape),) = self.hf.items()
         whole = tuple(slice(0, n) for n in shape)
         return [Piece(hf=name, hf_index=whole, local_index=whole)]
 
+    @override
     def local_shape(self, tp_size: int) -> Shape:
         (shape,) = self.hf.values()
         return shape
 
     @property
+    @override
     def is_replicated(self) -> bool:
         return True
 
@@ -79,6 +84,7 @@ class Copy(Mapping):
 class RowSplit(Mapping):
     """A row-parallel linear layer: [out, in] --> [out, in/tp]."""
 
+    @override
     def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
         ((name, _),) = self.hf.items()
         rows, columns = self.local_shape(tp_size)
@@ -91,6 +97,7 @@ class RowSplit(Mapping):
             )
         ]
 
+    @override
     def local_shape(self, tp_size: int) -> Shape:
         ((rows, columns),) = self.hf.values()
         return rows, _divide(columns, tp_size, self.megatron)
@@ -108,6 +115,7 @@ class _Rows(Mapping):
     def _trailing(self) -> Shape:
         return next(iter(self.hf.values()))[1:]
 
+    @override
     def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
         trailing = tuple(slice(0, n) for n in self._trailing)
         pieces, row = [], 0
@@ -122,6 +130,7 @@ class _Rows(Mapping):
             row += count
         return pieces
 
+    @override
     def local_shape(self, tp_size: int) -> Shape:
         rows = sum(count for _, _, count in self._segments(0, tp_size))
         return (rows, *self._trailing)
@@ -134,6 +143,7 @@ class GatedMLP(_Rows):
     ``hf`` names the gate projection first, then the up projection.
     """
 
+    @override
     def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
         segments: list[tuple[str | None, int, int]] = []
         for name, shape in self.hf.items():
@@ -148,6 +158,7 @@ class Vocabulary(_Rows):
 
     padded_vocab_size: int
 
+    @override
     def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
         ((name, shape),) = self.hf.items()
         count = _divide(self.padded_vocab_size, tp_size, self.megatron)
@@ -170,6 +181,7 @@ class QKV(_Rows):
     num_query_groups: int
     head_dim: int
 
+    @override
     def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
         q, k, v = self.hf
         dim = self.head_dim
