@@ -60,7 +60,7 @@ def gguf_to_hf(gguf: Path, out: Path, *, dtype: torch.dtype, force: bool) -> HFC
         gguf.parent,
         gguf_file=gguf.name,
         dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),
+        quantization_config=GgufConfig(dequantize=True),  # does not stay in the config
         output_loading_info=True,
     )
     if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
@@ -157,7 +157,6 @@ def _save_config_files(gguf: Path, model: PreTrainedModel, folder: Path) -> dict
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)  # the weights are plain now
     config.pop("_model_name_or_path", None)
     (folder / CONFIG_FILE).unlink()
     model.generation_config.save_pretrained(folder)

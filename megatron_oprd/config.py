@@ -5,6 +5,7 @@ here; what needs the models' configurations is checked in `megatron_oprd.trainin
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -272,18 +273,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     try:
         loaded = OmegaConf.load(path)
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read: {_one_line(error)}") from error
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"--config {path}: expected settings (key: value), found something else")
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r}: expected key=value, as in optimizer.lr=1e-5")
+        try:
+            loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, TypeError, yaml.YAMLError) as error:
+            raise UserError(f"override {override!r}: {_one_line(error)}") from error
     try:
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        _check_keys(OmegaConf.to_container(merged), RunConfig, prefix="")
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), merged))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        _check_keys(OmegaConf.to_container(loaded), RunConfig, prefix="")
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), loaded)
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise UserError(f"{key} is not set; give it in the YAML file or as {key}=...")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         where = f" (setting {key})" if key else ""
         raise UserError(f"--config {path}: {str(error).splitlines()[0]}{where}") from error
@@ -295,6 +302,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _check_keys(given: Any, schema: type, prefix: str) -> None:
@@ -329,8 +340,8 @@ def _all_keys(schema: type, prefix: str = "") -> list[str]:
 def _check_values(config: RunConfig) -> None:
     """Refuses values and combinations that are wrong whatever the models are."""
     for key in ("output_dir", "model.student", "model.teacher"):
-        if _get(config, key) in ("???", ""):
-            raise UserError(f"{key} is not set; give it in the YAML file or as {key}=...")
+        if not _get(config, key):
+            raise UserError(f"{key} is empty; give a folder")
     if not config.data.prompts:
         raise UserError("data.prompts is empty; name at least one JSONL or parquet file")
     _check_numbers(config)
@@ -412,18 +423,19 @@ def _check_numbers(config: RunConfig) -> None:
         "seed",
     )
     for key in not_negative:
-        if _get(config, key) < 0:
-            raise UserError(f"{key} = {_get(config, key)}: has to be 0 or more")
+        if not 0 <= _get(config, key) < math.inf:
+            raise UserError(f"{key} = {_get(config, key)}: has to be 0 or more, and finite")
     if config.optimizer.min_lr > config.optimizer.lr:
         raise UserError(
             f"optimizer.min_lr = {config.optimizer.min_lr} is above optimizer.lr = "
             f"{config.optimizer.lr}"
         )
-    if not 0 <= config.optimizer.lr_warmup_fraction < 1:
-        raise UserError(
-            f"optimizer.lr_warmup_fraction = {config.optimizer.lr_warmup_fraction}: has to be "
-            "in [0, 1)"
-        )
+    for key in ("lr_warmup_fraction", "adam_beta1", "adam_beta2"):
+        value = _get(config.optimizer, key)
+        if not 0 <= value < 1:
+            raise UserError(f"optimizer.{key} = {value}: has to be in [0, 1)")
+    if not 0 < config.optimizer.adam_eps < math.inf:
+        raise UserError(f"optimizer.adam_eps = {config.optimizer.adam_eps}: has to be above 0")
     if not 0 < config.rollout.top_p <= 1:
         raise UserError(f"rollout.top_p = {config.rollout.top_p}: has to be in (0, 1]")
 

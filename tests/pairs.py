@@ -31,6 +31,7 @@ model:
   params_dtype: fp32
 data:
   prompts: [{folder / "prompts.jsonl"}]
+  max_prompt_tokens: 64
 rollout: {{prompts_per_step: 4, samples_per_prompt: 2, max_new_tokens: 12}}
 optimizer: {{lr: 1.0e-4}}
 """

@@ -51,13 +51,14 @@ def pack(
         For each replica its micro-batches, each a list of indices into ``lengths``.
 
     Raises:
-        ValueError: There are too few sequences for every replica to get its share.
+        ValueError: The number of sequences is not a positive multiple of ``num_replicas`` times
+            ``multiple``: micro-batches of one sequence could then not be dealt out evenly.
     """
     per_round = num_replicas * multiple
-    if len(lengths) < per_round:
+    if not lengths or len(lengths) % per_round:
         raise ValueError(
-            f"{len(lengths)} sequences cannot make {per_round} micro-batches "
-            f"({num_replicas} replicas, a multiple of {multiple} each)"
+            f"{len(lengths)} sequences; {num_replicas} replicas with a multiple of {multiple} "
+            f"micro-batches each need a multiple of {per_round}"
         )
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -161,6 +161,8 @@ def read_evaluation(file: Path) -> Evaluation:
             StudentResult(**{**student, "measures": TeacherForcedMeasures(**student["measures"])})
             for student in fields["students"]
         ]
+        if not students:
+            raise ValueError("it has no students")
         return Evaluation(**{**fields, "students": students})
     except OSError as error:
         raise UserError(f"--evaluation: cannot read {file}: {error.strerror}") from error

@@ -24,6 +24,7 @@ NEUTRAL_FIELDS = frozenset(
         "torch_dtype",
         "transformers.js_config",
         "transformers_version",
+        "unk_token_id",
         "use_cache",
         "vocab_size",
     }
@@ -142,6 +143,7 @@ def read_rope(hf_config: Any, source: str) -> Rope:
     """
     parameters = dict(hf_config.rope_parameters)
     rope_type = parameters.pop("rope_type", "default")
+    parameters.pop("type", None)  # the old name of rope_type, which transformers fills from it
     theta = parameters.pop("rope_theta")
     if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{source}: partial_rotary_factor other than 1.0 is not supported")

@@ -1,6 +1,7 @@
 """Where a run's metrics go: a JSONL file, TensorBoard, and the terminal."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,8 @@ class Loggers:
     ) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         path = output_dir / "metrics.jsonl"
-        kept = _records_before(path, first_step)
-        self._file = path.open("w", buffering=1)
-        self._file.writelines(line + "\n" for line in kept)
+        _keep_records_before(path, first_step)
+        self._file = path.open("a", buffering=1)
         self._writer = (
             SummaryWriter(output_dir / "tensorboard", purge_step=first_step)
             if tensorboard
@@ -41,14 +41,18 @@ class Loggers:
         )
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Writes one step's metrics; a value that is None is missing."""
+        """Writes one step's metrics; a value that is None is missing.
+
+        JSON has no number that is not finite, so there such a value is null.
+        """
         step = metrics["step"]
-        self._file.write(json.dumps(metrics) + "\n")
+        self._file.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
         if self._writer is not None:
             for name, value in metrics.items():
                 if isinstance(value, dict):
                     for key, one in value.items():
-                        self._writer.add_scalar(f"{name}/{key}", one, step)
+                        if one is not None:
+                            self._writer.add_scalar(f"{name}/{key}", one, step)
                 elif value is not None and name != "step":
                     self._writer.add_scalar(name, value, step)
         watched = {
@@ -68,16 +72,28 @@ class Loggers:
             self._writer.close()
 
 
-def _records_before(path: Path, first_step: int) -> list[str]:
-    """The whole lines of an earlier part of the run."""
+def _finite(value: Any) -> Any:
+    """The value with None for every number in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keep_records_before(path: Path, first_step: int) -> None:
+    """Removes the records of ``first_step`` and later ones; the file is replaced when it is whole.
+
+    A line that is not whole is of a run that was killed while it wrote.
+    """
     if not path.exists():
-        return []
+        return
     kept = []
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # the last line of a run that was killed while it wrote
+            continue
         if record["step"] < first_step:
-            kept.append(line)
-    return kept
+            kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)

@@ -84,6 +84,7 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
     student_arch, teacher_arch = read_architecture(student), read_architecture(teacher)
     for setting, arch in (("model.student", student_arch), ("model.teacher", teacher_arch)):
         _check_heads(setting, arch, config.parallel)
+        _check_sequence_length(setting, arch, config)
     if student_arch.hidden_size != teacher_arch.hidden_size:
         raise UserError(
             f"model.student is {student_arch.hidden_size} wide, model.teacher "
@@ -219,19 +220,27 @@ def _check_heads(setting: str, arch: Architecture, parallel: ParallelConfig) -> 
             )
 
 
+def _check_sequence_length(setting: str, arch: Architecture, config: RunConfig) -> None:
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    if prompt + response > arch.max_position_embeddings:
+        raise UserError(
+            f"data.max_prompt_tokens = {prompt} and rollout.max_new_tokens = {response} make "
+            f"sequences of up to {prompt + response} tokens; {setting} was made for at most "
+            f"{arch.max_position_embeddings} (max_position_embeddings)"
+        )
+
+
 def _check_batch(config: RunConfig, dp_size: int) -> None:
     rollout, parallel = config.rollout, config.parallel
     sequences = rollout.prompts_per_step * rollout.samples_per_prompt
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    multiple = parallel.pipeline_model_parallel_size if interleaved else 1
-    if sequences < dp_size * multiple:
+    multiple = dp_size
+    needed = f"{dp_size} data-parallel replicas"
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        multiple *= parallel.pipeline_model_parallel_size
+        needed += f" of {parallel.pipeline_model_parallel_size} interleaved stages"
+    if sequences % multiple:
         raise UserError(
             f"rollout.prompts_per_step = {rollout.prompts_per_step} x rollout.samples_per_prompt = "
-            f"{rollout.samples_per_prompt} gives {sequences} sequences a step; "
-            f"{dp_size} data-parallel replicas"
-            + (
-                f" with interleaved stages need {dp_size * multiple}"
-                if interleaved
-                else f" need at least {dp_size}"
-            )
+            f"{rollout.samples_per_prompt} gives {sequences} sequences a step; {needed} need a "
+            f"multiple of {multiple}"
         )

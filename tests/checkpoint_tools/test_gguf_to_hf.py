@@ -8,7 +8,13 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from checkpoint_tools.gguf_to_hf import main
@@ -133,6 +139,7 @@ def test_values_are_the_files(tmp_path: Path, tied: bool) -> None:
     for name, value in values.items():
         assert torch.equal(checkpoint.read(name), value), name
     assert "quantization_config" not in checkpoint.config
+    assert checkpoint.config["architectures"] == ["LlamaForCausalLM"]
 
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert type(loaded) is LlamaForCausalLM
@@ -142,7 +149,7 @@ def test_values_are_the_files(tmp_path: Path, tied: bool) -> None:
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
-    assert loaded.generation_config.eos_token_id == 257
+    assert GenerationConfig.from_pretrained(out).eos_token_id == 257
 
 
 def test_tokenizer_comes_along(tmp_path: Path) -> None:

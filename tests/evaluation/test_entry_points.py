@@ -148,7 +148,15 @@ def test_a_folder_may_have_an_equals_sign(
     assert {student.folder for student in students} == {f"{tmp_path}/lr=1/model"}
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"students": []}', '{"students": [{"name": "a"}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"students": [{"name": "a"}]}',
+        '{"teacher": "t", "prompts": [], "num_prompts": 0, "max_new_tokens": 1, "students": []}',
+    ],
+)
 def test_another_file_is_not_an_evaluation(tmp_path: Path, text: str) -> None:
     (tmp_path / "eval.json").write_text(text)
     with pytest.raises(UserError, match=r"is not a file that megatron_oprd\.evaluate wrote"):

@@ -22,10 +22,14 @@ def read_architecture(checkpoint: HFCheckpoint) -> Architecture:
     """
     source = str(checkpoint.folder / "config.json")
     names = checkpoint.config.get("architectures") or []
-    if len(names) != 1 or names[0] not in FAMILIES:
+    if names not in [[name] for name in FAMILIES]:
         raise UserError(
             f"{source}: architectures = {names}; supported are {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[names[0]]
     family.check(checkpoint.config, source)
-    return family.architecture(AutoConfig.from_pretrained(checkpoint.folder), source)
+    try:
+        hf_config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    except Exception as error:  # transformers' checks raise exceptions of many types
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from error
+    return family.architecture(hf_config, source)

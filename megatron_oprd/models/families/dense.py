@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture, check_fields, read_rope
 from megatron_oprd.weights.mapping import (
     QKV,
@@ -22,18 +23,25 @@ class Family:
 
     Attributes:
         name: The Hugging Face class.
+        model_type: Its configuration's name; transformers builds the model that this names.
         qkv_bias: Whether query, key and value projections have a bias.
         qk_norm: Whether query and key heads are normalised.
         required: The family's own fields that are handled for some values only.
     """
 
     name: str
+    model_type: str
     qkv_bias: bool = False
     qk_norm: bool = False
     required: dict[str, Callable[[Any], bool]] = field(default_factory=dict)
 
     def check(self, raw: dict[str, Any], source: str) -> None:
         """Refuses a configuration that this family's model would not compute exactly."""
+        if raw.get("model_type") != self.model_type:
+            raise UserError(
+                f"{source}: model_type = {raw.get('model_type')!r}; {self.name} has "
+                f"{self.model_type!r}"
+            )
         check_fields(
             raw,
             required={
@@ -47,14 +55,19 @@ class Family:
 
     def architecture(self, hf_config: Any, source: str) -> Architecture:
         """Translates a transformers configuration object."""
-        heads = hf_config.num_attention_heads
+        heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
+        if heads % groups:
+            raise UserError(
+                f"{source}: num_attention_heads = {heads} is not a multiple of "
+                f"num_key_value_heads = {groups}"
+            )
         return Architecture(
             family=self.name,
             num_layers=hf_config.num_hidden_layers,
             hidden_size=hf_config.hidden_size,
             ffn_hidden_size=hf_config.intermediate_size,
             num_attention_heads=heads,
-            num_query_groups=hf_config.num_key_value_heads,
+            num_query_groups=groups,
             head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
             vocab_size=hf_config.vocab_size,
             layernorm_epsilon=hf_config.rms_norm_eps,

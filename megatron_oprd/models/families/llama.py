@@ -4,6 +4,7 @@ from megatron_oprd.models.families.dense import Family
 
 FAMILY = Family(
     name="LlamaForCausalLM",
+    model_type="llama",
     required={
         "attention_bias": lambda value: not value,
         "mlp_bias": lambda value: not value,

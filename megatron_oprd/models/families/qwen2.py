@@ -4,6 +4,7 @@ from megatron_oprd.models.families.dense import Family, full_attention_only
 
 FAMILY = Family(
     name="Qwen2ForCausalLM",
+    model_type="qwen2",
     qkv_bias=True,
     required={
         "use_sliding_window": lambda value: not value,

@@ -4,6 +4,7 @@ from megatron_oprd.models.families.dense import Family, full_attention_only
 
 FAMILY = Family(
     name="Qwen3ForCausalLM",
+    model_type="qwen3",
     qk_norm=True,
     required={
         "attention_bias": lambda value: not value,

