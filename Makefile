@@ -41,7 +41,7 @@ demo: $(DEMO)/student/config.json
 	rm -rf $(DEMO)/run
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m megatron_oprd.train \
 		--config examples/demo.yaml
-	OMP_NUM_THREADS=2 $(BIN)/python -m megatron_oprd.evaluate \
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m megatron_oprd.evaluate \
 		--teacher $(TEACHER) --student before=$(DEMO)/student --student after=$(DEMO)/run/student \
 		--prompts examples/data/math_heldout.jsonl --max-new-tokens 48 \
 		--output $(DEMO)/run/evaluation.json

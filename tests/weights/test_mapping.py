@@ -1,0 +1,205 @@
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_oprd.models.architecture import Architecture, Rope
+from megatron_oprd.models.families import FAMILIES
+from megatron_oprd.models.families.dense import mapping_table
+from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
+from tests.tiny import tiny_config
+
+SIZES = (1, 2, 4)
+HIDDEN = 6
+
+
+def qkv(heads: int, groups: int, dim: int, *, bias: bool = False) -> QKV:
+    trailing = () if bias else (HIDDEN,)
+    rows = {"q": heads * dim, "k": groups * dim, "v": groups * dim}
+    return QKV(
+        megatron="qkv",
+        hf={name: (count, *trailing) for name, count in rows.items()},
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=dim,
+    )
+
+
+def vocabulary(size: int, padded: int) -> Vocabulary:
+    return Vocabulary(megatron="embedding", hf={"e": (size, HIDDEN)}, padded_vocab_size=padded)
+
+
+# (query heads, groups): ratios 1, 2 and 4, then one group for all heads, and fewer groups than 4
+# ranks, where a rank's rows begin inside a group.
+HEADS = [(4, 4), (8, 4), (16, 4), (4, 1), (8, 2)]
+# (rows, padded rows): odd sizes, one that fills the last rank, and one where, of 4 ranks, the third
+# has padding in part and the fourth nothing else.
+VOCABULARIES = [(97, 100), (97, 128), (16, 16), (9, 16), (5, 8)]
+GATED = GatedMLP(megatron="fc1", hf={"gate": (12, HIDDEN), "up": (12, HIDDEN)})
+ROW_SPLIT = RowSplit(megatron="fc2", hf={"down": (HIDDEN, 12)})
+ALL_KINDS: dict[str, Mapping] = {
+    "copy": Copy(megatron="norm", hf={"n": (HIDDEN,)}),
+    "copy_matrix": Copy(megatron="router", hf={"r": (3, HIDDEN)}),
+    "row_split": ROW_SPLIT,
+    "gated_mlp": GATED,
+    **{f"vocabulary_{n}_{padded}": vocabulary(n, padded) for n, padded in VOCABULARIES},
+    **{f"qkv_{heads}_{groups}": qkv(heads, groups, 4) for heads, groups in HEADS},
+    **{f"qkv_bias_{heads}_{groups}": qkv(heads, groups, 4, bias=True) for heads, groups in HEADS},
+}
+
+
+def numbered(mapping: Mapping) -> dict[str, Tensor]:
+    """Hugging Face tensors in which no value comes twice, and none is 0."""
+    tensors, start = {}, 1
+    for name, shape in mapping.hf.items():
+        count = math.prod(shape)
+        tensors[name] = torch.arange(start, start + count, dtype=torch.float64).reshape(shape)
+        start += count
+    return tensors
+
+
+def to_shards(mapping: Mapping, tensors: dict[str, Tensor], tp_size: int) -> list[Tensor]:
+    """Each rank's parameter, as loading fills it."""
+    shards = []
+    for tp_rank in range(tp_size):
+        shard = torch.full(mapping.local_shape(tp_size), math.nan, dtype=torch.float64)
+        for piece in mapping.pieces(tp_rank, tp_size):
+            shard[piece.local_index] = 0 if piece.hf is None else tensors[piece.hf][piece.hf_index]
+        shards.append(shard)
+    return shards
+
+
+def to_hf(mapping: Mapping, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The Hugging Face tensors, as export fills them."""
+    tensors = {
+        name: torch.full(shape, math.nan, dtype=torch.float64)
+        for name, shape in mapping.hf.items()
+    }
+    for tp_rank, shard in enumerate(shards):
+        for piece in mapping.pieces(tp_rank, len(shards)):
+            if piece.hf is not None:
+                tensors[piece.hf][piece.hf_index] = shard[piece.local_index]
+    return tensors
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+@pytest.mark.parametrize("mapping", ALL_KINDS.values(), ids=ALL_KINDS)
+def test_pieces_tile_both_sides_once(mapping: Mapping, tp_size: int) -> None:
+    in_hf = {name: torch.zeros(shape) for name, shape in mapping.hf.items()}
+    for tp_rank in range(tp_size):
+        in_shard = torch.zeros(mapping.local_shape(tp_size))
+        for piece in mapping.pieces(tp_rank, tp_size):
+            in_shard[piece.local_index] += 1
+            if piece.hf is not None:
+                in_hf[piece.hf][piece.hf_index] += 1
+                assert (
+                    in_hf[piece.hf][piece.hf_index].shape == in_shard[piece.local_index].shape
+                ), "both sides of a piece have one shape"
+        assert torch.equal(in_shard, torch.ones_like(in_shard))
+    copies = tp_size if mapping.is_replicated else 1
+    for count in in_hf.values():
+        assert torch.equal(count, torch.full_like(count, copies))
+    assert mapping.is_replicated == isinstance(mapping, Copy)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+def test_qkv_is_interleaved_by_group(heads: int, groups: int, bias: bool, tp_size: int) -> None:
+    dim = 4
+    mapping = qkv(heads, groups, dim, bias=bias)
+    tensors = numbered(mapping)
+    trailing = tensors["q"].shape[1:]
+    # [rows, h] --> [groups, rows of a group, h]
+    q, k, v = (tensors[name].reshape(groups, -1, *trailing) for name in "qkv")
+    whole = torch.cat([q, k, v], dim=1).reshape(-1, *trailing)
+    shards = to_shards(mapping, tensors, tp_size)
+    for shard, expected in zip(shards, whole.chunk(tp_size), strict=True):
+        assert torch.equal(shard, expected)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_gated_mlp_stacks_each_ranks_gate_and_up(tp_size: int) -> None:
+    tensors = numbered(GATED)
+    gates, ups = tensors["gate"].chunk(tp_size), tensors["up"].chunk(tp_size)
+    for rank, shard in enumerate(to_shards(GATED, tensors, tp_size)):
+        assert torch.equal(shard, torch.cat([gates[rank], ups[rank]]))
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_row_split_splits_columns(tp_size: int) -> None:
+    tensors = numbered(ROW_SPLIT)
+    shards = to_shards(ROW_SPLIT, tensors, tp_size)
+    assert torch.equal(torch.cat(shards, dim=1), tensors["down"])
+    assert len({shard.shape for shard in shards}) == 1
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+@pytest.mark.parametrize(("size", "padded"), VOCABULARIES)
+def test_vocabulary_is_padded_with_zeros(size: int, padded: int, tp_size: int) -> None:
+    mapping = vocabulary(size, padded)
+    tensors = numbered(mapping)
+    whole = F.pad(tensors["e"], (0, 0, 0, padded - size))
+    for shard, expected in zip(
+        to_shards(mapping, tensors, tp_size), whole.chunk(tp_size), strict=True
+    ):
+        assert torch.equal(shard, expected)
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [ROW_SPLIT, GATED, vocabulary(97, 100), qkv(4, 2, 4)],
+    ids=["row_split", "gated_mlp", "vocabulary", "qkv"],
+)
+def test_ranks_that_do_not_divide_raise(mapping: Mapping) -> None:
+    # 12 columns, 12 rows, 100 rows, 32 rows
+    with pytest.raises(ValueError, match=rf"{mapping.megatron}: \d+ rows or columns .* 7 ranks"):
+        mapping.pieces(0, 7)
+    with pytest.raises(ValueError, match="do not divide into 7 ranks"):
+        mapping.local_shape(7)
+
+
+def architecture(family: str, *, tied: bool) -> Architecture:
+    name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    return Architecture(
+        family=name[family],
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        num_query_groups=2,
+        head_dim=16 if family == "qwen3" else 8,
+        vocab_size=97,
+        layernorm_epsilon=1e-6,
+        rope=Rope(theta=1e4),
+        tied=tied,
+        qkv_bias=FAMILIES[name[family]].qkv_bias,
+        qk_norm=FAMILIES[name[family]].qk_norm,
+        max_position_embeddings=256,
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_table_has_every_tensor_of_transformers_model(family: str, tied: bool) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config(family, tie_word_embeddings=tied))
+    tensors = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    if tied:
+        assert torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"])
+    table = mapping_table(architecture(family, tied=tied), padded_vocab_size=104)
+
+    shapes = {name: shape for mapping in table for name, shape in mapping.hf.items()}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert set(Counter(name for mapping in table for name in mapping.hf).values()) == {1}
+    assert set(Counter(mapping.megatron for mapping in table).values()) == {1}
+    for tp_size in SIZES:
+        for mapping in table:
+            shards = to_shards(mapping, tensors, tp_size)
+            assert not any(shard.isnan().any() for shard in shards)
+            for name, tensor in to_hf(mapping, shards).items():
+                assert torch.equal(tensor, tensors[name]), f"{name} at {tp_size} ranks"
