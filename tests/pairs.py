@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 from megatron_oprd.config import RunConfig, load_config
 from tests.tiny import save_tiny_model, tiny_config
@@ -9,13 +10,19 @@ from tests.tiny import save_tiny_model, tiny_config
 Tokens = list[list[int]]
 
 
-def save_pair(folder: Path, family: str, *, teacher_layers: int = 4, tied: bool = False) -> Path:
-    """Saves student and teacher of a family under ``folder``, with prompts and a run file."""
+def save_pair(
+    folder: Path, family: str, *, teacher_layers: int = 4, tied: bool = False, **fields: Any
+) -> Path:
+    """Saves student and teacher of a family under ``folder``, with prompts and a run file.
+
+    ``fields`` are of both models' configurations.
+    """
     folder.mkdir(parents=True)
-    save_tiny_model(folder / "student", tiny_config(family, tie_word_embeddings=tied), seed=1)
+    fields = {"tie_word_embeddings": tied, **fields}
+    save_tiny_model(folder / "student", tiny_config(family, **fields), seed=1)
     save_tiny_model(
         folder / "teacher",
-        tiny_config(family, num_hidden_layers=teacher_layers, tie_word_embeddings=tied),
+        tiny_config(family, **fields | {"num_hidden_layers": teacher_layers}),
         seed=2,
     )
     (folder / "prompts.jsonl").write_text(

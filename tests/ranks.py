@@ -30,14 +30,11 @@ def run_ranks(
     logs = [(directory / f"rank_{rank}_of_{num_ranks}.log") for rank in range(num_ranks)]
     processes = []
     for rank, log in enumerate(logs):
-        environment = {
-            **os.environ,
+        environment = rank_environment() | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(num_ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
         }
         with log.open("w") as out:
             processes.append(
@@ -57,6 +54,11 @@ def run_ranks(
     if any(codes):
         tails = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)
         raise AssertionError(f"{worker} on {num_ranks} ranks: exit codes {codes}\n{tails}")
+
+
+def rank_environment() -> dict[str, str]:
+    """The environment of a process that runs beside others on few cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,5 +1,8 @@
 """Tiny random Hugging Face models and tokenizers, saved as real checkpoints are."""
 
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +121,14 @@ def save_tiny_model(
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     model.save_pretrained(folder)
     tiny_tokenizer(config.vocab_size).save_pretrained(folder)
+
+
+def copy_with_config(
+    source: Path, target: Path, *, drop: Sequence[str] = (), **fields: Any
+) -> Path:
+    """Copies a model folder; of its config.json, ``fields`` are set and those in ``drop`` gone."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text()) | fields
+    kept = {name: value for name, value in config.items() if name not in drop}
+    (target / "config.json").write_text(json.dumps(kept))
+    return target

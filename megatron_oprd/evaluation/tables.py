@@ -26,8 +26,8 @@ class _Measure:
 _MEASURES = (
     _Measure("cosine", "mean cosine", "", ".4f", True),
     _Measure("top1_agreement", "top-1 agreement", "", ".1%", True),
-    _Measure("reverse_kl", "reverse KL", "nats/token", ".4f", False),
-    _Measure("forward_kl", "forward KL", "nats/token", ".4f", False),
+    _Measure("reverse_kl", "reverse KL", "nats", ".4f", False),
+    _Measure("forward_kl", "forward KL", "nats", ".4f", False),
     _Measure("student_perplexity", "perplexity", "", ".3f", False),
 )
 

@@ -1,19 +1,22 @@
 """Which layers sit on which pipeline stage, so that every matched pair shares a stage."""
 
+import itertools
 from collections.abc import Sequence
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.taps.layer_map import LayerPair
 
 
-def student_stages(num_layers: int, num_running: int, num_stages: int) -> tuple[int, ...]:
-    """The student's layers on each stage: those that run as even as they go, the rest at the end.
+def student_stages(num_layers: int, pairs: Sequence[LayerPair], num_stages: int) -> tuple[int, ...]:
+    """The student's layers on each stage, as even as they go.
 
-    With fewer running layers than stages, all layers are divided evenly.
+    Layers past the deepest tap cost no time and go to the last stage, unless there are more stages
+    than other layers. A stage does not end where the map could not be placed (a shallower teacher's
+    layer that is matched with the layers on both sides), as long as there are other places.
 
     Args:
         num_layers: The student's depth.
-        num_running: Layers up to the deepest tap, which are the ones that cost time.
+        pairs: The matched pairs.
         num_stages: Pipeline stages, virtual ones counted one by one.
 
     Raises:
@@ -24,11 +27,33 @@ def student_stages(num_layers: int, num_running: int, num_stages: int) -> tuple[
             f"{num_stages} pipeline stages (parallel.pipeline_model_parallel_size x virtual "
             f"stages) for the student's {num_layers} layers: every stage needs at least one"
         )
+    num_running = max(pair.student for pair in pairs) + 1
     spread = num_running if num_running >= num_stages else num_layers
     share, more = divmod(spread, num_stages)
-    counts = [share + (stage < more) for stage in range(num_stages)]
-    counts[-1] += num_layers - spread
-    return tuple(counts)
+    ends = list(itertools.accumulate(share + (stage < more) for stage in range(num_stages - 1)))
+    possible = [end for end in range(1, spread) if _separates(end, pairs)]
+    if len(possible) >= len(ends):
+        ends = _nearest(ends, possible)
+    return tuple(end - start for start, end in itertools.pairwise([0, *ends, num_layers]))
+
+
+def _separates(end: int, pairs: Sequence[LayerPair]) -> bool:
+    """Whether the teacher layers of student layers before ``end`` come before all others."""
+    before = (pair.teacher for pair in pairs if pair.student < end)
+    after = (pair.teacher for pair in pairs if pair.student >= end)
+    return max(before, default=-1) < min(after, default=max(p.teacher for p in pairs) + 1)
+
+
+def _nearest(wanted: Sequence[int], possible: Sequence[int]) -> list[int]:
+    """For each wanted number the nearest possible one, rising, with enough left for the rest."""
+    chosen: list[int] = []
+    first = 0
+    for number, end in enumerate(wanted):
+        last = len(possible) - (len(wanted) - number) + 1
+        nearest = min(range(first, last), key=lambda i: abs(possible[i] - end))
+        chosen.append(possible[nearest])
+        first = nearest + 1
+    return chosen
 
 
 def teacher_stages(

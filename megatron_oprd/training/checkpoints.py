@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megatron_oprd
@@ -118,11 +119,12 @@ def load(checkpoint: Path, plan: RunPlan, state: TrainState, *, context: Paralle
     """
     manifest = read_manifest(checkpoint)
     same_layout = manifest["layout"] == _layout(plan)
+    _allocate_adam_states(state)
     content = _sharded_state(state, context, is_loading=True, with_rng=same_layout)
     loaded = dist_checkpointing.load(content, str(checkpoint))
     for name, module in _named_modules(state):
         module.load_state_dict(loaded[name])
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(state, loaded["optimizer"])
     state.scheduler.num_steps = 0
     state.scheduler.step(increment=loaded["scheduler_steps"])
     if same_layout:
@@ -164,6 +166,49 @@ def _sharded_state(
             replica_id=context.dp_rank,
         )
     return content
+
+
+def _allocate_adam_states(state: TrainState) -> None:
+    """Gives torch's Adam the states it would get in its first step.
+
+    Megatron's distributed optimizer loads into them. (Transformer Engine's and Apex's Adam need
+    nothing of the kind.)
+    """
+    for optimizer in state.optimizer.chained_optimizers:
+        adam = optimizer.optimizer
+        if not isinstance(adam, torch.optim.Adam):
+            continue
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _load_optimizer(state: TrainState, loaded: dict[Any, Any]) -> None:
+    """Loads each chained optimizer.
+
+    Megatron's distributed optimizer trips over the step counter that torch's Adam keeps with
+    every parameter, so the counters are out of its sight while it loads the rest; and it gives
+    all parameters the one counter tensor, which torch would count up once for each of them.
+    """
+    chained = state.optimizer.chained_optimizers
+    parts = [loaded] if len(chained) == 1 else [loaded[i] for i in range(len(chained))]
+    for optimizer, part in zip(chained, parts, strict=True):
+        adam = optimizer.optimizer
+        if not (
+            isinstance(optimizer, DistributedOptimizer) and isinstance(adam, torch.optim.Adam)
+        ):
+            optimizer.load_state_dict(part)
+            continue
+        moments = part.pop("param_state")
+        optimizer.load_state_dict(part)
+        steps = {parameter: own.pop("step") for parameter, own in adam.state.items()}
+        optimizer.load_parameter_state_from_fully_reshardable(moments)
+        for parameter, step in steps.items():
+            adam.state[parameter]["step"] = step.clone()
 
 
 def _named_modules(state: TrainState) -> list[tuple[str, GPTModel]]:

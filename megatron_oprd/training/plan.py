@@ -195,8 +195,7 @@ def _student_layers(
         parallel.virtual_pipeline_model_parallel_size or 1
     )
     if parallel.num_layers_per_stage is None:
-        running = max(pair.student for pair in pairs) + 1
-        return student_stages(student.num_layers, running, num_stages)
+        return student_stages(student.num_layers, pairs, num_stages)
     layers = tuple(parallel.num_layers_per_stage)
     if min(layers) < 1 or sum(layers) != student.num_layers:
         raise UserError(

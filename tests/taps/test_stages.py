@@ -1,5 +1,6 @@
 import itertools
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -17,33 +18,43 @@ def stages_of(counts: tuple[int, ...]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "num_running", "num_stages", "expected"),
+    ("num_layers", "teachers", "num_stages", "expected"),
     [
-        (4, 4, 1, (4,)),
-        (4, 4, 4, (1, 1, 1, 1)),
-        (7, 7, 2, (4, 3)),
-        (24, 24, 5, (5, 5, 5, 5, 4)),
+        (4, range(4), 1, (4,)),
+        (4, range(4), 4, (1, 1, 1, 1)),
+        (7, range(7), 2, (4, 3)),
+        (24, range(24), 5, (5, 5, 5, 5, 4)),
         # Six of ten layers run: three on each stage, and the idle ones behind them.
-        (10, 6, 2, (3, 7)),
-        (10, 7, 3, (3, 2, 5)),
+        (10, range(6), 2, (3, 7)),
+        (10, range(7), 3, (3, 2, 5)),
         # Fewer running layers than stages.
-        (10, 3, 4, (3, 3, 2, 2)),
+        (10, range(3), 4, (3, 3, 2, 2)),
+        # A stage cannot end between student layers 2 and 3, which have one teacher layer.
+        (5, (0, 1, 2, 2, 3), 2, (2, 3)),
+        (6, (0, 1, 2, 2, 3, 3), 2, (2, 4)),
+        (6, (0, 0, 0, 0, 1, 2), 3, (4, 1, 1)),
+        # No division places these; what is wrong is said where the teacher is divided.
+        (4, (3, 2, 1, 0), 2, (2, 2)),
+        (4, (0, 0, 0, 1), 3, (2, 1, 1)),
     ],
 )
 def test_student_stages(
-    num_layers: int, num_running: int, num_stages: int, expected: tuple[int, ...]
+    num_layers: int, teachers: Sequence[int], num_stages: int, expected: tuple[int, ...]
 ) -> None:
-    assert student_stages(num_layers, num_running, num_stages) == expected
+    pairs = pairs_of(*enumerate(teachers))
+    assert student_stages(num_layers, pairs, num_stages) == expected
 
 
 def test_fewer_student_layers_than_stages() -> None:
     with pytest.raises(UserError, match=r"5 pipeline stages .* student's 4 layers"):
-        student_stages(4, 4, 5)
+        student_stages(4, pairs_of((3, 3)), 5)
 
 
 @pytest.mark.parametrize("layers", ["all", "last", "even"])
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
-def test_proportional_maps_can_always_be_placed(num_stages: int, layers: str) -> None:
+def test_proportional_maps_are_placed(num_stages: int, layers: str) -> None:
+    """Whenever the tapped layers have at least as many teacher layers as there are stages."""
+    placed = 0
     for student, teacher in itertools.product(range(num_stages, 11), range(1, 14)):
         pairs = layer_pairs(
             layers,  # type: ignore[arg-type]
@@ -51,23 +62,26 @@ def test_proportional_maps_can_always_be_placed(num_stages: int, layers: str) ->
             num_student_layers=student,
             num_teacher_layers=teacher,
         )
-        running = pairs[-1].student + 1
-        student_counts = student_stages(student, running, num_stages)
+        if layers != "last" and len({pair.teacher for pair in pairs}) < num_stages:
+            continue
+        placed += 1
+        student_counts = student_stages(student, pairs, num_stages)
         teacher_counts = teacher_stages(pairs, student_counts)
-        assert len(teacher_counts) == num_stages
+        assert len(student_counts) == len(teacher_counts) == num_stages
+        assert min(student_counts) >= 1
+        assert sum(student_counts) == student
         assert sum(teacher_counts) == pairs[-1].teacher + 1, "cut at the deepest mapped layer"
         student_stage, teacher_stage = stages_of(student_counts), stages_of(teacher_counts)
         for pair in pairs:
             assert student_stage[pair.student] == teacher_stage[pair.teacher], pair
+    assert placed > 20
 
 
 def can_be_placed(pairs: list[LayerPair], student_counts: tuple[int, ...]) -> bool:
     """Tries every division of the teacher."""
     depth = max(pair.teacher for pair in pairs) + 1
     student_stage = stages_of(student_counts)
-    for cuts in itertools.combinations_with_replacement(
-        range(depth + 1), len(student_counts) - 1
-    ):
+    for cuts in itertools.combinations_with_replacement(range(depth + 1), len(student_counts) - 1):
         stage = [sum(cut <= layer for cut in cuts) for layer in range(depth)]
         if all(student_stage[pair.student] == stage[pair.teacher] for pair in pairs):
             return True

@@ -77,8 +77,7 @@ def to_shards(mapping: Mapping, tensors: dict[str, Tensor], tp_size: int) -> lis
 def to_hf(mapping: Mapping, shards: Sequence[Tensor]) -> dict[str, Tensor]:
     """The Hugging Face tensors, as export fills them."""
     tensors = {
-        name: torch.full(shape, math.nan, dtype=torch.float64)
-        for name, shape in mapping.hf.items()
+        name: torch.full(shape, math.nan, dtype=torch.float64) for name, shape in mapping.hf.items()
     }
     for tp_rank, shard in enumerate(shards):
         for piece in mapping.pieces(tp_rank, len(shards)):
@@ -97,9 +96,9 @@ def test_pieces_tile_both_sides_once(mapping: Mapping, tp_size: int) -> None:
             in_shard[piece.local_index] += 1
             if piece.hf is not None:
                 in_hf[piece.hf][piece.hf_index] += 1
-                assert (
-                    in_hf[piece.hf][piece.hf_index].shape == in_shard[piece.local_index].shape
-                ), "both sides of a piece have one shape"
+                assert in_hf[piece.hf][piece.hf_index].shape == in_shard[piece.local_index].shape, (
+                    "both sides of a piece have one shape"
+                )
         assert torch.equal(in_shard, torch.ones_like(in_shard))
     copies = tp_size if mapping.is_replicated else 1
     for count in in_hf.values():

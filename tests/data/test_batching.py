@@ -1,0 +1,105 @@
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_oprd.data.batching import collate, pack
+
+
+def packed(lengths: list[int], **settings: Any) -> list[list[list[int]]]:
+    defaults = {"max_tokens": 100, "micro_batch_size": None, "num_replicas": 1}
+    return pack(lengths, **{**defaults, **settings})
+
+
+def cost(batch: list[int], lengths: list[int]) -> int:
+    return max(lengths[i] for i in batch) * len(batch)
+
+
+def test_what_always_holds() -> None:
+    draw = random.Random(0)
+    for _ in range(500):
+        num_replicas, multiple = draw.randrange(1, 5), draw.choice([1, 1, 2, 3])
+        lengths = [
+            draw.randrange(1, 130) for _ in range(num_replicas * multiple * draw.randrange(1, 8))
+        ]
+        micro_batch_size = draw.choice([None, 1, 2, 5])
+        settings = {
+            "max_tokens": draw.choice([1, 60, 100, 1000]),
+            "micro_batch_size": micro_batch_size,
+            "num_replicas": num_replicas,
+            "multiple": multiple,
+        }
+        replicas = packed(lengths, **settings)
+        batches = list(itertools.chain(*replicas))
+        assert sorted(itertools.chain(*batches)) == list(range(len(lengths))), "each once"
+        assert len(replicas) == num_replicas
+        (count,) = {len(replica) for replica in replicas}
+        assert count % multiple == 0
+        for batch in batches:
+            assert len(batch) == 1 or cost(batch, lengths) <= settings["max_tokens"]
+            assert micro_batch_size is None or len(batch) <= micro_batch_size
+        assert packed(list(lengths), **settings) == replicas, "the same on every rank"
+
+
+def test_sequences_of_similar_length_share_a_micro_batch() -> None:
+    lengths = [10, 50, 11, 49, 9, 48]
+    assert packed(lengths, max_tokens=150) == [[[1, 3, 5], [2, 0, 4]]]
+    # 50 x 3 = 150 tokens with padding are one too many.
+    assert packed(lengths, max_tokens=149) == [[[5, 2, 0], [1, 3], [4]]]
+
+
+def test_no_more_micro_batches_than_the_budget_asks_for() -> None:
+    assert packed([10] * 20, max_tokens=100) == [[list(range(10)), list(range(10, 20))]]
+    assert packed([10] * 20, max_tokens=1000) == [[list(range(20))]]
+    assert [len(batch) for batch in packed([10] * 20, max_tokens=1000, multiple=4)[0]] == [5] * 4
+
+
+def test_a_sequence_longer_than_the_budget_is_one_by_itself() -> None:
+    assert packed([500, 3, 2, 400], max_tokens=10) == [[[0], [3], [1, 2]]]
+
+
+def test_replicas_get_about_the_same_work() -> None:
+    draw = random.Random(1)
+    for num_replicas in (2, 4):
+        for _ in range(50):
+            lengths = [draw.randrange(20, 400) for _ in range(16 * num_replicas)]
+            replicas = packed(lengths, num_replicas=num_replicas, max_tokens=800)
+            work = [sum(cost(batch, lengths) for batch in replica) for replica in replicas]
+            # The largest micro-batch is what dealing back and forth can be off by.
+            assert max(work) - min(work) <= 800
+            assert max(work) < 1.25 * min(work)
+
+
+@pytest.mark.parametrize(
+    ("count", "num_replicas", "multiple"),
+    [(0, 1, 1), (1, 2, 1), (3, 2, 1), (3, 1, 4), (6, 2, 2), (5, 5, 2)],
+)
+def test_sequences_that_cannot_be_dealt_out_evenly(
+    count: int, num_replicas: int, multiple: int
+) -> None:
+    needed = num_replicas * multiple
+    with pytest.raises(ValueError, match=f"{count} sequences; .* need a multiple of {needed}"):
+        packed([7] * count, num_replicas=num_replicas, multiple=multiple)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4, 8])
+def test_collate(multiple: int) -> None:
+    sequences = [[5, 6, 7, 8, 9], [3, 4], [1, 2, 3], [2] * 8]
+    weights = [torch.full((len(sequence),), 0.25 * (i + 1)) for i, sequence in enumerate(sequences)]
+    first, second = collate(
+        [[0, 2], [3]],
+        sequences,
+        weights,
+        pad_to_multiple_of=multiple,
+        device=torch.device("cpu"),
+    )
+    width = {1: 5, 2: 6, 4: 8, 8: 8}[multiple]
+    padding = [0] * (width - 5)
+    assert first.tokens.tolist() == [[5, 6, 7, 8, 9, *padding], [1, 2, 3, 0, 0, *padding]]
+    assert first.weights.tolist() == [[0.25] * 5 + padding, [0.75] * 3 + [0, 0, *padding]]
+    assert first.position_ids.tolist() == [list(range(width))] * 2
+    assert (first.index, first.num_tokens) == (0, 8)
+    assert (first.tokens.dtype, first.weights.dtype) == (torch.int64, torch.float32)
+    assert (second.index, second.num_tokens, second.tokens.tolist()) == (1, 8, [[2] * 8])

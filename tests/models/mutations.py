@@ -1,0 +1,68 @@
+"""Mistakes that a loader can make, made on a loaded model (one tensor-parallel rank)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_oprd.models.architecture import Architecture
+
+LAYER = "decoder.layers.1"
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def mutate(
+    name: str,
+    architecture: Architecture,
+    parameters: dict[str, torch.nn.Parameter],
+    chunks: Sequence[GPTModel],
+) -> None:
+    """Makes the mistake ``name``, in layer 1 where it is a layer's.
+
+    Args:
+        name: One of ``swapped_kv``, ``flat_qkv``, ``flat_qkv_bias``, ``swapped_gate_up``,
+            ``shifted_embedding``, ``unscaled_rope``, or ``missing <norm>``.
+        architecture: The model's.
+        parameters: Its parameters under their layout-independent names.
+        chunks: The model.
+    """
+
+    def change(parameter: str, to: Callable[[Tensor], Tensor]) -> None:
+        parameters[parameter].data.copy_(to(parameters[parameter].data.clone()))
+
+    def groups(weight: Tensor) -> Tensor:
+        """[rows, ...] --> [group, its heads, its key and its value, head_dim, ...]."""
+        return weight.unflatten(0, (architecture.num_query_groups, -1, architecture.head_dim))
+
+    def flat(weight: Tensor) -> Tensor:
+        by_group = groups(weight)
+        parts = by_group[:, :-2], by_group[:, -2], by_group[:, -1]
+        return torch.cat([part.reshape(-1, *weight.shape[1:]) for part in parts])
+
+    def swapped_kv(weight: Tensor) -> Tensor:
+        by_group = groups(weight)
+        parts = by_group[:, :-2], by_group[:, -1:], by_group[:, -2:-1]
+        return torch.cat(parts, dim=1).reshape(weight.shape)
+
+    def unscaled_rope() -> None:
+        a = architecture
+        exponents = torch.arange(0, a.head_dim, 2) / a.head_dim
+        chunks[0].rotary_pos_emb.inv_freq = a.rope.theta**-exponents
+
+    qkv = f"{LAYER}.self_attention.linear_qkv"
+    mistakes: dict[str, Callable[[], Any]] = {
+        "swapped_kv": lambda: change(f"{qkv}.weight", swapped_kv),
+        "flat_qkv": lambda: change(f"{qkv}.weight", flat),
+        "flat_qkv_bias": lambda: change(f"{qkv}.bias", flat),
+        "swapped_gate_up": lambda: change(
+            f"{LAYER}.mlp.linear_fc1.weight", lambda weight: weight.roll(weight.shape[0] // 2, 0)
+        ),
+        "shifted_embedding": lambda: change(_EMBEDDING, lambda weight: weight.roll(1, 0)),
+        "unscaled_rope": unscaled_rope,
+    }
+    if name.startswith("missing "):
+        change(name.removeprefix("missing "), torch.ones_like)
+    else:
+        mistakes[name]()

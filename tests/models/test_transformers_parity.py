@@ -1,0 +1,191 @@
+"""Loaded models compute what transformers' own models compute, in every layout."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.ranks import ROOT, run_ranks
+from tests.tiny import save_tiny_model, tiny_config
+
+TOLERANCE = 1e-4
+SMOLLM2 = ROOT / ".cache/smollm2/SmolLM2-135M-Instruct"
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "llama3_rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "qwen2": ("qwen2", {}),
+    "qwen3_tied": ("qwen3", {"tie_word_embeddings": True}),
+}
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+SP, VPP2 = {"sequence_parallel": True}, {"virtual_pipeline_model_parallel_size": 2}
+# name: (ranks, parallel settings)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp1": (1, {}),
+    "tp2": (2, TP2),
+    "tp2_sp": (2, TP2 | SP),
+    "pp2": (2, PP2),
+    "pp2_vpp2": (2, PP2 | VPP2),
+    "tp2_pp2": (4, TP2 | PP2),
+}
+# (mistake, model): (first layer whose output is wrong, tensors that the export finds changed).
+# The mistakes are made in layer 1; layer 4 stands for the final norm.
+ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
+QKV = {f"{ATTENTION}.{part}_proj.weight" for part in "qkv"}
+NORM = "decoder.layers.1"
+MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
+    ("swapped_kv", "llama"): (1, QKV - {f"{ATTENTION}.q_proj.weight"}),
+    ("swapped_kv", "qwen3_tied"): (1, QKV - {f"{ATTENTION}.q_proj.weight"}),
+    ("flat_qkv", "llama"): (1, QKV),
+    ("flat_qkv", "qwen3_tied"): (1, QKV),
+    ("flat_qkv_bias", "qwen2"): (1, {f"{ATTENTION}.{part}_proj.bias" for part in "qkv"}),
+    ("swapped_gate_up", "llama"): (1, {f"{MLP}.{part}_proj.weight" for part in ("gate", "up")}),
+    ("shifted_embedding", "llama"): (0, {"model.embed_tokens.weight"}),
+    ("shifted_embedding", "llama_tied"): (0, {"model.embed_tokens.weight"}),
+    (f"missing {NORM}.self_attention.linear_qkv.layer_norm_weight", "llama"): (
+        1,
+        {"model.layers.1.input_layernorm.weight"},
+    ),
+    (f"missing {NORM}.mlp.linear_fc1.layer_norm_weight", "llama"): (
+        1,
+        {"model.layers.1.post_attention_layernorm.weight"},
+    ),
+    (f"missing {NORM}.self_attention.q_layernorm.weight", "qwen3_tied"): (
+        1,
+        {f"{ATTENTION}.q_norm.weight"},
+    ),
+    (f"missing {NORM}.self_attention.k_layernorm.weight", "qwen3_tied"): (
+        1,
+        {f"{ATTENTION}.k_norm.weight"},
+    ),
+    ("missing decoder.final_layernorm.weight", "llama"): (4, {"model.norm.weight"}),
+    ("unscaled_rope", "llama3_rope"): (0, set()),
+}
+
+
+def _sequences() -> list[list[int]]:
+    draw = random.Random(0)
+    # The first and the last row of the embedding are read as well.
+    return [[0, 96, *(draw.randrange(97) for _ in range(length - 2))] for length in (40, 13, 9, 3)]
+
+
+def _case(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
+    """Right-padded micro-batches of sequences of different lengths, in another order."""
+    return {
+        "name": name,
+        "folder": str(folder),
+        "sequences": _sequences(),
+        "batches": [[1, 0], [2, 3]],
+        "parallel": {},
+        "mutation": None,
+    } | settings
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the results of every case."""
+    root = tmp_path_factory.mktemp("parity")
+    cases: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
+    for number, (model, (family, fields)) in enumerate(MODELS.items()):
+        save_tiny_model(root / model, tiny_config(family, **fields), seed=number)
+        for layout, (ranks, parallel) in LAYOUTS.items():
+            cases[ranks].append(_case(f"{model}.{layout}", root / model, parallel=parallel))
+    for mistake, model in MISTAKES:
+        cases[1].append(_case(f"{model}.{mistake}", root / model, mutation=mistake))
+    if SMOLLM2.is_dir():
+        sequences = _smollm2_sequences()
+        cases[2].append(
+            _case("smollm2.pp2", SMOLLM2, sequences=sequences, batches=[[1, 0]], parallel=PP2)
+        )
+    for ranks, of_ranks in cases.items():
+        run_ranks("parity", of_ranks, ranks, root)
+    return root
+
+
+def _smollm2_sequences() -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    texts = ["The capital of France is Paris, and", "Twelve plus thirty is"]
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+def _transformers(folder: Path, sequences: list[list[int]]) -> dict[str, list]:
+    """The same quantities from transformers' model, one sequence at a time, without padding."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    layers: list[list[Tensor]] = [[] for _ in model.model.layers]
+    for layer, outputs in zip(model.model.layers, layers, strict=True):
+        layer.register_forward_hook(
+            lambda _module, _inputs, output, outputs=outputs: outputs.append(output[0])
+        )
+    found: dict[str, list] = {"layers": layers, "normed": [], "logits": []}
+    with torch.no_grad():
+        for sequence in sequences:
+            output = model(torch.tensor([sequence]), output_hidden_states=True)
+            found["normed"].append(output.hidden_states[-1][0])
+            found["logits"].append(output.logits[0])
+    return found
+
+
+def _differences(found: dict[str, list], expected: dict[str, list]) -> dict[str, float]:
+    """The largest absolute difference of each layer, of the final norm and of the logits."""
+    names = [f"layer {layer}" for layer in range(len(expected["layers"]))]
+    pairs = zip(names, found["layers"], expected["layers"], strict=True)
+    tensors = {name: (of_found, of_expected) for name, of_found, of_expected in pairs}
+    tensors |= {name: (found[name], expected[name]) for name in ("normed", "logits")}
+    return {
+        name: max(
+            float((one - other).abs().max()) if one.shape == other.shape else float("inf")
+            for one, other in zip(of_found, of_expected, strict=True)
+        )
+        for name, (of_found, of_expected) in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_equals_transformers(results: Path, model: str, layout: str) -> None:
+    found = torch.load(results / f"{model}.{layout}.pt")
+    differences = _differences(found, _transformers(results / model, _sequences()))
+    assert max(differences.values()) <= TOLERANCE, differences
+    assert sorted(found["exported"]) == sorted(found["source"])
+    assert found["changed"] == []
+
+
+@pytest.mark.parametrize(("mistake", "model"), MISTAKES)
+def test_a_loading_mistake_shows(results: Path, mistake: str, model: str) -> None:
+    """Each makes the comparison fail where it was made, and not before."""
+    found = torch.load(results / f"{model}.{mistake}.pt")
+    differences = _differences(found, _transformers(results / model, _sequences()))
+    first, changed = MISTAKES[mistake, model]
+    in_order = list(differences.values())
+    assert max(in_order[:first], default=0.0) <= TOLERANCE, differences
+    assert min(in_order[first:]) > 100 * TOLERANCE, differences
+    assert set(found["changed"]) == changed
+
+
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason=f"no {SMOLLM2.name}: make demo fetches it")
+def test_smollm2(results: Path) -> None:
+    found = torch.load(results / "smollm2.pp2.pt")
+    expected = _transformers(SMOLLM2, _smollm2_sequences())
+    differences = _differences(found, expected)
+    at_the_end = differences.pop("normed"), differences.pop("logits")
+    assert max(at_the_end) <= TOLERANCE, at_the_end
+    # In between its hidden states reach 24,000, of which fp32 resolves 2e-3.
+    assert max(differences.values()) <= 10 * TOLERANCE, differences
+    assert sorted(found["exported"]) == sorted(found["source"])
+    assert found["changed"] == []
+    logits = zip(found["logits"], expected["logits"], strict=True)
+    assert all(torch.equal(one.argmax(-1), other.argmax(-1)) for one, other in logits)

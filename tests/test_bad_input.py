@@ -1,0 +1,207 @@
+"""What a user can get wrong, through the command line: exit code 2 and one clear line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_oprd import train
+from megatron_oprd.errors import run_entry_point
+from megatron_oprd.weights.hf_files import HFCheckpoint
+from tests.pairs import config_of, save_pair
+from tests.tiny import copy_with_config, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pair(tmp_path_factory.mktemp("bad_input") / "pair", "llama")
+
+
+@pytest.fixture
+def pair(original: Path, tmp_path: Path) -> Path:
+    """A copy of the pair that a test may spoil."""
+    copy = tmp_path / "pair"
+    shutil.copytree(original, copy)
+    run_file = copy / "run.yaml"
+    run_file.write_text(run_file.read_text().replace(str(original), str(copy)))
+    return copy
+
+
+def change_teacher(pair: Path, **fields: Any) -> None:
+    (pair / "teacher").rename(pair / "old")
+    copy_with_config(pair / "old", pair / "teacher", **fields)
+
+
+def empty_prompts(pair: Path) -> None:
+    (pair / "prompts.jsonl").write_text("\n")
+
+
+def broken_prompts(pair: Path) -> None:
+    (pair / "prompts.jsonl").write_text('{"prompt": \n')
+
+
+def other_tokenizer(pair: Path) -> None:
+    tiny_tokenizer(80).save_pretrained(pair / "teacher")
+
+
+def no_teacher(pair: Path) -> None:
+    shutil.rmtree(pair / "teacher")
+
+
+def other_architecture(pair: Path) -> None:
+    change_teacher(pair, architectures=["GPT2LMHeadModel"])
+
+
+def unsupported_field(pair: Path) -> None:
+    change_teacher(pair, attn_logit_softcapping=50.0)
+
+
+def unsupported_rope(pair: Path) -> None:
+    change_teacher(
+        pair, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    )
+
+
+def truncated_weights(pair: Path) -> None:
+    file = pair / "student" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def checkpoint_of(pair: Path, *, hidden_size: int) -> None:
+    checkpoint = pair / "run" / "checkpoints" / "step_0000002"
+    checkpoint.mkdir(parents=True)
+    student = {"family": "LlamaForCausalLM", "num_layers": 4, "hidden_size": hidden_size}
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": 2, "student": student}))
+
+
+def checkpoint_of_another_model(pair: Path) -> None:
+    checkpoint_of(pair, hidden_size=48)
+
+
+def nothing(pair: Path) -> None:
+    pass
+
+
+# name: (what is spoilt, arguments, number of processes, what the message has to say)
+BAD_INPUT: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
+    "unknown key": (nothing, ["optimizer.learning_rate=1"], 1, ["optimizer.lr"]),
+    "wrong type": (nothing, ["train_iters=many"], 1, ["train_iters", "many"]),
+    "missing model": (no_teacher, [], 1, ["pair/teacher", "does not exist"]),
+    "truncated weights": (truncated_weights, [], 1, ["model.safetensors", "not a whole"]),
+    "empty prompts": (empty_prompts, [], 1, ["data.prompts", "prompts.jsonl", "no rows"]),
+    "broken prompts": (broken_prompts, [], 1, ["prompts.jsonl, line 1", "not JSON"]),
+    "missing prompts": (nothing, ["data.prompts=[none.jsonl]"], 1, ["none.jsonl"]),
+    "tokenizers": (other_tokenizer, [], 1, ["tokenizers", "differ", "token id 80"]),
+    "tensor parallel": (
+        nothing,
+        ["parallel.tensor_model_parallel_size=4"],
+        4,
+        ["parallel.tensor_model_parallel_size = 4", "2 key/value heads"],
+    ),
+    "world size": (
+        nothing,
+        ["parallel.pipeline_model_parallel_size=2"],
+        3,
+        ["3 processes", "parallel.pipeline_model_parallel_size = 2"],
+    ),
+    "architecture": (other_architecture, [], 1, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+    "field": (unsupported_field, [], 1, ["pair/teacher/config.json", "attn_logit_softcapping"]),
+    "rope": (unsupported_rope, [], 1, ["pair/teacher/config.json", "'linear'"]),
+    "checkpoint": (
+        checkpoint_of_another_model,
+        [],
+        1,
+        ["step_0000002 is of another model", "hidden_size = 48", "output_dir"],
+    ),
+    "not to resume": (
+        lambda pair: checkpoint_of(pair, hidden_size=32),
+        ["checkpoint.resume=never"],
+        1,
+        ["step_0000002", "checkpoint.resume = never"],
+    ),
+}
+
+
+def files_of(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def check_message(stderr: str, parts: list[str]) -> None:
+    (line,) = stderr.splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(
+    pair: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("the mistake was not found in time")
+
+    spoil, arguments, world_size, parts = BAD_INPUT[name]
+    spoil(pair)
+    before = files_of(pair)
+    monkeypatch.setattr(HFCheckpoint, "read_slice", refuse)
+    monkeypatch.setattr(train, "parallel_run", refuse)
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    monkeypatch.setattr(sys, "argv", ["train", "--config", f"{pair}/run.yaml", *arguments])
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as exit_:
+            run_entry_point(train.main)
+        assert exit_.value.code == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        check_message(output.err, parts) if rank == "0" else None
+        assert rank == "0" or output.err == "", "one rank speaks for all"
+    assert files_of(pair) == before
+
+
+def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_oprd.train", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["unknown key", "world size"])
+def test_bad_input_as_a_process(pair: Path, name: str) -> None:
+    spoil, arguments, world_size, parts = BAD_INPUT[name]
+    spoil(pair)
+    result = start("--config", f"{pair}/run.yaml", *arguments, WORLD_SIZE=str(world_size), RANK="0")
+    assert result.returncode == 2
+    check_message(result.stderr, parts)
+    assert result.stdout == ""
+    assert not (pair / "run").exists()
+
+
+def test_dry_run(pair: Path) -> None:
+    """It needs no torchrun, whatever the layout."""
+    overrides = [
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.tensor_model_parallel_size=2",
+        "seed=77",
+    ]
+    result = start("--config", f"{pair}/run.yaml", "--dry-run", *overrides)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "seed: 77" in result.stdout
+    assert f"student: {config_of(pair, []).model.student}" in result.stdout
+    assert "0 -> 0, 1 -> 1, 2 -> 2, 3 -> 3" in result.stdout
+    assert "rank 0: student layers 0-1; teacher layers 0-1" in result.stdout
+    assert "rank 1: student layers 2-3; teacher layers 2-3" in result.stdout
+    assert not (pair / "run").exists()

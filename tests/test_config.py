@@ -1,0 +1,251 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_oprd.config import RunConfig, dump_config, load_config
+from megatron_oprd.errors import UserError
+
+SETTINGS: dict[str, Any] = {
+    "output_dir": "run",
+    "model": {"student": "s", "teacher": "t"},
+    "data": {"prompts": ["p.jsonl"]},
+}
+
+
+def load(folder: Path, *overrides: str, text: str | None = None) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS) if text is None else text)
+    return load_config(path, overrides)
+
+
+def test_defaults_and_overrides(tmp_path: Path) -> None:
+    text = yaml.safe_dump({**SETTINGS, "optimizer": {"lr": 3.0, "clip_grad": 2.0}, "seed": 5})
+    config = load(tmp_path, "optimizer.lr=1e-5", "seed=6", "seed=7", text=text)
+    assert (config.model.student, config.model.teacher, config.output_dir) == ("s", "t", "run")
+    assert config.data.prompts == ["p.jsonl"]
+    assert (config.optimizer.lr, config.optimizer.clip_grad, config.seed) == (1e-5, 2.0, 7)
+    assert config.rollout == RunConfig().rollout
+    assert config.taps == RunConfig().taps
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "expected"),
+    [
+        ("taps.layers=[0,2]", "taps", [0, 2]),
+        ("taps.layers=odd", "taps", "odd"),
+        ("taps.layer_map=[3,1]", "taps", [3, 1]),
+        ("data.chat_template=false", "data", False),
+        ("data.chat_template=null", "data", None),
+        ("data.prompts=[a.jsonl,b.parquet]", "data", ["a.jsonl", "b.parquet"]),
+        ("batch.micro_batch_size=2", "batch", 2),
+        ("loss.coefficient=100", "loss", 100.0),
+    ],
+)
+def test_values_of_every_kind(tmp_path: Path, override: str, section: str, expected: Any) -> None:
+    config = load(tmp_path, override)
+    name = override.partition("=")[0].partition(".")[2]
+    assert getattr(getattr(config, section), name) == expected
+
+
+def test_dumped_configuration_loads_as_the_same(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "taps.layers=[0,2]",
+        "taps.layer_map=[1,5]",
+        "taps.positions=last_k",
+        "taps.k=7",
+        "optimizer.lr=3.5e-6",
+        "data.chat_template=true",
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.num_layers_per_stage=[1,3]",
+        "checkpoint.resume=never",
+    )
+    again = load(tmp_path, text=dump_config(config))
+    assert again == config
+    assert again != load(tmp_path)
+    # Every field is there, also those that were not given.
+    assert yaml.safe_load(dump_config(config)) == dataclasses.asdict(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("optimizer.lrr", "optimizer.lr"),
+        ("optimizer.wieght_decay", "optimizer.weight_decay"),
+        ("train_iter", "train_iters"),
+        ("paralel.x", "parallel"),
+        ("parallel.tensor_parallel_size", "parallel.tensor_model_parallel_size"),
+        # Known, but in another group.
+        ("lr", "optimizer.lr"),
+        ("data.max_new_tokens", "rollout.max_new_tokens"),
+        ("taps.coefficient", "loss.coefficient"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(tmp_path: Path, key: str, nearest: str) -> None:
+    full = "paralel" if key == "paralel.x" else key
+    with pytest.raises(UserError) as error:
+        load(tmp_path, f"{key}=1")
+    assert str(error.value) == f"unknown setting {full!r}; the nearest is {nearest!r}"
+    # The same in the file.
+    settings: dict[str, Any] = {**SETTINGS}
+    group, _, name = key.rpartition(".")
+    if group:
+        settings[group] = {**settings.get(group, {}), name: 1}
+    else:
+        settings[name] = 1
+    with pytest.raises(UserError, match=f"nearest is '{nearest}'"):
+        load(tmp_path, text=yaml.safe_dump(settings))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=fast", r"'fast'.*setting optimizer\.lr"),
+        ("train_iters=1.5", r"'1\.5'.*setting train_iters"),
+        ("train_iters=null", "setting train_iters"),
+        ("seed=true", "'True'.*setting seed"),
+        ("tensorboard=maybe", "'maybe'.*setting tensorboard"),
+        ("taps.layers=some", r"'some'.*\[all, last, even, odd\].*setting taps\.layers"),
+        ("taps.layers=[0,a]", r"setting taps\.layers"),
+        ("taps.layer_map=linear", r"'linear'.*proportional.*setting taps\.layer_map"),
+        ("model.params_dtype=fp16", r"'fp16'.*'fp32', 'bf16'.*setting model\.params_dtype"),
+        ("data.prompts=p.jsonl", r"list.*setting data\.prompts"),
+        ("parallel.num_layers_per_stage=4", r"list.*setting parallel\.num_layers_per_stage"),
+        ("model=s", "setting 'model': expected a group of settings, found 's'"),
+        ("optimizer=null", "setting 'optimizer': expected a group of settings, found None"),
+        ("model.student.path=s", r"setting model\.student"),
+        ("data.prompts.first=p", r"override 'data\.prompts\.first=p': "),
+        ("optimizer.lr=[", r"override 'optimizer\.lr=\[': .*did not find expected"),
+        ("optimizer.lr", r"override 'optimizer\.lr': expected key=value"),
+    ],
+)
+def test_values_of_the_wrong_type(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path, override)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: b: c", r"cannot be read: mapping values are not allowed .* line 1, column 5"),
+        (b"seed: 1\nseed: 2", "found duplicate key seed"),
+        (b"\xff\xfe\x00", "cannot be read: 'utf-8' codec"),
+        (b"- 1", r"expected settings \(key: value\)"),
+        (b"5", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=rf"--config .*run\.yaml: .*{message}") as error:
+        load_config(tmp_path / "run.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--config .*none\.yaml: cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("key", ["output_dir", "model.student", "model.teacher"])
+def test_missing_settings(tmp_path: Path, key: str) -> None:
+    everything = ["output_dir=run", "model.student=s", "model.teacher=t", "data.prompts=[p]"]
+    assert load(tmp_path, *everything, text="").model.teacher == "t"
+    others = [setting for setting in everything if not setting.startswith(key)]
+    with pytest.raises(UserError, match=rf"^{key} is not set; give it .* as {key}=\.\.\.$"):
+        load(tmp_path, *others, text="")
+    with pytest.raises(UserError, match=f"^{key} is empty"):
+        load(tmp_path, *others, f"{key}=''", text="")
+
+
+AT_LEAST_ONE = [
+    "train_iters",
+    "model.make_vocab_size_divisible_by",
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.distributed_timeout_minutes",
+    "taps.k",
+    "data.max_prompt_tokens",
+    "rollout.prompts_per_step",
+    "rollout.samples_per_prompt",
+    "rollout.max_new_tokens",
+    "rollout.max_batch_size",
+    "batch.max_tokens",
+    "batch.micro_batch_size",
+    "optimizer.max_skipped_in_a_row",
+    "recompute.recompute_num_layers",
+    "checkpoint.save_interval",
+    "checkpoint.keep",
+]
+NOT_NEGATIVE = ["optimizer.lr", "optimizer.min_lr", "optimizer.weight_decay",
+                "optimizer.clip_grad", "loss.coefficient", "rollout.temperature"]  # fmt: skip
+BELOW_ONE = ["optimizer.lr_warmup_fraction", "optimizer.adam_beta1", "optimizer.adam_beta2"]
+OUT_OF_RANGE = [
+    *((f"{key}={value}", "at least 1") for key in AT_LEAST_ONE for value in (0, -3)),
+    *((f"{key}={v}", "0 or more") for key in NOT_NEGATIVE for v in (-0.5, ".nan", ".inf")),
+    ("rollout.top_k=-1", "0 or more"),
+    ("seed=-1", "0 or more"),
+    *((f"{key}={v}", r"in \[0, 1\)") for key in BELOW_ONE for v in (-0.1, 1.0, ".nan")),
+    *((f"rollout.top_p={value}", r"in \(0, 1\]") for value in (0.0, 1.5, ".nan")),
+    *((f"optimizer.adam_eps={value}", "above 0") for value in (0.0, -1e-8, ".inf")),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), OUT_OF_RANGE)
+def test_numbers_out_of_range(tmp_path: Path, override: str, message: str) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(UserError, match=rf"^{key} = {value.strip('.')}.*: has to be {message}"):
+        load(tmp_path, override)
+
+
+PP2 = "parallel.pipeline_model_parallel_size=2"
+VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+FULL = "recompute.recompute_granularity=full"
+METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_layers=1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.prompts=[]"], r"data\.prompts is empty"),
+        (["taps.positions=last_k"], r"taps\.positions = last_k needs taps\.k"),
+        (["taps.positions=first_k"], r"taps\.positions = first_k needs taps\.k"),
+        (["taps.k=3"], r"taps\.k = 3 has no effect with taps\.positions = all"),
+        (["taps.positions=last", "taps.k=1"], r"no effect with taps\.positions = last;"),
+        (["optimizer.min_lr=1"], r"optimizer\.min_lr = 1\.0 is above optimizer\.lr = 1e-05"),
+        (["parallel.sequence_parallel=true"], r"needs parallel\.tensor_model_parallel_size > 1"),
+        ([VPP2], r"virtual_pipeline_model_parallel_size = 2 with .* = 1: both"),
+        ([PP2, VPP2.replace("=2", "=1")], r"virtual_.* = 1 with .* = 2: both"),
+        ([PP2, "parallel.num_layers_per_stage=[4]"], "has 1 entries; 2 are needed"),
+        ([PP2, VPP2, "parallel.num_layers_per_stage=[2,2]"], "has 2 entries; 4 are needed"),
+        ([FULL, METHOD], r"recompute_num_layers = None with .* = full"),
+        ([FULL, LAYERS], r"recompute_method = None with .* = full"),
+        ([METHOD], r"recompute_method = block with .* = None"),
+        (
+            ["recompute.recompute_granularity=selective", LAYERS],
+            r"recompute_num_layers = 1 with .* = selective",
+        ),
+    ],
+)
+def test_contradictions(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["taps.positions=last_k", "taps.k=1"],
+        [PP2, VPP2, "parallel.num_layers_per_stage=[1,1,1,1]"],
+        ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+        [FULL, METHOD, LAYERS],
+        ["recompute.recompute_granularity=selective"],
+        ["rollout.temperature=0", "rollout.top_p=1", "optimizer.clip_grad=0", "seed=0"],
+        ["optimizer.lr_warmup_fraction=0", "optimizer.adam_beta1=0", "optimizer.lr=0"],
+    ],
+)
+def test_allowed_at_the_edge(tmp_path: Path, overrides: list[str]) -> None:
+    load(tmp_path, *overrides)

@@ -1,0 +1,224 @@
+"""A step is what the same step in plain PyTorch over transformers' models is."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.pairs import fixed_rollouts, save_pair
+from tests.ranks import run_ranks
+
+PAIRS: dict[str, dict[str, Any]] = {
+    "llama": {"family": "llama"},
+    "llama_tied": {"family": "llama", "tied": True},
+    "qwen2_deeper": {"family": "qwen2", "teacher_layers": 7},
+    "qwen3_deeper_tied": {"family": "qwen3", "teacher_layers": 7, "tied": True},
+    "llama_shallower": {"family": "llama", "teacher_layers": 2},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One way to distil: as the run's settings say it, and as plain PyTorch needs it.
+
+    ``matches`` are (student layer, teacher layer); ``first`` and ``last`` so many tokens of a
+    response, ``shift`` from a token's own position.
+    """
+
+    pair: str
+    overrides: list[str] = field(default_factory=list)
+    matches: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 2), (3, 3))
+    first: int | None = None
+    last: int | None = None
+    shift: int = 0
+    unit_vectors: bool = False
+    sequence_mean: bool = False
+    pre_norm: bool = False
+    coefficient: float = 1.0
+
+
+UNIT = ["loss.normalize=l2", "loss.coefficient=100"]
+STEPS = {
+    "default": Step(pair="llama"),
+    "default_tied": Step(pair="llama_tied"),
+    "deeper": Step(pair="qwen2_deeper", matches=((0, 0), (1, 2), (2, 4), (3, 6))),
+    "deeper_tied": Step(pair="qwen3_deeper_tied", matches=((0, 0), (1, 2), (2, 4), (3, 6))),
+    "several_student_layers_to_one": Step(
+        pair="llama_shallower", matches=((0, 0), (1, 0), (2, 1), (3, 1))
+    ),
+    "l2_last_k_even_sequence_mean": Step(
+        pair="llama",
+        overrides=[
+            *UNIT,
+            "taps.layers=even",
+            "taps.positions=last_k",
+            "taps.k=3",
+            "loss.aggregation=sequence_mean",
+        ],
+        matches=((0, 0), (2, 2)),
+        last=3,
+        unit_vectors=True,
+        sequence_mean=True,
+        coefficient=100.0,
+    ),
+    "predictor_pre_norm": Step(
+        pair="llama_tied",
+        overrides=["taps.alignment=predictor", "taps.last_layer=pre_norm"],
+        shift=-1,
+        pre_norm=True,
+    ),
+    "first_k_odd": Step(
+        pair="qwen3_deeper_tied",
+        overrides=["taps.layers=odd", "taps.positions=first_k", "taps.k=2"],
+        matches=((1, 2), (3, 6)),
+        first=2,
+    ),
+    "last_position_of_last_layer": Step(
+        pair="qwen2_deeper",
+        overrides=["taps.layers=last", "taps.positions=last", *UNIT],
+        matches=((3, 6),),
+        last=1,
+        unit_vectors=True,
+        coefficient=100.0,
+    ),
+    "explicit": Step(
+        pair="qwen2_deeper",
+        overrides=["taps.layers=[0,2,3]", "taps.layer_map=[1,3,5]"],
+        matches=((0, 1), (2, 3), (3, 5)),
+    ),
+    "explicit_crossing": Step(
+        pair="qwen3_deeper_tied",
+        overrides=["taps.layers=[0,1]", "taps.layer_map=[6,2]", "loss.coefficient=3"],
+        matches=((0, 6), (1, 2)),
+        coefficient=3.0,
+    ),
+}
+ADAMW = [
+    "optimizer.lr=1e-3",
+    "optimizer.adam_eps=1e-4",  # large, so that rounding of tiny gradients does not count
+    "optimizer.weight_decay=0.1",
+    "optimizer.clip_grad=0.05",
+    "optimizer.lr_warmup_fraction=0",
+    "optimizer.lr_decay_style=constant",
+]
+SAME_TEACHER = {
+    "same": [],
+    "same_l2": [*UNIT, "batch.micro_batch_size=2"],
+    "same_pre_norm": ["taps.last_layer=pre_norm", "recompute.recompute_granularity=selective"],
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the pairs and the results of every case."""
+    root = tmp_path_factory.mktemp("plain")
+    for name, settings in PAIRS.items():
+        save_pair(root / name, **settings)
+    cases = [
+        {"name": name, "pair": str(root / step.pair), "overrides": [*step.overrides, *ADAMW]}
+        for name, step in STEPS.items()
+    ]
+    student = f"model.teacher={root / 'llama' / 'student'}"
+    cases += [
+        {"name": name, "pair": str(root / "llama"), "overrides": [student, *overrides]}
+        for name, overrides in SAME_TEACHER.items()
+    ]
+    run_ranks("step", cases, 1, root)
+    return root
+
+
+def _hidden_states(model: Any, tokens: list[int], *, pre_norm: bool) -> list[Tensor]:
+    """What each layer puts out for one sequence, [s, h] each; the last after the final norm."""
+    raw: list[Tensor] = []
+    hook = model.model.layers[-1].register_forward_hook(
+        lambda _module, _inputs, output: raw.append(output[0])
+    )
+    output = model(torch.tensor([tokens]), output_hidden_states=True)
+    states = [state[0] for state in output.hidden_states[1:]]  # [0] is the embedding
+    hook.remove()
+    return [*states[:-1], *raw] if pre_norm else states
+
+
+def _forward_backward(student: Any, teacher: Any, step: Step) -> tuple[Tensor, Tensor]:
+    """Adds to the student's gradients; returns loss and cosine of each matched pair."""
+    prompts, responses = fixed_rollouts()
+    chosen = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        positions = [len(prompt) + step.shift + number for number in range(len(response))]
+        positions = positions[: step.first] if step.first else positions
+        chosen.append(positions[-step.last :] if step.last else positions)
+    num_chosen = sum(len(positions) for positions in chosen)
+    loss, cosine = torch.zeros(len(step.matches)), torch.zeros(len(step.matches))
+    for prompt, response, positions in zip(prompts, responses, chosen, strict=True):
+        count = len(positions) * len(prompts) if step.sequence_mean else num_chosen
+        of_student = _hidden_states(student, prompt + response, pre_norm=step.pre_norm)
+        with torch.no_grad():
+            of_teacher = _hidden_states(teacher, prompt + response, pre_norm=step.pre_norm)
+        for number, (student_layer, teacher_layer) in enumerate(step.matches):
+            s, t = of_student[student_layer][positions], of_teacher[teacher_layer][positions]
+            cosine[number] += F.cosine_similarity(s, t).sum().detach() / count
+            if step.unit_vectors:
+                s = s / s.norm(dim=1, keepdim=True)
+                t = t / t.norm(dim=1, keepdim=True)
+            loss[number] = loss[number] + ((s - t) ** 2).sum() / s.shape[1] / count
+    (step.coefficient * loss.mean()).backward()
+    return loss.detach(), cosine
+
+
+def _load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_equals_plain_pytorch(results: Path, name: str) -> None:
+    step = STEPS[name]
+    found = torch.load(results / f"{name}.pt")
+    student, teacher = (_load(results / step.pair / model) for model in ("student", "teacher"))
+
+    loss, cosine = _forward_backward(student, teacher, step)
+    torch.testing.assert_close(found["loss"].float(), loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["cosine"].float(), cosine, rtol=0, atol=1e-5)
+    parameters = dict(student.named_parameters())
+    assert found["gradients"].keys() == parameters.keys()
+    for parameter, gradient in found["gradients"].items():
+        expected = parameters[parameter].grad
+        _assert_close(gradient, torch.zeros(()) if expected is None else expected, parameter)
+    trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
+    assert 0 < len(trained) <= len(parameters)
+
+    matrices = [parameter for parameter in trained if parameter.dim() > 1]
+    vectors = [parameter for parameter in trained if parameter.dim() == 1]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=1e-3,
+        eps=1e-4,
+    )
+    norms = [torch.nn.utils.clip_grad_norm_(trained, 0.05)]
+    adamw.step()
+    adamw.zero_grad()
+    second_loss, _ = _forward_backward(student, teacher, step)
+    norms.append(torch.nn.utils.clip_grad_norm_(trained, 0.05))
+    adamw.step()
+    torch.testing.assert_close(found["second_loss"], second_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["grad_norm"], torch.stack(norms), rtol=1e-5, atol=0)
+    for parameter, weight in found["weights"].items():
+        _assert_close(weight, parameters[parameter].detach(), parameter)
+
+
+@pytest.mark.parametrize("name", SAME_TEACHER)
+def test_a_teacher_equal_to_the_student_teaches_nothing(results: Path, name: str) -> None:
+    found = torch.load(results / f"{name}.pt")
+    assert float(found["loss"].abs().max()) <= 1e-12
+    torch.testing.assert_close(found["cosine"], torch.ones_like(found["cosine"]))
+    for parameter, gradient in found["gradients"].items():
+        assert float(gradient.abs().max()) <= 1e-12, parameter
+
+
+def _assert_close(found: Tensor, expected: Tensor, name: str) -> None:
+    largest, difference = float(expected.abs().max()), float((found - expected).abs().max())
+    assert difference <= 1e-5 * largest, f"{name}: {difference} of {largest}"

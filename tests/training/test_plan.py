@@ -1,0 +1,205 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_oprd.config import load_config
+from megatron_oprd.errors import UserError
+from megatron_oprd.training.plan import RunPlan, describe, make_plan
+from megatron_oprd.weights.hf_files import HFCheckpoint
+from tests.pairs import config_of, save_pair
+from tests.tiny import copy_with_config, tiny_tokenizer
+
+TP2, TP3, TP4 = (f"parallel.tensor_model_parallel_size={tp}" for tp in (2, 3, 4))
+PP2, PP3, PP5 = (f"parallel.pipeline_model_parallel_size={pp}" for pp in (2, 3, 5))
+VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of 4 layers and a teacher of 7, 4 heads over 2 key/value heads, 256 positions."""
+    return save_pair(tmp_path_factory.mktemp("plan") / "pair", "llama", teacher_layers=7)
+
+
+@pytest.fixture(autouse=True)
+def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("a plan reads no weight")
+
+    monkeypatch.setattr(HFCheckpoint, "read_slice", refuse)
+    yield
+
+
+def plan(pair: Path, *overrides: str, world_size: int = 1) -> RunPlan:
+    return make_plan(config_of(pair, list(overrides)), world_size=world_size)
+
+
+def changed(pair: Path, tmp_path: Path, which: str, **fields: Any) -> str:
+    """The override that puts a changed copy of a model in its place."""
+    return f"model.{which}={copy_with_config(pair / which, tmp_path / which, **fields)}"
+
+
+def test_what_a_plan_holds(pair: Path) -> None:
+    found = plan(pair, PP2, "model.make_vocab_size_divisible_by=50", world_size=4)
+    assert found.data_parallel_size == 2
+    assert [(p.student, p.teacher) for p in found.pairs] == [(0, 0), (1, 2), (2, 4), (3, 6)]
+    assert found.student.extent.layers_per_stage == (2, 2)
+    assert found.teacher.extent.layers_per_stage == (4, 3)
+    assert (found.student.padded_vocab_size, found.teacher.padded_vocab_size) == (100, 100)
+    assert found.student.extent.lm_head
+    assert not found.teacher.extent.lm_head
+    assert found.num_running_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "running", "student_norm_trains", "teacher_norm"),
+    [
+        ([], 4, True, True),
+        (["taps.last_layer=pre_norm"], 4, False, False),
+        (["taps.layers=even"], 3, False, False),
+        # The student's last layer is matched with a layer in the middle of the teacher.
+        (["taps.layers=last", "taps.layer_map=[3]"], 4, True, False),
+        (["taps.layers=[1]", "taps.layer_map=[6]"], 2, False, True),
+    ],
+)
+def test_final_norms(
+    pair: Path, overrides: list[str], running: int, student_norm_trains: bool, teacher_norm: bool
+) -> None:
+    found = plan(pair, *overrides)
+    assert found.num_running_layers == running
+    assert found.trains_final_norm == student_norm_trains
+    assert found.teacher.extent.final_norm == teacher_norm
+    assert found.student.extent.final_norm, "it is exported, run or not"
+    assert sum(found.teacher.extent.layers_per_stage) == max(p.teacher for p in found.pairs) + 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        ([TP2], 3, r"3 processes .* tensor_model_parallel_size = 2 x .* = 1; .* multiple of 2"),
+        ([TP2, PP2], 2, r"2 processes .* start a multiple of 4"),
+        ([TP3], 3, r"tensor_model_parallel_size = 3 .* 4 attention heads of model\.student"),
+        ([TP4], 4, r"tensor_model_parallel_size = 4 .* 2 key/value heads of model\.student"),
+        ([PP5], 5, r"5 pipeline stages .*pipeline_model_parallel_size.* student's 4 layers"),
+        (
+            [PP2, "parallel.num_layers_per_stage=[1,2]"],
+            2,
+            r"num_layers_per_stage = \[1, 2\]: .* student's 4 \(found 3\)",
+        ),
+        (
+            [PP2, "parallel.num_layers_per_stage=[4,0]"],
+            2,
+            r"num_layers_per_stage = \[4, 0\]: every stage needs at least one",
+        ),
+        (
+            ["rollout.prompts_per_step=3", "rollout.samples_per_prompt=1"],
+            2,
+            r"prompts_per_step = 3 x rollout\.samples_per_prompt = 1 gives 3 .* multiple of 2",
+        ),
+        (
+            ["rollout.prompts_per_step=1", "rollout.samples_per_prompt=1"],
+            2,
+            r"gives 1 sequences a step; 2 data-parallel replicas need a multiple of 2",
+        ),
+        (
+            [PP2, VPP2, "rollout.prompts_per_step=3"],
+            4,
+            r"gives 6 .* 2 data-parallel replicas of 2 interleaved stages need a multiple of 4",
+        ),
+        (["taps.layers=[0,4]"], 1, r"taps\.layers has 4; the student's layers are 0 to 3"),
+        (["taps.layer_map=[0,1,2]"], 1, r"taps\.layer_map has 3 teacher layers"),
+        (["taps.layer_map=[0,1,2,7]"], 1, r"taps\.layer_map has 7; the teacher's .* 0 to 6"),
+        (
+            [PP2, "taps.layer_map=[6,4,2,0]"],
+            2,
+            r"taps\.layer_map: student layer 3 .* teacher layer 0, but student layer 0 .* layer 6",
+        ),
+        (
+            ["data.max_prompt_tokens=250", "rollout.max_new_tokens=7"],
+            1,
+            r"data\.max_prompt_tokens = 250 and rollout\.max_new_tokens = 7 .* 257 tokens; "
+            r"model\.student .* 256 \(max_position_embeddings\)",
+        ),
+        (["data.prompts=[none.jsonl]"], 1, r"data\.prompts: none\.jsonl does not exist"),
+        (["data.prompt_key=question"], 1, r"data\.prompt_key is 'question'.*'prompt'"),
+        (["model.student=nowhere"], 1, r"nowhere: it does not exist"),
+    ],
+)
+def test_refusals(pair: Path, overrides: list[str], world_size: int, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        plan(pair, *overrides, world_size=world_size)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        ([TP2], 2),
+        ([TP2, PP2], 8),
+        ([PP2, VPP2, "rollout.prompts_per_step=2"], 4),
+        (["taps.layer_map=[6,4,2,0]"], 1),
+        (["data.max_prompt_tokens=250", "rollout.max_new_tokens=6"], 1),
+    ],
+)
+def test_allowed_at_the_edge(pair: Path, overrides: list[str], world_size: int) -> None:
+    plan(pair, *overrides, world_size=world_size)
+
+
+def test_unequal_width_names_the_bridge(pair: Path, tmp_path: Path) -> None:
+    wide = changed(pair, tmp_path, "teacher", hidden_size=64)
+    with pytest.raises(UserError, match=r"student is 32 wide, model\.teacher 64: .*OPRD-Bridge"):
+        plan(pair, wide)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_both_models_are_checked(pair: Path, tmp_path: Path, which: str) -> None:
+    """What does not fit is found in either model, and the message says in which."""
+    narrow = changed(pair, tmp_path / "ffn", which, intermediate_size=63)
+    with pytest.raises(UserError, match=rf"= 2 .* 63 feed-forward width of model\.{which}"):
+        plan(pair, narrow, TP2, world_size=2)
+    short = changed(pair, tmp_path / "short", which, max_position_embeddings=64)
+    with pytest.raises(UserError, match=rf"76 tokens; model\.{which} was made for at most 64"):
+        plan(pair, short)
+    shallow = changed(pair, tmp_path / "shallow", which, num_hidden_layers=3)
+    with pytest.raises(UserError, match=rf"shallow/{which}: .*left over: model\.layers\.3\."):
+        plan(pair, shallow)
+    refused = changed(pair, tmp_path / "act", which, hidden_act="gelu")
+    with pytest.raises(UserError, match=rf"act/{which}/config\.json: hidden_act = 'gelu'"):
+        plan(pair, refused)
+
+
+def test_different_tokenizers(pair: Path, tmp_path: Path) -> None:
+    other = changed(pair, tmp_path, "teacher")
+    tiny_tokenizer(90).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match=r"tokenizers .* differ: token id 90"):
+        plan(pair, other)
+
+
+def test_description(pair: Path, tmp_path: Path) -> None:
+    found = plan(pair, PP2, VPP2, "taps.layers=[0,1,2]", "optimizer.lr=3.0e-6", world_size=4)
+    configuration, layer_map, stages = describe(found).split("\n\n")
+    heading, _, text = configuration.partition("\n")
+    assert heading == "# configuration"
+    (tmp_path / "again.yaml").write_text(text)
+    assert load_config(tmp_path / "again.yaml") == found.config
+    assert layer_map.splitlines() == [
+        "# layer map, 0-based: student layer -> teacher layer (3 of 4 student layers)",
+        "0 -> 0, 1 -> 2, 2 -> 4",
+    ]
+    assert stages.splitlines() == [
+        "# pipeline stages (2 data-parallel replicas)",
+        "rank 0, chunk 0: student layer 0; teacher layer 0",
+        "rank 1, chunk 0: student layer 1; teacher layers 1-2",
+        "rank 0, chunk 1: student layer 2; teacher layers 3-4",
+        "rank 1, chunk 1: student layer 3; teacher no layers",
+        "student: 1 layers past the deepest tap and the LM head are frozen and not run; "
+        "teacher: 2 layers and the LM head are not built",
+    ]
+
+
+def test_description_without_a_pipeline(pair: Path) -> None:
+    stages = describe(plan(pair)).split("\n\n")[2].splitlines()
+    assert stages[1] == "rank 0: student layers 0-3; teacher layers 0-6"
+    assert stages[2].startswith("student: 0 layers past the deepest tap")
+    assert stages[2].endswith("teacher: 0 layers and the LM head are not built")
