@@ -272,23 +272,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             allowed, a required setting is missing, or two settings contradict each other.
     """
     try:
-        loaded = OmegaConf.load(path)
+        given: Any = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: cannot be read: {_one_line(error)}") from error
-    if not OmegaConf.is_dict(loaded):
+    if not OmegaConf.is_dict(given):
         raise UserError(f"--config {path}: expected settings (key: value), found something else")
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r}: expected key=value, as in optimizer.lr=1e-5")
         try:
-            loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist([override]))
+            given = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, TypeError, yaml.YAMLError) as error:
             raise UserError(f"override {override!r}: {_one_line(error)}") from error
     try:
-        _check_keys(OmegaConf.to_container(loaded), RunConfig, prefix="")
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), loaded)
-        for key in sorted(OmegaConf.missing_keys(merged)):
-            raise UserError(f"{key} is not set; give it in the YAML file or as {key}=...")
+        _check_keys(OmegaConf.to_container(given), RunConfig, prefix="")
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), given)
+        if unset := sorted(OmegaConf.missing_keys(merged)):
+            raise UserError(f"{unset[0]} is not set; give it in the YAML file or as {unset[0]}=...")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)

@@ -24,6 +24,9 @@ from megatron_oprd.training.plan import RunPlan
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{7,})")
+# Each layer under its own name: frozen layers have no optimizer states, and Megatron's other way,
+# all layers stacked in one tensor, has no place for gaps.
+_MODEL_METADATA = {"non_homogeneous_layers": True}
 # The one format of the distributed optimizer that loads under another TP and PP.
 _OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -146,7 +149,9 @@ def _sharded_state(
     state: TrainState, context: ParallelContext, *, is_loading: bool, with_rng: bool
 ) -> dict[str, Any]:
     modules = _named_modules(state)
-    content: dict[str, Any] = {name: module.sharded_state_dict() for name, module in modules}
+    content: dict[str, Any] = {
+        name: module.sharded_state_dict(metadata=dict(_MODEL_METADATA)) for name, module in modules
+    }
     content["optimizer"] = state.optimizer.sharded_state_dict(
         content["model"] if "model" in content else dict(content),
         is_loading=is_loading,

@@ -191,17 +191,28 @@ def _model_plan(
 def _student_layers(
     parallel: ParallelConfig, student: Architecture, pairs: list[LayerPair]
 ) -> tuple[int, ...]:
-    num_stages = parallel.pipeline_model_parallel_size * (
-        parallel.virtual_pipeline_model_parallel_size or 1
-    )
+    pp = parallel.pipeline_model_parallel_size
+    num_stages = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
+    running = max(pair.student for pair in pairs) + 1
     if parallel.num_layers_per_stage is None:
-        return student_stages(student.num_layers, pairs, num_stages)
-    layers = tuple(parallel.num_layers_per_stage)
-    if min(layers) < 1 or sum(layers) != student.num_layers:
-        raise UserError(
-            f"parallel.num_layers_per_stage = {list(layers)}: every stage needs at least one "
-            f"layer, and all of them the student's {student.num_layers} (found {sum(layers)})"
-        )
+        layers = student_stages(student.num_layers, pairs, num_stages)
+    else:
+        layers = tuple(parallel.num_layers_per_stage)
+        if min(layers) < 1 or sum(layers) != student.num_layers:
+            raise UserError(
+                f"parallel.num_layers_per_stage = {list(layers)}: every stage needs at least one "
+                f"layer, and all of them the student's {student.num_layers} (found {sum(layers)})"
+            )
+    starts = [sum(layers[:stage]) for stage in range(num_stages)]
+    for rank in range(pp):
+        if min(starts[rank::pp]) >= running:
+            raise UserError(
+                f"pipeline rank {rank} would have nothing to train: the deepest tap is at student "
+                f"layer {running - 1}, its first layer is {min(starts[rank::pp])}. Megatron cannot "
+                "checkpoint such a rank; tap deeper layers (taps.layers), divide the layers "
+                "otherwise (parallel.num_layers_per_stage), or use fewer stages "
+                "(parallel.pipeline_model_parallel_size)"
+            )
     return layers
 
 

@@ -25,8 +25,9 @@ def test_what_always_holds() -> None:
             draw.randrange(1, 130) for _ in range(num_replicas * multiple * draw.randrange(1, 8))
         ]
         micro_batch_size = draw.choice([None, 1, 2, 5])
+        max_tokens = draw.choice([1, 60, 100, 1000])
         settings = {
-            "max_tokens": draw.choice([1, 60, 100, 1000]),
+            "max_tokens": max_tokens,
             "micro_batch_size": micro_batch_size,
             "num_replicas": num_replicas,
             "multiple": multiple,
@@ -38,7 +39,7 @@ def test_what_always_holds() -> None:
         (count,) = {len(replica) for replica in replicas}
         assert count % multiple == 0
         for batch in batches:
-            assert len(batch) == 1 or cost(batch, lengths) <= settings["max_tokens"]
+            assert len(batch) == 1 or cost(batch, lengths) <= max_tokens
             assert micro_batch_size is None or len(batch) <= micro_batch_size
         assert packed(list(lengths), **settings) == replicas, "the same on every rank"
 

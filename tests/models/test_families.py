@@ -56,7 +56,7 @@ QWEN3_4 = {
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
     "use_cache": True, "use_sliding_window": False, "vocab_size": 1001,
 }  # fmt: skip
-COMMON = {
+COMMON: dict[str, Any] = {
     "num_layers": 5, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 6,
     "num_query_groups": 2, "vocab_size": 1001,
 }  # fmt: skip

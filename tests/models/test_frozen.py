@@ -15,7 +15,13 @@ PAIRS: dict[str, dict[str, Any]] = {
 }
 TWO_LAYERS = "taps.layers=[0,1]"
 PP2 = "parallel.pipeline_model_parallel_size=2"
-TWO_AND_TWO = "parallel.num_layers_per_stage=[2,2]"
+VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+FULL = [
+    "batch.micro_batch_size=2",
+    "recompute.recompute_granularity=full",
+    "recompute.recompute_method=uniform",
+    "recompute.recompute_num_layers=1",
+]
 # name: (overrides, student layers that run, whether the final norm trains)
 METHODS: dict[str, tuple[list[str], int, bool]] = {
     "all": ([], 4, True),
@@ -25,23 +31,12 @@ METHODS: dict[str, tuple[list[str], int, bool]] = {
 }
 # (method, layout): (ranks, overrides)
 LAYOUTS: dict[tuple[str, str], tuple[int, list[str]]] = {
-    # The second stage, or its second half, holds frozen layers alone.
-    ("two_layers", "pp2"): (2, [PP2, TWO_AND_TWO]),
-    ("two_layers", "pp2_full_recompute"): (
-        2,
-        [
-            PP2,
-            TWO_AND_TWO,
-            "batch.micro_batch_size=2",
-            "recompute.recompute_granularity=full",
-            "recompute.recompute_method=uniform",
-            "recompute.recompute_num_layers=1",
-        ],
-    ),
-    ("two_layers", "pp2_bucketed"): (2, [PP2, TWO_AND_TWO, "optimizer.overlap_grad_reduce=true"]),
-    ("two_layers", "pp2_even"): (2, [PP2]),
-    ("two_layers", "pp2_vpp2"): (2, [PP2, "parallel.virtual_pipeline_model_parallel_size=2"]),
-    ("one_layer", "pp2"): (2, [PP2]),
+    # Frozen layers end the second stage; with virtual stages they are chunks of their own.
+    ("two_layers", "pp2"): (2, [PP2]),
+    ("two_layers", "pp2_overlap"): (2, [PP2, "optimizer.overlap_grad_reduce=true"]),
+    ("two_layers", "pp2_full_recompute"): (2, [PP2, *FULL]),
+    ("two_layers", "pp2_vpp2"): (2, [PP2, VPP2]),
+    ("two_layers", "pp2_vpp2_full_recompute"): (2, [PP2, VPP2, *FULL]),
     ("two_layers", "dp2_overlap"): (2, ["optimizer.overlap_grad_reduce=true"]),
     ("two_layers", "tp2_sp"): (
         2,
@@ -54,6 +49,8 @@ TEACHER_LAYERS = {
     "tied": {"all": 4, "pre_norm": 4, "two_layers": 2, "one_layer": 1},
 }
 CASES = [(method, "one") for method in METHODS] + list(LAYOUTS)
+EACH_CASE = pytest.mark.parametrize(("method", "layout"), CASES)
+EACH_PAIR = pytest.mark.parametrize("pair", PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -93,52 +90,60 @@ def _trains(name: str, method: str) -> bool:
     return name in ("embedding.word_embeddings.weight", "model.embed_tokens.weight")
 
 
-@pytest.mark.parametrize(("method", "layout"), CASES)
-@pytest.mark.parametrize("pair", PAIRS)
-class TestStudent:
-    def test_only_layers_up_to_the_deepest_tap_run(
-        self, results: Path, pair: str, method: str, layout: str
-    ) -> None:
-        ran = torch.load(results / f"{pair}.{method}.{layout}.pt")["ran"]["student"]
-        assert {_layer(name) for name in ran} == set(range(METHODS[method][1]))
-        assert "output_layer" not in ran
-        assert {"0.self_attention", "0.mlp"} <= ran
+@EACH_CASE
+@EACH_PAIR
+def test_only_layers_up_to_the_deepest_tap_run(
+    results: Path, pair: str, method: str, layout: str
+) -> None:
+    ran = torch.load(results / f"{pair}.{method}.{layout}.pt")["ran"]["student"]
+    assert {_layer(name) for name in ran} == set(range(METHODS[method][1]))
+    assert "output_layer" not in ran
+    assert {"0.self_attention", "0.mlp"} <= ran
 
-    def test_the_rest_is_frozen(self, results: Path, pair: str, method: str, layout: str) -> None:
-        found = torch.load(results / f"{pair}.{method}.{layout}.pt")
-        parameters = found["parameters"]["student"]
-        assert {_layer(name) for name in parameters} == {None, 0, 1, 2, 3}
-        assert ("output_layer.weight" in parameters) == (pair == "untied")
-        for name, facts in parameters.items():
-            trains = _trains(name, method)
-            assert facts == {"requires_grad": trains, "has_gradient": trains}, name
 
-    def test_the_rest_keeps_its_values_bit_for_bit(
-        self, results: Path, pair: str, method: str, layout: str
-    ) -> None:
-        found = torch.load(results / f"{pair}.{method}.{layout}.pt")
-        assert len(found["before"]) == len(found["after"]) > 30
-        for name, before in found["before"].items():
-            # A tied embedding trains as well, from its input side.
-            assert torch.equal(found["after"][name], before) != _trains(name, method), name
+@EACH_CASE
+@EACH_PAIR
+def test_the_rest_is_frozen(results: Path, pair: str, method: str, layout: str) -> None:
+    found = torch.load(results / f"{pair}.{method}.{layout}.pt")
+    parameters = found["parameters"]["student"]
+    assert {_layer(name) for name in parameters} == {None, 0, 1, 2, 3}
+    assert ("output_layer.weight" in parameters) == (pair == "untied")
+    for name, facts in parameters.items():
+        trains = _trains(name, method)
+        assert facts == {"requires_grad": trains, "has_gradient": trains}, name
 
-    def test_the_teacher_is_cut_and_frozen(
-        self, results: Path, pair: str, method: str, layout: str
-    ) -> None:
-        found = torch.load(results / f"{pair}.{method}.{layout}.pt")
-        parameters, depth = found["parameters"]["teacher"], TEACHER_LAYERS[pair][method]
-        assert {_layer(name) for name in parameters} == {None, *range(depth)}
-        others = {name for name in parameters if _layer(name) is None}
-        final_norm = {"decoder.final_layernorm.weight"} if METHODS[method][2] else set()
-        assert others == {"embedding.word_embeddings.weight"} | final_norm
-        for name, facts in parameters.items():
-            assert facts == {"requires_grad": False, "has_gradient": False}, name
-        assert {_layer(name) for name in found["ran"]["teacher"]} == set(range(depth))
+
+@EACH_CASE
+@EACH_PAIR
+def test_the_rest_keeps_its_values_bit_for_bit(
+    results: Path, pair: str, method: str, layout: str
+) -> None:
+    found = torch.load(results / f"{pair}.{method}.{layout}.pt")
+    assert len(found["before"]) == len(found["after"]) > 30
+    for name, before in found["before"].items():
+        # A tied embedding trains as well, from its input side.
+        assert torch.equal(found["after"][name], before) != _trains(name, method), name
+
+
+@EACH_CASE
+@EACH_PAIR
+def test_the_teacher_is_cut_and_frozen(results: Path, pair: str, method: str, layout: str) -> None:
+    found = torch.load(results / f"{pair}.{method}.{layout}.pt")
+    parameters, depth = found["parameters"]["teacher"], TEACHER_LAYERS[pair][method]
+    assert {_layer(name) for name in parameters} == {None, *range(depth)}
+    others = {name for name in parameters if _layer(name) is None}
+    final_norm = {"decoder.final_layernorm.weight"} if METHODS[method][2] else set()
+    assert others == {"embedding.word_embeddings.weight"} | final_norm
+    for name, facts in parameters.items():
+        assert facts == {"requires_grad": False, "has_gradient": False}, name
+    assert {_layer(name) for name in found["ran"]["teacher"]} == set(range(depth))
 
 
 @pytest.mark.parametrize(("method", "layout"), LAYOUTS)
-@pytest.mark.parametrize("pair", PAIRS)
-def test_frozen_stages_change_nothing(results: Path, pair: str, method: str, layout: str) -> None:
+@EACH_PAIR
+def test_a_layout_with_frozen_layers_changes_nothing(
+    results: Path, pair: str, method: str, layout: str
+) -> None:
     found = torch.load(results / f"{pair}.{method}.{layout}.pt")
     expected = torch.load(results / f"{pair}.{method}.one.pt")
     for name in ("loss", "cosine", "grad_norm"):

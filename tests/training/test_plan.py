@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any) -> None:
         raise AssertionError("a plan reads no weight")
 
     monkeypatch.setattr(HFCheckpoint, "read_slice", refuse)
-    yield
 
 
 def plan(pair: Path, *overrides: str, world_size: int = 1) -> RunPlan:
@@ -77,7 +75,7 @@ def test_final_norms(
 @pytest.mark.parametrize(
     ("overrides", "world_size", "message"),
     [
-        ([TP2], 3, r"3 processes .* tensor_model_parallel_size = 2 x .* = 1; .* multiple of 2"),
+        ([TP2], 3, r"3 processes .*tensor_model_parallel_size = 2 x .* = 1; .* multiple of 2"),
         ([TP2, PP2], 2, r"2 processes .* start a multiple of 4"),
         ([TP3], 3, r"tensor_model_parallel_size = 3 .* 4 attention heads of model\.student"),
         ([TP4], 4, r"tensor_model_parallel_size = 4 .* 2 key/value heads of model\.student"),

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
 from torch import Tensor
@@ -30,12 +31,10 @@ def run(case: dict[str, Any], directory: Path) -> None:
 
     with parallel_run(config.parallel, seed=config.seed) as context:
         plan = make_plan(config, world_size=dist.get_world_size())
-        HFCheckpoint.read_slice = counting  # type: ignore[method-assign]
-        try:
-            Distiller(plan, context)
-        except UserError as found:
-            error = str(found)
-        finally:
-            HFCheckpoint.read_slice = read_slice  # type: ignore[method-assign]
+        with patch.object(HFCheckpoint, "read_slice", counting):
+            try:
+                Distiller(plan, context)
+            except UserError as found:
+                error = str(found)
         result = {"reads": reads, "error": error}
         (directory / f"{case['name']}_{context.rank}.json").write_text(json.dumps(result))

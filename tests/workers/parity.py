@@ -55,9 +55,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             head = exported.get("lm_head.weight", exported["model.embed_tokens.weight"])
             assert head is not None
             result = {
-                "layers": [
-                    states[f"layer {layer}"] for layer in range(architecture.num_layers)
-                ],
+                "layers": [states[f"layer {layer}"] for layer in range(architecture.num_layers)],
                 "normed": states["norm"],
                 "logits": [hidden @ head.t() for hidden in states["norm"]],
                 "exported": list(exported),

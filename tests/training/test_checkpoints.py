@@ -1,0 +1,109 @@
+"""A checkpoint of any layout goes on in any other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_oprd.training.checkpoints import read_manifest, whole_checkpoints
+from megatron_oprd.weights.hf_files import HFCheckpoint
+from tests.pairs import save_pair
+from tests.ranks import run_ranks
+
+TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+PP2 = ["parallel.pipeline_model_parallel_size=2"]
+VPP2 = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2", "batch.micro_batch_size=2"]
+PLAIN_OPTIMIZER = ["optimizer.use_distributed_optimizer=false"]
+# Layers past the deepest tap have no optimizer states.
+SHALLOW = ["taps.layers=[0,2]"]
+
+# name: (ranks, overrides); each saves after one step and goes on for another.
+SAVERS = {
+    "one": (1, []),
+    "one_plain_optimizer": (1, PLAIN_OPTIMIZER),
+    "tp2_sp": (2, TP2_SP),
+    "vpp2": (2, VPP2),
+    "dp2": (2, []),
+    "dp2_pp2": (4, PP2),
+    "shallow": (1, SHALLOW),
+    "shallow_pp2": (2, [*PP2, *SHALLOW]),
+}
+# name: (ranks, overrides, whose checkpoint)
+LOADERS = {
+    "one_from_one": (1, [], "one"),
+    "one_from_plain": (1, PLAIN_OPTIMIZER, "one_plain_optimizer"),
+    "one_from_tp2_sp": (1, [], "tp2_sp"),
+    "one_from_vpp2": (1, [], "vpp2"),
+    "one_from_dp2_pp2": (1, [], "dp2_pp2"),
+    "tp2_sp_from_vpp2": (2, TP2_SP, "vpp2"),
+    "vpp2_from_one": (2, VPP2, "one"),
+    "vpp2_from_vpp2": (2, VPP2, "vpp2"),
+    "dp2_from_one": (2, [], "one"),
+    "dp2_from_dp2": (2, [], "dp2"),
+    "dp2_tp2_from_one": (4, TP2_SP, "one"),
+    "tp2_pp2_from_dp2": (4, [*TP2_SP, *PP2], "dp2"),
+    "shallow_from_shallow_pp2": (1, SHALLOW, "shallow_pp2"),
+}
+REFERENCE = {"shallow_from_shallow_pp2": "shallow", "shallow_pp2": "shallow", "shallow": "shallow"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("checkpoints")
+    pair = str(save_pair(root / "pair", "qwen3"))
+
+    def case(name: str, overrides: list[str], load: str | None, steps: int) -> dict[str, Any]:
+        return dict(name=name, pair=pair, overrides=overrides, load=load, steps=steps)
+
+    for ranks in (1, 2, 4):
+        savers = [case(n, o, None, 2) for n, (r, o) in SAVERS.items() if r == ranks]
+        run_ranks("checkpoint", savers, ranks, root)
+    for ranks in (1, 2, 4):
+        loaders = [case(n, o, s, 1) for n, (r, o, s) in LOADERS.items() if r == ranks]
+        run_ranks("checkpoint", loaders, ranks, root)
+    return root
+
+
+@pytest.mark.parametrize("name", [*SAVERS, *LOADERS])
+def test_goes_on_as_if_never_stopped(results: Path, name: str) -> None:
+    found = torch.load(results / f"{name}.pt")
+    expected = torch.load(results / f"{REFERENCE.get(name, 'one')}.pt")
+    assert found["lr"] == expected["lr"]
+    for key, tensor in expected["weights"].items():
+        difference = float((found["weights"][key] - tensor).abs().max())
+        assert difference <= 1e-5 * float(tensor.abs().max()), key
+
+
+@pytest.mark.parametrize(
+    ("loader", "saver"),
+    [
+        ("one_from_one", "one"),
+        ("one_from_plain", "one_plain_optimizer"),
+        ("vpp2_from_vpp2", "vpp2"),
+        ("dp2_from_dp2", "dp2"),
+    ],
+)
+def test_same_layout_is_bitwise(results: Path, loader: str, saver: str) -> None:
+    found = torch.load(results / f"{loader}.pt")["weights"]
+    for key, tensor in torch.load(results / f"{saver}.pt")["weights"].items():
+        assert torch.equal(found[key], tensor), key
+
+
+def test_second_step_changes_weights(results: Path) -> None:
+    """Otherwise the comparisons above would compare the checkpoint with itself."""
+    before = HFCheckpoint(results / "pair" / "student")
+    after = torch.load(results / "one.pt")["weights"]
+    assert not torch.equal(after["model.norm.weight"], before.read("model.norm.weight"))
+
+
+def test_checkpoint_carries_hugging_face_files(results: Path) -> None:
+    (checkpoint,) = whole_checkpoints(results / "vpp2")
+    manifest = read_manifest(checkpoint)
+    assert manifest["step"] == 1
+    assert manifest["format"] == "torch_dist"
+    assert manifest["student"]["family"] == "Qwen3ForCausalLM"
+    assert manifest["layout"]["virtual_pipeline_model_parallel_size"] == 2
+    source = results / "pair" / "student"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (checkpoint / "hf" / name).read_bytes() == (source / name).read_bytes()

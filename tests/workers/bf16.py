@@ -1,0 +1,62 @@
+"""Several steps; rank 0 writes losses and weights, and of one rank what its updates came from."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_oprd.parallel import parallel_run
+from megatron_oprd.training.plan import make_plan
+from megatron_oprd.training.step import Distiller
+from megatron_oprd.weights.export import Exporter
+from megatron_oprd.weights.parameters import named_parameters
+from tests.pairs import config_of, fixed_rollouts
+from tests.workers.step import gradient
+
+
+def main_parameter(parameter: torch.nn.Parameter) -> Tensor:
+    """The fp32 parameter that the optimizer updates (of one data-parallel rank)."""
+    if not parameter.requires_grad:
+        return parameter.data.float()
+    main: Tensor = parameter.main_param  # type: ignore[attr-defined]
+    return main.detach().view(parameter.shape)
+
+
+def run(case: dict[str, Any], directory: Path) -> None:
+    """Runs one case: {name, pair, overrides, steps, trace}."""
+    config = config_of(Path(case["pair"]), case["overrides"])
+    with parallel_run(config.parallel, seed=config.seed) as context:
+        plan = make_plan(config, world_size=dist.get_world_size())
+        distiller = Distiller(plan, context)
+        exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
+
+        def weights(value: Any = lambda parameter: parameter.data) -> dict[str, Tensor | None]:
+            return {
+                name: tensor if tensor is None else tensor.clone()
+                for name, tensor in exporter.stream(value)
+            }
+
+        losses, gradients, after_each_step = [], [], [weights()]
+        for _ in range(case["steps"]):
+            micro_batches = distiller.micro_batches(*fixed_rollouts())
+            distiller.teacher_pass(micro_batches)
+            loss, _ = distiller.student_pass(micro_batches)
+            losses.append(loss)
+            if case["trace"]:
+                gradients.append(weights(gradient))
+            distiller.update(loss_is_finite=True)
+            after_each_step.append(weights())
+        models = (distiller.state.modules, distiller._teacher)
+        if context.rank == 0:
+            torch.save(
+                {
+                    "losses": torch.stack(losses),
+                    "gradients": gradients,
+                    "weights": after_each_step,
+                    "main": weights(main_parameter) if case["trace"] else None,
+                    "dtypes": {p.dtype for m in models for p in named_parameters(m).values()},
+                },
+                directory / f"{case['name']}.pt",
+            )
