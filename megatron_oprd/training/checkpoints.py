@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,19 @@ _OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: Steps that are done, skipped ones included.
+        skipped_steps: Steps whose loss or gradient was not finite.
+    """
+
+    step: int = 0
+    skipped_steps: int = 0
 
 
 def checkpoint_folder(output_dir: Path) -> Path:
@@ -85,13 +99,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint / MANIFEST} cannot be read: {error}") from error
 
 
-def save(plan: RunPlan, state: TrainState, *, step: int, context: ParallelContext) -> Path:
-    """Writes a checkpoint after ``step`` steps, then removes the oldest beyond ``keep``.
+def save(plan: RunPlan, state: TrainState, progress: Progress, *, context: ParallelContext) -> Path:
+    """Writes a checkpoint, then removes the oldest beyond ``keep``.
 
     It is written under a temporary name and renamed when it is whole. Every rank has to call.
     """
     folder = checkpoint_folder(Path(plan.config.output_dir))
-    final = folder / f"step_{step:07d}"
+    final = folder / f"step_{progress.step:07d}"
     temporary = folder / f".{final.name}.tmp"
     if context.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -102,7 +116,7 @@ def save(plan: RunPlan, state: TrainState, *, step: int, context: ParallelContex
     dist_checkpointing.save(content, str(temporary))
     dist.barrier()
     if context.rank == 0:
-        _add_companions(temporary, plan, step)
+        _add_companions(temporary, plan, progress)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _sync_folder(folder)
@@ -112,17 +126,18 @@ def save(plan: RunPlan, state: TrainState, *, step: int, context: ParallelContex
     return final
 
 
-def load(checkpoint: Path, plan: RunPlan, state: TrainState, *, context: ParallelContext) -> int:
+def load(
+    checkpoint: Path, plan: RunPlan, state: TrainState, *, context: ParallelContext
+) -> Progress:
     """Restores a run's state in place, whatever layout the checkpoint was written in.
 
     Random states are restored when the layout is the same.
 
     Returns:
-        The number of steps the checkpoint was written after.
+        How far the run was.
     """
     manifest = read_manifest(checkpoint)
     same_layout = manifest["layout"] == _layout(plan)
-    _allocate_adam_states(state)
     content = _sharded_state(state, context, is_loading=True, with_rng=same_layout)
     loaded = dist_checkpointing.load(content, str(checkpoint))
     for name, module in _named_modules(state):
@@ -135,7 +150,7 @@ def load(checkpoint: Path, plan: RunPlan, state: TrainState, *, context: Paralle
         torch.set_rng_state(rng["cpu"])
         torch.cuda.set_rng_state(rng["device"])
         get_cuda_rng_tracker().set_states(rng["tracker"])
-    return manifest["step"]
+    return Progress(step=manifest["step"], skipped_steps=manifest["skipped_steps"])
 
 
 def remove_unfinished(output_dir: Path) -> None:
@@ -173,25 +188,6 @@ def _sharded_state(
     return content
 
 
-def _allocate_adam_states(state: TrainState) -> None:
-    """Gives torch's Adam the states it would get in its first step.
-
-    Megatron's distributed optimizer loads into them. (Transformer Engine's and Apex's Adam need
-    nothing of the kind.)
-    """
-    for optimizer in state.optimizer.chained_optimizers:
-        adam = optimizer.optimizer
-        if not isinstance(adam, torch.optim.Adam):
-            continue
-        for group in adam.param_groups:
-            for parameter in group["params"]:
-                adam.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
 def _load_optimizer(state: TrainState, loaded: dict[Any, Any]) -> None:
     """Loads each chained optimizer.
 
@@ -203,9 +199,7 @@ def _load_optimizer(state: TrainState, loaded: dict[Any, Any]) -> None:
     parts = [loaded] if len(chained) == 1 else [loaded[i] for i in range(len(chained))]
     for optimizer, part in zip(chained, parts, strict=True):
         adam = optimizer.optimizer
-        if not (
-            isinstance(optimizer, DistributedOptimizer) and isinstance(adam, torch.optim.Adam)
-        ):
+        if not (isinstance(optimizer, DistributedOptimizer) and isinstance(adam, torch.optim.Adam)):
             optimizer.load_state_dict(part)
             continue
         moments = part.pop("param_state")
@@ -235,7 +229,7 @@ def _layout(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def _add_companions(folder: Path, plan: RunPlan, step: int) -> None:
+def _add_companions(folder: Path, plan: RunPlan, progress: Progress) -> None:
     """Adds what makes the checkpoint self-contained: the manifest and Hugging Face's files."""
     hf = folder / "hf"
     hf.mkdir()
@@ -245,7 +239,7 @@ def _add_companions(folder: Path, plan: RunPlan, step: int) -> None:
     manifest = {
         "format": "torch_dist",
         "megatron_oprd": megatron_oprd.__version__,
-        "step": step,
+        **dataclasses.asdict(progress),
         "student": dataclasses.asdict(plan.student.architecture),
         "layout": _layout(plan),
         "source": str(plan.student.checkpoint.folder),

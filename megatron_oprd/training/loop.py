@@ -16,6 +16,7 @@ from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
 from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.training import checkpoints
+from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.loggers import Loggers
 from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.step import Distiller, StepResult
@@ -44,24 +45,23 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
         checkpoints.remove_unfinished(output_dir)
     distiller = Distiller(plan, context)
     exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
-    first_step = 0
+    done = Progress()
     if resume_from is not None:
-        first_step = checkpoints.load(resume_from, plan, distiller.state, context=context)
+        done = checkpoints.load(resume_from, plan, distiller.state, context=context)
     engine = _make_engine(config, context) if context.is_leader else None
     prompts = _load_prompts(config) if context.is_leader else []
     loggers = (
         Loggers(
             output_dir,
-            first_step=first_step,
+            first_step=done.step,
             num_steps=config.train_iters,
             tensorboard=config.tensorboard,
         )
         if context.rank == 0
         else None
     )
-    saved_at = first_step
-    skipped_in_a_row = 0
-    for step in range(first_step, config.train_iters):
+    skipped_steps, skipped_in_a_row = done.skipped_steps, 0
+    for step in range(done.step, config.train_iters):
         started = time.perf_counter()
         torch.cuda.reset_peak_memory_stats()
         stream = exporter.stream()
@@ -80,10 +80,12 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             [rollout.response_ids for rollout in rollouts],
         )
         skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        skipped_steps += result.skipped
         metrics = {
             "step": step,
             **_step_metrics(result, plan),
             **_rollout_metrics(rollouts),
+            "skipped_steps": skipped_steps,
             "seconds_weight_sync": synced - started,
             "seconds_rollout": rolled_out - synced,
             "peak_memory_gb": _peak_memory_gb(context),
@@ -96,12 +98,12 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             raise TrainingDivergedError(
                 f"steps {step + 1 - skipped_in_a_row} to {step} had a non-finite loss or gradient "
                 f"(last loss {result.loss}, gradient norm {result.grad_norm}); the newest "
-                f"checkpoint is of step {saved_at}"
+                f"checkpoint is of step {done.step}"
             )
         interval = config.checkpoint.save_interval
         if step + 1 == config.train_iters or (interval and (step + 1) % interval == 0):
-            checkpoints.save(plan, distiller.state, step=step + 1, context=context)
-            saved_at = step + 1
+            done = Progress(step=step + 1, skipped_steps=skipped_steps)
+            checkpoints.save(plan, distiller.state, done, context=context)
     if loggers is not None:
         loggers.close()
     return _export(plan, exporter, context)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -69,9 +70,29 @@ def make_train_state(
         ),
         wrapped,
     )
+    _allocate_adam_states(optimizer)
     return TrainState(
         chunks=wrapped, optimizer=optimizer, scheduler=_make_scheduler(config, optimizer)
     )
+
+
+def _allocate_adam_states(optimizer: MegatronOptimizer) -> None:
+    """Gives torch's Adam the states it would get in its first step.
+
+    Megatron cannot save or load the distributed optimizer without them. (Transformer Engine's and
+    Apex's Adam need nothing of the kind.)
+    """
+    for one in optimizer.chained_optimizers:
+        adam = one.optimizer
+        if not isinstance(adam, torch.optim.Adam):
+            continue
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def _make_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

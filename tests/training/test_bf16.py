@@ -93,6 +93,7 @@ def test_main_parameters_are_those_of_adamw_in_fp32(results: Path, optimizer: st
     )
     for gradients in found["gradients"]:
         for name, weight in expected.items():
+            assert gradients[name].dtype == torch.float32
             weight.grad = gradients[name]
         torch.nn.utils.clip_grad_norm_(expected.values(), 0.5)
         adamw.step()

@@ -54,7 +54,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pair = str(save_pair(root / "pair", "qwen3"))
 
     def case(name: str, overrides: list[str], load: str | None, steps: int) -> dict[str, Any]:
-        return dict(name=name, pair=pair, overrides=overrides, load=load, steps=steps)
+        return {"name": name, "pair": pair, "overrides": overrides, "load": load, "steps": steps}
 
     for ranks in (1, 2, 4):
         savers = [case(n, o, None, 2) for n, (r, o) in SAVERS.items() if r == ranks]

@@ -22,15 +22,17 @@ def run(case: dict[str, Any], directory: Path) -> None:
         plan = make_plan(config, world_size=dist.get_world_size())
         distiller = Distiller(plan, context)
         exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
-        first = 0
+        done = checkpoints.Progress()
         if case["load"]:
             loaded = checkpoints.whole_checkpoints(directory / case["load"])[-1]
-            first = checkpoints.load(loaded, plan, distiller.state, context=context)
+            done = checkpoints.load(loaded, plan, distiller.state, context=context)
         prompts, responses = fixed_rollouts()
-        for step in range(first, first + case["steps"]):
+        for step in range(done.step, done.step + case["steps"]):
             distiller.step(prompts, responses)
             if step == 0:
-                checkpoints.save(plan, distiller.state, step=1, context=context)
+                checkpoints.save(
+                    plan, distiller.state, checkpoints.Progress(step=1), context=context
+                )
         weights = dict(exporter.stream())
         if context.rank == 0:
             torch.save(

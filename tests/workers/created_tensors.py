@@ -1,4 +1,4 @@
-"""One whole step under a dispatch mode; rank 0 writes which tensors of all ranks have what shape."""
+"""One whole step under a dispatch mode; rank 0 writes the shapes of all tensors that were made."""
 
 from collections.abc import Sequence
 from pathlib import Path

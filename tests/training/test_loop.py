@@ -1,0 +1,122 @@
+"""The training loop: the same seed gives the same run in every layout; what is not finite stops."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_oprd.weights.hf_files import HFCheckpoint
+from tests.pairs import save_pair
+from tests.ranks import run_ranks
+
+TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+PP2 = ["parallel.pipeline_model_parallel_size=2"]
+STEPS = ["train_iters=2"]
+LAYOUTS = {
+    "one": (1, []),
+    "again": (1, []),
+    "other_seed": (1, ["seed=99"]),
+    "small_generation_batches": (1, ["rollout.max_batch_size=3"]),
+    "tp2_sp": (2, TP2_SP),
+    "pp2": (2, PP2),
+    "dp2": (2, []),
+    "dp2_pp2": (4, PP2),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("loop")
+    pair = save_pair(root / "pair", "llama", tied=True)
+    broken = save_pair(root / "broken", "llama")
+    weights = load_file(broken / "teacher" / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][0, 0] = float("inf")
+    save_file(weights, broken / "teacher" / "model.safetensors", {"format": "pt"})
+    cases: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
+    for name, (ranks, overrides) in LAYOUTS.items():
+        cases[ranks].append({"name": name, "pair": str(pair), "overrides": [*STEPS, *overrides]})
+    stop = ["train_iters=9", "optimizer.max_skipped_in_a_row=3"]
+    cases[2].append({"name": "diverged", "pair": str(broken), "overrides": [*stop, *PP2]})
+    cases[2].append(
+        {"name": "skipping", "pair": str(broken), "overrides": [*STEPS, "tensorboard=true"]}
+    )
+    for ranks, of_ranks in cases.items():
+        run_ranks("loop", of_ranks, ranks, root)
+    return root
+
+
+def records(root: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in (root / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", [n for n in LAYOUTS if n not in ("one", "other_seed")])
+def test_layout_changes_no_rollout(root: Path, name: str) -> None:
+    found = torch.load(root / f"{name}.pt", weights_only=False)["rollouts"]
+    expected = torch.load(root / "one.pt", weights_only=False)["rollouts"]
+    assert len(expected) == 2
+    assert len(expected[0]) == 8
+    assert found == expected
+    for ours, theirs in zip(records(root, name), records(root, "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_seed_and_step_change_rollouts(root: Path) -> None:
+    first, second = torch.load(root / "one.pt", weights_only=False)["rollouts"]
+    other = torch.load(root / "other_seed.pt", weights_only=False)["rollouts"]
+    assert [r.response_ids for r in first] != [r.response_ids for r in second]
+    assert [r.response_ids for r in first] != [r.response_ids for r in other[0]]
+
+
+def test_exported_student_generates(root: Path) -> None:
+    folder = root / "dp2_pp2" / "student"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("1 plus 2", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert output.shape[1] > inputs["input_ids"].shape[1]
+    source = HFCheckpoint(root / "pair" / "student")
+    exported = HFCheckpoint(folder)
+    assert sorted(exported.names()) == sorted(source.names())
+    assert exported.config == source.config
+    assert {f.name for f in exported.companion_files()} == {
+        f.name for f in source.companion_files()
+    }
+
+
+def test_metrics_are_complete(root: Path) -> None:
+    first, second = records(root, "pp2")
+    assert first.keys() == second.keys()
+    for name in (
+        *("loss", "cosine", "grad_norm", "lr", "tokens_per_second", "peak_memory_gb"),
+        *("seconds_rollout", "seconds_weight_sync", "seconds_teacher", "seconds_student"),
+        *("seconds_optimizer", "seconds_step", "response_length_mean", "finished_share"),
+    ):
+        assert isinstance(first[name], float), name
+    assert list(first["loss_per_layer"]) == list(first["cosine_per_layer"]) == ["0", "1", "2", "3"]
+    parts = [v for k, v in second.items() if k.startswith("seconds_") and k != "seconds_step"]
+    assert sum(parts) <= second["seconds_step"]
+    assert first["skipped_steps"] == 0
+
+
+def test_non_finite_steps_are_skipped_and_counted(root: Path) -> None:
+    """The step changes nothing, not even the schedule, and the run goes on."""
+    first, second = records(root, "skipping")
+    assert first["skipped"]
+    assert second["skipped"]
+    assert (first["skipped_steps"], second["skipped_steps"]) == (1, 2)
+    assert first["lr"] == second["lr"]
+    before = HFCheckpoint(root / "broken" / "student")
+    after = HFCheckpoint(root / "skipping" / "student")
+    for name in before.names():
+        assert torch.equal(after.read(name), before.read(name)), name
+
+
+def test_too_many_skipped_steps_stop_the_run(root: Path) -> None:
+    stopped = torch.load(root / "diverged.pt", weights_only=False)["stopped"]
+    assert "steps 0 to 2" in stopped
+    assert len(records(root, "diverged")) == 3
+    assert not (root / "diverged" / "student").exists()

@@ -1,0 +1,39 @@
+"""A whole run of the training loop; rank 0 writes every step's rollouts, or what stopped it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_oprd.parallel import parallel_run
+from megatron_oprd.training import loop
+from megatron_oprd.training.plan import make_plan
+from tests.pairs import config_of
+
+
+def run(case: dict[str, Any], directory: Path) -> None:
+    """Runs one case: {name, pair, overrides}."""
+    overrides = [*case["overrides"], f"output_dir={directory / case['name']}"]
+    config = config_of(Path(case["pair"]), overrides)
+    rollouts: list[Any] = []
+    collect = loop.collect
+
+    def recording_collect(*args: Any, **kwargs: Any) -> Any:
+        rollouts.append(collect(*args, **kwargs))
+        return rollouts[-1]
+
+    loop.collect = recording_collect
+    stopped = ""
+    with parallel_run(config.parallel, seed=config.seed) as context:
+        plan = make_plan(config, world_size=dist.get_world_size())
+        try:
+            loop.train(plan, context)
+        except loop.TrainingDivergedError as error:
+            stopped = str(error)
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, rollouts)
+        if context.rank == 0:
+            assert all(one == rollouts for one in everyone), "ranks know different rollouts"
+            torch.save({"rollouts": rollouts, "stopped": stopped}, directory / f"{case['name']}.pt")
+    loop.collect = collect
