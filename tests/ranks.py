@@ -11,7 +11,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,17 @@ TIMEOUT = 600
 
 
 def run_ranks(
-    worker: str, cases: Sequence[dict[str, Any]], num_ranks: int, directory: Path
+    worker: str,
+    cases: Sequence[dict[str, Any]],
+    num_ranks: int,
+    directory: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Runs ``cases`` of a worker module on ``num_ranks`` processes; fails if any rank does."""
+    """Runs ``cases`` of a worker module on ``num_ranks`` processes; fails if any rank does.
+
+    ``environment`` is added to the processes' own.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     job = {"worker": worker, "cases": list(cases), "ports": _free_ports(len(cases))}
     job_file = directory / f"job_{num_ranks}.json"
@@ -30,7 +38,9 @@ def run_ranks(
     logs = [(directory / f"rank_{rank}_of_{num_ranks}.log") for rank in range(num_ranks)]
     processes = []
     for rank, log in enumerate(logs):
-        environment = rank_environment() | {
+        rank_variables = {
+            **rank_environment(),
+            **(environment or {}),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(num_ranks),
@@ -40,7 +50,7 @@ def run_ranks(
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.ranks", str(job_file)],
-                    env=environment,
+                    env=rank_variables,
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     cwd=ROOT,
@@ -57,8 +67,13 @@ def run_ranks(
 
 
 def rank_environment() -> dict[str, str]:
-    """The environment of a process that runs beside others on few cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """The environment of a process that runs on the CPU, beside others on few cores."""
+    return {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def _free_ports(count: int) -> list[int]:

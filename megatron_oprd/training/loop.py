@@ -1,5 +1,6 @@
 """The training loop: sync weights, roll out, distil, log, now and then save."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from megatron_oprd.data.tokenizers import eos_token_ids, load_tokenizer, pad_tok
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.collect import collect
-from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
@@ -40,6 +41,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
     config = plan.config
     output_dir = Path(config.output_dir)
     resume_from = checkpoints.checkpoint_to_resume(plan)
+    prompts = _load_prompts(config) if context.is_leader else []
     dist.barrier()
     if context.rank == 0:
         checkpoints.remove_unfinished(output_dir)
@@ -49,67 +51,74 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
     if resume_from is not None:
         done = checkpoints.load(resume_from, plan, distiller.state, context=context)
     engine = _make_engine(config, context) if context.is_leader else None
-    prompts = _load_prompts(config) if context.is_leader else []
-    loggers = (
-        Loggers(
-            output_dir,
-            first_step=done.step,
-            num_steps=config.train_iters,
-            tensorboard=config.tensorboard,
-        )
-        if context.rank == 0
-        else None
-    )
     skipped_steps, skipped_in_a_row = done.skipped_steps, 0
-    for step in range(done.step, config.train_iters):
-        started = time.perf_counter()
-        torch.cuda.reset_peak_memory_stats()
-        stream = exporter.stream()
-        if engine is not None:
-            engine.load_weights((name, t) for name, t in stream if t is not None)
-        else:
-            for _ in stream:
-                pass
-        synced = time.perf_counter()
-        rollouts = collect(
-            engine, _prompts_of(step, prompts, config), _sampling(step, config), context=context
-        )
-        rolled_out = time.perf_counter()
-        result = distiller.step(
-            [rollout.prompt_ids for rollout in rollouts],
-            [rollout.response_ids for rollout in rollouts],
-        )
-        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-        skipped_steps += result.skipped
-        metrics = {
-            "step": step,
-            **_step_metrics(result, plan),
-            **_rollout_metrics(rollouts),
-            "skipped_steps": skipped_steps,
-            "seconds_weight_sync": synced - started,
-            "seconds_rollout": rolled_out - synced,
-            "peak_memory_gb": _peak_memory_gb(context),
-        }
-        metrics["seconds_step"] = seconds = time.perf_counter() - started
-        metrics["tokens_per_second"] = metrics["num_tokens"] / seconds
-        if loggers is not None:
-            loggers.log(metrics)
-        if skipped_in_a_row == config.optimizer.max_skipped_in_a_row:
-            raise TrainingDivergedError(
-                f"steps {step + 1 - skipped_in_a_row} to {step} had a non-finite loss or gradient "
-                f"(last loss {result.loss}, gradient norm {result.grad_norm}); the newest "
-                f"checkpoint is of step {done.step}"
+    with _loggers(config, context, first_step=done.step) as loggers:
+        for step in range(done.step, config.train_iters):
+            started = time.perf_counter()
+            torch.cuda.reset_peak_memory_stats()
+            _sync_weights(exporter, engine)
+            synced = time.perf_counter()
+            of_step = _prompts_of(step, prompts, config)
+            rollouts = collect(engine, of_step, _sampling(step, config), context=context)
+            rolled_out = time.perf_counter()
+            result = distiller.step(
+                [rollout.prompt_ids for rollout in rollouts],
+                [rollout.response_ids for rollout in rollouts],
             )
-        interval = config.checkpoint.save_interval
-        if step + 1 == config.train_iters or (interval and (step + 1) % interval == 0):
-            done = Progress(step=step + 1, skipped_steps=skipped_steps)
-            checkpoints.save(plan, distiller.state, done, context=context)
-    if loggers is not None:
-        loggers.close()
+            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+            skipped_steps += result.skipped
+            metrics = {
+                "step": step,
+                **_step_metrics(result, plan),
+                **_rollout_metrics(rollouts),
+                "skipped_steps": skipped_steps,
+                "seconds_weight_sync": synced - started,
+                "seconds_rollout": rolled_out - synced,
+                "peak_memory_gb": _peak_memory_gb(context),
+            }
+            metrics["seconds_step"] = seconds = time.perf_counter() - started
+            metrics["tokens_per_second"] = metrics["num_tokens"] / seconds
+            if loggers is not None:
+                loggers.log(metrics)
+            if skipped_in_a_row == config.optimizer.max_skipped_in_a_row:
+                raise TrainingDivergedError(
+                    f"steps {step + 1 - skipped_in_a_row} to {step} had a non-finite loss or "
+                    f"gradient (last loss {result.loss}, gradient norm {result.grad_norm}); the "
+                    f"newest checkpoint is of step {done.step}"
+                )
+            interval = config.checkpoint.save_interval
+            if step + 1 == config.train_iters or (interval and (step + 1) % interval == 0):
+                done = Progress(step=step + 1, skipped_steps=skipped_steps)
+                checkpoints.save(plan, distiller.state, done, context=context)
     return _export(plan, exporter, context)
 
 
-def _make_engine(config: RunConfig, context: ParallelContext) -> HFEngine:
+def _loggers(
+    config: RunConfig, context: ParallelContext, *, first_step: int
+) -> contextlib.AbstractContextManager[Loggers | None]:
+    """The run's loggers on rank 0, closed at the end; None on other ranks."""
+    if context.rank != 0:
+        return contextlib.nullcontext()
+    loggers = Loggers(
+        Path(config.output_dir),
+        first_step=first_step,
+        num_steps=config.train_iters,
+        tensorboard=config.tensorboard,
+    )
+    return contextlib.closing(loggers)
+
+
+def _sync_weights(exporter: Exporter, engine: RolloutEngine | None) -> None:
+    """Gives the engine the student's current weights; every rank takes part in gathering them."""
+    stream = exporter.stream()
+    if engine is not None:
+        engine.load_weights((name, tensor) for name, tensor in stream if tensor is not None)
+    else:
+        for _ in stream:
+            pass
+
+
+def _make_engine(config: RunConfig, context: ParallelContext) -> RolloutEngine:
     student = Path(config.model.student)
     tokenizer = load_tokenizer(student)
     return HFEngine(

@@ -11,7 +11,7 @@ from tests.pairs import config_of, save_pair
 from tests.tiny import copy_with_config, tiny_tokenizer
 
 TP2, TP3, TP4 = (f"parallel.tensor_model_parallel_size={tp}" for tp in (2, 3, 4))
-PP2, PP3, PP5 = (f"parallel.pipeline_model_parallel_size={pp}" for pp in (2, 3, 5))
+PP2, PP5 = (f"parallel.pipeline_model_parallel_size={pp}" for pp in (2, 5))
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 
 
@@ -105,6 +105,11 @@ def test_final_norms(
             4,
             r"gives 6 .* 2 data-parallel replicas of 2 interleaved stages need a multiple of 4",
         ),
+        (
+            [PP2, "taps.layers=[0,1]", "parallel.num_layers_per_stage=[2,2]"],
+            2,
+            r"pipeline rank 1 would have nothing to train: .* student layer 1, .* layer is 2",
+        ),
         (["taps.layers=[0,4]"], 1, r"taps\.layers has 4; the student's layers are 0 to 3"),
         (["taps.layer_map=[0,1,2]"], 1, r"taps\.layer_map has 3 teacher layers"),
         (["taps.layer_map=[0,1,2,7]"], 1, r"taps\.layer_map has 7; the teacher's .* 0 to 6"),
@@ -136,6 +141,7 @@ def test_refusals(pair: Path, overrides: list[str], world_size: int, message: st
         ([TP2], 2),
         ([TP2, PP2], 8),
         ([PP2, VPP2, "rollout.prompts_per_step=2"], 4),
+        ([PP2, "taps.layers=[0,1]"], 2),
         (["taps.layer_map=[6,4,2,0]"], 1),
         (["data.max_prompt_tokens=250", "rollout.max_new_tokens=6"], 1),
     ],
