@@ -26,7 +26,7 @@ def main() -> int:
         "--dry-run", action="store_true", help="check and print the plan, then stop"
     )
     parser.add_argument("overrides", nargs="*", help="settings, as in optimizer.lr=1e-5")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     parallel = config.parallel
     one_replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size

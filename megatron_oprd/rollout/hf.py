@@ -33,6 +33,7 @@ class HFEngine:
         device: torch.device,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
+        num_tokens: int,
         max_batch_size: int | None = None,
     ):
         """Builds the model of ``folder``'s config.json; no weights are read.
@@ -43,6 +44,8 @@ class HFEngine:
             device: Where the model lives.
             eos_token_ids: A response ends with any of these.
             pad_token_id: Fills up shorter prompts on the left; masked.
+            num_tokens: Tokens of the tokenizer. Ids from here on, which pad the embedding and mean
+                nothing, are never sampled.
             max_batch_size: Most responses that are generated at once; None is no limit.
         """
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -55,6 +58,7 @@ class HFEngine:
         self._device = device
         self._eos_token_ids = frozenset(eos_token_ids)
         self._pad_token_id = pad_token_id
+        self._meaningless_ids = range(num_tokens, config.vocab_size)
         self._max_batch_size = max_batch_size
         self._has_weights = False
 
@@ -143,7 +147,9 @@ class HFEngine:
                 eos_token_id=sorted(self._eos_token_ids) or None,
                 pad_token_id=self._pad_token_id,
             ),
-            logits_processor=logits_processors(sampling, seeds, self._device),
+            logits_processor=logits_processors(
+                sampling, seeds, self._device, never=self._meaningless_ids
+            ),
         )
         rollouts = []
         for (prompt, sample), response in zip(requests, sequences[:, width:].tolist(), strict=True):

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -49,9 +50,13 @@ def sample_seed(seed: int, prompt_index: int, sample_index: int) -> int:
 
 
 def logits_processors(
-    sampling: SamplingParams, seeds: Sequence[int], device: torch.device
+    sampling: SamplingParams,
+    seeds: Sequence[int],
+    device: torch.device,
+    *,
+    never: Sequence[int] = (),
 ) -> LogitsProcessorList:
-    """What turns greedy decoding into sampling as ``sampling`` says: none at temperature 0.
+    """What turns greedy decoding into sampling as ``sampling`` says: nothing at temperature 0.
 
     Temperature first, then top-k, then top-p of what is left, then the noise.
 
@@ -59,8 +64,11 @@ def logits_processors(
         sampling: How to sample.
         seeds: One seed (`sample_seed`) for each row of the batch.
         device: Where the logits are.
+        never: Token ids that are not sampled, at no temperature.
     """
     processors = LogitsProcessorList()
+    if never:
+        processors.append(SuppressTokensLogitsProcessor(list(never), device=device.type))
     if sampling.temperature == 0:
         return processors
     processors.append(TemperatureLogitsWarper(float(sampling.temperature)))

@@ -76,7 +76,7 @@ def checkpoint_to_resume(plan: RunPlan) -> Path | None:
             f"output_dir = {config.output_dir} has checkpoints (newest: {newest.name}) and "
             "checkpoint.resume = never; give another folder, or resume = auto"
         )
-    found = read_manifest(newest)["student"]
+    found = read_manifest(newest).get("student") or {}
     ours = dataclasses.asdict(plan.student.architecture)
     for field in ours:
         if found.get(field) != ours[field]:

@@ -19,7 +19,7 @@ from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.loggers import Loggers
-from megatron_oprd.training.plan import RunPlan
+from megatron_oprd.training.plan import RunPlan, export_folder
 from megatron_oprd.training.step import Distiller, StepResult
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.hf_files import write_hf_folder
@@ -127,6 +127,7 @@ def _make_engine(config: RunConfig, context: ParallelContext) -> RolloutEngine:
         device=context.device,
         eos_token_ids=eos_token_ids(student, tokenizer),
         pad_token_id=pad_token_id(tokenizer),
+        num_tokens=len(tokenizer),
         max_batch_size=config.rollout.max_batch_size,
     )
 
@@ -201,7 +202,7 @@ def _peak_memory_gb(context: ParallelContext) -> float:
 
 def _export(plan: RunPlan, exporter: Exporter, context: ParallelContext) -> Path:
     """Writes the student as a Hugging Face folder, from the first replica."""
-    out = Path(plan.config.output_dir) / "student"
+    out = export_folder(plan.config)
     if context.dp_rank == 0:
         stream = exporter.stream()
         if context.is_leader:

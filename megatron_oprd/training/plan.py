@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_oprd.config import ParallelConfig, RunConfig, dump_config
 from megatron_oprd.data.prompts import check_prompt_files
-from megatron_oprd.data.tokenizers import check_same_tokenizer
+from megatron_oprd.data.tokenizers import check_same_tokenizer, load_tokenizer
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import Extent, padded_vocab_size
@@ -14,7 +14,7 @@ from megatron_oprd.models.families.dense import mapping_table
 from megatron_oprd.parallel import data_parallel_size
 from megatron_oprd.taps.layer_map import LayerPair, layer_pairs
 from megatron_oprd.taps.stages import student_stages, teacher_stages
-from megatron_oprd.weights.hf_files import HFCheckpoint
+from megatron_oprd.weights.hf_files import HFCheckpoint, check_output_folder
 from megatron_oprd.weights.load import check_tensors
 from megatron_oprd.weights.mapping import Mapping
 
@@ -70,6 +70,11 @@ class RunPlan:
         )
 
 
+def export_folder(config: RunConfig) -> Path:
+    """Where the distilled student is written at the end."""
+    return Path(config.output_dir) / "student"
+
+
 def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
     """Works out a run for ``world_size`` processes, reading configurations and file headers only.
 
@@ -78,6 +83,7 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
             the models or the number of processes.
     """
     dp_size = data_parallel_size(config.parallel, world_size)
+    check_output_folder(export_folder(config), force=True)
     _check_batch(config, dp_size)
     student = HFCheckpoint(config.model.student)
     teacher = HFCheckpoint(config.model.teacher)
@@ -93,6 +99,7 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
             "projectors), which is not available yet"
         )
     check_same_tokenizer(Path(config.model.student), Path(config.model.teacher))
+    _check_vocabulary(config, student_arch, teacher_arch)
     check_prompt_files([Path(p) for p in config.data.prompts], config.data.prompt_key)
     pairs = layer_pairs(
         config.taps.layers,
@@ -238,6 +245,16 @@ def _check_sequence_length(setting: str, arch: Architecture, config: RunConfig) 
             f"sequences of up to {prompt + response} tokens; {setting} was made for at most "
             f"{arch.max_position_embeddings} (max_position_embeddings)"
         )
+
+
+def _check_vocabulary(config: RunConfig, student: Architecture, teacher: Architecture) -> None:
+    highest = max(load_tokenizer(Path(config.model.student)).get_vocab().values())
+    for setting, arch in (("model.student", student), ("model.teacher", teacher)):
+        if highest >= arch.vocab_size:
+            raise UserError(
+                f"{setting} has an embedding of {arch.vocab_size} rows; the tokenizer has ids up "
+                f"to {highest}, so it needs at least {highest + 1}"
+            )
 
 
 def _check_batch(config: RunConfig, dp_size: int) -> None:

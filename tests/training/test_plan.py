@@ -207,3 +207,16 @@ def test_description_without_a_pipeline(pair: Path) -> None:
     assert stages[1] == "rank 0: student layers 0-3; teacher layers 0-6"
     assert stages[2].startswith("student: 0 layers past the deepest tap")
     assert stages[2].endswith("teacher: 0 layers and the LM head are not built")
+
+
+def test_embedding_smaller_than_the_tokenizer(pair: Path, tmp_path: Path) -> None:
+    smaller = changed(pair, tmp_path, "teacher", vocab_size=90)
+    with pytest.raises(UserError, match=r"model\.teacher has an embedding of 90 rows.* 97"):
+        plan(pair, smaller)
+
+
+def test_export_folder_that_cannot_be_replaced(pair: Path, tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"student.* is not empty"):
+        plan(pair, f"output_dir={tmp_path}")
