@@ -53,7 +53,7 @@ def test_evaluate_then_report(
     )
     rows = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert [row.split("│")[1].strip() for row in rows] == ["before", "teacher"]
-    assert rows[1].split("│")[2:5] == ["      4 ", "      1.0000 ", "          100.0% "]
+    assert [cell.strip() for cell in rows[1].split("│")[2:5]] == ["4", "1.0000", "100.0%"]
 
     evaluation = read_evaluation(output)
     before, after = evaluation.students
