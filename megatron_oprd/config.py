@@ -216,13 +216,14 @@ class CheckpointConfig:
     """Training checkpoints.
 
     Attributes:
-        save_interval: Steps between checkpoints; None saves only at the end.
+        save_interval: Steps between checkpoints; there is one more at the end. None writes none, so
+            that the run cannot be resumed; the exported student does not depend on it.
         keep: Newest checkpoints that stay.
         resume: auto goes on from the newest whole checkpoint of ``output_dir``; never refuses an
             ``output_dir`` that has one.
     """
 
-    save_interval: int | None = None
+    save_interval: int | None = 50
     keep: int = 2
     resume: Literal["auto", "never"] = "auto"
 

@@ -28,9 +28,11 @@ _NAME = re.compile(r"step_(\d{7,})")
 # Each layer under its own name: frozen layers have no optimizer states, and Megatron's other way,
 # all layers stacked in one tensor, has no place for gaps.
 _MODEL_METADATA = {"non_homogeneous_layers": True}
-# The one format of the distributed optimizer that loads under another TP and PP.
+# The one format of the distributed optimizer that loads under another TP and PP. It gathers states
+# in the first replica's host memory; the other way every device would hold them all.
 _OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
 }
 

@@ -87,7 +87,8 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
                     f"newest checkpoint is of step {done.step}"
                 )
             interval = config.checkpoint.save_interval
-            if step + 1 == config.train_iters or (interval and (step + 1) % interval == 0):
+            at_end = step + 1 == config.train_iters
+            if interval is not None and (at_end or (step + 1) % interval == 0):
                 done = Progress(step=step + 1, skipped_steps=skipped_steps)
                 checkpoints.save(plan, distiller.state, done, context=context)
     return _export(plan, exporter, context)

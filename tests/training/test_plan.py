@@ -220,3 +220,11 @@ def test_export_folder_that_cannot_be_replaced(pair: Path, tmp_path: Path) -> No
     (tmp_path / "student" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"student.* is not empty"):
         plan(pair, f"output_dir={tmp_path}")
+
+
+def test_pipeline_rank_that_trains_nothing(pair: Path) -> None:
+    shallow = ["taps.layers=[0,1]", "parallel.num_layers_per_stage=[2,2]"]
+    with pytest.raises(
+        UserError, match=r"pipeline rank 1 would have nothing to train.*taps\.layers"
+    ):
+        plan(pair, PP2, *shallow, world_size=2)
