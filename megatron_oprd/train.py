@@ -8,7 +8,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_oprd.config import load_config
+from megatron_oprd.config_file import load_config
 from megatron_oprd.errors import run_entry_point
 from megatron_oprd.parallel import parallel_run
 from megatron_oprd.training.checkpoints import checkpoint_to_resume

@@ -4,7 +4,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from megatron_oprd.config import RunConfig, load_config
+from megatron_oprd.config import RunConfig
+from megatron_oprd.config_file import load_config
 from tests.tiny import save_tiny_model, tiny_config
 
 Tokens = list[list[int]]

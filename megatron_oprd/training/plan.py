@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_oprd.config import ParallelConfig, RunConfig, dump_config
+from megatron_oprd.config import ParallelConfig, RunConfig
+from megatron_oprd.config_file import dump_config
 from megatron_oprd.data.prompts import check_prompt_files
 from megatron_oprd.data.tokenizers import check_same_tokenizer, load_tokenizer
 from megatron_oprd.errors import UserError

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from megatron_oprd.config import load_config
+from megatron_oprd.config_file import load_config
 from megatron_oprd.errors import UserError
 from megatron_oprd.training.plan import RunPlan, describe, make_plan
 from megatron_oprd.weights.hf_files import HFCheckpoint

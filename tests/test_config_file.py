@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_oprd.config import RunConfig, dump_config, load_config
+from megatron_oprd.config import RunConfig
+from megatron_oprd.config_file import dump_config, load_config
 from megatron_oprd.errors import UserError
 
 SETTINGS: dict[str, Any] = {
