@@ -42,7 +42,10 @@ class Exporter:
 
     @torch.no_grad()
     def stream(
-        self, value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data
+        self,
+        value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> Iterator[tuple[str, Tensor | None]]:
         """Yields every Hugging Face tensor, in the table's order.
 
@@ -52,11 +55,13 @@ class Exporter:
         held.
 
         Args:
-            value: What to export of each parameter, in the parameter's shape and dtype: its data,
-                or, say, its gradient.
+            value: What to export of each parameter, in the parameter's shape: its data, or, say,
+                its gradient.
+            dtype: What the values are cast to; None is the parameters' own.
         """
+        dtype = dtype or next(iter(self._parameters.values())).dtype
         for mapping in self._table:
-            shards = self._shards(mapping, value)
+            shards = self._shards(mapping, value, dtype)
             if shards is None:
                 for name in mapping.hf:
                     yield name, None
@@ -70,7 +75,10 @@ class Exporter:
             yield from tensors.items()
 
     def _shards(
-        self, mapping: Mapping, value: Callable[[torch.nn.Parameter], Tensor]
+        self,
+        mapping: Mapping,
+        value: Callable[[torch.nn.Parameter], Tensor],
+        dtype: torch.dtype,
     ) -> list[Tensor] | None:
         """The value of each tensor-parallel rank, on the leader; None on other ranks."""
         context = self._context
@@ -80,15 +88,14 @@ class Exporter:
         count = 1 if mapping.is_replicated else context.tp_size
         gathered: Tensor | None = None
         if context.pp_rank == owner:
-            local = value(self._parameters[mapping.megatron])
+            local = value(self._parameters[mapping.megatron]).to(dtype)
             if count == 1:
                 gathered = local[None]
             else:
-                parts = (
-                    list(local.new_empty((count, *local.shape))) if context.tp_rank == 0 else None
-                )
+                if context.tp_rank == 0:
+                    gathered = local.new_empty((count, *local.shape))
+                parts = None if gathered is None else list(gathered)
                 dist.gather(local.contiguous(), parts, group=context.groups.tp, group_dst=0)
-                gathered = torch.stack(parts) if parts is not None else None
         if context.tp_rank != 0:
             return None
         if owner != 0:
@@ -96,7 +103,6 @@ class Exporter:
                 assert gathered is not None
                 dist.send(gathered.contiguous(), group=context.groups.pp, group_dst=0)
                 return None
-            dtype = next(iter(self._parameters.values())).dtype
             gathered = torch.empty(
                 (count, *mapping.local_shape(count)), dtype=dtype, device=context.device
             )

@@ -1,0 +1,44 @@
+"""The interfaces of megatron-core that the Transformer Engine spec is made of.
+
+Transformer Engine cannot be installed where there is no CUDA, so here only names and signatures
+are checked; docs/gpu-checks.md says how to check the rest.
+"""
+
+import ast
+import inspect
+from pathlib import Path
+
+from megatron.core.extensions import transformer_engine
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+SOURCE = ast.parse(Path(transformer_engine.__file__).read_text())
+
+
+def test_spec_takes_the_arguments_we_give() -> None:
+    function = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec
+    target = inspect.unwrap(function)
+    parameters = inspect.signature(target).parameters
+    if "qk_layernorm" not in parameters:  # megatron-core 0.19 passes everything on
+        target = gpt_layer_specs.get_gpt_layer_with_transformer_engine_submodules
+        parameters = inspect.signature(target).parameters
+    assert "qk_layernorm" in parameters
+
+
+def test_final_norm_takes_the_arguments_we_give() -> None:
+    (norm,) = (n for n in ast.walk(SOURCE) if isinstance(n, ast.ClassDef) and n.name == "TENorm")
+    (new,) = (n for n in norm.body if isinstance(n, ast.FunctionDef) and n.name == "__new__")
+    assert [a.arg for a in new.args.args][:4] == ["cls", "config", "hidden_size", "eps"]
+
+
+def test_transformer_engine_flag_exists() -> None:
+    assert isinstance(transformer_engine.HAVE_TE, bool)
+
+
+def test_fused_norms_have_the_names_of_the_table() -> None:
+    """The local spec says under which names Transformer Engine's fused norms are saved."""
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+    assert isinstance(spec.submodules, TransformerLayerSubmodules)
+    renamed = spec.submodules.sharded_state_dict_keys_map
+    assert renamed["input_layernorm."] + "weight" == "self_attention.linear_qkv.layer_norm_weight"
+    assert renamed["pre_mlp_layernorm."] + "weight" == "mlp.linear_fc1.layer_norm_weight"
