@@ -21,16 +21,18 @@ from megatron_oprd.models.layers import Tap
 from megatron_oprd.taps.layer_map import LayerPair
 
 
-class _AttachLoss(torch.autograd.Function):
-    """Passes a hidden state through unchanged and adds a loss to the backward pass."""
+class _AttachGradient(torch.autograd.Function):
+    """Passes a hidden state through unchanged and adds a loss's gradient to the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, index: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(index, gradient)
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, torch.ones((), dtype=torch.float32, device=grad.device)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, gradient = ctx.saved_tensors
+        return grad.flatten(0, 1).index_add(0, index, gradient).view_as(grad), None, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +150,17 @@ class Taps:
                 pending.append(self._current)
                 return hidden
             selection = pending.popleft() if pending else self._current
-            rows = hidden.flatten(0, 1).index_select(0, selection.index)
+            rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)  # [n, h]
             target = self._targets[pair.teacher, selection.micro_batch]
-            distance = token_mse(rows, target, normalize=self._normalize)
+            # The gradient is worked out here and kept in the hidden state's dtype; a graph would
+            # keep several fp32 copies of the rows until the backward pass.
+            distance = token_mse(rows.requires_grad_(), target, normalize=self._normalize)
             loss = (selection.weights * distance).sum()
+            (gradient,) = torch.autograd.grad(loss * (self._coefficient / len(self._pairs)), rows)
             with torch.no_grad():
                 self._loss[number] += loss
                 self._cosine[number] += (selection.weights * token_cosine(rows, target)).sum()
-            attached = _AttachLoss.apply(hidden, loss * (self._coefficient / len(self._pairs)))
+            attached = _AttachGradient.apply(hidden, selection.index, gradient)
             # The schedule frees stage outputs and cannot free a view.
             return make_viewless_tensor(attached, requires_grad=True, keep_graph=True)
 

@@ -32,10 +32,10 @@ def run(case: dict[str, Any], directory: Path) -> None:
         distiller = Distiller(plan, context)
         exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
 
-        def weights(value: Any = lambda parameter: parameter.data) -> dict[str, Tensor | None]:
+        def weights() -> dict[str, Tensor | None]:
             return {
                 name: tensor if tensor is None else tensor.clone()
-                for name, tensor in exporter.stream(value)
+                for name, tensor in exporter.stream()
             }
 
         losses, gradients, after_each_step = [], [], [weights()]
@@ -45,9 +45,12 @@ def run(case: dict[str, Any], directory: Path) -> None:
             loss, _ = distiller.student_pass(micro_batches)
             losses.append(loss)
             if case["trace"]:
-                gradients.append(weights(gradient))
+                gradients.append(dict(exporter.stream(gradient, dtype=torch.float32)))
             distiller.update(loss_is_finite=True)
             after_each_step.append(weights())
+        main = None
+        if case["trace"]:
+            main = dict(exporter.stream(main_parameter, dtype=torch.float32))
         models = (distiller.state.modules, distiller._teacher)
         if context.rank == 0:
             torch.save(
@@ -55,7 +58,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
                     "losses": torch.stack(losses),
                     "gradients": gradients,
                     "weights": after_each_step,
-                    "main": weights(main_parameter) if case["trace"] else None,
+                    "main": main,
                     "dtypes": {p.dtype for m in models for p in named_parameters(m).values()},
                 },
                 directory / f"{case['name']}.pt",

@@ -32,7 +32,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         micro_batches = distiller.micro_batches(prompts, responses)
         distiller.teacher_pass(micro_batches)
         loss, cosine = distiller.student_pass(micro_batches)
-        gradients = dict(exporter.stream(gradient))
+        gradients = dict(exporter.stream(gradient, dtype=torch.float32))
         grad_norm, _ = distiller.update(loss_is_finite=True)
         second = distiller.step(prompts, responses)
         weights = dict(exporter.stream())
