@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -170,7 +171,8 @@ def test_bad_input(
 
 
 def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    """Runs the entry point; what torch logs of itself is taken out of its stderr."""
+    result = subprocess.run(
         [sys.executable, "-m", "megatron_oprd.train", *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -179,6 +181,10 @@ def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         timeout=120,
         check=False,
     )
+    # A CUDA build of torch says on a machine without CUDA that it found none.
+    lines = result.stderr.splitlines(keepends=True)
+    result.stderr = "".join(x for x in lines if not re.match(r"[IWE]\d{4} .*/torch/", x))
+    return result
 
 
 @pytest.mark.parametrize("name", ["unknown key", "world size"])
