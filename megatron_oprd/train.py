@@ -11,9 +11,9 @@ from pathlib import Path
 from megatron_oprd.config_file import load_config
 from megatron_oprd.errors import run_entry_point
 from megatron_oprd.parallel import parallel_run
-from megatron_oprd.training.checkpoints import checkpoint_to_resume
 from megatron_oprd.training.loop import train
 from megatron_oprd.training.plan import describe, make_plan
+from megatron_oprd.training.resume import checkpoint_to_resume
 
 
 def main() -> int:

@@ -80,7 +80,9 @@ def checkpoint_of(pair: Path, *, hidden_size: int) -> None:
     checkpoint = pair / "run" / "checkpoints" / "step_0000002"
     checkpoint.mkdir(parents=True)
     student = {"family": "LlamaForCausalLM", "num_layers": 4, "hidden_size": hidden_size}
-    (checkpoint / "manifest.json").write_text(json.dumps({"step": 2, "student": student}))
+    others: dict[str, Any] = {"skipped_steps": 0, "teacher": {}, "layout": {}, "settings": {}}
+    manifest = {"step": 2, "student": student, **others}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 def checkpoint_of_another_model(pair: Path) -> None:

@@ -15,7 +15,8 @@ class MicroBatch:
         index: Its number among this replica's micro-batches of the step.
         tokens: Token ids [b, s], int64; padding is 0.
         position_ids: [b, s], int64.
-        weights: What each position counts for in the loss [b, s], fp32; 0 is not supervised.
+        weights: What each position counts for in the loss [b, s], fp32, on the CPU, where the
+            supervised ones are picked out; 0 is not supervised.
         num_tokens: Tokens that are not padding.
     """
 
@@ -122,7 +123,7 @@ def collate(
                 index=index,
                 tokens=tokens.to(device),
                 position_ids=torch.arange(s, device=device).expand(len(batch), s),
-                weights=weight.to(device),
+                weights=weight,
                 num_tokens=sum(len(sequences[i]) for i in batch),
             )
         )

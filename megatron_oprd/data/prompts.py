@@ -30,10 +30,13 @@ class Prompt:
     Attributes:
         index: Its position in the concatenated data set, dropped prompts counted.
         token_ids: Its token ids, the chat template applied; never empty.
+        occurrence: How often the prompt came before in the same step, so that it gets other
+            responses each time.
     """
 
     index: int
     token_ids: tuple[int, ...]
+    occurrence: int = 0
 
 
 def load_prompts(
@@ -91,15 +94,22 @@ def load_prompts(
     return prompts
 
 
-def check_prompt_files(files: Sequence[Path], prompt_key: str = "prompt") -> None:
-    """Looks at the first row of every file: cheap, and needs no tokenizer.
+def check_prompt_files(
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_key: str = "prompt",
+    chat_template: bool | None,
+) -> None:
+    """Tokenizes the first row of every file, as `load_prompts` would.
 
     Raises:
-        UserError: A file is missing, empty or unreadable, or its first row has no usable prompt.
+        UserError: A file is missing, empty or unreadable, its first row has no usable prompt, or
+            the tokenizer has no chat template but needs one.
     """
     for file in _non_empty(files):
         where, value = next(_rows(file, prompt_key))
-        _as_text_or_messages(where, value, prompt_key)
+        _tokenize(where, _as_text_or_messages(where, value, prompt_key), tokenizer, chat_template)
 
 
 def prompt_indices(

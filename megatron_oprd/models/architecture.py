@@ -9,6 +9,7 @@ from megatron_oprd.errors import UserError
 # Fields that do not enter the forward pass of a decoder without dropout.
 NEUTRAL_FIELDS = frozenset(
     {
+        "_attn_implementation_autoset",
         "_name_or_path",
         "architectures",
         "bos_token_id",
@@ -19,8 +20,11 @@ NEUTRAL_FIELDS = frozenset(
         "max_position_embeddings",
         "max_window_layers",
         "model_type",
+        "output_attentions",
+        "output_hidden_states",
         "pad_token_id",
         "pretraining_tp",
+        "tokenizer_class",
         "torch_dtype",
         "transformers.js_config",
         "transformers_version",

@@ -29,7 +29,7 @@ class Extent:
     Attributes:
         layers_per_stage: Layers on each stage, virtual stages in the order a token passes them.
             Their sum may be smaller than the model's depth: the rest is not built.
-        final_norm: Whether the last stage has the final norm.
+        final_norm: Whether there is a final norm, behind the last layer.
         lm_head: Whether the last stage has an LM head of its own. A tied head is the embedding,
             and is no parameter of its own.
     """
@@ -132,6 +132,7 @@ def build_model(
     vpp = config.virtual_pipeline_model_parallel_size
     norm = final_norm_class(transformer_engine=context.transformer_engine)
     stages = len(extent.layers_per_stage)
+    last_with_layers = max(s for s, count in enumerate(extent.layers_per_stage) if count)
     chunks = []
     for chunk in range(vpp or 1):
         stage = chunk * context.pp_size + context.pp_rank
@@ -154,8 +155,14 @@ def build_model(
         )
         if architecture.rope.rope_type != "default":
             model.rotary_pos_emb.inv_freq = _inverse_frequencies(architecture).to(context.device)
-        if stage == stages - 1:
-            _add_end(model, architecture, extent, context, norm, padded_vocab_size)
+        # GPTModel builds these with ``post_process``, but then it always has an LM head and
+        # computes logits.
+        if extent.final_norm and stage == last_with_layers:
+            model.decoder.final_layernorm = build_module(
+                norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+        if extent.lm_head and not architecture.tied and stage == stages - 1:
+            model.output_layer = _frozen_head(config, context, padded_vocab_size)
         chunks.append(model)
     return chunks
 
@@ -164,35 +171,21 @@ def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _add_end(
-    model: GPTModel,
-    architecture: Architecture,
-    extent: Extent,
-    context: ParallelContext,
-    norm: type,
-    padded_vocab_size: int,
-) -> None:
-    """Adds the final norm and the LM head that GPTModel would build with ``post_process``.
-
-    With ``post_process`` the model would compute logits, and always have an LM head.
-    """
-    config = model.config
-    if extent.final_norm:
-        model.decoder.final_layernorm = build_module(
-            norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-        )
-    if extent.lm_head and not architecture.tied:
-        model.output_layer = ColumnParallelLinear(
-            config.hidden_size,
-            padded_vocab_size,
-            config=config,
-            init_method=config.init_method,
-            bias=False,
-            gather_output=False,
-            skip_bias_add=False,
-            tp_group=context.groups.tp,
-        )
-        model.output_layer.weight.requires_grad = False
+def _frozen_head(
+    config: TransformerConfig, context: ParallelContext, padded_vocab_size: int
+) -> ColumnParallelLinear:
+    head = ColumnParallelLinear(
+        config.hidden_size,
+        padded_vocab_size,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        gather_output=False,
+        skip_bias_add=False,
+        tp_group=context.groups.tp,
+    )
+    head.weight.requires_grad = False
+    return head
 
 
 def _inverse_frequencies(architecture: Architecture) -> torch.Tensor:

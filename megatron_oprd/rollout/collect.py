@@ -18,8 +18,8 @@ def collect(
 ) -> list[Rollout]:
     """Generates the responses of the whole step.
 
-    Every replica's leader takes every n-th prompt; the results go to its model-parallel group,
-    then over the data-parallel group.
+    Every replica's leader takes every n-th prompt; the results go to its replica's ranks, then
+    over the replicas, on the context's control groups.
 
     Args:
         engine: The engine, on leaders; None on other ranks.
@@ -33,9 +33,9 @@ def collect(
     own: list[list[Rollout] | None] = [None]
     if engine is not None:
         own = [engine.generate(prompts[context.dp_rank :: context.dp_size], sampling)]
-    dist.broadcast_object_list(own, src=context.leader, group=context.model_parallel_group)
+    dist.broadcast_object_list(own, src=context.leader, group=context.replica_control)
     shares: list[list[Rollout] | None] = [None] * context.dp_size
-    dist.all_gather_object(shares, own[0], group=context.groups.dp)
+    dist.all_gather_object(shares, own[0], group=context.leaders_control)
     rollouts: list[Rollout] = []
     n = sampling.samples_per_prompt
     num_prompts = sum(len(share or ()) for share in shares) // n

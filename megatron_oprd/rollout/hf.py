@@ -1,6 +1,6 @@
 """The embedded rollout engine: the student as a transformers model in this process."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ class HFEngine:
         device: torch.device,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
-        num_tokens: int,
+        known_ids: Collection[int],
         max_batch_size: int | None = None,
     ):
         """Builds the model of ``folder``'s config.json; no weights are read.
@@ -44,8 +44,8 @@ class HFEngine:
             device: Where the model lives.
             eos_token_ids: A response ends with any of these.
             pad_token_id: Fills up shorter prompts on the left; masked.
-            num_tokens: Tokens of the tokenizer. Ids from here on, which pad the embedding and mean
-                nothing, are never sampled.
+            known_ids: The tokenizer's ids. Others, which only pad the embedding and mean nothing,
+                are never sampled.
             max_batch_size: Most responses that are generated at once; None is no limit.
         """
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -58,7 +58,7 @@ class HFEngine:
         self._device = device
         self._eos_token_ids = frozenset(eos_token_ids)
         self._pad_token_id = pad_token_id
-        self._meaningless_ids = range(num_tokens, config.vocab_size)
+        self._meaningless_ids = sorted(set(range(config.vocab_size)) - set(known_ids))
         self._max_batch_size = max_batch_size
         self._has_weights = False
 
@@ -135,7 +135,11 @@ class HFEngine:
             assert prompt.token_ids, f"prompt {prompt.index} is empty"
             input_ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             attention_mask[row, width - len(prompt.token_ids) :] = 1
-        seeds = [sample_seed(sampling.seed, prompt.index, sample) for prompt, sample in requests]
+        n = sampling.samples_per_prompt
+        seeds = [
+            sample_seed(sampling.seed, prompt.index, prompt.occurrence * n + sample)
+            for prompt, sample in requests
+        ]
         sequences = self._model.generate(
             input_ids.to(self._device),
             attention_mask=attention_mask.to(self._device),

@@ -5,7 +5,7 @@ an autograd function in the layer's forward pass. The schedule knows nothing of 
 state leaves its stage.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,12 @@ class Selection:
         # [b, s] --> [s/tp * b]
         weights = micro_batch.weights.t().chunk(tp_size)[tp_rank].flatten()
         index = weights.nonzero().squeeze(1)
-        return cls(micro_batch=micro_batch.index, index=index, weights=weights[index])
+        device = micro_batch.tokens.device
+        return cls(
+            micro_batch=micro_batch.index,
+            index=index.to(device),
+            weights=weights[index].to(device),
+        )
 
 
 class Taps:
@@ -83,7 +88,9 @@ class Taps:
         self._coefficient = coefficient
         self._post_norm = post_norm
         self._current: Selection | None = None
-        self._targets: dict[tuple[int, int], Tensor] = {}
+        self._users = Counter(pair.teacher for pair in self._pairs)
+        # (teacher layer, micro-batch): the target, and how many student layers still want it
+        self._targets: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._pending: dict[int, deque[Selection]] = {}
         self._loss = torch.zeros(len(pairs), device=device, dtype=torch.float64)
         self._cosine = torch.zeros(len(pairs), device=device, dtype=torch.float64)
@@ -103,7 +110,7 @@ class Taps:
         self._current = selection
 
     def end_step(self) -> tuple[Tensor, Tensor]:
-        """Forgets the targets and hands out the metrics.
+        """Hands out the metrics and starts them anew.
 
         Returns:
             This rank's part of each pair's loss (without the coefficient) and of its cosine, both
@@ -111,7 +118,7 @@ class Taps:
             they are the global values.
         """
         assert not any(self._pending.values()), "a recomputed layer was not run again"
-        self._targets.clear()
+        assert not self._targets, "a target was not used"
         loss, cosine = self._loss.clone(), self._cosine.clone()
         self._loss.zero_()
         self._cosine.zero_()
@@ -128,12 +135,19 @@ class Taps:
                 else:
                     module.tap = tap
 
+    def _take_target(self, layer: int, micro_batch: int) -> Tensor:
+        """The target, which goes with its last user."""
+        target, users = self._targets.pop((layer, micro_batch))
+        if users > 1:
+            self._targets[layer, micro_batch] = target, users - 1
+        return target
+
     def _collecting_tap(self, layer: int) -> Tap:
         def collect(hidden: Tensor) -> Tensor:
             selection = self._current
             assert selection is not None
             rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)
-            self._targets[layer, selection.micro_batch] = rows
+            self._targets[layer, selection.micro_batch] = rows, self._users[layer]
             return hidden
 
         return collect
@@ -151,7 +165,7 @@ class Taps:
                 return hidden
             selection = pending.popleft() if pending else self._current
             rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)  # [n, h]
-            target = self._targets[pair.teacher, selection.micro_batch]
+            target = self._take_target(pair.teacher, selection.micro_batch)
             # The gradient is worked out here and kept in the hidden state's dtype; a graph would
             # keep several fp32 copies of the rows until the backward pass.
             distance = token_mse(rows.requires_grad_(), target, normalize=self._normalize)

@@ -24,6 +24,7 @@ from megatron_oprd.training.optimizer import TrainState
 from megatron_oprd.training.plan import RunPlan
 
 MANIFEST = "manifest.json"
+_MANIFEST_KEYS = {"step", "skipped_steps", "student", "teacher", "layout", "settings"}
 _NAME = re.compile(r"step_(\d{7,})")
 # Each layer under its own name: frozen layers have no optimizer states, and Megatron's other way,
 # all layers stacked in one tensor, has no place for gaps.
@@ -62,43 +63,21 @@ def whole_checkpoints(output_dir: Path) -> list[Path]:
     return sorted((p for p in found if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
 
 
-def checkpoint_to_resume(plan: RunPlan) -> Path | None:
-    """The newest whole checkpoint of the run's folder, or None; only its manifest is read.
-
-    Raises:
-        UserError: It belongs to another model, or the run must not resume.
-    """
-    config = plan.config
-    checkpoints = whole_checkpoints(Path(config.output_dir))
-    if not checkpoints:
-        return None
-    newest = checkpoints[-1]
-    if config.checkpoint.resume == "never":
-        raise UserError(
-            f"output_dir = {config.output_dir} has checkpoints (newest: {newest.name}) and "
-            "checkpoint.resume = never; give another folder, or resume = auto"
-        )
-    found = read_manifest(newest).get("student") or {}
-    ours = dataclasses.asdict(plan.student.architecture)
-    for field in ours:
-        if found.get(field) != ours[field]:
-            raise UserError(
-                f"{newest} is of another model: {field} = {found.get(field)!r}, but model.student "
-                f"({config.model.student}) has {ours[field]!r}; give another output_dir"
-            )
-    return newest
-
-
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: It cannot be read, or is none.
     """
+    path = checkpoint / MANIFEST
     try:
-        return json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint / MANIFEST} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}; remove this checkpoint") from error
+    missing = sorted(_MANIFEST_KEYS - set(manifest if isinstance(manifest, dict) else ()))
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; remove this checkpoint")
+    return manifest
 
 
 def save(plan: RunPlan, state: TrainState, progress: Progress, *, context: ParallelContext) -> Path:
@@ -157,8 +136,12 @@ def load(
 
 def remove_unfinished(output_dir: Path) -> None:
     """Removes what an interrupted write left behind."""
-    folder = checkpoint_folder(output_dir)
-    for path in folder.glob(".step_*.tmp"):
+    leftovers = [
+        *checkpoint_folder(output_dir).glob(".step_*.tmp"),
+        *output_dir.glob(".student.*.tmp"),
+        *output_dir.glob(".student.*.old"),
+    ]
+    for path in leftovers:
         shutil.rmtree(path)
 
 
@@ -169,6 +152,11 @@ def _sharded_state(
     content: dict[str, Any] = {
         name: module.sharded_state_dict(metadata=dict(_MODEL_METADATA)) for name, module in modules
     }
+    for name, _ in modules:
+        # The head's padding may differ with the layout, as the embedding's may, which Megatron
+        # allows by itself.
+        if "output_layer.weight" in content[name]:
+            content[name]["output_layer.weight"].allow_shape_mismatch = True
     content["optimizer"] = state.optimizer.sharded_state_dict(
         content["model"] if "model" in content else dict(content),
         is_loading=is_loading,
@@ -243,8 +231,9 @@ def _add_companions(folder: Path, plan: RunPlan, progress: Progress) -> None:
         "megatron_oprd": megatron_oprd.__version__,
         **dataclasses.asdict(progress),
         "student": dataclasses.asdict(plan.student.architecture),
+        "teacher": dataclasses.asdict(plan.teacher.architecture),
         "layout": _layout(plan),
-        "source": str(plan.student.checkpoint.folder),
+        "settings": dataclasses.asdict(plan.config),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
     _sync_folder(folder)

@@ -1,6 +1,7 @@
 """The training loop: sync weights, roll out, distil, log, now and then save."""
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.loggers import Loggers
 from megatron_oprd.training.plan import RunPlan, export_folder
+from megatron_oprd.training.resume import checkpoint_to_resume
 from megatron_oprd.training.step import Distiller, StepResult
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.hf_files import write_hf_folder
@@ -40,7 +42,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
     """
     config = plan.config
     output_dir = Path(config.output_dir)
-    resume_from = checkpoints.checkpoint_to_resume(plan)
+    resume_from = checkpoint_to_resume(plan)
     prompts = _load_prompts(config) if context.is_leader else []
     dist.barrier()
     if context.rank == 0:
@@ -128,7 +130,7 @@ def _make_engine(config: RunConfig, context: ParallelContext) -> RolloutEngine:
         device=context.device,
         eos_token_ids=eos_token_ids(student, tokenizer),
         pad_token_id=pad_token_id(tokenizer),
-        num_tokens=len(tokenizer),
+        known_ids=tokenizer.get_vocab().values(),
         max_batch_size=config.rollout.max_batch_size,
     )
 
@@ -153,7 +155,10 @@ def _prompts_of(step: int, prompts: list[Prompt], config: RunConfig) -> list[Pro
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    return [prompts[i] for i in indices]
+    return [
+        dataclasses.replace(prompts[i], occurrence=indices[:position].count(i))
+        for position, i in enumerate(indices)
+    ]
 
 
 def _sampling(step: int, config: RunConfig) -> SamplingParams:

@@ -1,12 +1,18 @@
 """What a run will do, worked out and checked from configurations alone: no weight is read."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_oprd.config import ParallelConfig, RunConfig
 from megatron_oprd.config_file import dump_config
 from megatron_oprd.data.prompts import check_prompt_files
-from megatron_oprd.data.tokenizers import check_same_tokenizer, load_tokenizer
+from megatron_oprd.data.tokenizers import (
+    check_same_tokenizer,
+    eos_token_ids,
+    load_tokenizer,
+    pad_token_id,
+)
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import Extent, padded_vocab_size
@@ -84,7 +90,7 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
             the models or the number of processes.
     """
     dp_size = data_parallel_size(config.parallel, world_size)
-    check_output_folder(export_folder(config), force=True)
+    _check_output_dir(config)
     _check_batch(config, dp_size)
     student = HFCheckpoint(config.model.student)
     teacher = HFCheckpoint(config.model.teacher)
@@ -100,8 +106,7 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
             "projectors), which is not available yet"
         )
     check_same_tokenizer(Path(config.model.student), Path(config.model.teacher))
-    _check_vocabulary(config, student_arch, teacher_arch)
-    check_prompt_files([Path(p) for p in config.data.prompts], config.data.prompt_key)
+    _check_tokenizer_and_prompts(config, student_arch, teacher_arch)
     pairs = layer_pairs(
         config.taps.layers,
         config.taps.layer_map,
@@ -248,8 +253,31 @@ def _check_sequence_length(setting: str, arch: Architecture, config: RunConfig) 
         )
 
 
-def _check_vocabulary(config: RunConfig, student: Architecture, teacher: Architecture) -> None:
-    highest = max(load_tokenizer(Path(config.model.student)).get_vocab().values())
+def _check_output_dir(config: RunConfig) -> None:
+    check_output_folder(export_folder(config), force=True)
+    existing = Path(config.output_dir).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise UserError(
+            f"output_dir = {config.output_dir}: {existing} is no folder that can be written to"
+        )
+
+
+def _check_tokenizer_and_prompts(
+    config: RunConfig, student: Architecture, teacher: Architecture
+) -> None:
+    folder = Path(config.model.student)
+    tokenizer = load_tokenizer(folder)
+    eos_token_ids(folder, tokenizer)
+    pad_token_id(tokenizer)
+    check_prompt_files(
+        [Path(p) for p in config.data.prompts],
+        tokenizer,
+        prompt_key=config.data.prompt_key,
+        chat_template=config.data.chat_template,
+    )
+    highest = max(tokenizer.get_vocab().values())
     for setting, arch in (("model.student", student), ("model.teacher", teacher)):
         if highest >= arch.vocab_size:
             raise UserError(

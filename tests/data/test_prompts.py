@@ -1,6 +1,6 @@
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,21 @@ BROKEN_FILES = {
 }
 
 
+def check(files: Sequence[Path], **settings: Any) -> None:
+    check_prompt_files(files, tiny_tokenizer(), **({"chat_template": None} | settings))
+
+
+def test_first_row_goes_through_the_template(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": [{"role": "user", "content": "a"}]}\n')
+    check([file])
+    without_template = tiny_tokenizer(chat_template=None)
+    with pytest.raises(UserError, match="has no chat template"):
+        check_prompt_files([file], without_template, chat_template=None)
+    with pytest.raises(UserError, match=r"data\.chat_template is false"):
+        check([file], chat_template=False)
+
+
 @pytest.mark.parametrize(("name", "content", "error"), BROKEN_FILES.values(), ids=BROKEN_FILES)
 def test_broken_files(tmp_path: Path, name: str, content: bytes | None, error: str) -> None:
     if content is not None:
@@ -131,20 +146,20 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes | None, error: s
     with pytest.raises(UserError, match=error):
         load([tmp_path / name])
     with pytest.raises(UserError, match=error):
-        check_prompt_files([tmp_path / name])
+        check([tmp_path / name])
 
 
 def test_broken_parquet_columns(tmp_path: Path) -> None:
     wrong_key = write_parquet(tmp_path / "key.parquet", ["a"], key="prompts")
     no_rows = write_parquet(tmp_path / "rows.parquet", [])
     null = write_parquet(tmp_path / "null.parquet", ["a", None])
-    for check in (load, check_prompt_files):
+    for read in (load, check):
         with pytest.raises(UserError, match="has only 'id', 'prompts'; did you mean 'prompts'"):
-            check([wrong_key])
+            read([wrong_key])
         with pytest.raises(UserError, match="has no rows"):
-            check([no_rows])
+            read([no_rows])
         with pytest.raises(UserError, match=r"data\.prompts is empty"):
-            check([])
+            read([])
     with pytest.raises(UserError, match=r"null\.parquet, row 2"):
         load([null])
 
@@ -152,7 +167,7 @@ def test_broken_parquet_columns(tmp_path: Path) -> None:
 def test_a_later_broken_line_is_found_by_loading(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": \n')
-    check_prompt_files([file])
+    check([file])
     with pytest.raises(UserError, match="line 3"):
         load([file])
 
@@ -161,7 +176,7 @@ def test_a_later_broken_line_is_found_by_loading(tmp_path: Path) -> None:
 def test_math_data_sets_load_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     files = [Path("../shared/data") / f"{name}.parquet" for name in ("aime24", "aime25", "aimo")]
-    check_prompt_files(files)
+    check(files)
     prompts = load(files, max_prompt_tokens=10_000)
     assert [index for index, _ in prompts] == list(range(30 + 30 + 83))
     question = pq.read_table(files[1])["prompt"][4].as_py()[0]["content"]

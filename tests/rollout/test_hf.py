@@ -53,7 +53,7 @@ def build(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> H
     arguments: dict[str, Any] = {
         "eos_token_ids": [EOS_ID],
         "pad_token_id": PAD_ID,
-        "num_tokens": 10**6,
+        "known_ids": range(10**4),
         "max_batch_size": None,
     }
     return HFEngine(folder, dtype=dtype, device=CPU, **(arguments | options))
@@ -223,19 +223,21 @@ def test_first_tokens_follow_the_models_distribution(small_vocabulary: Path) -> 
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
-def test_ids_past_the_tokenizer_are_never_sampled(
+def test_ids_the_tokenizer_lacks_are_never_sampled(
     small_vocabulary: Path, temperature: float
 ) -> None:
     """Rows that only pad the embedding have no meaning, and the teacher may have fewer of them."""
     one_step = sampling(temperature=temperature, max_new_tokens=8, samples_per_prompt=20)
 
-    def ids(num_tokens: int) -> set[int]:
-        engine = engine_with_weights(small_vocabulary, num_tokens=num_tokens, eos_token_ids=[])
+    def ids(known_ids: set[int]) -> set[int]:
+        engine = engine_with_weights(small_vocabulary, known_ids=known_ids, eos_token_ids=[])
         rollouts = engine.generate(SMALL_PROMPTS, one_step)
         return {token for rollout in rollouts for token in rollout.response_ids}
 
-    forbidden = max(ids(12))
-    assert max(ids(forbidden)) < forbidden
+    everything = set(range(12))
+    forbidden = {max(ids(everything)), min(ids(everything))}
+    assert ids(everything - forbidden)
+    assert not ids(everything - forbidden) & forbidden
 
 
 def test_generate_before_load_weights(small_vocabulary: Path) -> None:

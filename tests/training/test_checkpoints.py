@@ -43,6 +43,7 @@ LOADERS = {
     "dp2_from_dp2": (2, [], "dp2"),
     "dp2_tp2_from_one": (4, TP2_SP, "one"),
     "tp2_pp2_from_dp2": (4, [*TP2_SP, *PP2], "dp2"),
+    "other_padding_from_one": (1, ["model.make_vocab_size_divisible_by=50"], "one"),
     "shallow_from_shallow_pp2": (1, SHALLOW, "shallow_pp2"),
 }
 REFERENCE = {"shallow_from_shallow_pp2": "shallow", "shallow_pp2": "shallow", "shallow": "shallow"}

@@ -64,6 +64,9 @@ PAIRS = {
 }
 # Two student layers share a teacher layer, so not every stage can end where it likes.
 SHALLOWER = {"llama_shallower": {"family": "llama", "teacher_layers": 3}}
+# Updates that are large against the tolerance, and about linear in the gradient: Adam turns the
+# rounding of a tiny gradient into a step of the same size as any other.
+UPDATE = ["optimizer.lr=0.1", "optimizer.adam_eps=1.0", "optimizer.lr_warmup_fraction=0"]
 # Settings of the method, each with its own single-process reference.
 METHODS: dict[str, list[str]] = {
     "default": [],
@@ -75,17 +78,21 @@ METHODS: dict[str, list[str]] = {
         "loss.normalize=l2",
         "loss.coefficient=100",
     ],
+    # The teacher's last layer, and its final norm, sit on a stage that is not the last.
+    "last_teacher_layer_early": ["taps.layers=[0,2]", "taps.layer_map=[1,3]"],
     "predictor_pre_norm": ["taps.alignment=predictor", "taps.last_layer=pre_norm"],
 }
 # Every layout with the default method, and the layouts that differ most with the others.
 COMBINATIONS = [("default", layout) for layout in LAYOUTS] + [
     (method, layout)
     for method in METHODS
-    if method != "default"
+    if method not in ("default", "last_teacher_layer_early")
     for layout in ("tp2_sp_full", "pp2_vpp2", "tp2_sp_pp2_full", "dp2_pp2")
 ]
+EARLY = "last_teacher_layer_early"
 CASES = [(pair, *combination) for pair in PAIRS for combination in COMBINATIONS] + [
-    (pair, "default", layout) for pair in SHALLOWER for layout in ("pp2", "tp2_sp_pp2_full")
+    *((pair, "default", layout) for pair in SHALLOWER for layout in ("pp2", "tp2_sp_pp2_full")),
+    *(("llama_equal", EARLY, layout) for layout in ("pp2_vpp2", "pp2_vpp2_full", "tp2_sp_full")),
 ]
 
 
@@ -98,18 +105,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, settings in (PAIRS | SHALLOWER).items()
     }
     cases: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
-    for pair, folder in pairs.items():
-        for method, overrides in METHODS.items():
-            cases[1].append(
-                {"name": f"{pair}.{method}.reference", "pair": folder, "overrides": overrides}
-            )
+    for pair, method in sorted({(pair, method) for pair, method, _ in CASES}):
+        cases[1].append(
+            {
+                "name": f"{pair}.{method}.reference",
+                "pair": pairs[pair],
+                "overrides": [*UPDATE, *METHODS[method]],
+            }
+        )
     for pair, method, layout in CASES:
         ranks, overrides, _ = LAYOUTS[layout]
         cases[ranks].append(
             {
                 "name": f"{pair}.{method}.{layout}",
                 "pair": pairs[pair],
-                "overrides": [*METHODS[method], *overrides],
+                "overrides": [*UPDATE, *METHODS[method], *overrides],
             }
         )
     for ranks, of_ranks in cases.items():
@@ -121,8 +131,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_layout_changes_nothing(results: Path, pair: str, method: str, layout: str) -> None:
     reference = torch.load(results / f"{pair}.{method}.reference.pt")
     found = torch.load(results / f"{pair}.{method}.{layout}.pt")
-    for name in ("loss", "cosine", "grad_norm", "second_loss"):
-        torch.testing.assert_close(found[name], reference[name], rtol=1e-5, atol=1e-6, msg=name)
+    for name in ("loss", "grad_norm", "second_loss"):
+        torch.testing.assert_close(found[name], reference[name], rtol=1e-5, atol=1e-8, msg=name)
+    torch.testing.assert_close(found["cosine"], reference["cosine"], rtol=1e-5, atol=1e-6)
     if LAYOUTS[layout][2]:
         _assert_same_tensors(found["gradients"], reference["gradients"])
     _assert_same_tensors(found["weights"], reference["weights"])

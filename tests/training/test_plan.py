@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,21 @@ def test_pipeline_rank_that_trains_nothing(pair: Path) -> None:
         UserError, match=r"pipeline rank 1 would have nothing to train.*taps\.layers"
     ):
         plan(pair, PP2, *shallow, world_size=2)
+
+
+def test_output_dir_below_a_file(pair: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir = .*file is no folder"):
+        plan(pair, f"output_dir={tmp_path / 'file' / 'run'}")
+
+
+def test_student_without_end_of_sequence(pair: Path, tmp_path: Path) -> None:
+    student = changed(pair, tmp_path, "student")
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        file = tmp_path / "student" / name
+        settings = json.loads(file.read_text())
+        settings.pop("eos_token_id", None)
+        settings.pop("eos_token", None)
+        file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="end-of-sequence"):
+        plan(pair, student)
