@@ -12,9 +12,6 @@ from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
 from megatron_oprd.rollout.sampling import logits_processors, sample_seed
 
-_FUSED_GATE_UP = ".experts.gate_up_proj"
-_FUSED_DOWN = ".experts.down_proj"
-
 
 class HFEngine:
     """A `RolloutEngine` on transformers' ``generate``, with a copy of the student's weights.
@@ -76,7 +73,7 @@ class HFEngine:
                 ones may, if equal) or not at all.
         """
         self._has_weights = False  # until all have come: half of them are no model
-        destinations = checkpoint_tensors(self._model)
+        destinations = self._model.state_dict()
         came: set[str] = set()
         delivered: dict[int, str] = {}  # where the weight is in memory -> the name it came under
         for name, tensor in stream:
@@ -168,27 +165,3 @@ class HFEngine:
                 )
             )
         return rollouts
-
-
-def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's weights under their checkpoint names; each tensor shares the model's memory.
-
-    transformers keeps the experts of one layer in one tensor; in a checkpoint each expert has
-    three: gate_up_proj [e, 2 f, h] --> e times gate_proj [f, h] and up_proj [f, h], and
-    down_proj [e, h, f] --> e times [h, f].
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if name.endswith(_FUSED_GATE_UP):
-            prefix = name.removesuffix("gate_up_proj")
-            for expert, gate_up in enumerate(tensor):
-                gate, up = gate_up.chunk(2)
-                tensors[f"{prefix}{expert}.gate_proj.weight"] = gate
-                tensors[f"{prefix}{expert}.up_proj.weight"] = up
-        elif name.endswith(_FUSED_DOWN):
-            prefix = name.removesuffix("down_proj")
-            for expert, down in enumerate(tensor):
-                tensors[f"{prefix}{expert}.down_proj.weight"] = down
-        else:
-            tensors[name] = tensor
-    return tensors
