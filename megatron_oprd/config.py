@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 LayerSet = Literal["all", "last", "even", "odd"]
+Positions = Literal["all", "last", "last_k", "first_k"]
+Alignment = Literal["token", "predictor"]
+Normalize = Literal["none", "l2"]
+Aggregation = Literal["token_mean", "sequence_mean"]
 
 
 @dataclass(kw_only=True)
@@ -69,9 +73,9 @@ class TapConfig:
 
     layers: LayerSet | list[int] = "all"
     layer_map: Literal["proportional"] | list[int] = "proportional"
-    positions: Literal["all", "last", "last_k", "first_k"] = "all"
+    positions: Positions = "all"
     k: int | None = None
-    alignment: Literal["token", "predictor"] = "token"
+    alignment: Alignment = "token"
     last_layer: Literal["post_norm", "pre_norm"] = "post_norm"
 
 
@@ -87,9 +91,9 @@ class LossConfig:
             sequence_mean over each response's tokens, then over responses (eq. 6).
     """
 
-    normalize: Literal["none", "l2"] = "none"
+    normalize: Normalize = "none"
     coefficient: float = 1.0
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    aggregation: Aggregation = "token_mean"
 
 
 @dataclass(kw_only=True)

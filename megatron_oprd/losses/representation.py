@@ -4,13 +4,13 @@ Shape suffixes are not needed here: every function takes hidden states [..., d] 
 for each vector, [...], or their mean over the selected ones.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Normalize = Literal["none", "l2"]
+from megatron_oprd.config import Normalize
 
 
 def token_mse(student: Tensor, teacher: Tensor, *, normalize: Normalize) -> Tensor:

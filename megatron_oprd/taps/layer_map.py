@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from megatron_oprd.config import LayerSet
 from megatron_oprd.errors import UserError
-
-LayerMode = Literal["all", "last", "even", "odd"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def proportional_layer_map(num_student_layers: int, num_teacher_layers: int) -> 
     ]
 
 
-def select_layers(layers: LayerMode | Sequence[int], num_layers: int) -> list[int]:
+def select_layers(layers: LayerSet | Sequence[int], num_layers: int) -> list[int]:
     """The student layers a setting ``taps.layers`` stands for.
 
     Args:
@@ -95,7 +94,7 @@ def select_layers(layers: LayerMode | Sequence[int], num_layers: int) -> list[in
 
 
 def layer_pairs(
-    layers: LayerMode | Sequence[int],
+    layers: LayerSet | Sequence[int],
     layer_map: Literal["proportional"] | Sequence[int],
     *,
     num_student_layers: int,

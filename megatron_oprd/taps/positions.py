@@ -1,10 +1,10 @@
 """Which response positions are supervised."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor
 
-Positions = Literal["all", "last", "last_k", "first_k"]
+from megatron_oprd.config import Positions
 
 
 def position_mask(response_mask: Tensor, positions: Positions, k: int | None) -> Tensor:

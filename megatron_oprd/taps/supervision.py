@@ -1,15 +1,12 @@
 """What each position of each sequence counts for in the loss."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_oprd.taps.positions import Positions, position_mask
-
-Alignment = Literal["token", "predictor"]
-Aggregation = Literal["token_mean", "sequence_mean"]
+from megatron_oprd.config import Aggregation, Alignment, Positions
+from megatron_oprd.taps.positions import position_mask
 
 
 def position_weights(

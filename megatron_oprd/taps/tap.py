@@ -15,8 +15,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from megatron_oprd.config import Normalize
 from megatron_oprd.data.batching import MicroBatch
-from megatron_oprd.losses.representation import Normalize, token_cosine, token_mse
+from megatron_oprd.losses.representation import token_cosine, token_mse
 from megatron_oprd.models.layers import Tap
 from megatron_oprd.taps.layer_map import LayerPair
 

@@ -3,15 +3,18 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_oprd.config import RunConfig
 from megatron_oprd.data.prompts import Prompt, load_prompts, prompt_indices
-from megatron_oprd.data.tokenizers import eos_token_ids, load_tokenizer, pad_token_id
+from megatron_oprd.data.tokenizers import eos_token_ids, pad_token_id
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.collect import collect
@@ -43,7 +46,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
     config = plan.config
     output_dir = Path(config.output_dir)
     resume_from = checkpoint_to_resume(plan)
-    prompts = _load_prompts(config) if context.is_leader else []
+    prompts = _load_prompts(plan) if context.is_leader else []
     dist.barrier()
     if context.rank == 0:
         checkpoints.remove_unfinished(output_dir)
@@ -52,13 +55,13 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
     done = Progress()
     if resume_from is not None:
         done = checkpoints.load(resume_from, plan, distiller.state, context=context)
-    engine = _make_engine(config, context) if context.is_leader else None
+    engine = _make_engine(plan, context) if context.is_leader else None
     skipped_steps, skipped_in_a_row = done.skipped_steps, 0
     with _loggers(config, context, first_step=done.step) as loggers:
         for step in range(done.step, config.train_iters):
             started = time.perf_counter()
             torch.cuda.reset_peak_memory_stats()
-            _sync_weights(exporter, engine)
+            _send_weights(exporter, None if engine is None else engine.load_weights)
             synced = time.perf_counter()
             of_step = _prompts_of(step, prompts, config)
             rollouts = collect(engine, of_step, _sampling(step, config), context=context)
@@ -111,19 +114,24 @@ def _loggers(
     return contextlib.closing(loggers)
 
 
-def _sync_weights(exporter: Exporter, engine: RolloutEngine | None) -> None:
-    """Gives the engine the student's current weights; every rank takes part in gathering them."""
+def _send_weights(
+    exporter: Exporter, consume: Callable[[Iterator[tuple[str, Tensor]]], object] | None
+) -> None:
+    """Streams the student's weights to ``consume`` on the leader.
+
+    The replica's other ranks pass None; they take part in gathering all the same.
+    """
     stream = exporter.stream()
-    if engine is not None:
-        engine.load_weights((name, tensor) for name, tensor in stream if tensor is not None)
+    if consume is not None:
+        consume((name, tensor) for name, tensor in stream if tensor is not None)
     else:
         for _ in stream:
             pass
 
 
-def _make_engine(config: RunConfig, context: ParallelContext) -> RolloutEngine:
+def _make_engine(plan: RunPlan, context: ParallelContext) -> RolloutEngine:
+    config, tokenizer = plan.config, plan.tokenizer
     student = Path(config.model.student)
-    tokenizer = load_tokenizer(student)
     return HFEngine(
         student,
         dtype=DTYPES[config.model.params_dtype],
@@ -135,13 +143,14 @@ def _make_engine(config: RunConfig, context: ParallelContext) -> RolloutEngine:
     )
 
 
-def _load_prompts(config: RunConfig) -> list[Prompt]:
+def _load_prompts(plan: RunPlan) -> list[Prompt]:
+    data = plan.config.data
     return load_prompts(
-        [Path(file) for file in config.data.prompts],
-        load_tokenizer(Path(config.model.student)),
-        prompt_key=config.data.prompt_key,
-        chat_template=config.data.chat_template,
-        max_prompt_tokens=config.data.max_prompt_tokens,
+        [Path(file) for file in data.prompts],
+        plan.tokenizer,
+        prompt_key=data.prompt_key,
+        chat_template=data.chat_template,
+        max_prompt_tokens=data.max_prompt_tokens,
     )
 
 
@@ -209,20 +218,16 @@ def _peak_memory_gb(context: ParallelContext) -> float:
 def _export(plan: RunPlan, exporter: Exporter, context: ParallelContext) -> Path:
     """Writes the student as a Hugging Face folder, from the first replica."""
     out = export_folder(plan.config)
+    config = dict(plan.student.checkpoint.config)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = str(DTYPES[plan.config.model.params_dtype]).removeprefix("torch.")
     if context.dp_rank == 0:
-        stream = exporter.stream()
-        if context.is_leader:
-            config = dict(plan.student.checkpoint.config)
-            key = "torch_dtype" if "torch_dtype" in config else "dtype"
-            config[key] = str(DTYPES[plan.config.model.params_dtype]).removeprefix("torch.")
-            write_hf_folder(
-                out,
-                ((name, tensor) for name, tensor in stream if tensor is not None),
-                config=config,
-                companion_files=plan.student.checkpoint.companion_files(),
-                force=True,
-            )
-        else:
-            for _ in stream:
-                pass
+        write = partial(
+            write_hf_folder,
+            out,
+            config=config,
+            companion_files=plan.student.checkpoint.companion_files(),
+            force=True,
+        )
+        _send_weights(exporter, write if context.is_leader else None)
     return out

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from megatron_oprd.config import ParallelConfig, RunConfig
 from megatron_oprd.config_file import dump_config
 from megatron_oprd.data.prompts import check_prompt_files
@@ -53,6 +55,7 @@ class RunPlan:
         config: The run's configuration.
         student: The student.
         teacher: The teacher, cut at its deepest mapped layer.
+        tokenizer: The student's.
         pairs: Matched layers.
         data_parallel_size: Replicas.
     """
@@ -60,6 +63,7 @@ class RunPlan:
     config: RunConfig
     student: ModelPlan
     teacher: ModelPlan
+    tokenizer: PreTrainedTokenizerBase
     pairs: list[LayerPair]
     data_parallel_size: int
 
@@ -106,7 +110,8 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
             "projectors), which is not available yet"
         )
     check_same_tokenizer(Path(config.model.student), Path(config.model.teacher))
-    _check_tokenizer_and_prompts(config, student_arch, teacher_arch)
+    tokenizer = load_tokenizer(Path(config.model.student))
+    _check_tokenizer_and_prompts(config, tokenizer, student_arch, teacher_arch)
     pairs = layer_pairs(
         config.taps.layers,
         config.taps.layer_map,
@@ -134,6 +139,7 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
                 lm_head=False,
             ),
         ),
+        tokenizer=tokenizer,
         pairs=pairs,
         data_parallel_size=dp_size,
     )
@@ -265,11 +271,12 @@ def _check_output_dir(config: RunConfig) -> None:
 
 
 def _check_tokenizer_and_prompts(
-    config: RunConfig, student: Architecture, teacher: Architecture
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    student: Architecture,
+    teacher: Architecture,
 ) -> None:
-    folder = Path(config.model.student)
-    tokenizer = load_tokenizer(folder)
-    eos_token_ids(folder, tokenizer)
+    eos_token_ids(Path(config.model.student), tokenizer)
     pad_token_id(tokenizer)
     check_prompt_files(
         [Path(p) for p in config.data.prompts],

@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_oprd.taps.positions import Positions, position_mask
+from megatron_oprd.config import Positions
+from megatron_oprd.taps.positions import position_mask
 
 GOLDEN = (
     Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "oprd_reference.safetensors"
