@@ -9,13 +9,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_oprd.config import ParallelConfig, RunConfig, TeacherConfig
+from megatron_oprd.config import (
+    OutputLoss,
+    OutputLossConfig,
+    ParallelConfig,
+    RunConfig,
+    TeacherConfig,
+)
 from megatron_oprd.errors import UserError
 
 
@@ -105,15 +111,8 @@ def check_values(config: RunConfig) -> None:
         raise UserError("data.prompts is empty; name at least one JSONL or parquet file")
     _check_numbers(config)
 
-    taps = config.taps
-    needs_k = taps.positions in ("last_k", "first_k")
-    if needs_k and taps.k is None:
-        raise UserError(f"taps.positions = {taps.positions} needs taps.k, the number of tokens")
-    if not needs_k and taps.k is not None:
-        raise UserError(
-            f"taps.k = {taps.k} has no effect with taps.positions = {taps.positions}; "
-            "use last_k or first_k"
-        )
+    _check_positions("taps.positions", config.taps.positions, "taps.k", config.taps.k)
+    _check_losses(config)
     _check_teacher(config.teacher)
     _check_parallel(config.parallel)
     if config.batch.sequence_packing and config.parallel.context_parallel_size > 1:
@@ -124,6 +123,61 @@ def check_values(config: RunConfig) -> None:
         )
     _check_recompute(config)
     _check_optimizer(config)
+
+
+def _check_positions(setting: str, positions: str, k_setting: str, k: int | None) -> None:
+    needs_k = positions in ("last_k", "first_k")
+    if needs_k and k is None:
+        raise UserError(f"{setting} = {positions} needs {k_setting}, the number of tokens")
+    if not needs_k and k is not None:
+        raise UserError(
+            f"{k_setting} = {k} has no effect with {setting} = {positions}; use last_k or first_k"
+        )
+
+
+def _check_losses(config: RunConfig) -> None:
+    output = config.output_loss
+    if output.kind == "none":
+        if changed := [
+            name for name, value in vars(output).items() if value != vars(OutputLossConfig())[name]
+        ]:
+            raise UserError(
+                f"output_loss.{changed[0]} has no effect with output_loss.kind = none; use "
+                f"{', '.join(get_args(OutputLoss)[1:])}"
+            )
+        if config.taps.layers == "none":
+            raise UserError(
+                "taps.layers = none with output_loss.kind = none leaves no loss; set one of them"
+            )
+    _check_positions(
+        "output_loss.positions", output.positions, "output_loss.positions_k", output.positions_k
+    )
+    for key, kinds in (
+        ("k", ("top_k",)),
+        ("support", ("top_k",)),
+        ("support_weights", ("top_k",)),
+        ("beta", ("jsd",)),
+    ):
+        value = getattr(output, key)
+        if output.kind not in kinds and value != getattr(OutputLossConfig(), key):
+            raise UserError(
+                f"output_loss.{key} = {value} has no effect with output_loss.kind = {output.kind}; "
+                f"it is for {kinds[0]}"
+            )
+    if not 0 < output.beta < 1:
+        raise UserError(
+            f"output_loss.beta = {output.beta}: has to be above 0 and below 1; the limits are "
+            "output_loss.kind = forward_kl (0) and reverse_kl (1)"
+        )
+    for key in ("student_temperature", "teacher_temperature"):
+        if not 0 < (value := getattr(output, key)) < math.inf:
+            raise UserError(f"output_loss.{key} = {value}: has to be above 0, and finite")
+    for weight in config.loss.layer_weights or ():
+        if not 0 <= weight < math.inf:
+            raise UserError(
+                f"loss.layer_weights = {config.loss.layer_weights}: have to be 0 or more, and "
+                "finite"
+            )
 
 
 def _check_teacher(teacher: TeacherConfig) -> None:
@@ -218,6 +272,9 @@ def _check_numbers(config: RunConfig) -> None:
         "parallel.expert_tensor_parallel_size",
         "parallel.distributed_timeout_minutes",
         "taps.k",
+        "output_loss.k",
+        "output_loss.positions_k",
+        "output_loss.chunk_tokens",
         "data.max_prompt_tokens",
         "rollout.prompts_per_step",
         "rollout.samples_per_prompt",
@@ -240,6 +297,7 @@ def _check_numbers(config: RunConfig) -> None:
         "optimizer.weight_decay",
         "optimizer.clip_grad",
         "loss.coefficient",
+        "output_loss.coefficient",
         "rollout.temperature",
         "rollout.top_k",
         "teacher.num_layers_at_start_in_bf16",

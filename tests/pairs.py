@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_oprd.config import RunConfig
 from megatron_oprd.config_file import load_config
-from tests.tiny import save_tiny_model, tiny_config
+from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
 Tokens = list[list[int]]
 
@@ -17,22 +17,26 @@ def save_pair(
     *,
     teacher_family: str | None = None,
     teacher_layers: int = 4,
+    teacher_vocab_size: int | None = None,
     tied: bool = False,
     **fields: Any,
 ) -> Path:
     """Saves student and teacher under ``folder``, with prompts and a run file.
 
     Both are of one family unless ``teacher_family`` is given; ``fields`` are of both models'
-    configurations.
+    configurations. A teacher with a larger vocabulary has the student's tokenizer nevertheless.
     """
     folder.mkdir(parents=True)
     fields = {"tie_word_embeddings": tied, **fields}
     save_tiny_model(folder / "student", tiny_config(family, **fields), seed=1)
+    of_teacher = {"num_hidden_layers": teacher_layers}
+    if teacher_vocab_size is not None:
+        of_teacher["vocab_size"] = teacher_vocab_size
     save_tiny_model(
-        folder / "teacher",
-        tiny_config(teacher_family or family, **fields | {"num_hidden_layers": teacher_layers}),
-        seed=2,
+        folder / "teacher", tiny_config(teacher_family or family, **fields | of_teacher), seed=2
     )
+    if teacher_vocab_size is not None:
+        tiny_tokenizer().save_pretrained(folder / "teacher")
     (folder / "prompts.jsonl").write_text(
         "".join(f'{{"prompt": "{a} plus {b}"}}\n' for a in range(4) for b in range(4))
     )

@@ -117,6 +117,30 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] =
     ),
     "architecture": (other_architecture, [], 1, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
     "field": (unsupported_field, [], 1, ["pair/teacher/config.json", "attn_logit_softcapping"]),
+    "no loss": (nothing, ["taps.layers=none"], 1, ["taps.layers = none", "output_loss.kind"]),
+    "layer weights": (
+        nothing,
+        ["loss.layer_weights=[1,2]"],
+        1,
+        ["loss.layer_weights has 2 entries", "selects 4 layers"],
+    ),
+    "top-k of a small vocabulary": (
+        nothing,
+        ["output_loss.kind=top_k", "output_loss.k=98"],
+        1,
+        ["output_loss.k = 98", "the 97 tokens"],
+    ),
+    "norm of the teacher on two stages": (
+        nothing,
+        [
+            "output_loss.kind=reverse_kl",
+            "parallel.pipeline_model_parallel_size=2",
+            "taps.layers=[0,1]",
+            "taps.layer_map=[1,3]",
+        ],
+        2,
+        ["taps.layer_map", "all 4 teacher layers", "pre_norm"],
+    ),
     "delayed FP8": (
         nothing,
         ["teacher.precision=fp8", "teacher.fp8_recipe=delayed"],

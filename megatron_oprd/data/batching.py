@@ -1,7 +1,7 @@
 """A step's sequences -> micro-batches, the same number for every data-parallel replica."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,9 @@ class MicroBatch:
         position_ids: [b, s], int64.
         weights: What each position counts for in the loss [b, s], fp32, on the CPU, where the
             supervised ones are picked out; 0 is not supervised.
+        output_weights: The same for the output-space loss, whose positions are other ones: those
+            that predict a response token; None without such a loss.
+        labels: The token that follows each position [b, s], int64, on the CPU; 0 behind the last.
         num_tokens: Tokens that are not padding.
         packed_lengths: Tokens of each packed sequence, the padding among them as one more; None
             for padded sequences.
@@ -33,6 +36,8 @@ class MicroBatch:
     tokens: Tensor
     position_ids: Tensor
     weights: Tensor
+    output_weights: Tensor | None
+    labels: Tensor
     num_tokens: int
     packed_lengths: tuple[int, ...] | None = None
 
@@ -108,6 +113,7 @@ def collate(
     batches: Sequence[Sequence[int]],
     sequences: Sequence[Sequence[int]],
     weights: Sequence[Tensor],
+    output_weights: Sequence[Tensor] | None = None,
     *,
     pad_to_multiple_of: int,
     device: torch.device,
@@ -118,6 +124,7 @@ def collate(
         batches: Indices of each micro-batch's sequences.
         sequences: Token ids of every sequence of the step.
         weights: Their position weights, each [length].
+        output_weights: Those of the output-space loss, likewise; None without one.
         pad_to_multiple_of: Micro-batches are padded to a multiple of this many tokens (the
             tensor-parallel size under sequence parallelism).
         device: Where the tensors go.
@@ -126,17 +133,17 @@ def collate(
     for index, batch in enumerate(batches):
         longest = max(len(sequences[i]) for i in batch)
         s = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
-        tokens = torch.zeros(len(batch), s, dtype=torch.int64)
-        weight = torch.zeros(len(batch), s)
-        for row, i in enumerate(batch):
-            tokens[row, : len(sequences[i])] = torch.tensor(sequences[i])
-            weight[row, : len(sequences[i])] = weights[i]
+        tokens = _padded([torch.tensor(sequences[i]) for i in batch], s)
         micro_batches.append(
             MicroBatch(
                 index=index,
                 tokens=tokens.to(device),
                 position_ids=torch.arange(s, device=device).expand(len(batch), s),
-                weights=weight,
+                weights=_padded([weights[i] for i in batch], s),
+                output_weights=None
+                if output_weights is None
+                else _padded([output_weights[i] for i in batch], s),
+                labels=_padded([_followers(sequences[i]) for i in batch], s),
                 num_tokens=sum(len(sequences[i]) for i in batch),
             )
         )
@@ -147,6 +154,7 @@ def collate_packed(
     batches: Sequence[Sequence[int]],
     sequences: Sequence[Sequence[int]],
     weights: Sequence[Tensor],
+    output_weights: Sequence[Tensor] | None = None,
     *,
     pad_to_multiple_of: int,
     device: torch.device,
@@ -156,19 +164,40 @@ def collate_packed(
     for index, batch in enumerate(batches):
         lengths = [len(sequences[i]) for i in batch]
         padding = -sum(lengths) % pad_to_multiple_of
-        tokens = [token for i in batch for token in sequences[i]] + [0] * padding
+        s = sum(lengths) + padding
         packed_lengths = (*lengths, padding) if padding else tuple(lengths)
+
+        def in_a_row(parts: Iterable[Tensor], s: int = s) -> Tensor:
+            return _padded([torch.cat(list(parts))], s)
+
         micro_batches.append(
             MicroBatch(
                 index=index,
-                tokens=torch.tensor([tokens], device=device),
+                tokens=in_a_row(torch.tensor(sequences[i]) for i in batch).to(device),
                 position_ids=torch.cat([torch.arange(n) for n in packed_lengths])[None].to(device),
-                weights=torch.cat([*(weights[i] for i in batch), torch.zeros(padding)])[None],
+                weights=in_a_row(weights[i] for i in batch),
+                output_weights=None
+                if output_weights is None
+                else in_a_row(output_weights[i] for i in batch),
+                labels=in_a_row(_followers(sequences[i]) for i in batch),
                 num_tokens=sum(lengths),
                 packed_lengths=packed_lengths,
             )
         )
     return micro_batches
+
+
+def _followers(sequence: Sequence[int]) -> Tensor:
+    """The token behind each token, 0 behind the last."""
+    return torch.tensor([*sequence[1:], 0])
+
+
+def _padded(rows: Sequence[Tensor], s: int) -> Tensor:
+    """Rows of different lengths, padded with zeros on the right to [b, s]."""
+    padded = rows[0].new_zeros(len(rows), s)
+    for row, content in zip(padded, rows, strict=True):
+        row[: len(content)] = content
+    return padded
 
 
 def context_parallel_share(micro_batch: MicroBatch, *, rank: int, size: int) -> MicroBatch:
@@ -186,4 +215,8 @@ def context_parallel_share(micro_batch: MicroBatch, *, rank: int, size: int) -> 
         tokens=micro_batch.tokens[:, on_device],
         position_ids=micro_batch.position_ids[:, on_device],
         weights=micro_batch.weights[:, positions],
+        output_weights=None
+        if micro_batch.output_weights is None
+        else micro_batch.output_weights[:, positions],
+        labels=micro_batch.labels[:, positions],
     )

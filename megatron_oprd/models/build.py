@@ -25,6 +25,13 @@ from megatron_oprd.parallel import ParallelContext
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+class HiddenStatesModel(GPTModel):
+    """A GPT model whose forward pass ends with the last hidden states, LM head or not."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
 @dataclass(frozen=True, kw_only=True)
 class Extent:
     """How much of a model is built.
@@ -33,13 +40,15 @@ class Extent:
         layers_per_stage: Layers on each stage, virtual stages in the order a token passes them.
             Their sum may be smaller than the model's depth: the rest is not built.
         final_norm: Whether there is a final norm, behind the last layer.
-        lm_head: Whether the last stage has an LM head of its own. A tied head is the embedding,
-            and is no parameter of its own.
+        lm_head: Whether the last stage has the LM head as well.
+        uses_lm_head: Whether that is there to be used, and trained unless the model is frozen.
+            Otherwise it is a frozen parameter, there for export only, and a tied one is not there.
     """
 
     layers_per_stage: tuple[int, ...]
     final_norm: bool
     lm_head: bool
+    uses_lm_head: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +170,7 @@ def build_model(
     """Builds this rank's model chunks, weights uninitialised, on the context's device.
 
     One chunk without virtual stages. A chunk's forward pass returns hidden states [s, b, h]; the
-    LM head, where there is one, is a frozen parameter that the forward pass does not use.
+    LM head, where there is one, is a parameter that the forward pass does not use.
 
     Args:
         architecture: The model's.
@@ -194,13 +203,17 @@ def build_model(
             specs = [
                 fp8_spec if first + number in fp8.layers else spec for number in range(len(specs))
             ]
-        model = GPTModel(
+        is_last = stage == stages - 1
+        model = HiddenStatesModel(
             config,
             TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),
             vocab_size=padded_vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=stage == 0,
-            post_process=False,
+            # With ``post_process`` Megatron builds final norm and LM head, and keeps a tied head
+            # equal to the embedding of the first stage.
+            post_process=extent.uses_lm_head and is_last,
+            share_embeddings_and_output_weights=extent.uses_lm_head and architecture.tied,
             position_embedding_type="rope",
             rotary_percent=architecture.rope.partial_rotary_factor,
             rotary_base=architecture.rope.theta,
@@ -212,14 +225,16 @@ def build_model(
         )
         if architecture.moe is not None:
             _prepare_experts(model, context)
-        # GPTModel builds these with ``post_process``, but then it always has an LM head and
-        # computes logits.
-        if extent.final_norm and stage == last_with_layers:
-            model.decoder.final_layernorm = build_module(
-                norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-            )
-        if extent.lm_head and not architecture.tied and stage == stages - 1:
-            model.output_layer = _frozen_head(config, context, padded_vocab_size)
+        if not extent.uses_lm_head:
+            if extent.final_norm and stage == last_with_layers:
+                model.decoder.final_layernorm = build_module(
+                    norm,
+                    config=config,
+                    hidden_size=config.hidden_size,
+                    eps=config.layernorm_epsilon,
+                )
+            if extent.lm_head and not architecture.tied and is_last:
+                model.output_layer = _frozen_head(config, context, padded_vocab_size)
         chunks.append(model)
     return chunks
 

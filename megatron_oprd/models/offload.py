@@ -34,15 +34,16 @@ class OffloadedWeights:
 
     Args:
         chunks: The model's chunks on this rank, loaded, and never changed from here on.
+        resident: Weights that stay on the device.
     """
 
-    def __init__(self, chunks: Sequence[GPTModel]) -> None:
+    def __init__(self, chunks: Sequence[GPTModel], resident: Sequence[Tensor] = ()) -> None:
         self._stream = torch.cuda.Stream()
         # In the order in which they are used: what is in front of the layers, the layers, the rest.
         layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
         of_layers = [_tensors(layer) for layer in layers]
-        in_layers = {id(tensor) for tensors in of_layers for tensor in tensors}
-        others = [t for chunk in chunks for t in _tensors(chunk) if id(t) not in in_layers]
+        elsewhere = {id(tensor) for tensors in (*of_layers, resident) for tensor in tensors}
+        others = [t for chunk in chunks for t in _tensors(chunk) if id(t) not in elsewhere]
         self._others = [_offload(tensor) for tensor in others]
         self._layers = [[_offload(tensor) for tensor in tensors] for tensors in of_layers]
         self._arrived: list[Any] = []

@@ -11,7 +11,7 @@ def freeze_past_deepest_tap(
     """Freezes the layers that no tap lies behind, so that they need no gradient and do not run.
 
     Call it before the chunks are wrapped: with overlapped gradient reduction every trainable
-    parameter must get a gradient. The LM head is built frozen.
+    parameter must get a gradient. An LM head that is not used is built frozen.
 
     Args:
         chunks: This rank's chunks.

@@ -89,5 +89,5 @@ def trains(parameter: str, layout: RunLayout) -> bool:
         case "decoder":  # the final norm
             return layout.trains_final_norm
         case "output_layer":
-            return False
+            return layout.compares_outputs
     raise AssertionError(f"what is {parameter}?")

@@ -86,8 +86,7 @@ def workload(layout: RunLayout, *, prompt_tokens: int, response_tokens: int) -> 
     rows = [rows_of[len(batch)] for batch in replica]
     budget = config.teacher.target_memory_gb
     groups = target_groups(
-        rows,
-        bytes_per_row=layout.target_bytes_per_row,
+        [count * layout.target_bytes_per_row for count in rows],
         max_bytes=None if budget is None else budget * 1e9,
         multiple=multiple,
     )

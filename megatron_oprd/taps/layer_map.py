@@ -55,12 +55,12 @@ def select_layers(layers: LayerSet | Sequence[int], num_layers: int) -> list[int
     """The student layers a setting ``taps.layers`` stands for.
 
     Args:
-        layers: ``all``, ``last``, ``even`` (0, 2, 4, ...), ``odd`` (1, 3, 5, ...), or layers
-            counted from 0, in rising order and each once.
+        layers: ``all``, ``last``, ``even`` (0, 2, 4, ...), ``odd`` (1, 3, 5, ...), ``none``, or
+            layers counted from 0, in rising order and each once.
         num_layers: The student's number of layers.
 
     Returns:
-        The layers, from 0, in rising order; never empty.
+        The layers, from 0, in rising order; empty for ``none`` only.
 
     Raises:
         UserError: Unknown word, a list that is empty, not rising or out of range, or ``odd`` with a
@@ -72,12 +72,14 @@ def select_layers(layers: LayerSet | Sequence[int], num_layers: int) -> list[int
             "last": range(num_layers - 1, num_layers),
             "even": range(0, num_layers, 2),
             "odd": range(1, num_layers, 2),
+            "none": range(0),
         }.get(layers)
         if chosen is None:
             raise UserError(
-                f"taps.layers is {layers!r}; it must be all, last, even, odd or a list of layers"
+                f"taps.layers is {layers!r}; it must be all, last, even, odd, none or a list of "
+                "layers"
             )
-        if not chosen:
+        if not chosen and layers != "none":
             raise UserError(f"taps.layers is {layers!r}, which selects none of {num_layers} layers")
         return list(chosen)
 

@@ -1,16 +1,19 @@
 """Which layers sit on which pipeline stage, so that every matched pair shares a stage."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.taps.layer_map import LayerPair
 
 
-def student_stages(num_layers: int, pairs: Sequence[LayerPair], num_stages: int) -> tuple[int, ...]:
+def student_stages(
+    num_layers: int, pairs: Sequence[LayerPair], num_stages: int, *, num_running: int
+) -> tuple[int, ...]:
     """The student's layers on each stage, as even as they go.
 
-    Layers past the deepest tap cost no time and go to the last stage, unless there are more stages
+    Layers that do not run cost no time and go to the last stage, unless there are more stages
     than other layers. A stage does not end where the map could not be placed (a shallower teacher's
     layer that is matched with the layers on both sides), as long as there are other places.
 
@@ -18,6 +21,7 @@ def student_stages(num_layers: int, pairs: Sequence[LayerPair], num_stages: int)
         num_layers: The student's depth.
         pairs: The matched pairs.
         num_stages: Pipeline stages, virtual ones counted one by one.
+        num_running: Layers that run in training.
 
     Raises:
         UserError: There are fewer layers than stages.
@@ -27,7 +31,6 @@ def student_stages(num_layers: int, pairs: Sequence[LayerPair], num_stages: int)
             f"{num_stages} pipeline stages (parallel.pipeline_model_parallel_size x virtual "
             f"stages) for the student's {num_layers} layers: every stage needs at least one"
         )
-    num_running = max(pair.student for pair in pairs) + 1
     spread = num_running if num_running >= num_stages else num_layers
     share, more = divmod(spread, num_stages)
     ends = list(itertools.accumulate(share + (stage < more) for stage in range(num_stages - 1)))
@@ -41,7 +44,7 @@ def _separates(end: int, pairs: Sequence[LayerPair]) -> bool:
     """Whether the teacher layers of student layers before ``end`` come before all others."""
     before = (pair.teacher for pair in pairs if pair.student < end)
     after = (pair.teacher for pair in pairs if pair.student >= end)
-    return max(before, default=-1) < min(after, default=max(p.teacher for p in pairs) + 1)
+    return max(before, default=-1) < min(after, default=math.inf)
 
 
 def _nearest(wanted: Sequence[int], possible: Sequence[int]) -> list[int]:
@@ -57,9 +60,9 @@ def _nearest(wanted: Sequence[int], possible: Sequence[int]) -> list[int]:
 
 
 def teacher_stages(
-    pairs: Sequence[LayerPair], layers_per_student_stage: Sequence[int]
+    pairs: Sequence[LayerPair], layers_per_student_stage: Sequence[int], *, depth: int
 ) -> tuple[int, ...]:
-    """The teacher's layers on each stage, up to its deepest mapped layer.
+    """The teacher's layers on each stage.
 
     Teacher layers up to phi(l) live on the stage of student layer l or before it. Where the map
     leaves a choice, the teacher's layers are divided as evenly as it allows.
@@ -67,13 +70,13 @@ def teacher_stages(
     Args:
         pairs: The matched pairs, in any order.
         layers_per_student_stage: The student's layers on each stage.
+        depth: The teacher's layers that are built, its deepest mapped one or more.
 
     Raises:
         UserError: No division puts every pair on one stage; the message names the pair.
     """
     stage_of = [stage for stage, count in enumerate(layers_per_student_stage) for _ in range(count)]
     num_stages = len(layers_per_student_stage)
-    depth = max(pair.teacher for pair in pairs) + 1
     counts, done = [], 0
     for stage in range(num_stages):
         here_or_before = [p for p in pairs if stage_of[p.student] <= stage]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_oprd.config import Normalize
 from megatron_oprd.data.batching import MicroBatch
-from megatron_oprd.losses.representation import token_cosine, token_mse
+from megatron_oprd.losses.representation import compare
 from megatron_oprd.models.layers import Tap
 from megatron_oprd.taps.layer_map import LayerPair
 
@@ -68,9 +68,9 @@ class Taps:
     """The taps of this rank's model chunks, and what they hold during a step.
 
     Args:
-        pairs: All matched layers; each rank taps those it owns.
+        pairs: All matched layers, by rising student layer; each rank taps those it owns.
         normalize: See `token_mse`.
-        coefficient: Factor on the loss that is attached; metrics are without it.
+        coefficients: Factor on the loss of each pair as it is attached; metrics are without it.
         post_norm: Whether a model's last layer is taken after the final norm.
         device: Where the metrics live.
     """
@@ -80,13 +80,13 @@ class Taps:
         pairs: Sequence[LayerPair],
         *,
         normalize: Normalize,
-        coefficient: float,
+        coefficients: Sequence[float],
         post_norm: bool,
         device: torch.device,
     ) -> None:
-        self._pairs = sorted(pairs, key=lambda pair: pair.student)
+        self._pairs = list(pairs)
         self._normalize = normalize
-        self._coefficient = coefficient
+        self._coefficients = list(coefficients)
         self._post_norm = post_norm
         self._current: Selection | None = None
         self._users = Counter(pair.teacher for pair in self._pairs)
@@ -159,7 +159,7 @@ class Taps:
         # the order of the forward passes, so a queue says which micro-batch it is.
         pending = self._pending.setdefault(number, deque())
 
-        def compare(hidden: Tensor) -> Tensor:
+        def attach(hidden: Tensor) -> Tensor:
             assert self._current is not None
             if not torch.is_grad_enabled():
                 pending.append(self._current)
@@ -169,14 +169,14 @@ class Taps:
             target = self._take_target(pair.teacher, selection.micro_batch)
             # The gradient is worked out here and kept in the hidden state's dtype; a graph would
             # keep several fp32 copies of the rows until the backward pass.
-            distance = token_mse(rows.requires_grad_(), target, normalize=self._normalize)
-            loss = (selection.weights * distance).sum()
-            (gradient,) = torch.autograd.grad(loss * (self._coefficient / len(self._pairs)), rows)
             with torch.no_grad():
-                self._loss[number] += loss
-                self._cosine[number] += (selection.weights * token_cosine(rows, target)).sum()
+                found = compare(rows, target, normalize=self._normalize)
+                self._loss[number] += (selection.weights * found.distance).sum()
+                self._cosine[number] += (selection.weights * found.cosine).sum()
+                factors = selection.weights * self._coefficients[number]
+                gradient = found.gradient.mul_(factors[:, None]).to(hidden.dtype)
             attached = _AttachGradient.apply(hidden, selection.index, gradient)
             # The schedule frees stage outputs and cannot free a view.
             return make_viewless_tensor(attached, requires_grad=True, keep_graph=True)
 
-        return compare
+        return attach

@@ -51,9 +51,26 @@ class RunLayout:
     data_parallel_size: int
 
     @property
+    def compares_outputs(self) -> bool:
+        """Whether there is an output-space loss, so that both models run to their LM heads."""
+        return compares_outputs(self.config)
+
+    @property
     def num_running_layers(self) -> int:
-        """Student layers that run in training: up to the deepest tap."""
-        return max(pair.student for pair in self.pairs) + 1
+        """Student layers that run in training: up to the deepest tap, or to the LM head."""
+        return _num_running_layers(self.config, self.student.architecture, self.pairs)
+
+    @property
+    def pair_coefficients(self) -> list[float]:
+        """The factor on each pair's loss in the whole loss."""
+        loss = self.config.loss
+        weights = loss.layer_weights or [1.0] * len(self.pairs)
+        return [loss.coefficient * weight / len(self.pairs) for weight in weights]
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the vocabulary that both models have."""
+        return min(self.student.architecture.vocab_size, self.teacher.architecture.vocab_size)
 
     @property
     def max_sequence_length(self) -> int:
@@ -83,9 +100,20 @@ class RunLayout:
         return max(layers_of_rank) * self.teacher.architecture.hidden_size * itemsize
 
     @property
+    def output_target_bytes_per_row(self) -> int:
+        """Bytes that a position of the output-space loss keeps of the teacher, on the last stage.
+
+        Its last hidden state, whole on every tensor-parallel rank.
+        """
+        if not self.compares_outputs:
+            return 0
+        itemsize = DTYPES[self.config.model.params_dtype].itemsize
+        return self.teacher.architecture.hidden_size * itemsize
+
+    @property
     def trains_final_norm(self) -> bool:
-        """Whether the student's final norm is in front of a tap, and so trained."""
-        return (
+        """Whether the student's final norm is in front of a tap or a loss, and so trained."""
+        return self.compares_outputs or (
             self.config.taps.last_layer == "post_norm"
             and self.num_running_layers == self.student.architecture.num_layers
         )
@@ -111,9 +139,19 @@ def make_layout(
         num_student_layers=student.num_layers,
         num_teacher_layers=teacher.num_layers,
     )
-    student_layers = _student_layers(config.parallel, student, pairs)
-    teacher_layers = teacher_stages(pairs, student_layers)
+    _check_losses(config, pairs, student, teacher)
+    student_layers = _student_layers(config, student, pairs)
+    to_the_end = compares_outputs(config)
+    depth = teacher.num_layers if to_the_end else max(pair.teacher for pair in pairs) + 1
+    teacher_layers = teacher_stages(pairs, student_layers, depth=depth)
     takes_norm = config.taps.last_layer == "post_norm"
+    if to_the_end and takes_norm and teacher_layers[-1] == 0:
+        raise UserError(
+            f"taps.layer_map puts all {depth} teacher layers in front of the last pipeline stage, "
+            f"where output_loss.kind = {config.output_loss.kind} needs the teacher's final norm, "
+            "and taps.last_layer = post_norm needs it behind the last of them; use pre_norm, fewer "
+            "stages, or another map"
+        )
     check_precision(
         config.teacher,
         teacher,
@@ -121,31 +159,49 @@ def make_layout(
         parallel=config.parallel,
         num_layers=sum(teacher_layers),
     )
+    rows = [
+        padded_vocab_size(
+            model,
+            divisible_by=config.model.make_vocab_size_divisible_by,
+            tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        )
+        for model in (student, teacher)
+    ]
+    if to_the_end:
+        rows = [max(rows)] * 2  # so that a rank has the same columns of both vocabularies
     return RunLayout(
         config=config,
         student=_model_layout(
-            config, student, Extent(layers_per_stage=student_layers, final_norm=True, lm_head=True)
+            student,
+            Extent(
+                layers_per_stage=student_layers,
+                final_norm=True,
+                lm_head=True,
+                uses_lm_head=to_the_end,
+            ),
+            rows[0],
         ),
         teacher=_model_layout(
-            config,
             teacher,
             Extent(
                 layers_per_stage=teacher_layers,
-                final_norm=takes_norm and sum(teacher_layers) == teacher.num_layers,
-                lm_head=False,
+                final_norm=to_the_end or (takes_norm and depth == teacher.num_layers),
+                lm_head=to_the_end,
+                uses_lm_head=to_the_end,
             ),
+            rows[1],
         ),
         pairs=pairs,
         data_parallel_size=dp_size,
     )
 
 
-def _model_layout(config: RunConfig, architecture: Architecture, extent: Extent) -> ModelLayout:
-    padded = padded_vocab_size(
-        architecture,
-        divisible_by=config.model.make_vocab_size_divisible_by,
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-    )
+def compares_outputs(config: RunConfig) -> bool:
+    """Whether a run has an output-space loss."""
+    return config.output_loss.kind != "none"
+
+
+def _model_layout(architecture: Architecture, extent: Extent, padded: int) -> ModelLayout:
     return ModelLayout(
         architecture=architecture,
         extent=extent,
@@ -154,14 +210,21 @@ def _model_layout(config: RunConfig, architecture: Architecture, extent: Extent)
     )
 
 
+def _num_running_layers(config: RunConfig, student: Architecture, pairs: list[LayerPair]) -> int:
+    if compares_outputs(config):
+        return student.num_layers
+    return max(pair.student for pair in pairs) + 1
+
+
 def _student_layers(
-    parallel: ParallelConfig, student: Architecture, pairs: list[LayerPair]
+    config: RunConfig, student: Architecture, pairs: list[LayerPair]
 ) -> tuple[int, ...]:
+    parallel = config.parallel
     pp = parallel.pipeline_model_parallel_size
     num_stages = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
-    running = max(pair.student for pair in pairs) + 1
+    running = _num_running_layers(config, student, pairs)
     if parallel.num_layers_per_stage is None:
-        layers = student_stages(student.num_layers, pairs, num_stages)
+        layers = student_stages(student.num_layers, pairs, num_stages, num_running=running)
     else:
         layers = tuple(parallel.num_layers_per_stage)
         if min(layers) < 1 or sum(layers) != student.num_layers:
@@ -180,6 +243,23 @@ def _student_layers(
                 "(parallel.pipeline_model_parallel_size)"
             )
     return layers
+
+
+def _check_losses(
+    config: RunConfig, pairs: list[LayerPair], student: Architecture, teacher: Architecture
+) -> None:
+    weights = config.loss.layer_weights
+    if weights is not None and len(weights) != len(pairs):
+        raise UserError(
+            f"loss.layer_weights has {len(weights)} entries; taps.layers selects {len(pairs)} "
+            "layers, and each needs one"
+        )
+    smallest = min(student.vocab_size, teacher.vocab_size)
+    if config.output_loss.kind == "top_k" and config.output_loss.k > smallest:
+        raise UserError(
+            f"output_loss.k = {config.output_loss.k} is more than the {smallest} tokens of the "
+            "vocabulary"
+        )
 
 
 def _check_heads(setting: str, arch: Architecture, parallel: ParallelConfig) -> None:

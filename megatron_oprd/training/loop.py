@@ -190,7 +190,8 @@ def _step_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
     layers = [str(pair.student) for pair in plan.pairs]
     return {
         "loss": result.loss,
-        "cosine": sum(result.cosine_per_layer) / len(layers),
+        "output_loss": result.output_loss,
+        "cosine": sum(result.cosine_per_layer) / len(layers) if layers else None,
         "loss_per_layer": dict(zip(layers, result.loss_per_layer, strict=True)),
         "cosine_per_layer": dict(zip(layers, result.cosine_per_layer, strict=True)),
         "grad_norm": result.grad_norm,

@@ -1,5 +1,6 @@
 """One distillation step on given sequences: teacher pass, student pass, update."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_oprd.data.batching import (
@@ -28,6 +30,7 @@ from megatron_oprd.models.offload import OffloadedWeights
 from megatron_oprd.models.student import freeze_past_deepest_tap
 from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.taps.head import HeadTap, head_weight
 from megatron_oprd.taps.supervision import position_weights
 from megatron_oprd.taps.tap import Selection, Taps
 from megatron_oprd.training.optimizer import make_train_state
@@ -41,9 +44,10 @@ class StepResult:
     """What one step did; the same on every rank.
 
     Attributes:
-        loss: The distillation loss, its coefficient included.
-        loss_per_layer: The loss of each matched pair, without the coefficient.
+        loss: The whole loss, coefficients included.
+        loss_per_layer: The loss of each matched pair, without coefficient and layer weight.
         cosine_per_layer: Mean cosine of each matched pair.
+        output_loss: The output-space loss without its coefficient; None if there is none.
         grad_norm: Global gradient norm before clipping.
         lr: Learning rate of the update.
         skipped: Whether loss or gradient were not finite, so that nothing was updated.
@@ -55,6 +59,7 @@ class StepResult:
     loss: float
     loss_per_layer: list[float]
     cosine_per_layer: list[float]
+    output_loss: float | None
     grad_norm: float
     lr: float
     skipped: bool
@@ -68,15 +73,18 @@ class Gradients:
     """What came out beside the gradients themselves.
 
     Attributes:
-        loss_per_layer: Loss of each matched pair over the global batch, without the coefficient,
-            [pairs], fp64, the same on every rank.
+        loss_per_layer: Loss of each matched pair over the global batch, without coefficient and
+            layer weight, [pairs], fp64, the same on every rank.
         cosine_per_layer: Cosine of each matched pair, likewise.
+        output_loss: The output-space loss without its coefficient, a scalar, likewise; 0 if there
+            is none.
         seconds_teacher: Wall-clock of the teacher's passes.
         seconds_student: Wall-clock of the student's passes.
     """
 
     loss_per_layer: Tensor
     cosine_per_layer: Tensor
+    output_loss: Tensor
     seconds_teacher: float
     seconds_student: float
 
@@ -96,7 +104,7 @@ class Distiller:
         self._taps = Taps(
             plan.pairs,
             normalize=config.loss.normalize,
-            coefficient=config.loss.coefficient,
+            coefficients=plan.pair_coefficients,
             post_norm=config.taps.last_layer == "post_norm",
             device=context.device,
         )
@@ -114,9 +122,6 @@ class Distiller:
         )
         self._taps.attach_teacher(teacher, depth=plan.teacher.architecture.num_layers)
         self._teacher = teacher
-        self._teacher_weights = (
-            OffloadedWeights(teacher) if config.teacher.offload == "cpu" else None
-        )
         student, student_config = self._build_student(plan.student)
         freeze_past_deepest_tap(
             student,
@@ -125,6 +130,22 @@ class Distiller:
         )
         self._taps.attach_student(student, depth=plan.student.architecture.num_layers)
         self._student_config = student_config
+        self._head: HeadTap | None = None
+        if plan.compares_outputs and student[-1].post_process:
+            self._head = HeadTap(
+                config.output_loss,
+                student=student[-1],
+                teacher=teacher[-1],
+                vocab_size=plan.vocab_size,
+                padded_vocab_size=plan.student.padded_vocab_size,
+                tp_group=context.groups.tp,
+                sequence_parallel=config.parallel.sequence_parallel,
+            )
+        self._teacher_weights = None
+        if config.teacher.offload == "cpu":
+            # The head is used in the student's pass.
+            resident = [] if self._head is None else [head_weight(teacher[-1])]
+            self._teacher_weights = OffloadedWeights(teacher, resident)
         self.state = make_train_state(config, student_config, student)
 
     def micro_batches(
@@ -143,14 +164,23 @@ class Distiller:
         sequences = [
             [*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)
         ]
+        lengths = [len(prompt) for prompt in prompts], [len(response) for response in responses]
         weights = position_weights(
-            [len(prompt) for prompt in prompts],
-            [len(response) for response in responses],
+            *lengths,
             positions=taps.positions,
             k=taps.k,
             alignment=taps.alignment,
             aggregation=config.loss.aggregation,
         )
+        output_weights = None
+        if self.plan.compares_outputs:
+            output_weights = position_weights(
+                *lengths,
+                positions=config.output_loss.positions,
+                k=config.output_loss.positions_k,
+                alignment="predictor",
+                aggregation=config.loss.aggregation,
+            )
         interleaved = parallel.virtual_pipeline_model_parallel_size is not None
         multiple = self.context.pp_size if interleaved else 1
         split, is_packed = self.plan.sequence_split, config.batch.sequence_packing
@@ -166,19 +196,24 @@ class Distiller:
             replicas[self.context.dp_rank],
             sequences,
             weights,
+            output_weights,
             pad_to_multiple_of=split.pad_to_multiple_of,
             device=self.context.device,
         )
         budget = config.teacher.target_memory_gb
+
+        def target_bytes(batch: Sequence[int]) -> int:
+            rows = supervised_rows(batch, weights, split, is_packed=is_packed)
+            size = rows * self.plan.target_bytes_per_row
+            if output_weights is not None:
+                whole = dataclasses.replace(split, tp_size=1)
+                rows = supervised_rows(batch, output_weights, whole, is_packed=is_packed)
+                size += rows * self.plan.output_target_bytes_per_row
+            return size
+
         groups = target_groups(
             # The largest of all replicas, so that every rank makes the same groups.
-            [
-                max(
-                    supervised_rows(batch, weights, split, is_packed=is_packed) for batch in batches
-                )
-                for batches in zip(*replicas, strict=True)
-            ],
-            bytes_per_row=self.plan.target_bytes_per_row,
+            [max(map(target_bytes, batches)) for batches in zip(*replicas, strict=True)],
             max_bytes=None if budget is None else budget * 1e9,
             multiple=multiple,
         )
@@ -200,12 +235,18 @@ class Distiller:
             self.student_pass(group, is_last=number == len(groups) - 1)
             seconds_student += clock.lap()
         metrics = torch.stack(self._taps.end_step())
-        if self.context.tp_rank != 0 and not self.plan.config.parallel.sequence_parallel:
-            metrics.zero_()  # these ranks saw the same positions as tensor rank 0
+        output_loss = metrics.new_zeros(()) if self._head is None else self._head.end_step()
+        if self.context.tp_rank != 0:
+            # These ranks saw the same positions as tensor rank 0.
+            output_loss.zero_()
+            if not self.plan.config.parallel.sequence_parallel:
+                metrics.zero_()
         dist.all_reduce(metrics)
+        dist.all_reduce(output_loss)
         return Gradients(
             loss_per_layer=metrics[0],
             cosine_per_layer=metrics[1],
+            output_loss=output_loss,
             seconds_teacher=seconds_teacher,
             seconds_student=seconds_student,
         )
@@ -222,6 +263,9 @@ class Distiller:
         Gradients add up over groups; with the last they are summed over the replicas.
         """
         config = self._student_config
+        if self._head is not None:
+            # Megatron gathers parameters for modules that are called, which the head is not.
+            self.state.gather_parameters()
         with ExitStack() as stack:
             if not is_last:
                 # Megatron's schedule reduces gradients at its end, and, with overlap, in the last
@@ -255,7 +299,15 @@ class Distiller:
     ) -> StepResult:
         """One whole step on the global batch, which every rank passes alike."""
         gradients = self.compute_gradients(self.micro_batches(prompts, responses))
-        loss = float(gradients.loss_per_layer.mean()) * self.plan.config.loss.coefficient
+        loss = sum(
+            coefficient * float(of_layer)
+            for coefficient, of_layer in zip(
+                self.plan.pair_coefficients, gradients.loss_per_layer, strict=True
+            )
+        )
+        output_loss = float(gradients.output_loss) if self.plan.compares_outputs else None
+        if output_loss is not None:
+            loss += output_loss * self.plan.config.output_loss.coefficient
         clock = _Clock()
         lr = self.state.optimizer.param_groups[0]["lr"]
         grad_norm, updated = self.update(math.isfinite(loss))
@@ -263,6 +315,7 @@ class Distiller:
             loss=loss,
             loss_per_layer=gradients.loss_per_layer.tolist(),
             cosine_per_layer=gradients.cosine_per_layer.tolist(),
+            output_loss=output_loss,
             grad_norm=grad_norm,
             lr=lr,
             skipped=not updated,
@@ -318,6 +371,11 @@ class Distiller:
                 None,
                 packed_seq_params=_packed_seq_params(micro_batch),
             )
+            if self._head is not None and _is_last(model):
+                if forward_only:
+                    self._head.collect(hidden, micro_batch)
+                else:
+                    hidden = self._head.attach(hidden, micro_batch)
             return hidden, _no_loss_at_the_end
 
         get_forward_backward_func()(
@@ -330,6 +388,11 @@ class Distiller:
             micro_batch_size=micro_batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
+
+
+def _is_last(model: Any) -> bool:
+    """Whether a chunk, wrapped or not, is the last of its model."""
+    return get_attr_wrapped_model(model, "post_process")
 
 
 def _packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams | None:

@@ -27,25 +27,22 @@ def supervised_rows(
     return split.largest_share(counts)
 
 
-def target_groups(
-    rows: Sequence[int], *, bytes_per_row: int, max_bytes: float | None, multiple: int
-) -> list[range]:
+def target_groups(sizes: Sequence[int], *, max_bytes: float | None, multiple: int) -> list[range]:
     """Divides micro-batches into consecutive groups whose targets take at most ``max_bytes``.
 
     Args:
-        rows: Supervised positions of each micro-batch.
-        bytes_per_row: Bytes of the targets of one position.
+        sizes: Bytes of each micro-batch's targets.
         max_bytes: The budget; None is one group. ``multiple`` micro-batches that need more by
             themselves are a group nevertheless.
         multiple: The size of a group is a multiple of this, as the number of micro-batches is.
     """
     if max_bytes is None:
-        return [range(len(rows))]
+        return [range(len(sizes))]
     ends, in_group = [0], 0
-    for start in range(0, len(rows), multiple):
-        more = sum(rows[start : start + multiple])
-        if in_group and (in_group + more) * bytes_per_row > max_bytes:
+    for start in range(0, len(sizes), multiple):
+        more = sum(sizes[start : start + multiple])
+        if in_group and in_group + more > max_bytes:
             ends.append(start)
             in_group = 0
         in_group += more
-    return [range(start, end) for start, end in zip(ends, [*ends[1:], len(rows)], strict=True)]
+    return [range(start, end) for start, end in zip(ends, [*ends[1:], len(sizes)], strict=True)]

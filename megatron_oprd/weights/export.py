@@ -36,7 +36,12 @@ class Exporter:
         *,
         context: ParallelContext,
     ) -> None:
-        self._parameters = named_parameters(chunks)
+        self._parameters = {
+            name: parameter
+            for name, parameter in named_parameters(chunks).items()
+            # Megatron marks a tied head so, which the last stage has a copy of.
+            if not getattr(parameter, "shared", False)
+        }
         self._table = table
         self._context = context
         stages = _all_gather(list(self._parameters), context.groups.pp)

@@ -59,6 +59,9 @@ def load_weights(
     if tied:
         check_tied_head(checkpoint)
     mappings = {mapping.megatron: mapping for mapping in table}
+    if tied:
+        # The copy of the embedding that the last stage has as its head.
+        mappings["output_layer.weight"] = mappings["embedding.word_embeddings.weight"]
     for name, parameter in named_parameters(chunks).items():
         assert name in mappings, f"parameter {name} is in no mapping"
         mapping = mappings[name]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_oprd.losses.representation import (
+    compare,
     masked_cosine,
     masked_mse,
     token_cosine,
@@ -180,3 +181,26 @@ def test_errors_name_what_is_wrong() -> None:
         token_mse(student, teacher[..., :1], normalize="none")
     with pytest.raises(ValueError, match=r"mask \(3, 1\) must have the shape of student"):
         masked_cosine(student, teacher, mask[:, :1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", ["none", "l2"])
+def test_the_closed_form_is_autograds(normalize: Any, dtype: torch.dtype) -> None:
+    student, teacher, _ = (tensor.flatten(0, -2) for tensor in hidden_states(dtype))
+    student[3] = 0.0
+    teacher[4] = 0.0
+    student[5] = teacher[5]
+    wide = torch.promote_types(dtype, torch.float32)
+    leaf = student.to(wide).requires_grad_()
+    distance = token_mse(leaf, teacher, normalize=normalize)
+    (gradient,) = torch.autograd.grad(distance.sum(), leaf)
+    found = compare(student, teacher, normalize=normalize)
+    assert found.distance.dtype == found.gradient.dtype == found.cosine.dtype == wide
+    rtol, atol = (1e-12, 1e-13) if wide == torch.float64 else (1e-5, 1e-6)
+    for value, expected in (
+        (found.distance, distance.detach()),
+        (found.cosine, token_cosine(student, teacher)),
+        (found.gradient, gradient),
+    ):
+        torch.testing.assert_close(value, expected, rtol=rtol, atol=atol)
+    assert float(found.distance[5]) == float(found.gradient[5].abs().max()) == 0.0

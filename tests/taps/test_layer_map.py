@@ -73,7 +73,7 @@ def test_listed_layers_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("layers", "num_layers", "message"),
     [
-        ("first", 6, "'first'; it must be all, last, even, odd or a list"),
+        ("first", 6, "'first'; it must be all, last, even, odd, none or a list"),
         ("odd", 1, "selects none of 1 layers"),
         ([], 6, "empty list; it must name at least one"),
         ([1, 6], 6, "has 6; the student's layers are 0 to 5"),

@@ -13,6 +13,10 @@ def pairs_of(*pairs: tuple[int, int]) -> list[LayerPair]:
     return [LayerPair(student, teacher) for student, teacher in pairs]
 
 
+def depth_of(pairs: Sequence[LayerPair]) -> int:
+    return max(pair.teacher for pair in pairs) + 1
+
+
 def stages_of(counts: tuple[int, ...]) -> list[int]:
     return [stage for stage, count in enumerate(counts) for _ in range(count)]
 
@@ -42,12 +46,13 @@ def test_student_stages(
     num_layers: int, teachers: Sequence[int], num_stages: int, expected: tuple[int, ...]
 ) -> None:
     pairs = pairs_of(*enumerate(teachers))
-    assert student_stages(num_layers, pairs, num_stages) == expected
+    running = max(pair.student for pair in pairs) + 1
+    assert student_stages(num_layers, pairs, num_stages, num_running=running) == expected
 
 
 def test_fewer_student_layers_than_stages() -> None:
     with pytest.raises(UserError, match=r"5 pipeline stages .* student's 4 layers"):
-        student_stages(4, pairs_of((3, 3)), 5)
+        student_stages(4, pairs_of((3, 3)), 5, num_running=4)
 
 
 @pytest.mark.parametrize("layers", ["all", "last", "even"])
@@ -65,8 +70,9 @@ def test_proportional_maps_are_placed(num_stages: int, layers: str) -> None:
         if layers != "last" and len({pair.teacher for pair in pairs}) < num_stages:
             continue
         placed += 1
-        student_counts = student_stages(student, pairs, num_stages)
-        teacher_counts = teacher_stages(pairs, student_counts)
+        running, depth = pairs[-1].student + 1, depth_of(pairs)
+        student_counts = student_stages(student, pairs, num_stages, num_running=running)
+        teacher_counts = teacher_stages(pairs, student_counts, depth=depth)
         assert len(student_counts) == len(teacher_counts) == num_stages
         assert min(student_counts) >= 1
         assert sum(student_counts) == student
@@ -79,7 +85,7 @@ def test_proportional_maps_are_placed(num_stages: int, layers: str) -> None:
 
 def can_be_placed(pairs: list[LayerPair], student_counts: tuple[int, ...]) -> bool:
     """Tries every division of the teacher."""
-    depth = max(pair.teacher for pair in pairs) + 1
+    depth = depth_of(pairs)
     student_stage = stages_of(student_counts)
     for cuts in itertools.combinations_with_replacement(range(depth + 1), len(student_counts) - 1):
         stage = [sum(cut <= layer for cut in cuts) for layer in range(depth)]
@@ -101,19 +107,21 @@ def test_a_map_is_refused_only_when_no_division_places_it() -> None:
         pairs = pairs_of(*zip(tapped, targets, strict=True))
         outcomes.append(can_be_placed(pairs, student_counts))
         if outcomes[-1]:
-            counts = teacher_stages(draw.sample(pairs, len(pairs)), student_counts)
+            counts = teacher_stages(
+                draw.sample(pairs, len(pairs)), student_counts, depth=depth_of(pairs)
+            )
             student_stage, teacher_stage = stages_of(student_counts), stages_of(counts)
             assert sum(counts) == max(targets) + 1
             assert all(student_stage[p.student] == teacher_stage[p.teacher] for p in pairs)
         else:
             with pytest.raises(UserError, match=r"taps\.layer_map: student layer"):
-                teacher_stages(pairs, student_counts)
+                teacher_stages(pairs, student_counts, depth=depth_of(pairs))
     assert 50 < sum(outcomes) < 350
 
 
 def test_the_refusal_names_the_pair() -> None:
     with pytest.raises(UserError) as error:
-        teacher_stages(pairs_of((0, 1), (1, 5), (2, 4), (3, 6)), (2, 2))
+        teacher_stages(pairs_of((0, 1), (1, 5), (2, 4), (3, 6)), (2, 2), depth=7)
     message = str(error.value)
     assert "student layer 2 (pipeline stage 1) is matched with teacher layer 4" in message
     assert "student layer 1 of the earlier stage 0 with teacher layer 5" in message
@@ -136,4 +144,14 @@ def test_the_refusal_names_the_pair() -> None:
 def test_the_teacher_is_divided_as_evenly_as_the_map_allows(
     pairs: list[LayerPair], student_counts: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
-    assert teacher_stages(pairs, student_counts) == expected
+    assert teacher_stages(pairs, student_counts, depth=depth_of(pairs)) == expected
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"), [((), (3, 3, 3)), (((0, 0),), (3, 3, 3)), (((1, 5),), (6, 0, 3))]
+)
+def test_layers_behind_the_deepest_mapped_one_follow(
+    pairs: tuple[tuple[int, int], ...], expected: tuple[int, ...]
+) -> None:
+    assert teacher_stages(pairs_of(*pairs), (2, 2, 2), depth=9) == expected
+    assert student_stages(6, pairs_of(*pairs), 3, num_running=6) == (2, 2, 2)

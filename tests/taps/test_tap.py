@@ -25,6 +25,8 @@ def micro_batch(index: int, *, seed: int = 0) -> MicroBatch:
         tokens=torch.zeros(B, S, dtype=torch.int64),
         position_ids=torch.arange(S).expand(B, S),
         weights=weights,
+        output_weights=None,
+        labels=torch.zeros(B, S, dtype=torch.int64),
         num_tokens=B * S,
     )
 
@@ -91,9 +93,9 @@ def run(chunk: Any, hidden: Tensor, *, recompute: bool = False) -> list[Tensor]:
 
 def taps_on(teacher: Any, student: Any, *, post_norm: bool, coefficient: float = 1.0) -> Taps:
     taps = Taps(
-        [LayerPair(1, 1), LayerPair(0, 0)],
+        [LayerPair(0, 0), LayerPair(1, 1)],
         normalize="none",
-        coefficient=coefficient,
+        coefficients=[coefficient / 2] * 2,
         post_norm=post_norm,
         device=torch.device("cpu"),
     )

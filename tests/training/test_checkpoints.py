@@ -18,6 +18,8 @@ VPP2 = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2", "batch.micro_ba
 PLAIN_OPTIMIZER = ["optimizer.use_distributed_optimizer=false"]
 # Layers past the deepest tap have no optimizer states.
 SHALLOW = ["taps.layers=[0,2]"]
+# All layers and the LM head train; a tied head has a copy on the last stage.
+OUTPUT = ["output_loss.kind=reverse_kl"]
 EP2 = ["parallel.expert_model_parallel_size=2"]
 ETP1 = ["parallel.expert_tensor_parallel_size=1"]
 
@@ -31,6 +33,11 @@ SAVERS = {
     "dp2_pp2": (4, PP2),
     "shallow": (1, SHALLOW),
     "shallow_pp2": (2, [*PP2, *SHALLOW]),
+    "output_one": (1, OUTPUT),
+    "output_tp2_sp_pp2": (4, [*TP2_SP, *PP2, *OUTPUT]),
+    "output_tied_one": (1, OUTPUT),
+    "output_tied_vpp2": (2, [*VPP2, *OUTPUT]),
+    "output_tied_dp2_pp2": (4, [*PP2, *OUTPUT]),
     "moe_one": (1, []),
     "moe_ep2": (2, EP2),
     "moe_ep2_plain_optimizer": (2, [*EP2, *PLAIN_OPTIMIZER]),
@@ -54,6 +61,10 @@ LOADERS = {
     "tp2_pp2_from_dp2": (4, [*TP2_SP, *PP2], "dp2"),
     "other_padding_from_one": (1, ["model.make_vocab_size_divisible_by=50"], "one"),
     "shallow_from_shallow_pp2": (1, SHALLOW, "shallow_pp2"),
+    "output_one_from_tp2_sp_pp2": (1, OUTPUT, "output_tp2_sp_pp2"),
+    "output_tied_one_from_vpp2": (1, OUTPUT, "output_tied_vpp2"),
+    "output_tied_pp2_from_one": (2, [*PP2, *OUTPUT], "output_tied_one"),
+    "output_tied_tp2_from_dp2_pp2": (2, [*TP2_SP, *OUTPUT], "output_tied_dp2_pp2"),
     "moe_one_from_ep2": (1, [], "moe_ep2"),
     "moe_ep2_from_ep2": (2, EP2, "moe_ep2"),
     "moe_ep2_from_one": (2, EP2, "moe_one"),
@@ -63,7 +74,9 @@ LOADERS = {
     "moe_ep2_pp2_from_tp2_sp": (4, [*EP2, *PP2], "moe_tp2_sp"),
 }
 REFERENCE = {"shallow_from_shallow_pp2": "shallow", "shallow_pp2": "shallow", "shallow": "shallow"}
-REFERENCE |= {name: "moe_one" for name in (*SAVERS, *LOADERS) if name.startswith("moe_")}
+for kind in ("moe", "output", "output_tied"):
+    names = [name for name in (*SAVERS, *LOADERS) if name.startswith(f"{kind}_")]
+    REFERENCE |= dict.fromkeys(names, f"{kind}_one")
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +84,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkpoints")
     dense = str(save_pair(root / "pair", "qwen3"))
     moe = str(save_pair(root / "moe_pair", "qwen3_moe"))
+    tied = str(save_pair(root / "tied_pair", "llama", tied=True))
 
     def case(name: str, overrides: list[str], load: str | None, steps: int) -> dict[str, Any]:
-        pair = moe if name.startswith("moe_") else dense
+        pair = moe if name.startswith("moe_") else tied if "_tied_" in name else dense
         return {"name": name, "pair": pair, "overrides": overrides, "load": load, "steps": steps}
 
     for ranks in (1, 2, 4):

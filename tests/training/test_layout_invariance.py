@@ -104,6 +104,9 @@ PAIRS = {
 }
 # Two student layers share a teacher layer, so not every stage can end where it likes.
 SHALLOWER = {"llama_shallower": {"family": "llama", "teacher_layers": 3}}
+OTHER_VOCABULARY = {
+    "qwen3_other_vocabulary": {"family": "qwen3", "teacher_layers": 5, "teacher_vocab_size": 150}
+}
 MOE_PAIRS = {
     "moe": {"family": "qwen3_moe", "teacher_layers": 6},
     "moe_teacher": {"family": "qwen3", "teacher_family": "qwen3_moe"},
@@ -130,11 +133,46 @@ METHODS: dict[str, list[str]] = {
     "fp8_block_teacher": ["teacher.precision=fp8", "teacher.fp8_recipe=block_128"],
 }
 FP8 = ("fp8_teacher", "fp8_block_teacher")
+OUTPUT = "output_loss.kind="
+# mu = 0, 1 and 10; chunks that divide a micro-batch's positions.
+OUTPUT_METHODS: dict[str, list[str]] = {
+    "sampled_token": [OUTPUT + "sampled_token", "taps.layers=none"],
+    "top_k": [OUTPUT + "top_k", "output_loss.k=5", "output_loss.chunk_tokens=7"],
+    "top_k_union": [
+        OUTPUT + "top_k",
+        "output_loss.support=union",
+        "output_loss.support_weights=teacher_p",
+        "loss.coefficient=10",
+    ],
+    "reverse_kl": [OUTPUT + "reverse_kl", "loss.coefficient=0", "output_loss.coefficient=2"],
+    "forward_kl": [
+        OUTPUT + "forward_kl",
+        "taps.layers=[0,2]",
+        "loss.layer_weights=[1,0.5]",
+        "output_loss.positions=last_k",
+        "output_loss.positions_k=3",
+        "loss.aggregation=sequence_mean",
+    ],
+    "jsd": [OUTPUT + "jsd", "output_loss.beta=0.3", "output_loss.student_temperature=0.7"],
+}
+METHODS |= OUTPUT_METHODS
+# The layouts in which the last stage, its head and the positions differ most.
+OUTPUT_LAYOUTS = (
+    "packed",
+    "target_groups",
+    "offloaded_teacher",
+    "tp2_sp_full",
+    "pp2_vpp2_target_groups",
+    "cp2_tp2_sp",
+    "tp2_sp_pp2_full",
+    "dp2_overlap_target_groups",
+    "dp2_pp2_overlap_both",
+)
 # Every layout with the default method, and the layouts that differ most with the others.
 COMBINATIONS = [("default", layout) for layout in LAYOUTS] + [
     (method, layout)
     for method in METHODS
-    if method not in ("default", "last_teacher_layer_early", *FP8)
+    if method not in ("default", "last_teacher_layer_early", *FP8, *OUTPUT_METHODS)
     for layout in ("tp2_sp_full", "pp2_vpp2", "tp2_sp_pp2_full", "dp2_pp2")
 ]
 EARLY = "last_teacher_layer_early"
@@ -150,6 +188,16 @@ CASES = [(pair, *combination) for pair in PAIRS for combination in COMBINATIONS]
         for layout in ("tp2", "tp2_sp_full", "pp2_vpp2_target_groups", "tp4_sp", "cp2_tp2_sp")
     ),
     *(("moe_teacher", FP8[0], layout) for layout in ("ep2_pp2", "tp2_sp_etp1_ep2")),
+    # Tied and untied heads, a teacher with another vocabulary, and a head beside experts.
+    *(("llama_tied_deeper", "top_k", layout) for layout in OUTPUT_LAYOUTS),
+    *(("qwen3_other_vocabulary", "jsd", layout) for layout in OUTPUT_LAYOUTS),
+    *(
+        (pair, method, layout)
+        for pair in ("llama_tied_deeper", "qwen3_other_vocabulary")
+        for method in ("sampled_token", "top_k_union", "reverse_kl", "forward_kl")
+        for layout in ("tp2_sp_full", "tp2_pp2", "cp2_pp2_vpp2")
+    ),
+    *(("moe", "reverse_kl", layout) for layout in ("ep2_pp2", "tp2_sp_etp1_ep2")),
 ]
 
 
@@ -159,7 +207,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("layouts")
     pairs = {
         name: str(save_pair(root / name, **settings))  # type: ignore[arg-type]
-        for name, settings in (PAIRS | SHALLOWER | MOE_PAIRS).items()
+        for name, settings in (PAIRS | SHALLOWER | OTHER_VOCABULARY | MOE_PAIRS).items()
     }
     cases: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
     for pair, method in sorted({(pair, method) for pair, method, _ in CASES}):
@@ -188,7 +236,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_layout_changes_nothing(results: Path, pair: str, method: str, layout: str) -> None:
     reference = torch.load(results / f"{pair}.{method}.reference.pt")
     found = torch.load(results / f"{pair}.{method}.{layout}.pt")
-    for name in ("loss", "grad_norm", "second_loss"):
+    for name in ("loss", "output_loss", "grad_norm", "second_loss"):
         torch.testing.assert_close(found[name], reference[name], rtol=1e-5, atol=1e-8, msg=name)
     torch.testing.assert_close(found["cosine"], reference["cosine"], rtol=1e-5, atol=1e-6)
     if ALL_LAYOUTS[layout][2]:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_oprd.config import OutputLossConfig
+from tests.losses.test_output_space import formula
 from tests.pairs import fixed_rollouts, save_pair
 from tests.ranks import run_ranks
 
@@ -29,7 +31,8 @@ class Step:
     """One way to distil: as the run's settings say it, and as plain PyTorch needs it.
 
     ``matches`` are (student layer, teacher layer); ``first`` and ``last`` so many tokens of a
-    response, ``shift`` from a token's own position.
+    response, ``shift`` from a token's own position. ``layer_weights`` are factors on the layers'
+    losses; ``output`` is the output-space loss with its factor, over all response tokens.
     """
 
     pair: str
@@ -42,6 +45,8 @@ class Step:
     sequence_mean: bool = False
     pre_norm: bool = False
     coefficient: float = 1.0
+    layer_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    output: tuple[OutputLossConfig, float] | None = None
 
 
 UNIT = ["loss.normalize=l2", "loss.coefficient=100"]
@@ -99,6 +104,47 @@ STEPS = {
         matches=((0, 6), (1, 2)),
         coefficient=3.0,
     ),
+    "layer_weights": Step(
+        pair="llama",
+        overrides=["loss.layer_weights=[0,1,0.5,2]"],
+        layer_weights=(0.0, 1.0, 0.5, 2.0),
+    ),
+    "outputs_only": Step(
+        pair="llama",
+        overrides=["output_loss.kind=reverse_kl", "taps.layers=none"],
+        matches=(),
+        output=(OutputLossConfig(kind="reverse_kl"), 1.0),
+    ),
+    "outputs_and_states": Step(
+        pair="qwen3_deeper_tied",
+        overrides=[
+            "output_loss.kind=top_k",
+            "output_loss.k=5",
+            "output_loss.support=union",
+            "loss.coefficient=10",
+        ],
+        matches=((0, 0), (1, 2), (2, 4), (3, 6)),
+        coefficient=10.0,
+        output=(OutputLossConfig(kind="top_k", k=5, support="union"), 1.0),
+    ),
+    "outputs_and_measured_states": Step(
+        pair="llama_tied",
+        overrides=[
+            "output_loss.kind=sampled_token",
+            "output_loss.coefficient=3",
+            "loss.coefficient=0",
+            "loss.aggregation=sequence_mean",
+        ],
+        coefficient=0.0,
+        sequence_mean=True,
+        output=(OutputLossConfig(kind="sampled_token"), 3.0),
+    ),
+    "outputs_of_experts": Step(
+        pair="qwen3_moe",
+        overrides=["output_loss.kind=jsd", "taps.layers=even"],
+        matches=((0, 0), (2, 2)),
+        output=(OutputLossConfig(kind="jsd"), 1.0),
+    ),
     "mixture_of_experts": Step(pair="qwen3_moe"),
     "mixture_of_experts_raw": Step(pair="qwen3_moe_raw"),
 }
@@ -136,6 +182,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def _output_loss(
+    student: Any, teacher: Any, prompt: list[int], response: list[int], settings: OutputLossConfig
+) -> tuple[Tensor, Tensor]:
+    """Summed over a response: the loss, and what is differentiated."""
+    tokens = torch.tensor([prompt + response])
+    predicting = slice(len(prompt) - 1, -1)
+    with torch.no_grad():
+        of_teacher = teacher(tokens).logits[0, predicting]
+    value, surrogate = formula(
+        student(tokens).logits[0, predicting], of_teacher, torch.tensor(response), settings
+    )
+    return value.sum().detach(), surrogate.sum()
+
+
 def _hidden_states(model: Any, tokens: list[int], *, pre_norm: bool) -> list[Tensor]:
     """What each layer puts out for one sequence, [s, h] each; the last after the final norm."""
     raw: list[Tensor] = []
@@ -148,8 +208,11 @@ def _hidden_states(model: Any, tokens: list[int], *, pre_norm: bool) -> list[Ten
     return [*states[:-1], *raw] if pre_norm else states
 
 
-def _forward_backward(student: Any, teacher: Any, step: Step) -> tuple[Tensor, Tensor]:
-    """Adds to the student's gradients; returns loss and cosine of each matched pair."""
+def _forward_backward(student: Any, teacher: Any, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds to the student's gradients.
+
+    Returns loss and cosine of each matched pair, and the output-space loss.
+    """
     prompts, responses = fixed_rollouts()
     chosen = []
     for prompt, response in zip(prompts, responses, strict=True):
@@ -158,6 +221,8 @@ def _forward_backward(student: Any, teacher: Any, step: Step) -> tuple[Tensor, T
         chosen.append(positions[-step.last :] if step.last else positions)
     num_chosen = sum(len(positions) for positions in chosen)
     loss, cosine = torch.zeros(len(step.matches)), torch.zeros(len(step.matches))
+    output_loss, total = torch.zeros(()), torch.zeros(())
+    num_tokens = sum(map(len, responses))
     for prompt, response, positions in zip(prompts, responses, chosen, strict=True):
         count = len(positions) * len(prompts) if step.sequence_mean else num_chosen
         of_student = _hidden_states(student, prompt + response, pre_norm=step.pre_norm)
@@ -170,8 +235,17 @@ def _forward_backward(student: Any, teacher: Any, step: Step) -> tuple[Tensor, T
                 s = s / s.norm(dim=1, keepdim=True)
                 t = t / t.norm(dim=1, keepdim=True)
             loss[number] = loss[number] + ((s - t) ** 2).sum() / s.shape[1] / count
-    (step.coefficient * loss.mean()).backward()
-    return loss.detach(), cosine
+        if step.output is not None:
+            settings, coefficient = step.output
+            value, surrogate = _output_loss(student, teacher, prompt, response, settings)
+            of_all = len(response) * len(prompts) if step.sequence_mean else num_tokens
+            output_loss += value / of_all
+            total = total + coefficient * surrogate / of_all
+    if step.matches:
+        weights = torch.tensor(step.layer_weights[: len(step.matches)])
+        total = total + step.coefficient * (weights * loss).mean()
+    total.backward()
+    return loss.detach(), cosine, output_loss
 
 
 def _load(folder: Path) -> Any:
@@ -184,7 +258,8 @@ def test_equals_plain_pytorch(results: Path, name: str) -> None:
     found = torch.load(results / f"{name}.pt")
     student, teacher = (_load(results / step.pair / model) for model in ("student", "teacher"))
 
-    loss, cosine = _forward_backward(student, teacher, step)
+    loss, cosine, output_loss = _forward_backward(student, teacher, step)
+    torch.testing.assert_close(found["output_loss"].float(), output_loss, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(found["loss"].float(), loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(found["cosine"].float(), cosine, rtol=0, atol=1e-5)
     parameters = dict(student.named_parameters())
@@ -206,10 +281,10 @@ def test_equals_plain_pytorch(results: Path, name: str) -> None:
     norms = [torch.nn.utils.clip_grad_norm_(trained, 0.05)]
     adamw.step()
     adamw.zero_grad()
-    second_loss, _ = _forward_backward(student, teacher, step)
+    second_loss, _, _ = _forward_backward(student, teacher, step)
     norms.append(torch.nn.utils.clip_grad_norm_(trained, 0.05))
     adamw.step()
-    torch.testing.assert_close(found["second_loss"], second_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["second_loss"][:-1], second_loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(found["grad_norm"], torch.stack(norms), rtol=1e-5, atol=0)
     for parameter, weight in _with_fused_experts(found["weights"]).items():
         _assert_close(weight, parameters[parameter].detach(), parameter)

@@ -75,5 +75,5 @@ def test_rows_are_those_that_the_ranks_select(
 def test_groups(
     rows: list[int], max_bytes: float | None, multiple: int, expected: list[list[int]]
 ) -> None:
-    groups = target_groups(rows, bytes_per_row=10, max_bytes=max_bytes, multiple=multiple)
+    groups = target_groups([10 * count for count in rows], max_bytes=max_bytes, multiple=multiple)
     assert [list(group) for group in groups] == expected

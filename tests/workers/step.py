@@ -41,8 +41,9 @@ def run(case: dict[str, Any], directory: Path) -> None:
                 {
                     "loss": first.loss_per_layer,
                     "cosine": first.cosine_per_layer,
+                    "output_loss": first.output_loss,
                     "grad_norm": torch.tensor([grad_norm, second.grad_norm]),
-                    "second_loss": torch.tensor(second.loss_per_layer),
+                    "second_loss": torch.tensor([*second.loss_per_layer, second.loss]),
                     "gradients": gradients,
                     "weights": weights,
                     "num_micro_batches": sum(len(group) for group in groups),

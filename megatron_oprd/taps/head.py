@@ -1,0 +1,191 @@
+"""The output-space loss at the LM head, on the last pipeline stage.
+
+Of the teacher only its last hidden states are kept, and both models' logits exist for a chunk of
+positions at a time: no [b, s, vocabulary] tensor is ever made.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron_oprd.config import OutputLossConfig
+from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.losses.output_space import output_space_loss
+from megatron_oprd.losses.vocabulary import VocabularyShard
+
+
+class _AttachGradients(torch.autograd.Function):
+    """Passes hidden states through and adds a loss's gradients, theirs and the head's, backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        of_rows: Tensor,
+        of_weight: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(index, of_rows, of_weight)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        index, of_rows, of_weight = ctx.saved_tensors
+        of_hidden = grad.flatten(0, 1).index_add(0, index, of_rows).view_as(grad)
+        return of_hidden, of_weight, None, None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Positions:
+    """The compared positions of a micro-batch; rows of the flattened hidden state [s * b, h].
+
+    Attributes:
+        index: Rows, [n], int64.
+        weights: What each counts for, [n], fp32.
+        labels: The tokens that follow, [n], int64.
+    """
+
+    index: Tensor
+    weights: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, micro_batch: MicroBatch) -> "_Positions":
+        assert micro_batch.output_weights is not None
+        # [b, s] --> [s * b]
+        weights = micro_batch.output_weights.t().flatten()
+        index = weights.nonzero().squeeze(1)
+        device = micro_batch.tokens.device
+        return cls(
+            index=index.to(device),
+            weights=weights[index].to(device),
+            labels=micro_batch.labels.t().flatten()[index].to(device),
+        )
+
+
+class HeadTap:
+    """Compares both models' next-token distributions where the last stage has both heads.
+
+    Only the ranks of the last stage call `collect` and `attach`, in any order of micro-batches.
+
+    Args:
+        settings: The loss.
+        student: The last stage's chunk of the student.
+        teacher: That of the teacher.
+        vocab_size: Columns that both vocabularies have and that are no padding.
+        padded_vocab_size: Rows of either head, over all tensor-parallel ranks.
+        tp_group: The tensor-parallel group, whose ranks share each head's rows.
+        sequence_parallel: Whether hidden states are split over that group.
+    """
+
+    def __init__(
+        self,
+        settings: OutputLossConfig,
+        *,
+        student: GPTModel,
+        teacher: GPTModel,
+        vocab_size: int,
+        padded_vocab_size: int,
+        tp_group: dist.ProcessGroup,
+        sequence_parallel: bool,
+    ) -> None:
+        self._settings = settings
+        self._student_head = head_weight(student)
+        self._teacher_head = head_weight(teacher)
+        self._tp_group = tp_group
+        self._sequence_parallel = sequence_parallel
+        self._shard = VocabularyShard.of(
+            vocab_size=vocab_size, padded_vocab_size=padded_vocab_size, group=tp_group
+        )
+        self._targets: dict[int, Tensor] = {}
+        self._loss = torch.zeros((), device=self._student_head.device, dtype=torch.float64)
+
+    def collect(self, hidden: Tensor, micro_batch: MicroBatch) -> None:
+        """Keeps the teacher's last hidden states [s, b, h] ([s/tp, b, h]) at the positions."""
+        positions = _Positions.of(micro_batch)
+        whole = self._whole(hidden.detach()).flatten(0, 1)
+        self._targets[micro_batch.index] = whole.index_select(0, positions.index)
+
+    def attach(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Attaches the loss to the student's last hidden states, which it returns.
+
+        Args:
+            hidden: After the final norm, [s, b, h]; [s/tp, b, h] under sequence parallelism, and
+                then gathered in what is returned.
+            micro_batch: What they are of.
+        """
+        whole = self._whole(hidden)
+        positions = _Positions.of(micro_batch)
+        rows = whole.detach().flatten(0, 1).index_select(0, positions.index)
+        with torch.no_grad():
+            of_rows, of_weight = self._gradients(
+                rows, self._targets.pop(micro_batch.index), positions
+            )
+        return _AttachGradients.apply(
+            whole, self._student_head, positions.index, of_rows, of_weight
+        )
+
+    def end_step(self) -> Tensor:
+        """Hands out the loss, without the coefficient, and starts it anew.
+
+        Returns:
+            This rank's part, weighted over the global batch, fp64, the same on every rank of the
+            tensor-parallel group.
+        """
+        assert not self._targets, "a target was not used"
+        loss = self._loss.clone()
+        self._loss.zero_()
+        return loss
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """The hidden states of all positions, whose gradients are summed over the group's ranks."""
+        if self._sequence_parallel:
+            return gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=self._tp_group
+            )
+        return copy_to_tensor_model_parallel_region(hidden, group=self._tp_group)
+
+    def _gradients(
+        self, rows: Tensor, targets: Tensor, positions: _Positions
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the rows [n, h], of this rank's part of the logits, and of the head."""
+        size = self._shard.size
+        student, teacher = self._student_head[:size], self._teacher_head[:size]
+        of_rows = torch.empty_like(rows)
+        # Summed in fp32 over the chunks.
+        of_weight = torch.zeros_like(self._student_head, dtype=_at_least_fp32(rows.dtype))
+        for chunk in torch.arange(len(rows), device=rows.device).split(self._settings.chunk_tokens):
+            weights = positions.weights[chunk]
+            distance = output_space_loss(
+                rows[chunk] @ student.t(),
+                targets[chunk] @ teacher.t(),
+                positions.labels[chunk],
+                self._shard,
+                self._settings,
+            )
+            self._loss += (weights * distance.value).sum()
+            scaled = (weights * self._settings.coefficient)[:, None] * distance.gradient
+            of_logits = scaled.to(rows.dtype)
+            of_rows[chunk] = of_logits @ student
+            of_weight[:size] += of_logits.t() @ rows[chunk]
+        return of_rows, of_weight.to(self._student_head.dtype)
+
+
+def head_weight(model: GPTModel) -> Tensor:
+    """The last stage's head, [padded_vocab_size/tp, h], which may be the embedding."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

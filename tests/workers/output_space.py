@@ -1,0 +1,41 @@
+"""Output-space losses on logits whose columns are divided over the ranks."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_oprd.config import OutputLossConfig, ParallelConfig
+from megatron_oprd.losses.output_space import output_space_loss
+from megatron_oprd.losses.vocabulary import VocabularyShard
+from megatron_oprd.parallel import parallel_run
+from tests.losses.test_output_space import PADDED, inputs
+
+
+def run(case: dict[str, Any], directory: Path) -> None:
+    """Runs one case: {name, settings, vocab_size, dtype}."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    parallel = ParallelConfig(tensor_model_parallel_size=ranks)
+    with parallel_run(parallel, seed=0) as context:
+        shard = VocabularyShard.of(
+            vocab_size=case["vocab_size"], padded_vocab_size=PADDED, group=context.groups.tp
+        )
+        student, teacher, labels = inputs()
+        columns = slice(shard.start, shard.start + shard.size)
+        dtype = getattr(torch, case.get("dtype", "float64"))
+        found = output_space_loss(
+            student[:, columns].to(dtype),
+            teacher[:, columns].to(dtype),
+            labels % case["vocab_size"],
+            shard,
+            OutputLossConfig(**case["settings"]),
+        )
+        parts: list[Any] = [None] * ranks
+        dist.all_gather_object(parts, found.gradient)
+        if context.rank == 0:
+            torch.save(
+                {"value": found.value, "gradient": torch.cat(parts, dim=1)},
+                directory / f"{case['name']}.pt",
+            )
