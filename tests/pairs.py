@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_oprd.config import RunConfig
 from megatron_oprd.config_file import load_config
+from megatron_oprd.data.teacher_sequences import TeacherSequence, with_other_prompt
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
 Tokens = list[list[int]]
@@ -71,3 +72,32 @@ def fixed_rollouts(count: int = 8, vocab_size: int = 97) -> tuple[Tokens, Tokens
         return [draw.randrange(5, vocab_size) for _ in range(draw.randrange(low, high))]
 
     return [tokens(3, 9) for _ in range(count)], [tokens(1, 20) for _ in range(count)]
+
+
+def fixed_teacher_sequences(kind: str) -> list[TeacherSequence]:
+    """What a teacher reads in place of `fixed_rollouts`, always the same.
+
+    Args:
+        kind: other_prompt: the responses behind longer prompts. other_tokens: responses of other
+            tokens and lengths, some of which correspond to the student's; of the last sequence none
+            do.
+    """
+    draw = random.Random(1)
+    prompts, responses = fixed_rollouts()
+    sequences = []
+    for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        longer = [*prompt, *(draw.randrange(5, 97) for _ in range(draw.randrange(1, 9)))]
+        if kind == "other_prompt":
+            sequences.append(with_other_prompt(longer, response))
+            continue
+        others = [draw.randrange(5, 97) for _ in range(draw.randrange(1, 25))]
+        count = 0 if number == 7 else draw.randrange(1, min(len(others), len(response)) + 1)
+        ours, theirs = (sorted(draw.sample(range(len(one)), count)) for one in (response, others))
+        sequences.append(
+            TeacherSequence(
+                prompt_ids=tuple(longer),
+                response_ids=tuple(others),
+                pairs=tuple(zip(ours, theirs, strict=True)),
+            )
+        )
+    return sequences

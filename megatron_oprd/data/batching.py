@@ -1,13 +1,28 @@
 """A step's sequences -> micro-batches, the same number for every data-parallel replica."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_oprd.place import context_parallel_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Pairs of positions, one of the student's and one of the teacher's, on one side.
+
+    Attributes:
+        ids: The number of the pair that a position is in, [b, s], int64, on the CPU, from 1; 0 is
+            in none. Under context parallelism s is a rank's share.
+        count: Pairs of the whole micro-batch.
+    """
+
+    ids: Tensor
+    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +45,9 @@ class MicroBatch:
         num_tokens: Tokens that are not padding.
         packed_lengths: Tokens of each packed sequence, the padding among them as one more; None
             for padded sequences.
+        teacher: What the teacher reads, if it is something else.
+        pairs: Then, on both sides, which positions' hidden states are compared.
+        output_pairs: The same for the output-space loss; None without one.
     """
 
     index: int
@@ -40,6 +58,9 @@ class MicroBatch:
     labels: Tensor
     num_tokens: int
     packed_lengths: tuple[int, ...] | None = None
+    teacher: "MicroBatch | None" = None
+    pairs: Pairs | None = None
+    output_pairs: Pairs | None = None
 
 
 def pack(
@@ -115,6 +136,7 @@ def collate(
     weights: Sequence[Tensor],
     output_weights: Sequence[Tensor] | None = None,
     *,
+    is_packed: bool = False,
     pad_to_multiple_of: int,
     device: torch.device,
 ) -> list[MicroBatch]:
@@ -125,79 +147,63 @@ def collate(
         sequences: Token ids of every sequence of the step.
         weights: Their position weights, each [length].
         output_weights: Those of the output-space loss, likewise; None without one.
+        is_packed: Whether the sequences of a micro-batch lie in one row.
         pad_to_multiple_of: Micro-batches are padded to a multiple of this many tokens (the
             tensor-parallel size under sequence parallelism).
         device: Where the tensors go.
     """
     micro_batches = []
     for index, batch in enumerate(batches):
-        longest = max(len(sequences[i]) for i in batch)
-        s = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
-        tokens = _padded([torch.tensor(sequences[i]) for i in batch], s)
-        micro_batches.append(
-            MicroBatch(
-                index=index,
-                tokens=tokens.to(device),
-                position_ids=torch.arange(s, device=device).expand(len(batch), s),
-                weights=_padded([weights[i] for i in batch], s),
-                output_weights=None
-                if output_weights is None
-                else _padded([output_weights[i] for i in batch], s),
-                labels=_padded([_followers(sequences[i]) for i in batch], s),
-                num_tokens=sum(len(sequences[i]) for i in batch),
-            )
-        )
-    return micro_batches
-
-
-def collate_packed(
-    batches: Sequence[Sequence[int]],
-    sequences: Sequence[Sequence[int]],
-    weights: Sequence[Tensor],
-    output_weights: Sequence[Tensor] | None = None,
-    *,
-    pad_to_multiple_of: int,
-    device: torch.device,
-) -> list[MicroBatch]:
-    """Builds one replica's micro-batches of packed sequences; arguments as `collate`'s."""
-    micro_batches = []
-    for index, batch in enumerate(batches):
         lengths = [len(sequences[i]) for i in batch]
-        padding = -sum(lengths) % pad_to_multiple_of
-        s = sum(lengths) + padding
-        packed_lengths = (*lengths, padding) if padding else tuple(lengths)
-
-        def in_a_row(parts: Iterable[Tensor], s: int = s) -> Tensor:
-            return _padded([torch.cat(list(parts))], s)
-
+        rows = Rows(lengths, is_packed=is_packed, multiple=pad_to_multiple_of)
+        position_ids = torch.arange(rows.length).expand(len(batch), rows.length)
+        if rows.packed_lengths is not None:
+            position_ids = torch.cat([torch.arange(n) for n in rows.packed_lengths])[None]
         micro_batches.append(
             MicroBatch(
                 index=index,
-                tokens=in_a_row(torch.tensor(sequences[i]) for i in batch).to(device),
-                position_ids=torch.cat([torch.arange(n) for n in packed_lengths])[None].to(device),
-                weights=in_a_row(weights[i] for i in batch),
+                tokens=rows.fill([torch.tensor(sequences[i]) for i in batch]).to(device),
+                position_ids=position_ids.to(device),
+                weights=rows.fill([weights[i] for i in batch]),
                 output_weights=None
                 if output_weights is None
-                else in_a_row(output_weights[i] for i in batch),
-                labels=in_a_row(_followers(sequences[i]) for i in batch),
+                else rows.fill([output_weights[i] for i in batch]),
+                labels=rows.fill([_followers(sequences[i]) for i in batch]),
                 num_tokens=sum(lengths),
-                packed_lengths=packed_lengths,
+                packed_lengths=rows.packed_lengths,
             )
         )
     return micro_batches
+
+
+class Rows:
+    """How the sequences of a micro-batch lie in a tensor [b, s], padded with zeros.
+
+    Attributes:
+        length: s.
+        packed_lengths: See `MicroBatch`.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, is_packed: bool, multiple: int) -> None:
+        longest = sum(lengths) if is_packed else max(lengths)
+        padding = -longest % multiple
+        self.length = longest + padding
+        self.packed_lengths: tuple[int, ...] | None = None
+        if is_packed:
+            self.packed_lengths = (*lengths, padding) if padding else tuple(lengths)
+
+    def fill(self, parts: Sequence[Tensor]) -> Tensor:
+        """One value a token of each sequence, [length] each --> [b, s]."""
+        rows = parts if self.packed_lengths is None else [torch.cat(list(parts))]
+        filled = rows[0].new_zeros(len(rows), self.length)
+        for row, content in zip(filled, rows, strict=True):
+            row[: len(content)] = content
+        return filled
 
 
 def _followers(sequence: Sequence[int]) -> Tensor:
     """The token behind each token, 0 behind the last."""
     return torch.tensor([*sequence[1:], 0])
-
-
-def _padded(rows: Sequence[Tensor], s: int) -> Tensor:
-    """Rows of different lengths, padded with zeros on the right to [b, s]."""
-    padded = rows[0].new_zeros(len(rows), s)
-    for row, content in zip(padded, rows, strict=True):
-        row[: len(content)] = content
-    return padded
 
 
 def context_parallel_share(micro_batch: MicroBatch, *, rank: int, size: int) -> MicroBatch:
@@ -209,14 +215,17 @@ def context_parallel_share(micro_batch: MicroBatch, *, rank: int, size: int) -> 
         size: Size of the group.
     """
     positions = context_parallel_positions(micro_batch.tokens.shape[1], rank=rank, size=size)
-    on_device = positions.to(micro_batch.tokens.device)
-    return dataclasses.replace(
-        micro_batch,
-        tokens=micro_batch.tokens[:, on_device],
-        position_ids=micro_batch.position_ids[:, on_device],
-        weights=micro_batch.weights[:, positions],
-        output_weights=None
-        if micro_batch.output_weights is None
-        else micro_batch.output_weights[:, positions],
-        labels=micro_batch.labels[:, positions],
-    )
+
+    def share(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:, positions.to(value.device)]
+        if isinstance(value, Pairs):
+            return dataclasses.replace(value, ids=share(value.ids))
+        if isinstance(value, MicroBatch):
+            return context_parallel_share(value, rank=rank, size=size)
+        return value
+
+    fields = {
+        field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(MicroBatch)
+    }
+    return MicroBatch(**{name: share(value) for name, value in fields.items()})

@@ -20,6 +20,7 @@ from megatron_oprd.config import OutputLossConfig
 from megatron_oprd.data.batching import MicroBatch
 from megatron_oprd.losses.output_space import output_space_loss
 from megatron_oprd.losses.vocabulary import VocabularyShard
+from megatron_oprd.taps.selection import Exchange, slice_of_sequence
 
 
 class _AttachGradients(torch.autograd.Function):
@@ -84,6 +85,7 @@ class HeadTap:
         vocab_size: Columns that both vocabularies have and that are no padding.
         padded_vocab_size: Rows of either head, over all tensor-parallel ranks.
         tp_group: The tensor-parallel group, whose ranks share each head's rows.
+        cp_group: The context-parallel group, whose ranks share each sequence.
         sequence_parallel: Whether hidden states are split over that group.
     """
 
@@ -96,12 +98,14 @@ class HeadTap:
         vocab_size: int,
         padded_vocab_size: int,
         tp_group: dist.ProcessGroup,
+        cp_group: dist.ProcessGroup,
         sequence_parallel: bool,
     ) -> None:
         self._settings = settings
         self._student_head = head_weight(student)
         self._teacher_head = head_weight(teacher)
         self._tp_group = tp_group
+        self._cp_group = cp_group if cp_group.size() > 1 else None
         self._sequence_parallel = sequence_parallel
         self._shard = VocabularyShard.of(
             vocab_size=vocab_size, padded_vocab_size=padded_vocab_size, group=tp_group
@@ -110,10 +114,28 @@ class HeadTap:
         self._loss = torch.zeros((), device=self._student_head.device, dtype=torch.float64)
 
     def collect(self, hidden: Tensor, micro_batch: MicroBatch) -> None:
-        """Keeps the teacher's last hidden states [s, b, h] ([s/tp, b, h]) at the positions."""
-        positions = _Positions.of(micro_batch)
+        """Keeps the teacher's last hidden states at the positions.
+
+        Args:
+            hidden: [s, b, h], or [s/tp, b, h] under sequence parallelism.
+            micro_batch: The student's.
+        """
         whole = self._whole(hidden.detach()).flatten(0, 1)
-        self._targets[micro_batch.index] = whole.index_select(0, positions.index)
+        if micro_batch.teacher is None:
+            targets = whole.index_select(0, _Positions.of(micro_batch).index)
+        else:
+            ours, theirs = micro_batch.output_pairs, micro_batch.teacher.output_pairs
+            assert ours is not None
+            assert theirs is not None
+            index, exchange = Exchange.of(
+                wanted=slice_of_sequence(ours.ids, 0, 1),
+                ids=slice_of_sequence(theirs.ids, 0, 1),
+                count=ours.count,
+                group=self._cp_group,
+                device=whole.device,
+            )
+            targets = exchange.targets(whole.index_select(0, index))
+        self._targets[micro_batch.index] = targets
 
     def attach(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Attaches the loss to the student's last hidden states, which it returns.

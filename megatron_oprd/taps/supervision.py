@@ -1,12 +1,78 @@
 """What each position of each sequence counts for in the loss."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_oprd.config import Aggregation, Alignment, Positions
+from megatron_oprd.data.teacher_sequences import TeacherSequence
 from megatron_oprd.taps.positions import position_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """What a loss compares in a step.
+
+    Attributes:
+        weights: See `position_weights`.
+        positions: For a teacher that reads other sequences, and each position of a sequence: the
+            teacher's position that it is compared with, int64, -1 for none; None otherwise.
+    """
+
+    weights: list[Tensor]
+    positions: list[Tensor] | None
+
+
+def supervise(
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+    teacher_sequences: Sequence[TeacherSequence] | None,
+    *,
+    positions: Positions,
+    k: int | None,
+    alignment: Alignment,
+    aggregation: Aggregation,
+) -> Supervision:
+    """Position weights, and where the teacher's counterparts are.
+
+    Args:
+        prompt_lengths: See `position_weights`, and so are the other arguments.
+        response_lengths: Likewise.
+        teacher_sequences: What the teacher reads in place of each sequence; None is the same.
+        positions: Likewise.
+        k: Likewise.
+        alignment: Likewise.
+        aggregation: Likewise.
+    """
+    counterparts = None
+    if teacher_sequences is not None:
+        counterparts = [
+            sequence.positions(alignment, response_length=length)
+            for sequence, length in zip(teacher_sequences, response_lengths, strict=True)
+        ]
+    weights = position_weights(
+        prompt_lengths,
+        response_lengths,
+        positions=positions,
+        k=k,
+        alignment=alignment,
+        aggregation=aggregation,
+        has_counterpart=None
+        if counterparts is None
+        else [[position is not None for position in one] for one in counterparts],
+    )
+    if counterparts is None:
+        return Supervision(weights=weights, positions=None)
+    placed = []
+    shift = 0 if alignment == "token" else -1
+    for weight, prompt, one in zip(weights, prompt_lengths, counterparts, strict=True):
+        of_sequence = torch.full((len(weight),), -1, dtype=torch.int64)
+        found = torch.tensor([-1 if position is None else position for position in one])
+        of_sequence[prompt + shift : prompt + shift + len(one)] = found
+        placed.append(torch.where(weight > 0, of_sequence, -1))
+    return Supervision(weights=weights, positions=placed)
 
 
 def position_weights(
@@ -17,6 +83,7 @@ def position_weights(
     k: int | None,
     alignment: Alignment,
     aggregation: Aggregation,
+    has_counterpart: Sequence[Sequence[bool]] | None = None,
 ) -> list[Tensor]:
     """The weight of every position of every sequence of the global batch.
 
@@ -32,9 +99,12 @@ def position_weights(
             before it.
         aggregation: ``token_mean`` divides by the supervised tokens of all sequences,
             ``sequence_mean`` by those of the sequence and by the number of sequences (eq. 6).
+        has_counterpart: For each response, whether a token has one in what the teacher reads; the
+            others are not supervised. None: all have.
 
     Returns:
-        For each sequence [prompt + response], fp32; all weights together sum to 1.
+        For each sequence [prompt + response], fp32; all weights together sum to 1, or are all 0 if
+        no token has a counterpart (with ``sequence_mean`` such responses count as 0).
     """
     assert min(prompt_lengths) >= 1, "an empty prompt has no position to predict from"
     assert min(response_lengths) >= 1
@@ -42,10 +112,13 @@ def position_weights(
     # [B, T]
     response_mask = (columns < torch.tensor(response_lengths)[:, None]).double()
     mask = position_mask(response_mask, positions, k)
+    if has_counterpart is not None:
+        for row, of_response in zip(mask, has_counterpart, strict=True):
+            row[: len(of_response)] *= torch.tensor(of_response)
     if aggregation == "token_mean":
-        weights = mask / mask.sum()
+        weights = mask / mask.sum().clamp(min=1)
     else:
-        weights = mask / mask.sum(dim=1, keepdim=True) / len(response_lengths)
+        weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / len(response_lengths)
     shift = 0 if alignment == "token" else -1
     rows = []
     for prompt, response, row in zip(prompt_lengths, response_lengths, weights, strict=True):

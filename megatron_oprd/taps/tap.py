@@ -7,7 +7,6 @@ state leaves its stage.
 
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_oprd.config import Normalize
-from megatron_oprd.data.batching import MicroBatch
 from megatron_oprd.losses.representation import compare
 from megatron_oprd.models.layers import Tap
 from megatron_oprd.taps.layer_map import LayerPair
+from megatron_oprd.taps.selection import Selection
 
 
 class _AttachGradient(torch.autograd.Function):
@@ -34,34 +33,6 @@ class _AttachGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         index, gradient = ctx.saved_tensors
         return grad.flatten(0, 1).index_add(0, index, gradient).view_as(grad), None, None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """The supervised positions of a micro-batch on this rank's slice of the sequence.
-
-    Attributes:
-        micro_batch: The micro-batch's number.
-        index: Rows of the flattened hidden state [s * b, h] (or [s/tp * b, h]), [n], int64.
-        weights: What each counts for in the loss, [n], fp32.
-    """
-
-    micro_batch: int
-    index: Tensor
-    weights: Tensor
-
-    @classmethod
-    def of(cls, micro_batch: MicroBatch, *, tp_rank: int, tp_size: int) -> "Selection":
-        """Selects on one of ``tp_size`` equal slices of the sequence (1: the whole of it)."""
-        # [b, s] --> [s/tp * b]
-        weights = micro_batch.weights.t().chunk(tp_size)[tp_rank].flatten()
-        index = weights.nonzero().squeeze(1)
-        device = micro_batch.tokens.device
-        return cls(
-            micro_batch=micro_batch.index,
-            index=index.to(device),
-            weights=weights[index].to(device),
-        )
 
 
 class Taps:
@@ -148,6 +119,8 @@ class Taps:
             selection = self._current
             assert selection is not None
             rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)
+            if selection.exchange is not None:
+                rows = selection.exchange.targets(rows)
             self._targets[layer, selection.micro_batch] = rows, self._users[layer]
             return hidden
 

@@ -1,12 +1,10 @@
 """One distillation step on given sequences: teacher pass, student pass, update."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -18,24 +16,19 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from megatron_oprd.data.batching import (
-    MicroBatch,
-    collate,
-    collate_packed,
-    context_parallel_share,
-    pack,
-)
+from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.data.teacher_sequences import TeacherSequence
 from megatron_oprd.models.build import build_model, transformer_config
 from megatron_oprd.models.offload import OffloadedWeights
 from megatron_oprd.models.student import freeze_past_deepest_tap
 from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.taps.head import HeadTap, head_weight
-from megatron_oprd.taps.supervision import position_weights
-from megatron_oprd.taps.tap import Selection, Taps
+from megatron_oprd.taps.selection import Selection
+from megatron_oprd.taps.tap import Taps
+from megatron_oprd.training.batches import make_micro_batches
 from megatron_oprd.training.optimizer import make_train_state
 from megatron_oprd.training.plan import ModelPlan, RunPlan
-from megatron_oprd.training.target_groups import supervised_rows, target_groups
 from megatron_oprd.weights.load import load_weights
 
 
@@ -139,6 +132,7 @@ class Distiller:
                 vocab_size=plan.vocab_size,
                 padded_vocab_size=plan.student.padded_vocab_size,
                 tp_group=context.groups.tp,
+                cp_group=context.groups.cp,
                 sequence_parallel=config.parallel.sequence_parallel,
             )
         self._teacher_weights = None
@@ -149,7 +143,10 @@ class Distiller:
         self.state = make_train_state(config, student_config, student)
 
     def micro_batches(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        teacher_sequences: Sequence[TeacherSequence] | None = None,
     ) -> list[list[MicroBatch]]:
         """This replica's micro-batches of the global batch, in groups of one teacher pass each.
 
@@ -158,70 +155,9 @@ class Distiller:
         Args:
             prompts: Token ids of the prompt of every sequence of the global batch.
             responses: Token ids of the responses.
+            teacher_sequences: What the teacher reads in place of each; None is the same.
         """
-        config = self.plan.config
-        parallel, taps = config.parallel, config.taps
-        sequences = [
-            [*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        lengths = [len(prompt) for prompt in prompts], [len(response) for response in responses]
-        weights = position_weights(
-            *lengths,
-            positions=taps.positions,
-            k=taps.k,
-            alignment=taps.alignment,
-            aggregation=config.loss.aggregation,
-        )
-        output_weights = None
-        if self.plan.compares_outputs:
-            output_weights = position_weights(
-                *lengths,
-                positions=config.output_loss.positions,
-                k=config.output_loss.positions_k,
-                alignment="predictor",
-                aggregation=config.loss.aggregation,
-            )
-        interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-        multiple = self.context.pp_size if interleaved else 1
-        split, is_packed = self.plan.sequence_split, config.batch.sequence_packing
-        replicas = pack(
-            [len(sequence) for sequence in sequences],
-            max_tokens=config.batch.max_tokens,
-            micro_batch_size=config.batch.micro_batch_size,
-            num_replicas=self.context.dp_size,
-            multiple=multiple,
-            is_padded=not is_packed,
-        )
-        micro_batches = (collate_packed if is_packed else collate)(
-            replicas[self.context.dp_rank],
-            sequences,
-            weights,
-            output_weights,
-            pad_to_multiple_of=split.pad_to_multiple_of,
-            device=self.context.device,
-        )
-        budget = config.teacher.target_memory_gb
-
-        def target_bytes(batch: Sequence[int]) -> int:
-            rows = supervised_rows(batch, weights, split, is_packed=is_packed)
-            size = rows * self.plan.target_bytes_per_row
-            if output_weights is not None:
-                whole = dataclasses.replace(split, tp_size=1)
-                rows = supervised_rows(batch, output_weights, whole, is_packed=is_packed)
-                size += rows * self.plan.output_target_bytes_per_row
-            return size
-
-        groups = target_groups(
-            # The largest of all replicas, so that every rank makes the same groups.
-            [max(map(target_bytes, batches)) for batches in zip(*replicas, strict=True)],
-            max_bytes=None if budget is None else budget * 1e9,
-            multiple=multiple,
-        )
-        shares = [
-            context_parallel_share(one, rank=self.context.cp_rank, size=self.context.cp_size)
-            for one in micro_batches
-        ]
-        return [[shares[i] for i in group] for group in groups]
+        return make_micro_batches(self.plan, self.context, prompts, responses, teacher_sequences)
 
     def compute_gradients(self, groups: Sequence[Sequence[MicroBatch]]) -> Gradients:
         """Runs teacher and student over each group in turn; gradients are reduced at the end."""
@@ -295,10 +231,18 @@ class Distiller:
         return norm, is_finite
 
     def step(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        teacher_sequences: Sequence[TeacherSequence] | None = None,
     ) -> StepResult:
-        """One whole step on the global batch, which every rank passes alike."""
-        gradients = self.compute_gradients(self.micro_batches(prompts, responses))
+        """One whole step on the global batch, which every rank passes alike.
+
+        Arguments are those of `micro_batches`.
+        """
+        gradients = self.compute_gradients(
+            self.micro_batches(prompts, responses, teacher_sequences)
+        )
         loss = sum(
             coefficient * float(of_layer)
             for coefficient, of_layer in zip(
@@ -355,21 +299,30 @@ class Distiller:
         self, chunks: Sequence[Any], micro_batches: Sequence[MicroBatch], *, forward_only: bool
     ) -> None:
         """Runs chunks over micro-batches under Megatron's schedule."""
+        context = self.context
         sliced = self.plan.config.parallel.sequence_parallel
-        select = partial(
-            Selection.of,
-            tp_rank=self.context.tp_rank if sliced else 0,
-            tp_size=self.context.tp_size if sliced else 1,
-        )
+        slice_of_rank = {
+            "tp_rank": context.tp_rank if sliced else 0,
+            "tp_size": context.tp_size if sliced else 1,
+        }
+        sharing = {
+            (False, False): None,
+            (True, False): context.groups.tp,
+            (False, True): context.groups.cp,
+            (True, True): context.groups.tp_cp,
+        }[sliced, context.cp_size > 1]
 
         def forward_step(data: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
             micro_batch = next(data)
-            self._taps.begin(select(micro_batch))
+            read = micro_batch
+            if forward_only and micro_batch.teacher is not None:
+                read = micro_batch.teacher
+                selection = Selection.of_teacher(micro_batch, **slice_of_rank, group=sharing)
+            else:
+                selection = Selection.of(micro_batch, **slice_of_rank)
+            self._taps.begin(selection)
             hidden = model(
-                micro_batch.tokens,
-                micro_batch.position_ids,
-                None,
-                packed_seq_params=_packed_seq_params(micro_batch),
+                read.tokens, read.position_ids, None, packed_seq_params=_packed_seq_params(read)
             )
             if self._head is not None and _is_last(model):
                 if forward_only:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from megatron_oprd.data.batching import collate, collate_packed, context_parallel_share, pack
+from megatron_oprd.data.batching import collate, context_parallel_share, pack
+
+CPU = torch.device("cpu")
 
 
 def packed(lengths: list[int], **settings: Any) -> list[list[list[int]]]:
@@ -96,7 +98,7 @@ def test_collate(multiple: int) -> None:
         sequences,
         weights,
         pad_to_multiple_of=multiple,
-        device=torch.device("cpu"),
+        device=CPU,
     )
     width = {1: 5, 2: 6, 4: 8, 8: 8}[multiple]
     padding = [0] * (width - 5)
@@ -119,7 +121,7 @@ def test_context_parallel_shares_are_megatrons(size: int, monkeypatch: pytest.Mo
         [torch.randint(1, 90, (n,), generator=draw).tolist() for n in (13, 9)],
         [torch.rand(13, generator=draw), torch.rand(9, generator=draw)],
         pad_to_multiple_of=2 * size,
-        device=torch.device("cpu"),
+        device=CPU,
     )
     for rank in range(size):
         group = SimpleNamespace(size=lambda: size, rank=lambda rank=rank: rank)
@@ -136,15 +138,25 @@ def test_context_parallel_shares_are_megatrons(size: int, monkeypatch: pytest.Mo
 
 def test_packed() -> None:
     weights = [torch.tensor([0.0, 0.5]), torch.tensor([0.25, 0.0, 1.0])]
-    (whole,) = collate_packed(
-        [[1, 0]], [[5, 6], [7, 8, 9]], weights, pad_to_multiple_of=4, device=torch.device("cpu")
+    (whole,) = collate(
+        [[1, 0]],
+        [[5, 6], [7, 8, 9]],
+        weights,
+        is_packed=True,
+        pad_to_multiple_of=4,
+        device=CPU,
     )
     assert whole.tokens.tolist() == [[7, 8, 9, 5, 6, 0, 0, 0]]
     assert whole.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
     assert whole.weights.tolist() == [[0.25, 0.0, 1.0, 0.0, 0.5, 0.0, 0.0, 0.0]]
     assert (whole.packed_lengths, whole.num_tokens) == ((3, 2, 3), 5)
-    (without_padding,) = collate_packed(
-        [[0, 1]], [[5, 6], [7, 8, 9]], weights, pad_to_multiple_of=5, device=torch.device("cpu")
+    (without_padding,) = collate(
+        [[0, 1]],
+        [[5, 6], [7, 8, 9]],
+        weights,
+        is_packed=True,
+        pad_to_multiple_of=5,
+        device=CPU,
     )
     assert without_padding.packed_lengths == (2, 3)
 

@@ -156,6 +156,15 @@ OUTPUT_METHODS: dict[str, list[str]] = {
     "jsd": [OUTPUT + "jsd", "output_loss.beta=0.3", "output_loss.student_temperature=0.7"],
 }
 METHODS |= OUTPUT_METHODS
+# A teacher that reads other sequences than the student.
+READING_METHODS: dict[str, list[str]] = {
+    "other_prompt": [OUTPUT + "reverse_kl", "output_loss.positions=last_k",
+                     "output_loss.positions_k=4"],
+    "other_tokens": ["taps.alignment=predictor"],
+    "other_tokens_sequence_mean": ["loss.aggregation=sequence_mean", "taps.layers=odd"],
+}  # fmt: skip
+METHODS |= READING_METHODS
+READINGS = {name: name.removesuffix("_sequence_mean") for name in READING_METHODS}
 # The layouts in which the last stage, its head and the positions differ most.
 OUTPUT_LAYOUTS = (
     "packed",
@@ -172,7 +181,8 @@ OUTPUT_LAYOUTS = (
 COMBINATIONS = [("default", layout) for layout in LAYOUTS] + [
     (method, layout)
     for method in METHODS
-    if method not in ("default", "last_teacher_layer_early", *FP8, *OUTPUT_METHODS)
+    if method
+    not in ("default", "last_teacher_layer_early", *FP8, *OUTPUT_METHODS, *READING_METHODS)
     for layout in ("tp2_sp_full", "pp2_vpp2", "tp2_sp_pp2_full", "dp2_pp2")
 ]
 EARLY = "last_teacher_layer_early"
@@ -197,6 +207,12 @@ CASES = [(pair, *combination) for pair in PAIRS for combination in COMBINATIONS]
         for method in ("sampled_token", "top_k_union", "reverse_kl", "forward_kl")
         for layout in ("tp2_sp_full", "tp2_pp2", "cp2_pp2_vpp2")
     ),
+    *(("llama_tied_deeper", "other_prompt", layout) for layout in OUTPUT_LAYOUTS),
+    *(("qwen3_equal", "other_tokens", layout) for layout in OUTPUT_LAYOUTS),
+    *(
+        ("moe_teacher", "other_tokens_sequence_mean", layout)
+        for layout in ("ep2_pp2", "tp2_sp_etp1_ep2")
+    ),
     *(("moe", "reverse_kl", layout) for layout in ("ep2_pp2", "tp2_sp_etp1_ep2")),
 ]
 
@@ -216,6 +232,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "name": f"{pair}.{method}.reference",
                 "pair": pairs[pair],
                 "overrides": [*UPDATE, *METHODS[method]],
+                "reading": READINGS.get(method),
             }
         )
     for pair, method, layout in CASES:
@@ -225,6 +242,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "name": f"{pair}.{method}.{layout}",
                 "pair": pairs[pair],
                 "overrides": [*UPDATE, *METHODS[method], *overrides],
+                "reading": READINGS.get(method),
             }
         )
     for ranks, of_ranks in cases.items():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_oprd.config import OutputLossConfig
 from tests.losses.test_output_space import formula
-from tests.pairs import fixed_rollouts, save_pair
+from tests.pairs import fixed_rollouts, fixed_teacher_sequences, save_pair
 from tests.ranks import run_ranks
 
 PAIRS: dict[str, dict[str, Any]] = {
@@ -33,6 +33,7 @@ class Step:
     ``matches`` are (student layer, teacher layer); ``first`` and ``last`` so many tokens of a
     response, ``shift`` from a token's own position. ``layer_weights`` are factors on the layers'
     losses; ``output`` is the output-space loss with its factor, over all response tokens.
+    ``reading`` is what the teacher reads: a kind of `fixed_teacher_sequences`.
     """
 
     pair: str
@@ -47,6 +48,7 @@ class Step:
     coefficient: float = 1.0
     layer_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     output: tuple[OutputLossConfig, float] | None = None
+    reading: str | None = None
 
 
 UNIT = ["loss.normalize=l2", "loss.coefficient=100"]
@@ -145,6 +147,20 @@ STEPS = {
         matches=((0, 0), (2, 2)),
         output=(OutputLossConfig(kind="jsd"), 1.0),
     ),
+    "other_prompt": Step(
+        pair="llama",
+        overrides=["output_loss.kind=forward_kl"],
+        output=(OutputLossConfig(kind="forward_kl"), 1.0),
+        reading="other_prompt",
+    ),
+    "other_tokens": Step(pair="llama_tied", reading="other_tokens"),
+    "other_tokens_predictor": Step(
+        pair="qwen2_deeper",
+        overrides=["taps.alignment=predictor"],
+        matches=((0, 0), (1, 2), (2, 4), (3, 6)),
+        shift=-1,
+        reading="other_tokens",
+    ),
     "mixture_of_experts": Step(pair="qwen3_moe"),
     "mixture_of_experts_raw": Step(pair="qwen3_moe_raw"),
 }
@@ -170,7 +186,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, settings in PAIRS.items():
         save_pair(root / name, **settings)
     cases = [
-        {"name": name, "pair": str(root / step.pair), "overrides": [*step.overrides, *ADAMW]}
+        {
+            "name": name,
+            "pair": str(root / step.pair),
+            "overrides": [*step.overrides, *ADAMW],
+            "reading": step.reading,
+        }
         for name, step in STEPS.items()
     ]
     student = f"model.teacher={root / 'llama' / 'student'}"
@@ -183,13 +204,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _output_loss(
-    student: Any, teacher: Any, prompt: list[int], response: list[int], settings: OutputLossConfig
+    student: Any,
+    teacher: Any,
+    prompts: tuple[list[int], list[int]],
+    response: list[int],
+    settings: OutputLossConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Summed over a response: the loss, and what is differentiated."""
+    """Summed over a response behind the models' prompts: the loss, and what is differentiated."""
+    prompt, teacher_prompt = prompts
     tokens = torch.tensor([prompt + response])
     predicting = slice(len(prompt) - 1, -1)
     with torch.no_grad():
-        of_teacher = teacher(tokens).logits[0, predicting]
+        read = torch.tensor([teacher_prompt + response])
+        of_teacher = teacher(read).logits[0, len(teacher_prompt) - 1 : -1]
     value, surrogate = formula(
         student(tokens).logits[0, predicting], of_teacher, torch.tensor(response), settings
     )
@@ -218,18 +245,35 @@ def _forward_backward(student: Any, teacher: Any, step: Step) -> tuple[Tensor, T
     for prompt, response in zip(prompts, responses, strict=True):
         positions = [len(prompt) + step.shift + number for number in range(len(response))]
         positions = positions[: step.first] if step.first else positions
-        chosen.append(positions[-step.last :] if step.last else positions)
+        positions = positions[-step.last :] if step.last else positions
+        chosen.append([(position, position) for position in positions])
+    read = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    teacher_prompts = prompts
+    if step.reading is not None:
+        others = fixed_teacher_sequences(step.reading)
+        teacher_prompts = [list(one.prompt_ids) for one in others]
+        read = [[*one.prompt_ids, *one.response_ids] for one in others]
+        for number, (one, prompt) in enumerate(zip(others, prompts, strict=True)):
+            pairs = list(one.pairs)
+            if step.shift:  # tokens that start together: behind a pair, or behind the prompts
+                ends = [(-1, -1), *pairs]
+                pairs = [(s, t) for s, t in ends if s + 1 < len(responses[number])]
+            starts = len(prompt), len(one.prompt_ids)
+            chosen[number] = [(starts[0] + s, starts[1] + t) for s, t in pairs]
     num_chosen = sum(len(positions) for positions in chosen)
     loss, cosine = torch.zeros(len(step.matches)), torch.zeros(len(step.matches))
     output_loss, total = torch.zeros(()), torch.zeros(())
     num_tokens = sum(map(len, responses))
-    for prompt, response, positions in zip(prompts, responses, chosen, strict=True):
+    for number_of_sequence, pairs in enumerate(chosen):
+        prompt, response = prompts[number_of_sequence], responses[number_of_sequence]
+        positions = [position for position, _ in pairs]
         count = len(positions) * len(prompts) if step.sequence_mean else num_chosen
         of_student = _hidden_states(student, prompt + response, pre_norm=step.pre_norm)
         with torch.no_grad():
-            of_teacher = _hidden_states(teacher, prompt + response, pre_norm=step.pre_norm)
+            of_teacher = _hidden_states(teacher, read[number_of_sequence], pre_norm=step.pre_norm)
         for number, (student_layer, teacher_layer) in enumerate(step.matches):
-            s, t = of_student[student_layer][positions], of_teacher[teacher_layer][positions]
+            s = of_student[student_layer][positions]
+            t = of_teacher[teacher_layer][[position for _, position in pairs]]
             cosine[number] += F.cosine_similarity(s, t).sum().detach() / count
             if step.unit_vectors:
                 s = s / s.norm(dim=1, keepdim=True)
@@ -237,7 +281,8 @@ def _forward_backward(student: Any, teacher: Any, step: Step) -> tuple[Tensor, T
             loss[number] = loss[number] + ((s - t) ** 2).sum() / s.shape[1] / count
         if step.output is not None:
             settings, coefficient = step.output
-            value, surrogate = _output_loss(student, teacher, prompt, response, settings)
+            both = prompt, teacher_prompts[number_of_sequence]
+            value, surrogate = _output_loss(student, teacher, both, response, settings)
             of_all = len(response) * len(prompts) if step.sequence_mean else num_tokens
             output_loss += value / of_all
             total = total + coefficient * surrogate / of_all

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_oprd.data.batching import collate, collate_packed, context_parallel_share
+from megatron_oprd.data.batching import collate, context_parallel_share
 from megatron_oprd.place import SequenceSplit
 from megatron_oprd.taps.tap import Selection
 from megatron_oprd.training.target_groups import supervised_rows, target_groups
@@ -42,10 +42,11 @@ def test_rows_are_those_that_the_ranks_select(
     lengths = torch.randint(1, 30, (5,), generator=draw).tolist()
     weights: list[Tensor] = [torch.rand(n, generator=draw).round() for n in lengths]
     split = SequenceSplit(cp_size=cp_size, tp_size=tp_size, multiple=multiple)
-    (whole,) = (collate_packed if is_packed else collate)(
+    (whole,) = collate(
         [range(5)],
         [[7] * n for n in lengths],
         weights,
+        is_packed=is_packed,
         pad_to_multiple_of=split.pad_to_multiple_of,
         device=torch.device("cpu"),
     )

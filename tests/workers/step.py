@@ -11,7 +11,7 @@ from megatron_oprd.parallel import parallel_run
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
-from tests.pairs import config_of, fixed_rollouts
+from tests.pairs import config_of, fixed_rollouts, fixed_teacher_sequences
 
 
 def gradient(parameter: torch.nn.Parameter) -> Tensor:
@@ -21,19 +21,22 @@ def gradient(parameter: torch.nn.Parameter) -> Tensor:
 
 
 def run(case: dict[str, Any], directory: Path) -> None:
-    """Runs one case: {name, pair, overrides}."""
+    """Runs one case: {name, pair, overrides, reading: None or a kind of other sequences}."""
     config = config_of(Path(case["pair"]), case["overrides"])
     with parallel_run(config.parallel, seed=config.seed) as context:
         plan = make_plan(config, world_size=dist.get_world_size())
         distiller = Distiller(plan, context)
         exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
-        prompts, responses = fixed_rollouts()
+        rollouts = fixed_rollouts()
+        reading = None
+        if case.get("reading"):
+            reading = fixed_teacher_sequences(case["reading"])
 
-        groups = distiller.micro_batches(prompts, responses)
+        groups = distiller.micro_batches(*rollouts, reading)
         first = distiller.compute_gradients(groups)
         gradients = dict(exporter.stream(gradient, dtype=torch.float32))
         grad_norm, _ = distiller.update(loss_is_finite=True)
-        second = distiller.step(prompts, responses)
+        second = distiller.step(*rollouts, reading)
         distiller.state.gather_parameters()
         weights = dict(exporter.stream())
         if context.rank == 0:

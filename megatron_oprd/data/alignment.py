@@ -1,0 +1,78 @@
+"""Which tokens of two tokenizations of one text end at the same character.
+
+Two positions correspond when their tokens end at the same character: both models have then read
+the same text. Offsets count Unicode code points of the text.
+"""
+
+from collections.abc import Sequence
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+Ends = list[int | None]
+Pair = tuple[int, int]
+
+
+def decode_with_ends(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
+) -> tuple[str, Ends]:
+    """The text of sampled tokens, and where in it each token ends.
+
+    The tokens need not be those that the tokenizer would make of the text.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        token_ids: Token ids; special tokens have no text.
+
+    Returns:
+        The text, and for each token the number of characters up to its end; None for a token that
+        ends inside a character (byte-level and byte-fallback tokens) or has no text.
+    """
+    stream = DecodeStream(skip_special_tokens=True)
+    text, ends, length = [], Ends(), 0
+    for token_id in token_ids:
+        piece = stream.step(tokenizer.backend_tokenizer, token_id)
+        if piece:
+            text.append(piece)
+            length += len(piece)
+        ends.append(length if piece else None)
+    return "".join(text), ends
+
+
+def encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], Ends]:
+    """A text's tokens, without special tokens around them, and where in it each ends.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        text: What is tokenized; what looks like a special token in it is taken as plain text.
+
+    Returns:
+        Token ids and ends, as `decode_with_ends` gives them.
+    """
+    encoding = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
+    )
+    offsets = encoding["offset_mapping"]
+    ends = Ends()
+    for number, (start, end) in enumerate(offsets):
+        # Of tokens that share a character only the last ends with it.
+        is_last = number + 1 == len(offsets) or offsets[number + 1][0] >= end
+        ends.append(end if is_last and end > start else None)
+    return encoding["input_ids"], ends
+
+
+def pairs_of(first: Sequence[int | None], second: Sequence[int | None]) -> list[Pair]:
+    """Pairs of tokens, one of each tokenization, that end at the same character.
+
+    Both numbers rise from pair to pair; each token is in one pair at most.
+
+    Args:
+        first: Ends of the tokens, as above.
+        second: Those of the other tokenization of the same text.
+    """
+    number_of = {end: number for number, end in enumerate(second) if end is not None}
+    pairs: list[Pair] = []
+    for number, end in enumerate(first):
+        if end is not None and end in number_of:
+            pairs.append((number, number_of[end]))
+    return pairs
