@@ -7,19 +7,18 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.models.families.decoder import mapping_table
-from megatron_oprd.weights.accounting import check_tensors
+from megatron_oprd.weights.accounting import check_tensors, check_tied_head
 from megatron_oprd.weights.hf_files import CONFIG_FILE, HFCheckpoint, HFFolder
 from megatron_oprd.weights.mapping import Mapping
 from megatron_oprd.weights.megatron_checkpoint import (
     HF_FOLDER,
-    TRACKER_FILE,
     MegatronCheckpoint,
     embedding_rows,
     is_megatron,
     resolve_checkpoint_folder,
 )
 from megatron_oprd.weights.source import WeightSource
-from megatron_oprd.weights.torch_dist_files import METADATA_FILE, TorchDistFiles
+from megatron_oprd.weights.torch_dist_files import METADATA_FILE, TRACKER_FILE, TorchDistFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +43,17 @@ class OpenedCheckpoint:
             UserError: Tensors are missing, left over, or of another shape.
         """
         check_tensors(self.table, self.source, tied=self.architecture.tied)
+
+    def check_tied_head(self) -> None:
+        """Checks that a tied model's head, where it is stored as well, equals the embedding.
+
+        Both are read.
+
+        Raises:
+            UserError: They differ.
+        """
+        if self.architecture.tied:
+            check_tied_head(self.source)
 
 
 def open_checkpoint(

@@ -8,6 +8,9 @@ import torch
 import xxhash
 from torch import Tensor
 
+# Where a manifest has the checksums of what is in its folder.
+CHECKSUMS_FIELD = "checksums_xxh3_128"
+
 _logger = logging.getLogger(__name__)
 _PIECE = 2**20  # elements that are examined at a time, so that they stay in the processor's cache
 

@@ -23,6 +23,9 @@ INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack",
 }  # fmt: skip
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth"}
+# What transformers' Trainer pickles beside the weights.
+_TRAINER_STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 _LEFT_BEHIND = {CONFIG_FILE, "README.md", MANIFEST_FILE}
 
 
@@ -193,6 +196,13 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
     return files
 
 
+def _is_pickle(name: str) -> bool:
+    """Whether a file has weights in a format that can run code when it is read."""
+    if name.endswith(".bin.index.json"):
+        return True
+    return Path(name).suffix in _PICKLE_SUFFIXES and not name.startswith(_TRAINER_STATES)
+
+
 def _read_weight_map(folder: Path) -> dict[str, str] | None:
     """The index's map from tensor to shard; None where there is one single file and no index."""
     index = folder / INDEX_FILE
@@ -200,7 +210,7 @@ def _read_weight_map(folder: Path) -> dict[str, str] | None:
     if not index.exists():
         if single.is_file():
             return None
-        pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin*"))
+        pickles = sorted(path.name for path in folder.iterdir() if _is_pickle(path.name))
         found = (
             f"found pickles only ({pickles[0]}); convert them to safetensors: load the folder with "
             "transformers' from_pretrained and write it with save_pretrained"

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_oprd.weights.checksum import examine, warn_of_nans
+from megatron_oprd.weights.checksum import CHECKSUMS_FIELD, examine, warn_of_nans
 from megatron_oprd.weights.disk import describe_files, write_json, writing
 from megatron_oprd.weights.hf_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from megatron_oprd.weights.output_folder import OutputFolder
@@ -111,7 +111,7 @@ def write_hf_folder(
 
     with OutputFolder(out, force=force, fingerprint=None) as folder:
         shards = content.shards()
-        _write_shards(folder, content, shards, list(shards), next_tensor, show_progress)
+        _write_shards(folder, content, shards, list(shards), next_tensor, shown=show_progress)
         if (left_over := next(stream, None)) is not None:
             raise ValueError(f"the stream has {left_over[0]} behind the last tensor")
         _finish(folder, content, shards)
@@ -163,7 +163,13 @@ def convert_to_hf_folder(
         ranks.first_then_others(lambda: stack.enter_context(folder))  # rank 0 makes the folder
         pending = ranks.together(lambda: [file for file in shards if folder.done(file) is None])
         own = pending[ranks.rank :: ranks.size]
-        ranks.together(lambda: _write_shards(folder, content, shards, own, read, ranks.rank == 0))
+        done = [name for file in shards.keys() - set(pending) for name in shards[file]]
+        done_bytes = sum(content.tensors[name].num_bytes for name in done)
+        ranks.together(
+            lambda: _write_shards(
+                folder, content, shards, own, read, done_bytes=done_bytes, shown=ranks.rank == 0
+            )
+        )
         ranks.together(lambda: _finish(folder, content, shards) if ranks.rank == 0 else None)
     return out
 
@@ -174,7 +180,9 @@ def _write_shards(
     shards: Mapping[str, Sequence[str]],
     own: Sequence[str],
     read: Callable[[str], Tensor],
-    show_progress: bool,
+    *,
+    done_bytes: int = 0,
+    shown: bool,
 ) -> None:
     """Writes the files ``own``, each under its final name in the folder.
 
@@ -183,7 +191,12 @@ def _write_shards(
     specs = {file: {name: content.tensors[name] for name in shards[file]} for file in own}
     num_bytes = sum(spec.num_bytes for of_file in specs.values() for spec in of_file.values())
     with (
-        Progress(f"writing {folder.out.name}", num_bytes, shown=show_progress) as progress,
+        Progress(
+            f"writing {folder.out.name}",
+            done_bytes + num_bytes,
+            done_bytes=done_bytes,
+            shown=shown,
+        ) as progress,
         ThreadPoolExecutor(1) as finisher,
     ):
         finished = finisher.submit(lambda: None)
@@ -254,4 +267,4 @@ def _finish(folder: OutputFolder, content: HFContent, shards: Mapping[str, Seque
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": content.num_bytes}, "weight_map": weight_map}
             write_json(folder.path / INDEX_FILE, index)
-    folder.commit({**content.origin, "nans": nans, "checksums_xxh3_128": checksums})
+    folder.commit({**content.origin, "nans": nans, CHECKSUMS_FIELD: checksums})

@@ -36,10 +36,15 @@ from megatron_oprd.weights.rectangles import (
     shape_of,
     slices_of,
 )
-from megatron_oprd.weights.torch_dist_files import FORMAT_FILE, METADATA_FILE, TorchDistFiles
+from megatron_oprd.weights.torch_dist_files import (
+    FORMAT_FILE,
+    METADATA_FILE,
+    TRACKER_FILE,
+    TorchDistFiles,
+    read_tracker,
+)
 
 HF_FOLDER = "hf"
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _RUN_FOLDER = "checkpoints"
 _STEP = re.compile(r"step_(\d{7,})")
 
@@ -236,14 +241,13 @@ def resolve_checkpoint_folder(path: Path) -> Path:
         return path
     tracker = path / TRACKER_FILE
     if tracker.is_file():
-        text = tracker.read_text().strip()
-        folder = path / (f"iter_{int(text):07d}" if text.isdigit() else text)
-        if not (text.isdigit() or text == "release") or not folder.is_dir():
+        name = read_tracker(path)
+        if name is None or not (path / name).is_dir():
             raise UserError(
-                f"{tracker} says {text!r}, but there is no folder {folder.name}; copy the "
-                "checkpoint again, or give the folder of another iteration."
+                f"{tracker} says {tracker.read_text().strip()!r}, and there is no folder of such a "
+                "checkpoint; copy the checkpoint again, or give the folder of another iteration."
             )
-        return folder
+        return path / name
     for folder in (path / _RUN_FOLDER, path):
         steps = [one for one in _folders(folder) if _STEP.fullmatch(one.name)]
         if steps:

@@ -3,7 +3,7 @@
 While folder ``name`` is written, there are beside it
 
     .name.partial/             .name.<random>.tmp/ where it cannot be continued
-        fingerprint.json       what the result depends on
+        fingerprint.json       what the result depends on, and the package's version
         journal-<rank>.jsonl   the units that are done, one a line
         content/               becomes ``name``
     .name.lock                 held by the process that writes
@@ -19,21 +19,24 @@ import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import megatron_oprd
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.disk import FileLock, bytes_on_disk, sync, write_json, writing
+from megatron_oprd.weights.journals import Journals, any_done
+from megatron_oprd.weights.torch_dist_files import FORMAT_FILE, TRACKER_FILE, read_tracker
 
 MANIFEST_FILE = "manifest.json"
 _FINGERPRINT_FILE = "fingerprint.json"
-_JOURNALS = "journal-*.jsonl"
 # A folder with one of these files, with one of these fields, is a checkpoint: of Hugging Face's
-# kind or of these tools.
+# kind, of these tools, or of Megatron's.
 _MARKS_OF_A_CHECKPOINT = {
     "config.json": ("model_type", "architectures"),
     MANIFEST_FILE: ("written_by",),
+    FORMAT_FILE: ("sharded_backend",),
 }
+_PACKAGE = f"{megatron_oprd.__name__} {megatron_oprd.__version__}"
 
 _logger = logging.getLogger(__name__)
 
@@ -80,8 +83,8 @@ def _check_place(out: Path, target: Path, *, force: bool, required_bytes: int | 
         if not _is_checkpoint(target):
             raise UserError(
                 f"output folder {out} is not empty and has neither a model's config.json nor a "
-                f"{MANIFEST_FILE} of these tools, so it is no checkpoint that --force would "
-                "replace; give another folder."
+                f"{MANIFEST_FILE} of these tools nor Megatron's {FORMAT_FILE} or {TRACKER_FILE}, "
+                "so it is no checkpoint that --force would replace; give another folder."
             )
     if target.is_dir() and os.path.ismount(target):
         raise UserError(
@@ -113,7 +116,7 @@ def _is_checkpoint(folder: Path) -> bool:
             continue
         if isinstance(content, dict) and any(field in content for field in fields):
             return True
-    return False
+    return read_tracker(folder) is not None
 
 
 class OutputFolder:
@@ -129,9 +132,11 @@ class OutputFolder:
             folder.commit({...})
 
     With a fingerprint, an interrupted write is continued by the next one that has an equal
-    fingerprint, and discarded by one that has another. After an exception the units that are done
-    stay on disk for that; where none is done, nothing stays. Without a fingerprint an exception
-    leaves nothing, and what a killed process left is removed by the next write of the same folder.
+    fingerprint and the same version of this package, and discarded by any other. A unit whose
+    files are missing or have another size by then is written again. After an exception the units
+    that are done stay on disk for that; where none is done, nothing stays. Without a fingerprint an
+    exception leaves nothing, and what a killed process left is removed by the next write of the
+    same folder.
 
     A folder that is replaced stays until the new one is whole and comes back if the exchange
     fails; a process that is killed right between the exchange's two renames leaves it under
@@ -144,8 +149,8 @@ class OutputFolder:
         out: The folder to create; parents are created too. A symbolic link is followed.
         force: Whether a checkpoint that is at ``out`` is replaced.
         fingerprint: JSON of everything the result depends on: the source's files
-            (`disk.describe_files`), settings, the tool's version. A write without one cannot be
-            continued, nor shared by ranks.
+            (`disk.describe_files`), settings. The package's version is added. A write without one
+            cannot be continued, nor shared by ranks.
         rank: This process among those that share the write.
 
     Raises:
@@ -161,14 +166,16 @@ class OutputFolder:
         self._force = force
         self._rank = rank
         # As it reads back from a file: lists for tuples, text for keys.
-        self._fingerprint = None if fingerprint is None else json.loads(json.dumps(fingerprint))
+        self._fingerprint = (
+            None
+            if fingerprint is None
+            else json.loads(json.dumps({"written_by": _PACKAGE, "content": fingerprint}))
+        )
         self._target = _resolve(out)
         suffix = "partial" if fingerprint is not None else f"{uuid.uuid4().hex[:8]}.tmp"
         self._partial = _beside(self._target, suffix)
         self._replaced = _beside(self._target, "replaced")
-        self._units: dict[str, dict[str, Any]] = {}
-        self._bytes_read: dict[Path, int] = {}  # of each journal, up to a line that is not whole
-        self._journal: IO[str] | None = None
+        self._journals: Journals | None = None
         self._lock: FileLock | None = None
         self._committed = False
 
@@ -186,7 +193,7 @@ class OutputFolder:
                 if self._rank == 0:
                     self._prepare()
                 assert self.path.is_dir(), "rank 0 has to enter first"
-                self._open_journal()
+                self._journals = Journals(self._partial, self.path, self._rank)
             except BaseException:
                 self._release()
                 raise
@@ -200,9 +207,7 @@ class OutputFolder:
     ) -> None:
         try:
             if self._rank == 0 and not self._committed:
-                journals = self._partial.glob(_JOURNALS)
-                any_done = any(journal.stat().st_size for journal in journals)
-                if self._fingerprint is None or not any_done:
+                if self._fingerprint is None or not any_done(self._partial):
                     shutil.rmtree(self._partial, ignore_errors=True)
                 else:
                     _logger.warning(
@@ -215,29 +220,25 @@ class OutputFolder:
             self._release()
 
     def done(self, unit: str) -> dict[str, Any] | None:
-        """The record of ``unit`` if it is done, by any rank, in this write or one it continues."""
-        if unit not in self._units:
-            self._read_journals()
-        return self._units.get(unit)
+        """The record of ``unit`` if it is done, by any rank, in this write or one it continues.
 
-    def finish_unit(
-        self, unit: str, record: Mapping[str, Any], *, files: Iterable[Path] = ()
-    ) -> None:
+        What an earlier write has done counts if its files had the same sizes when this one began.
+        """
+        assert self._journals is not None, "done outside of the with block"
+        return self._journals.done(unit)
+
+    def finish_unit(self, unit: str, record: Mapping[str, Any], *, files: Iterable[Path]) -> None:
         """Notes that ``unit`` is done, so that it need not be written again.
 
         Args:
             unit: Its name, free to choose.
             record: JSON to keep with it, such as checksums for the manifest.
-            files: The unit's files; they reach the disk before the note does.
+            files: The unit's files, under `path`; they reach the disk before the note does, which
+                has their sizes.
         """
-        assert self._journal is not None, "finish_unit outside of the with block"
+        assert self._journals is not None, "finish_unit outside of the with block"
         with writing(self.out):
-            for file in files:
-                sync(file)
-            self._journal.write(json.dumps({"unit": unit, "record": record}) + "\n")
-            self._journal.flush()
-            os.fsync(self._journal.fileno())
-        self._units[unit] = dict(record)
+            self._journals.note(unit, record, files)
 
     def commit(self, manifest: Mapping[str, Any]) -> Path:
         """Adds manifest.json, brings everything to the disk and gives the folder its name.
@@ -252,9 +253,8 @@ class OutputFolder:
             ``out``.
         """
         assert self._rank == 0, "rank 0 commits"
-        package = f"{megatron_oprd.__name__} {megatron_oprd.__version__}"
         with writing(self.out):
-            write_json(self.path / MANIFEST_FILE, {"format": 1, "written_by": package, **manifest})
+            write_json(self.path / MANIFEST_FILE, {"format": 1, "written_by": _PACKAGE, **manifest})
             for folder, _, names in os.walk(self.path):
                 for name in names:
                     sync(Path(folder, name))
@@ -300,20 +300,6 @@ class OutputFolder:
         except (FileNotFoundError, ValueError):  # killed while it was written
             return False
 
-    def _open_journal(self) -> None:
-        own = self._partial / f"journal-{self._rank}.jsonl"
-        self._read_journals()
-        if own.exists():  # a line that was cut would spoil the next one
-            os.truncate(own, self._bytes_read[own])
-        self._journal = own.open("a", encoding="utf-8")
-
-    def _read_journals(self) -> None:
-        """Reads what the journals have got since they were read last."""
-        for journal in self._partial.glob(_JOURNALS):
-            units, length = _read_journal(journal, self._bytes_read.get(journal, 0))
-            self._units.update(units)
-            self._bytes_read[journal] = length
-
     def _exchange(self) -> None:
         if self._target.exists():
             self._target.rename(self._replaced)
@@ -326,9 +312,9 @@ class OutputFolder:
         sync(self._target.parent)
 
     def _release(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        if self._journals is not None:
+            self._journals.close()
+            self._journals = None
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -343,26 +329,6 @@ def _resolve(out: Path) -> Path:
 
 def _beside(target: Path, suffix: str) -> Path:
     return target.with_name(f".{target.name}.{suffix}")
-
-
-def _read_journal(path: Path, start: int) -> tuple[dict[str, dict[str, Any]], int]:
-    """The records from byte ``start`` on, up to a line that is not whole, and where that is."""
-    units: dict[str, dict[str, Any]] = {}
-    length = start
-    with path.open("rb") as stream:
-        stream.seek(start)
-        lines = stream.read().splitlines(keepends=True)
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            unit, record = entry["unit"], entry["record"]
-        except (ValueError, LookupError, TypeError):
-            break
-        if not line.endswith(b"\n"):
-            break
-        units[unit] = record
-        length += len(line)
-    return units, length
 
 
 def _size(count: int) -> str:

@@ -27,6 +27,8 @@ from megatron_oprd.weights.torch_dist_chunk import find_plain_tensor, load_chunk
 
 METADATA_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
+RELEASE = "release"  # what Megatron calls a checkpoint that no training has written
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,18 @@ class TorchDistFiles:
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of global tensor `name`; `UserError` if its chunks do not make it up."""
         return self._tensor(name).dtype
+
+    def chunks(self, name: str) -> list[Bounds]:
+        """The rectangles in which global tensor `name` is stored.
+
+        Raises:
+            UserError: They do not make it up.
+        """
+        return [
+            [(start, start + size) for start, size in zip(one.starts, one.shape, strict=True)]
+            for of_leading in self._tensor(name).chunks.values()
+            for one in of_leading
+        ]
 
     def read_slice(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
         """Reads `tensor[slices]` of global tensor `name`, and only its bytes if they lie plainly.
@@ -249,6 +263,21 @@ class TorchDistFiles:
             f"checkpoint {self.folder}: the chunks of {name} do not make up its shape "
             f"{list(shape)}; write the checkpoint again."
         )
+
+
+def read_tracker(folder: Path) -> str | None:
+    """The name of the checkpoint in ``folder`` that Megatron's tracker file says is the newest.
+
+    None if there is no such file or it says something else. Nothing is said of whether that
+    checkpoint is there.
+    """
+    try:
+        text = (folder / TRACKER_FILE).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        return None
+    if text.isdecimal():
+        return f"iter_{int(text):07d}"
+    return text if text == RELEASE else None
 
 
 def check_format(folder: Path) -> None:

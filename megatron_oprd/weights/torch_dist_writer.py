@@ -32,19 +32,18 @@ from torch.distributed.checkpoint.storage import WriteResult
 from typing_extensions import override
 
 from megatron_oprd.weights.buffers import AlternatingBuffers
-from megatron_oprd.weights.checksum import warn_of_nans
+from megatron_oprd.weights.checksum import CHECKSUMS_FIELD, warn_of_nans
 from megatron_oprd.weights.disk import describe_files, sync, write_json, writing
 from megatron_oprd.weights.distcp_file import OVERHEAD_BYTES, read_back, write_file
 from megatron_oprd.weights.hf_files import CONFIG_FILE
-from megatron_oprd.weights.megatron_checkpoint import HF_FOLDER, TRACKER_FILE
+from megatron_oprd.weights.megatron_checkpoint import HF_FOLDER
 from megatron_oprd.weights.output_folder import OutputFolder
 from megatron_oprd.weights.progress import Progress
 from megatron_oprd.weights.ranks import Ranks
 from megatron_oprd.weights.source import WeightSource
-from megatron_oprd.weights.torch_dist_files import FORMAT_FILE
+from megatron_oprd.weights.torch_dist_files import FORMAT_FILE, RELEASE, TRACKER_FILE
 from megatron_oprd.weights.torch_dist_plan import File
 
-RELEASE = "release"
 _COMMON_FILE = "common.pt"
 # What megatron-core's dist_checkpointing.save writes.
 _FORMAT = {
@@ -184,7 +183,7 @@ def _finish_file(folder: OutputFolder, name: str, record: dict[str, Any]) -> Non
     with writing(folder.out):
         sync(path)
         read_back(path, record)
-    folder.finish_unit(name, record)
+    folder.finish_unit(name, record, files=[path])
 
 
 def _finish(
@@ -218,7 +217,7 @@ def _finish(
             shutil.copyfile(file, hf / file.name)
         if content.config is not None:
             write_json(hf / CONFIG_FILE, content.config)
-    folder.commit({**content.origin, "nans": nans, "checksums_xxh3_128": checksums})
+    folder.commit({**content.origin, "nans": nans, CHECKSUMS_FIELD: checksums})
 
 
 def _metadata(files: Sequence[File]) -> Metadata:

@@ -92,10 +92,16 @@ def remove_folder(folder: Path) -> None:
     folder.rmdir()
 
 
-def only_pickles(folder: Path) -> None:
-    for name in ("a.safetensors", "b.safetensors", "model.safetensors.index.json"):
-        (folder / name).unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"")
+def instead(*names: str) -> object:
+    """Files in the place of the safetensors."""
+
+    def damage(folder: Path) -> None:
+        for name in ("a.safetensors", "b.safetensors", "model.safetensors.index.json"):
+            (folder / name).unlink()
+        for name in names:
+            (folder / name).write_bytes(b"")
+
+    return damage
 
 
 def truncate(folder: Path) -> None:
@@ -136,7 +142,12 @@ INDEX = "model.safetensors.index.json"
         (write(INDEX, index_of({"x": "../hf/a.safetensors"})), r"names of files in its folder"),
         (lambda folder: (folder / "b.safetensors").unlink(), r"names b.safetensors, which is miss"),
         (lambda folder: (folder / INDEX).unlink(), r"has no safetensors weights: give"),
-        (only_pickles, r"pickles only \(pytorch_model.bin\); convert them to safetensors"),
+        (instead("pytorch_model.bin"), r"pickles only \(pytorch_model.bin\); convert them to saf"),
+        (instead("model-00001-of-00002.bin"), r"pickles only \(model-00001-of-00002.bin\)"),
+        (instead("consolidated.00.pth", "tokenizer.json"), r"only \(consolidated.00.pth\); conv"),
+        (instead("training_args.bin", "weights.pt"), r"pickles only \(weights.pt\)"),
+        (instead("pytorch_model.bin.index.json"), r"pickles only \(pytorch_model.bin.index.json"),
+        (instead("training_args.bin", "rng_state_0.pth"), r"has no safetensors weights: give a f"),
         (truncate, r"b.safetensors is not a whole safetensors file \(\d+ bytes\)"),
         (not_safetensors, r"b.safetensors is not a whole safetensors file \(42 bytes\)"),
         (

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_oprd.errors import UserError
+from megatron_oprd.weights import hf_writer
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.hf_writer import (
@@ -21,6 +22,7 @@ from megatron_oprd.weights.hf_writer import (
     convert_to_hf_folder,
     write_hf_folder,
 )
+from megatron_oprd.weights.progress import Progress
 from megatron_oprd.weights.ranks import Ranks
 from megatron_oprd.weights.safetensors_file import SafetensorsWriter, TensorSpec
 
@@ -182,7 +184,7 @@ class Killed(BaseException):
     """Stands in for the end of the process."""
 
 
-def test_goes_on_file_by_file(tmp_path: Path) -> None:
+def test_goes_on_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
     def reader(stop_at: str | None) -> Any:
@@ -200,8 +202,23 @@ def test_goes_on_file_by_file(tmp_path: Path) -> None:
     assert read == ["0", "1", "2"]
     assert not out.exists()
     read.clear()
+    shown: list[tuple[int, int]] = []
+
+    def progress(description: str, total_bytes: int, **options: Any) -> Progress:
+        shown.append((total_bytes, options["done_bytes"]))
+        return Progress(description, total_bytes, **options)
+
+    monkeypatch.setattr(hf_writer, "Progress", progress)
     convert_to_hf_folder(out, content, reader(None))
     assert read == ["3", "4"]
+    assert shown == [(content.num_bytes, sum(TENSORS[name].nbytes for name in "012"))]
+
+    with pytest.raises(Killed):
+        convert_to_hf_folder(tmp_path / "lost", content, reader("3"))
+    (tmp_path / ".lost.partial/content/model-00002-of-00004.safetensors").unlink()
+    read.clear()
+    convert_to_hf_folder(tmp_path / "lost", content, reader(None))
+    assert read == ["2", "3", "4"]
     whole = convert_to_hf_folder(tmp_path / "whole", content, TENSORS.__getitem__)
     assert files_of(out) == files_of(whole)
 

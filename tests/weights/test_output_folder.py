@@ -117,6 +117,39 @@ def test_a_partial_folder_that_is_damaged_is_not_continued(
     assert write(tmp_path / "out", fingerprint={"source": 1}) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), "b had 1 bytes and is missing; b is written again"),
+        (lambda file: os.truncate(file, 0), "b had 1 bytes and has 0; b is written again"),
+        (lambda file: file.write_text("longer"), "b had 1 bytes and has 6; b is written again"),
+    ],
+)
+def test_a_unit_whose_file_has_changed_is_not_done(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], object],
+    message: str,
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        write(out, fingerprint={}, stop_after=2)
+    damage(tmp_path / ".out.partial/content/b")
+    with pytest.raises(Killed):
+        write(out, fingerprint={}, stop_after=1)
+    assert message in caplog.text
+    assert write(out, fingerprint={}) == ["c"]  # what was written again counts
+    assert [(out / unit).read_text() for unit in "abc"] == ["a", "b", "c"]
+
+
+def test_another_version_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(output_folder, "_PACKAGE", "megatron_oprd 0.0.9")
+        with pytest.raises(Killed):
+            write(tmp_path / "out", fingerprint={}, stop_after=2)
+    assert write(tmp_path / "out", fingerprint={}) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("cut", [1, 5, 38])
 def test_a_cut_last_line_is_no_record(tmp_path: Path, cut: int) -> None:
     with pytest.raises(Killed):
@@ -134,13 +167,13 @@ def test_ranks_share_a_folder(tmp_path: Path) -> None:
 
     with start(0) as first, start(1) as second:
         assert first.path == second.path
-        first.finish_unit("zero", {"by": 0})
-        second.finish_unit("one", {"by": 1})
+        first.finish_unit("zero", {"by": 0}, files=[])
+        second.finish_unit("one", {"by": 1}, files=[])
         assert first.done("one") == {"by": 1}
     with start(0) as only:
         assert only.done("zero") == {"by": 0}
         assert only.done("one") == {"by": 1}
-        only.finish_unit("two", {})
+        only.finish_unit("two", {}, files=[])
         only.commit({})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(AssertionError, match="rank 0 has to enter first"), start(1):
@@ -304,9 +337,32 @@ def test_the_source_is_never_replaced(tmp_path: Path, name: str) -> None:
     check_output_folder(outer, force=True, source=tmp_path / "elsewhere")
 
 
+def test_a_megatron_checkpoint_is_replaced(tmp_path: Path) -> None:
+    for number, (name, content) in enumerate(
+        (
+            ("metadata.json", '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'),
+            ("latest_checkpointed_iteration.txt", "release"),
+            ("latest_checkpointed_iteration.txt", "1200\n"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(UserError, match="is not empty; give another folder, or --force"):
+            write(folder)
+        write(folder, force=True)
+        assert not (folder / name).exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("manifest.json", '{"name": "web app"}'), ("config.json", "[]"), ("config.json", "{}")],
+    [
+        ("manifest.json", '{"name": "web app"}'),
+        ("config.json", "[]"),
+        ("config.json", "{}"),
+        ("metadata.json", '{"title": "thesis"}'),
+        ("latest_checkpointed_iteration.txt", "soon"),
+    ],
 )
 def test_other_folders_with_such_files_are_not_replaced(
     tmp_path: Path, name: str, content: str
