@@ -1,21 +1,29 @@
 """Two checkpoints side by side: what they hold, and whether the values are the same bits."""
 
+import copy
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_oprd.weights.accounting import is_derived
+from megatron_oprd.weights.rectangles import row_blocks, slices_of
 from megatron_oprd.weights.source import WeightSource
 
 _ROWS_BYTES = 2**26  # of a tensor that are compared at a time
 # Who wrote a config and where it lay says nothing about the model.
 _NEUTRAL_FIELDS = {"transformers_version", "_name_or_path"}
+# What transformers 4 and 5 write under different names.
 _DTYPE_FIELDS = {"dtype", "torch_dtype"}
+_ROPE_FIELDS = {"rope_parameters", "rope_scaling", "rope_theta"}
+
+_logger = logging.getLogger(__name__)
 
 Kind = Literal["tensor", "shape", "dtype", "config", "file"]
 
@@ -65,7 +73,8 @@ def compare_keys(
 ) -> list[KeyDifference]:
     """Compares names, shapes and dtypes of tensors, config fields and companion files.
 
-    No weight is read. Derived tensors (stored rotary frequencies) are left out.
+    No weight is read. Derived tensors (stored rotary frequencies) are left out. Rotary settings and
+    dtype may be spelled as transformers 4 or as transformers 5 writes them.
 
     Args:
         a: The first checkpoint.
@@ -91,6 +100,7 @@ def compare_keys(
                 *("there" if name in names else None for names in (names_a, names_b)),
             )
     skipped = _NEUTRAL_FIELDS | (_DTYPE_FIELDS if ignore_dtypes else set())
+    skipped |= _spelled_otherwise(a.config, b.config)
     for field in a.config | b.config:
         if field not in skipped:
             add("config", field, _field(a.config, field), _field(b.config, field))
@@ -152,8 +162,8 @@ def _compare_tensor(
     shape = a.shape(name)
     num_different, largest = 0, 0.0
     first: tuple[tuple[int, ...], float, float] | None = None
-    for rows in _row_blocks(shape, a.dtype(name).itemsize):
-        part_a, part_b = a.read_slice(name, *rows), b.read_slice(name, *rows)
+    for block in row_blocks([(0, n) for n in shape], a.dtype(name).itemsize, _ROWS_BYTES):
+        part_a, part_b = (one.read_slice(name, *slices_of(block)) for one in (a, b))
         advance(part_a.nbytes)
         if dtype is not None:
             part_a, part_b = part_a.to(dtype), part_b.to(dtype)
@@ -163,7 +173,7 @@ def _compare_tensor(
         num_different += int(different.sum())
         if first is None:
             index = tuple(different.nonzero()[0].tolist())
-            whole = (index[0] + rows[0].start, *index[1:]) if index else ()
+            whole = tuple(i + start for i, (start, _) in zip(index, block, strict=True))
             first = whole, float(part_a[index]), float(part_b[index])
         here = absolute_difference(part_a[different], part_b[different]).max()
         largest = max(largest, float(here))
@@ -189,17 +199,6 @@ def absolute_difference(a: Tensor, b: Tensor) -> Tensor:
     return difference
 
 
-def _row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Slices of leading rows that cover a tensor."""
-    if not shape:
-        yield ()
-        return
-    row_bytes = max(1, math.prod(shape[1:]) * itemsize)
-    step = max(1, _ROWS_BYTES // row_bytes)
-    for start in range(0, shape[0], step):
-        yield (slice(start, min(start + step, shape[0])),)
-
-
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
@@ -211,6 +210,34 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(
         {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
     )
+
+
+def _spelled_otherwise(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
+    """Fields that are not the same in two configs but, all together, say the same."""
+    found: set[str] = set()
+    dtype_a, dtype_b = (config.get("dtype") or config.get("torch_dtype") for config in (a, b))
+    if dtype_a == dtype_b:
+        found |= _DTYPE_FIELDS
+    # Where one says nothing, its settings may be lost, even if they were the default ones.
+    says_something = all(not _ROPE_FIELDS.isdisjoint(config) for config in (a, b))
+    if says_something and any(_field(a, field) != _field(b, field) for field in _ROPE_FIELDS):
+        rope_a, rope_b = _read_rope(a), _read_rope(b)
+        if rope_a is not None and rope_a == rope_b:
+            found |= _ROPE_FIELDS
+    return found
+
+
+def _read_rope(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The rotary settings as transformers 5 has them; None where it does not know the model."""
+    try:
+        # Reading changes the dictionaries inside.
+        read = CONFIG_MAPPING[config.get("model_type")].from_dict(copy.deepcopy(config))
+    except Exception as error:  # transformers' checks raise exceptions of many types
+        _logger.debug("transformers does not read this config: %s", error)
+        return None
+    # `type` is the old name of rope_type, which transformers fills from it.
+    rope = getattr(read, "rope_parameters", None)
+    return None if rope is None else {name: rope[name] for name in rope if name != "type"}
 
 
 def _field(config: dict[str, Any], field: str) -> str | None:

@@ -1,6 +1,7 @@
 """Rectangles of tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import prod
 
 # First element and end of every dimension.
 Bounds = list[tuple[int, int]]
@@ -19,6 +20,26 @@ def slices_of(bounds: Bounds) -> tuple[slice, ...]:
 def shape_of(bounds: Bounds) -> tuple[int, ...]:
     """The shape of a rectangle."""
     return tuple(stop - start for start, stop in bounds)
+
+
+def row_blocks(bounds: Bounds, itemsize: int, max_bytes: int) -> Iterator[Bounds]:
+    """Rectangles that cover a rectangle in row-major order, one after the other.
+
+    Each is some rows of the first dimension that has more than one element.
+
+    Args:
+        bounds: The whole.
+        itemsize: Bytes of an element.
+        max_bytes: The most bytes of each, but for a single row with more.
+    """
+    cut = next((dim for dim, (start, stop) in enumerate(bounds) if stop - start != 1), None)
+    if cut is None:
+        yield bounds
+        return
+    start, stop = bounds[cut]
+    step = max(1, max_bytes // max(1, prod(shape_of(bounds[cut + 1 :])) * itemsize))
+    for row in range(start, stop, step):
+        yield [*bounds[:cut], (row, min(row + step, stop)), *bounds[cut + 1 :]]
 
 
 def common(one: Bounds, other: Bounds) -> Bounds | None:

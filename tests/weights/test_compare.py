@@ -80,6 +80,68 @@ def test_differences_of_keys(tmp_path: Path) -> None:
     assert in_any_order(compare_keys(a, b, ignore_dtypes=True)) == in_any_order(others)
 
 
+LLAMA3 = {
+    "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+# A config as transformers 4 writes it and as transformers 5 does.
+SPELLINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (
+        {"rope_theta": 1e4, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+    ),
+    (
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}},
+    ),
+    (
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}},
+    ),
+]
+LAYERS = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
+
+
+def config_differences(path: Path, a: dict[str, Any], b: dict[str, Any]) -> set[str]:
+    of_both = []
+    for name, config in (("a", a), ("b", b)):
+        shutil.rmtree(path / name, ignore_errors=True)
+        folder(path / name, tensors())
+        (path / name / "config.json").write_text(json.dumps(LAYERS | config))
+        of_both.append(HFCheckpoint(path / name))
+    found = compare_keys(*of_both)
+    assert {one.kind for one in found} <= {"config"}
+    return {one.name for one in found}
+
+
+@pytest.mark.parametrize(("four", "five"), SPELLINGS)
+def test_spellings_of_rope(tmp_path: Path, four: dict[str, Any], five: dict[str, Any]) -> None:
+    assert config_differences(tmp_path, four, five) == set()
+    assert config_differences(tmp_path, five, four) == set()
+    rope = five["rope_parameters"]
+    for field in rope.keys() - {"rope_type"}:
+        changed = {"rope_parameters": rope | {field: rope[field] * 2}}
+        assert {"rope_theta", "rope_parameters"} <= config_differences(tmp_path, four, changed)
+        assert config_differences(tmp_path, five, changed) == {"rope_parameters"}
+
+
+def test_lost_fields_are_no_spelling(tmp_path: Path) -> None:
+    """Even where the model's class has the same default."""
+    four, five = SPELLINGS[0]
+    assert config_differences(tmp_path, four, {}) == {"rope_theta", "rope_scaling"}
+    assert config_differences(tmp_path, five, {}) == {"rope_parameters"}
+    unknown = {"model_type": "none-such"}
+    found = config_differences(tmp_path, four | unknown, five | unknown)
+    assert found == {"rope_theta", "rope_scaling", "rope_parameters"}
+
+
+def test_spellings_of_dtype(tmp_path: Path) -> None:
+    old, new = {"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}
+    assert config_differences(tmp_path, old, new) == set()
+    assert config_differences(tmp_path, old, {"dtype": "float32"}) == {"dtype", "torch_dtype"}
+    assert config_differences(tmp_path, old, {}) == {"torch_dtype"}
+
+
 @pytest.mark.parametrize("rows_bytes", [2**26, 24, 1])
 def test_where_values_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_bytes: int
