@@ -23,8 +23,8 @@ from checkpoint_tools.common import (
 )
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
-from megatron_oprd.weights.accounting import check_tied_head
 from megatron_oprd.weights.buffers import AlternatingBuffers
+from megatron_oprd.weights.casting import count_overflows, overflow_error
 from megatron_oprd.weights.disk import describe_files
 from megatron_oprd.weights.hf_files import CONFIG_FILE
 from megatron_oprd.weights.hf_writer import (
@@ -66,21 +66,22 @@ def megatron_to_hf(
         `out`.
 
     Raises:
-        UserError: If the checkpoint is of no supported format or model, is not whole, or `out` is
-            taken or cannot be written.
+        UserError: If the checkpoint is of no supported format or model, is not whole, or has values
+            that are too large for `dtype`, or `out` is taken or cannot be written.
     """
     opened = open_megatron(megatron, hf_config)
     source = opened.source
     content = hf_content(opened, max_shard_size=max_shard_size, dtype=dtype)
     check_output_folder(out, force=force, required_bytes=content.num_bytes, source=megatron)
-    if opened.architecture.tied:
-        check_tied_head(source)
-
+    opened.check_tied_head()
     buffers = AlternatingBuffers()
 
     def read(name: str) -> Tensor:
         memory = buffers.empty(source.shape(name), source.dtype(name))
-        return source.read_slice(name, out=memory).to(content.tensors[name].dtype)
+        tensor, stored_as = source.read_slice(name, out=memory), content.tensors[name].dtype
+        if count_overflows(tensor, stored_as):
+            raise overflow_error(source, name, stored_as)
+        return tensor.to(stored_as)
 
     return convert_to_hf_folder(out, content, read, force=force, ranks=ranks)
 
@@ -152,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_output_folder(
             args.out, force=args.force, required_bytes=content.num_bytes, source=args.megatron
         )
+        opened.check_tied_head()
         print(
             f"would write {args.out}: {len(content.tensors)} tensors in {len(content.shards())} "
             f"files, {content.num_bytes} bytes"

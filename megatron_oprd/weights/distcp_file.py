@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.buffers import AlternatingBuffers
+from megatron_oprd.weights.casting import count_overflows, overflow_error
 from megatron_oprd.weights.checksum import Checksum, examine
 from megatron_oprd.weights.positioned_reads import read_into
 from megatron_oprd.weights.rectangles import bounds_of, common, moved, shape_of, slices_of
@@ -52,7 +53,7 @@ def write_file(
 
     Raises:
         OSError: The operating system refuses.
-        UserError: The source cannot be read.
+        UserError: The source cannot be read, or has finite values that a chunk's dtype has not.
     """
     record: dict[str, Any] = {"entries": [], "checksums": {}, "nans": {}}
     # The thread ends before the file is closed, whatever happens.
@@ -136,7 +137,7 @@ def read_chunk(
         A contiguous CPU tensor of the chunk's shape and dtype.
 
     Raises:
-        UserError: The source cannot be read.
+        UserError: The source cannot be read, or has finite values that the chunk's dtype has not.
     """
     result = (buffers or AlternatingBuffers()).empty(shape_of(chunk.bounds), chunk.dtype)
     for piece in chunk.mapping.pieces(0, 1):
@@ -158,6 +159,8 @@ def read_chunk(
         for row in range(start, stop, rows):
             block = [(row, min(row + rows, stop)), *columns]
             part = source.read_slice(piece.hf, *slices_of(block))
+            if count_overflows(part, chunk.dtype):
+                raise overflow_error(source, piece.hf, chunk.dtype)
             target[row - start : row - start + len(part)] = part
     return result.view(chunk.shape)
 

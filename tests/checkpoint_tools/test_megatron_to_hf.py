@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
+from checkpoint_tools.hf_to_megatron import main as to_megatron
 from checkpoint_tools.megatron_to_hf import main, megatron_to_hf
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.hf_files import HFCheckpoint
@@ -50,14 +51,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def settings(layout: tuple[int, int, int, int], **others: Any) -> Settings:
+def settings(
+    layout: tuple[int, int, int, int], *, experts: bool = False, **others: Any
+) -> Settings:
     tensor, pipeline, expert, expert_tensor = layout
+    sizes = {"expert_model_parallel_size": expert, "expert_tensor_parallel_size": expert_tensor}
     return Settings(
         layout=TargetLayout(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
-            expert_model_parallel_size=expert,
-            expert_tensor_parallel_size=expert_tensor,
+            **(sizes if experts else {}),
         ),
         **others,
     )
@@ -95,7 +98,7 @@ def test_nothing_changes(
     models: Path, tmp_path: Path, name: str, layout: tuple[int, int, int, int]
 ) -> None:
     model = models / name
-    out = round_trip(model, tmp_path, settings(layout))
+    out = round_trip(model, tmp_path, settings(layout, experts=name == "moe"))
     assert_same(weights(out), weights(model))
     companions = {
         "config.json",
@@ -130,9 +133,21 @@ def test_a_tied_head_that_is_stored_comes_back(models: Path, tmp_path: Path) -> 
 def test_a_tied_head_that_differs_is_refused(models: Path, tmp_path: Path) -> None:
     embedding = weights(models / "qwen2_tied")["model.embed_tokens.weight"]
     model = changed(models / "qwen2_tied", tmp_path, **{"lm_head.weight": embedding * 2})
-    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens"):
-        hf_to_megatron(model, tmp_path / "megatron", Settings())
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens"):
+            to_megatron(["--hf", str(model), "--out", str(tmp_path / "megatron"), *more])
     assert not (tmp_path / "megatron").exists()
+
+    # A Megatron checkpoint of an untied model with the configuration of a tied one.
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    untied = hf_to_megatron(model, tmp_path / "untied", Settings())
+    shutil.copy(models / "qwen2_tied/config.json", untied / "release/hf")
+    (untied / "manifest.json").unlink()
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens"):
+            run("--megatron", untied, "--out", tmp_path / "hf", *more)
+    assert not (tmp_path / "hf").exists()
 
 
 def test_what_the_configuration_says_is_no_weight(models: Path, tmp_path: Path) -> None:
@@ -160,7 +175,9 @@ def test_a_dtype_for_the_export(models: Path, tmp_path: Path) -> None:
 
 
 def test_shards_of_a_size(models: Path, tmp_path: Path) -> None:
-    out = round_trip(models / "moe", tmp_path, settings((2, 1, 2, 1)), max_shard_size=40_000)
+    out = round_trip(
+        models / "moe", tmp_path, settings((2, 1, 2, 1), experts=True), max_shard_size=40_000
+    )
     shards = sorted(file.name for file in out.glob("*.safetensors"))
     assert len(shards) > 5
     assert all((out / name).stat().st_size < 50_000 for name in shards)
