@@ -1,12 +1,17 @@
 """What the tools' command lines have in common."""
 
 import argparse
+import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_oprd.errors import UserError
+from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,11 +33,52 @@ def add_layout_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument("--expert-tensor-parallel-size", type=positive, metavar="N")
 
 
+def layout_of(args: argparse.Namespace) -> TargetLayout:
+    """The layout that `add_layout_arguments` has read."""
+    return TargetLayout(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+    )
+
+
 def positive(text: str) -> int:
     """An argument that is a whole number above 0."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def not_negative(text: str) -> float:
+    """An argument that is a number of at least 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
+    return number
+
+
+def check_report_file(setting: str, file: Path | None) -> None:
+    """Checks that a report can be written, before the work that it is about.
+
+    Args:
+        setting: The argument that gives it, for messages.
+        file: The file to write or to overwrite; None is none.
+
+    Raises:
+        UserError: It is a folder, or in a place that is missing or cannot be written to.
+    """
+    if file is None:
+        return
+    if file.is_dir():
+        raise UserError(f"{setting} {file} is a folder; give a file to write.")
+    if not file.parent.is_dir():
+        raise UserError(f"{setting} {file}: there is no folder {file.parent}; make it first.")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"{setting} {file} cannot be written; give a file in another place.")
 
 
 def num_bytes(text: str) -> int:

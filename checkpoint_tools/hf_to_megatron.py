@@ -20,12 +20,14 @@ from checkpoint_tools.common import (
     add_common_arguments,
     add_layout_arguments,
     config_with_dtype,
+    layout_of,
     positive,
 )
 from megatron_oprd.errors import run_entry_point
 from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.layout_checks import check_layout
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
-from megatron_oprd.weights.accounting import EMBEDDING, HEAD, check_tied_head, is_derived
+from megatron_oprd.weights.accounting import EMBEDDING, HEAD, is_derived
 from megatron_oprd.weights.disk import describe_files
 from megatron_oprd.weights.megatron_checkpoint import SourceTensors
 from megatron_oprd.weights.output_folder import check_output_folder
@@ -68,13 +70,12 @@ def hf_to_megatron(
 
     Raises:
         UserError: If the model is not supported, its folder cannot be read, the layout does not fit
-            it, or `out` is taken or cannot be written.
+            it, its values are too large for the dtype, or `out` is taken or cannot be written.
     """
     opened = open_checkpoint(hf)
     content = megatron_content(opened, settings)
     check_output_folder(out, force=force, required_bytes=content.num_bytes, source=hf)
-    if opened.architecture.tied:
-        check_tied_head(opened.source)
+    opened.check_tied_head()
     return convert_to_torch_dist(out, opened.source, content, force=force, ranks=ranks)
 
 
@@ -85,8 +86,9 @@ def megatron_content(opened: OpenedCheckpoint, settings: Settings) -> TorchDistC
         UserError: The model's tensors are not those of its configuration, or the layout does not
             fit it.
     """
-    opened.check_tensors()
     source, layout = opened.source, settings.layout
+    check_layout(opened.architecture, layout, model=str(source.folder))
+    opened.check_tensors()
     multiple = settings.make_vocab_size_divisible_by * layout.tensor_model_parallel_size
     padded = opened.architecture.padded_vocab_size(multiple)
     table = mapping_table(opened.architecture, padded_vocab_size=padded)
@@ -118,14 +120,8 @@ def megatron_content(opened: OpenedCheckpoint, settings: Settings) -> TorchDistC
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    tensor = args.tensor_model_parallel_size
     return Settings(
-        layout=TargetLayout(
-            tensor_model_parallel_size=tensor,
-            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-            expert_model_parallel_size=args.expert_model_parallel_size,
-            expert_tensor_parallel_size=args.expert_tensor_parallel_size or tensor,
-        ),
+        layout=layout_of(args),
         make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
         dtype=DTYPES[args.dtype] if args.dtype else None,
     )
@@ -171,10 +167,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     settings = _settings(args)
     if args.dry_run:
-        content = megatron_content(open_checkpoint(args.hf), settings)
+        opened = open_checkpoint(args.hf)
+        content = megatron_content(opened, settings)
         check_output_folder(
             args.out, force=args.force, required_bytes=content.num_bytes, source=args.hf
         )
+        opened.check_tied_head()
         print(f"{_describe(content)}\nwould write {args.out}")
         return 0
     with conversion_ranks() as ranks:

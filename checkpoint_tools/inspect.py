@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from checkpoint_tools.common import add_layout_arguments, positive
+from checkpoint_tools.common import add_layout_arguments, check_report_file, layout_of, positive
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.evaluation.verification import open_weights
 from megatron_oprd.models.architecture import Architecture
@@ -222,11 +222,10 @@ def _tensors_table(tensors: Sequence[tuple[str, list[int], str]]) -> Table:
 
 def _shares_table(found: Inspection) -> Table:
     assert found.architecture is not None
-    layout = ", ".join(
-        f"{name} {size}"
-        for name, size in dataclasses.asdict(found.layout).items()
-        if size > 1 and (found.architecture.moe is not None or not name.startswith("expert"))
-    )
+    sizes = dataclasses.asdict(found.layout)
+    if found.architecture.moe is not None:
+        sizes["expert_tensor_parallel_size"] = found.layout.expert_tensor_size
+    layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if (size or 1) > 1)
     table = Table(
         title=f"Each rank's weights: {layout or 'one rank'}",
         caption=f"vocabulary padded to {found.layout_padded_vocab_size} rows; bytes in the "
@@ -281,16 +280,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     layout.add_argument("--make-vocab-size-divisible-by", type=positive, default=128, metavar="N")
     args = parser.parse_args(argv)
+    check_report_file("--json", args.json)
 
-    tensor = args.tensor_model_parallel_size
     found = inspect(
         args.folder,
-        TargetLayout(
-            tensor_model_parallel_size=tensor,
-            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-            expert_model_parallel_size=args.expert_model_parallel_size,
-            expert_tensor_parallel_size=args.expert_tensor_parallel_size or tensor,
-        ),
+        layout_of(args),
         virtual_stages=args.virtual_pipeline_model_parallel_size,
         make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
         every_tensor=args.tensors,

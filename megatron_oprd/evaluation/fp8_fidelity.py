@@ -22,16 +22,17 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation.teacher_forced import teacher_continuations
 from megatron_oprd.losses.representation import token_cosine
 from megatron_oprd.models import fp8_codes, fp8_transformer_engine
-from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import DTYPES, Extent, padded_vocab_size
 from megatron_oprd.models.families.decoder import mapping_table
 from megatron_oprd.models.fp8 import scale_bytes
+from megatron_oprd.models.layout_checks import check_divides
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.models.teacher import build_teacher, check_precision, token_multiple
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.taps.tap import Selection
 from megatron_oprd.weights.megatron_checkpoint import is_megatron
 from megatron_oprd.weights.parameters import is_linear_weight, named_parameters
+from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 FINAL_NORM = "final norm"
 
@@ -154,7 +155,12 @@ def measure_fidelity(
     """
     opened = open_checkpoint(folder)
     opened.check_tensors()
-    _check_divides(opened.architecture, parallel.tensor_model_parallel_size)
+    check_divides(
+        opened.architecture,
+        TargetLayout.of(parallel),
+        model="--teacher",
+        spelling=lambda name, size: f"{name} = {size}, the number of processes,",
+    )
     for teacher in teachers:
         check_precision(
             teacher,
@@ -222,18 +228,6 @@ def write_report(report: FidelityReport, file: Path) -> None:
     """Writes a report as JSON; the folder is made where it is missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
-
-
-def _check_divides(architecture: Architecture, processes: int) -> None:
-    moe = architecture.moe
-    ffn_hidden_size = architecture.ffn_hidden_size if moe is None else moe.ffn_hidden_size
-    for what, count in (
-        ("attention heads", architecture.num_attention_heads),
-        ("key/value heads", architecture.num_query_groups),
-        ("feed-forward width", ffn_hidden_size),
-    ):
-        if count % processes:
-            raise UserError(f"{processes} processes cannot share --teacher's {count} {what}")
 
 
 def _sequences(

@@ -1,4 +1,4 @@
-"""Two checkpoints compared: what they hold, and what they compute."""
+"""Two checkpoints compared, what they hold and what they compute; or one and its manifest."""
 
 import os
 from collections.abc import Sequence
@@ -26,6 +26,12 @@ from megatron_oprd.weights.compare import (
     compare_values,
 )
 from megatron_oprd.weights.hf_files import HFCheckpoint
+from megatron_oprd.weights.manifest import (
+    ChecksumDifference,
+    compare_checksums,
+    read_checksums,
+    stored_tensors,
+)
 from megatron_oprd.weights.megatron_checkpoint import is_megatron
 from megatron_oprd.weights.progress import Progress
 from megatron_oprd.weights.source import WeightSource
@@ -37,12 +43,15 @@ class Verdict:
     """What a comparison found.
 
     Attributes:
-        keys: Differences of keys; None where the level does not look at them.
+        checksums: Tensors that are not what the folder's manifest says; None where the level does
+            not look at them.
+        keys: Differences of keys; None likewise.
         values: Tensors with other values; None likewise.
         states: Differences of hidden states and logits, place by place; None likewise.
         tolerance: Up to which relative difference states count as equal.
     """
 
+    checksums: list[ChecksumDifference] | None = None
     keys: list[KeyDifference] | None = None
     values: list[ValueDifference] | None = None
     states: list[StateDifference] | None = None
@@ -57,7 +66,24 @@ class Verdict:
     @property
     def equal(self) -> bool:
         """Whether nothing differs."""
-        return not self.keys and not self.values and self.first_state_over is None
+        differences = self.checksums or self.keys or self.values
+        return not differences and self.first_state_over is None
+
+
+def verify_manifest(folder: Path) -> Verdict:
+    """Compares the tensors of a folder with the checksums in its manifest.
+
+    Args:
+        folder: A Hugging Face folder or a Megatron checkpoint that one of the tools wrote.
+
+    Raises:
+        UserError: It cannot be read, or has no manifest with checksums.
+    """
+    stored = stored_tensors(folder)
+    expected = read_checksums(folder)
+    with Progress("checking", sum(one.num_bytes for one in stored)) as progress:
+        different = compare_checksums(stored, expected, advance=progress.advance)
+    return Verdict(checksums=different)
 
 
 def verify_files(
@@ -173,19 +199,14 @@ def _check_fits(
 ) -> None:
     """Checks that a model can be run in a layout, before anything is built."""
     opened.check_tensors()
-    data_parallel_size(parallel, int(os.environ.get("WORLD_SIZE", "1")))
     architecture = opened.architecture
     shares(
         architecture,
         opened.source,
-        TargetLayout(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            expert_model_parallel_size=parallel.expert_model_parallel_size,
-            expert_tensor_parallel_size=parallel.expert_tensor_size,
-        ),
+        TargetLayout.of(parallel),
         padded_vocab_size=architecture.padded_vocab_size(parallel.tensor_model_parallel_size),
     )
+    data_parallel_size(parallel, int(os.environ.get("WORLD_SIZE", "1")))
     original = architecture.rope.original_max_position_embeddings
     if architecture.rope.rope_type == "longrope" and original is not None:
         longer = {len(sequence) > original for sequence in sequences}

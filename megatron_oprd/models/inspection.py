@@ -11,6 +11,7 @@ import torch
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts
 from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.layout_checks import check_layout
 from megatron_oprd.place import Place
 from megatron_oprd.weights.accounting import HEAD
 from megatron_oprd.weights.megatron_keys import EMBEDDING, layer_of
@@ -149,16 +150,18 @@ def shares(
     Raises:
         UserError: The layout does not divide the model.
     """
-    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    if architecture.num_attention_heads % tp:
+    pp = layout.pipeline_model_parallel_size
+    check_layout(architecture, layout, model=str(source.folder))
+    if virtual_stages > 1 and pp * virtual_stages > architecture.num_layers:
         raise UserError(
-            f"--tensor-model-parallel-size {tp} does not divide the model's "
-            f"{architecture.num_attention_heads} attention heads"
+            f"--pipeline-model-parallel-size {pp} x --virtual-pipeline-model-parallel-size "
+            f"{virtual_stages}: {source.folder} has {architecture.num_layers} layers; give sizes "
+            "whose product is at most that."
         )
     stages = stage_of_layers(architecture.num_layers, pp * virtual_stages)
     place = Place(
-        tp_size=tp,
-        etp_size=layout.expert_tensor_parallel_size,
+        tp_size=layout.tensor_model_parallel_size,
+        etp_size=layout.expert_tensor_size,
         ep_size=layout.expert_model_parallel_size,
     )
     parameters, num_bytes = [0] * pp, [0] * pp

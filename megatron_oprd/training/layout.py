@@ -7,12 +7,14 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import DTYPES, Extent, padded_vocab_size
 from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.layout_checks import as_setting, check_divides, refuse_expert_sizes
 from megatron_oprd.models.teacher import check_precision, token_multiple
 from megatron_oprd.parallel import data_parallel_size
 from megatron_oprd.place import SequenceSplit
 from megatron_oprd.taps.layer_map import LayerPair, layer_pairs
 from megatron_oprd.taps.stages import student_stages, teacher_stages
 from megatron_oprd.weights.mapping import Mapping
+from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ def make_layout(
     dp_size = data_parallel_size(config.parallel, world_size)
     _check_batch(config, dp_size)
     for setting, arch in (("model.student", student), ("model.teacher", teacher)):
-        _check_heads(setting, arch, config.parallel)
+        check_divides(arch, TargetLayout.of(config.parallel), model=setting, spelling=as_setting)
         _check_sequence_length(setting, arch, config)
     _check_experts(student, teacher, config.parallel)
     pairs = layer_pairs(
@@ -262,42 +264,13 @@ def _check_losses(
         )
 
 
-def _check_heads(setting: str, arch: Architecture, parallel: ParallelConfig) -> None:
-    tp = "tensor_model_parallel_size", parallel.tensor_model_parallel_size
-    divided = [
-        (tp, "attention heads", arch.num_attention_heads),
-    ]
-    if arch.moe is None:
-        divided.append((tp, "feed-forward width", arch.ffn_hidden_size))
-    else:
-        etp = "expert_tensor_parallel_size", parallel.expert_tensor_size
-        ep = "expert_model_parallel_size", parallel.expert_model_parallel_size
-        divided.append((etp, "feed-forward width of each expert", arch.moe.ffn_hidden_size))
-        divided.append((ep, "experts", arch.moe.num_experts))
-    for (name, size), what, count in divided:
-        if count % size:
-            raise UserError(
-                f"parallel.{name} = {size} does not divide the {count} {what} of {setting}"
-            )
-    groups, ranks = arch.num_query_groups, parallel.tensor_model_parallel_size
-    if groups % ranks and ranks % groups:
-        raise UserError(
-            f"parallel.tensor_model_parallel_size = {ranks} neither divides the {groups} key/value "
-            f"heads of {setting}, nor is a multiple of them"
-        )
-
-
 def _check_experts(student: Architecture, teacher: Architecture, parallel: ParallelConfig) -> None:
     if student.moe is None and teacher.moe is None:
-        for name, value, default in (
-            ("expert_model_parallel_size", parallel.expert_model_parallel_size, 1),
-            ("expert_tensor_parallel_size", parallel.expert_tensor_parallel_size, None),
-        ):
-            if value != default:
-                raise UserError(
-                    f"parallel.{name} = {value}, but neither model.student nor model.teacher has "
-                    "a mixture of experts; leave it out"
-                )
+        refuse_expert_sizes(
+            TargetLayout.of(parallel),
+            models="neither model.student nor model.teacher has a",
+            spelling=as_setting,
+        )
     tp = parallel.tensor_model_parallel_size
     if student.moe is not None and tp > 1 and not parallel.sequence_parallel:
         raise UserError(

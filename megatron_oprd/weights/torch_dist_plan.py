@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 
+from megatron_oprd.config import ParallelConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.mapping import Mapping as WeightMapping
 from megatron_oprd.weights.megatron_keys import (
@@ -34,13 +35,29 @@ class TargetLayout:
         tensor_model_parallel_size: Ranks that share each layer's matrices.
         pipeline_model_parallel_size: Ranks that share the layers.
         expert_model_parallel_size: Ranks that share out the experts of each layer.
-        expert_tensor_parallel_size: Ranks that share each expert's matrices.
+        expert_tensor_parallel_size: Ranks that share each expert's matrices; None is
+            ``tensor_model_parallel_size``.
     """
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> "TargetLayout":
+        """What of a run's layout decides which weights a rank has."""
+        return cls(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        )
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """``expert_tensor_parallel_size``, its default filled in."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +216,7 @@ def _cuts(mapping: WeightMapping, layout: TargetLayout) -> list[tuple[int, Bound
     whole = [(0, size) for size in mapping.local_shape(1)]
     parts = 2 if is_gated(mapping) else 1
     size = (
-        layout.tensor_model_parallel_size
-        if mapping.expert is None
-        else layout.expert_tensor_parallel_size
+        layout.tensor_model_parallel_size if mapping.expert is None else layout.expert_tensor_size
     )
     local = mapping.local_shape(size)
     split = [dim for dim, (_, n) in enumerate(whole) if n != local[dim]]

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools.hf_to_megatron import main
+from checkpoint_tools.inspect import main as inspect
+from checkpoint_tools.megatron_to_hf import main as megatron_to_hf
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
@@ -72,8 +74,9 @@ def test_sizes_that_are_none(model: Path, tmp_path: Path, value: str) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--tensor-model-parallel-size=3", "the layout does not fit the model: .* into 3 ranks"),
-        ("--expert-model-parallel-size=3", "8 experts do not divide into 3 ranks"),
+        ("--tensor-model-parallel-size=3", "^--tensor-model-.* 3 does not divide the 4 attention"),
+        ("--expert-model-parallel-size=3", "^--expert-model-.* 3 does not divide the 8 experts of"),
+        ("--expert-tensor-parallel-size=5", "^--expert-tensor-.* 5 does not divide the 24 feed-"),
         ("--pipeline-model-parallel-size=5", "-parallel-size 5: the model has 4 layers"),
     ],
 )
@@ -82,6 +85,48 @@ def test_a_layout_that_does_not_fit(model: Path, tmp_path: Path, option: str, me
         with pytest.raises(UserError, match=message):
             run("--hf", model, "--out", tmp_path / "m", option, *more)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["expert-model-parallel-size", "expert-tensor-parallel-size"])
+def test_expert_sizes_of_a_dense_model(tmp_path: Path, name: str) -> None:
+    save_tiny_model(tmp_path / "hf", tiny_config("llama"), seed=0)
+    arguments = ["--hf", tmp_path / "hf", "--out", tmp_path / "m", "--dry-run"]
+    with pytest.raises(UserError, match=f"--{name} 2, but .*hf has no mixture of experts; leave"):
+        run(*arguments, f"--{name}", 2)
+    with pytest.raises(UserError, match=f"--{name} 2, but .*hf has no mixture of experts; leave"):
+        inspect([str(tmp_path / "hf"), f"--{name}", "2"])
+    assert run(*arguments, "--tensor-model-parallel-size", 2) == 0
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_values_that_are_too_large_for_the_dtype(tmp_path: Path, stored: torch.dtype) -> None:
+    """Infinite ones stay as they are."""
+    save_tiny_model(tmp_path / "hf", tiny_config("llama"), seed=0, dtype=stored)
+    name = "model.layers.2.mlp.down_proj.weight"
+    tensors = {name: t.clone() for name, t in load_file(tmp_path / "hf/model.safetensors").items()}
+    tensors[name][5, 3:6] = torch.tensor([torch.inf, 65504.0, -torch.inf]).to(stored)
+    tensors[name][7, 7] = torch.nan
+    if stored == torch.bfloat16:
+        tensors[name][5, 4] = 65280.0  # the next one is 65536
+    save_file(tensors, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    run("--hf", tmp_path / "hf", "--out", tmp_path / "fits", "--dtype", "float16")
+    found = open_checkpoint(tmp_path / "fits").source.read(name)
+    assert found[5, 3:6].tolist() == tensors[name][5, 3:6].tolist()
+
+    tensors[name][9, 1], tensors[name][9, 2] = -7e4, 6.6e4
+    save_file(tensors, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    largest = 7e4 if stored == torch.float32 else 70144
+    message = (
+        rf"--dtype float16: .*hf has 2 finite values in {name} that would become infinite; the "
+        rf"largest is {largest:.6g}, and float16 ends at 65504. .* give bfloat16 or float32"
+    )
+    with pytest.raises(UserError, match=message):
+        run("--hf", tmp_path / "hf", "--out", tmp_path / "m", "--dtype", "float16")
+    run("--hf", tmp_path / "hf", "--out", tmp_path / "wide")
+    arguments = ["--megatron", tmp_path / "wide", "--out", tmp_path / "m", "--dtype", "float16"]
+    with pytest.raises(UserError, match=message.replace("hf", "release")):
+        megatron_to_hf([str(argument) for argument in arguments])
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_model_that_is_not_whole(model: Path, tmp_path: Path) -> None:

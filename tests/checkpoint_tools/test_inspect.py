@@ -70,6 +70,11 @@ def test_what_cannot_be_read(folders: Path, tmp_path: Path) -> None:
         main([str(tmp_path / "none")])
     with pytest.raises(UserError, match="5: the model has 4 layers"):
         main([str(folders / "hf"), "--pipeline-model-parallel-size", "5"])
+    virtual = ["--pipeline-model-parallel-size", "2", "--virtual-pipeline-model-parallel-size", "3"]
+    with pytest.raises(UserError, match=r"-size 2 x --virtual-.* 3: .*hf has 4 layers; give sizes"):
+        main([str(folders / "hf"), *virtual])
+    with pytest.raises(UserError, match=r"--json .*none/file: there is no folder .*none; make it"):
+        main([str(tmp_path / "none"), "--json", str(tmp_path / "none/file")])
 
 
 def test_the_module_does_not_stand_in_the_way_of_the_standard_library(folders: Path) -> None:

@@ -105,9 +105,12 @@ def test_virtual_stages(folders: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"tensor_model_parallel_size": 3}, r"does not divide the model's 4 attention heads"),
+        (
+            {"tensor_model_parallel_size": 3},
+            r"size 3 does not divide the 4 attention heads of .*moe",
+        ),
         ({"pipeline_model_parallel_size": 5}, r"the model has 4 layers"),
-        ({"expert_model_parallel_size": 3}, r"8 experts do not divide into 3 ranks"),
+        ({"expert_model_parallel_size": 3}, r"size 3 does not divide the 8 experts of"),
     ],
 )
 def test_layouts_that_do_not_divide(folders: Path, layout: dict[str, int], message: str) -> None:

@@ -74,8 +74,7 @@ IN_BFLOAT16 = {"pp2", "ep2_tp2", "pp2_of_tp2", "tp2_of_ep2"}
 
 
 def target(layout: dict[str, int]) -> TargetLayout:
-    tensor = layout.get("tensor_model_parallel_size", 1)
-    sizes = {"expert_tensor_parallel_size": tensor, **layout}
+    sizes = {**layout}
     sizes.pop("virtual_pipeline_model_parallel_size", None)
     return TargetLayout(**sizes)
 
