@@ -1,17 +1,23 @@
-"""Compares two checkpoints, each a Hugging Face folder or a Megatron checkpoint.
+"""Compares two checkpoints, each a Hugging Face folder or a Megatron checkpoint; or checks one.
 
+    python -m checkpoint_tools.verify A
     python -m checkpoint_tools.verify A B --level keys
     python -m checkpoint_tools.verify A B --level bitwise --report report.json
     python -m checkpoint_tools.verify A B --level logits --random 8 --length 64
     torchrun --nproc-per-node 4 -m checkpoint_tools.verify A B --level logits \
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
+With one folder, which one of these tools has written, the checksum of every tensor (of every chunk
+of a Megatron checkpoint) is computed anew and compared with the folder's manifest.json.
+
 keys compares names, shapes and dtypes of tensors, the fields of config.json and companion files;
 bitwise that, and the bits of every value; logits runs both models in fp32 on the same tokens and
 compares every layer's hidden states, the final norm's output and the logits. There a Hugging Face
 folder is run by transformers' own implementation, a Megatron checkpoint by Megatron.
 
-The exit code is 0 without a difference, 1 with one, 2 for input that cannot be compared. Under
+The exit code is 0 without a difference, 1 with one, 2 for input that cannot be compared: a folder
+that is not whole or has no manifest, and at the level logits a model that cannot be run, such as
+one without some of its tensors (keys names them) or in a layout that does not divide it. Under
 torchrun it is torchrun's own, 1 for both of the latter.
 """
 
@@ -28,16 +34,30 @@ from typing import Any
 import transformers
 from rich.console import Console
 
-from checkpoint_tools.common import DTYPES, add_layout_arguments, positive
-from checkpoint_tools.verify_tables import keys_table, states_table, values_table
+from checkpoint_tools.common import (
+    DTYPES,
+    add_layout_arguments,
+    check_report_file,
+    not_negative,
+    positive,
+)
+from checkpoint_tools.verify_tables import (
+    checksums_table,
+    keys_table,
+    states_table,
+    values_table,
+)
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.evaluation.verification import (
     Verdict,
     open_weights,
     verify_files,
+    verify_manifest,
     verify_states,
 )
+
+_CHECKSUMS = "checksums"  # the level of a comparison with the manifest
 
 
 def read_tokens(path: Path) -> list[list[int]]:
@@ -78,16 +98,25 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _sequences(args: argparse.Namespace) -> list[list[int]]:
-    sizes = [
-        open_weights(path, args.hf_config).config.get("vocab_size") for path in (args.a, args.b)
-    ]
+    configs = {path: open_weights(path, args.hf_config).config for path in (args.a, args.b)}
+    sizes = [config.get("vocab_size") for config in configs.values()]
     known = [size for size in sizes if isinstance(size, int)]
     if len(known) != len(sizes):
         raise UserError(f"config.json of {args.a} or of {args.b} has no vocab_size")
     vocab_size = min(known)
-    if args.tokens is None:
+    sequences = None if args.tokens is None else read_tokens(args.tokens)
+    longest = args.length if sequences is None else max(map(len, sequences))
+    for path, config in configs.items():
+        limit = config.get("max_position_embeddings")
+        if isinstance(limit, int) and longest > limit:
+            asked = f"--length {longest}"
+            if sequences is not None:
+                asked = f"--tokens {args.tokens} has a sequence of {longest} tokens"
+            raise UserError(
+                f"{asked}; {path} was made for at most {limit} (max_position_embeddings)."
+            )
+    if sequences is None:
         return random_tokens(args.random, length=args.length, vocab_size=vocab_size, seed=args.seed)
-    sequences = read_tokens(args.tokens)
     highest = max(map(max, sequences))
     if not 0 <= min(map(min, sequences)) <= highest < vocab_size:
         raise UserError(
@@ -100,7 +129,7 @@ def _sequences(args: argparse.Namespace) -> list[list[int]]:
 def _report(args: argparse.Namespace, verdict: Verdict) -> dict[str, Any]:
     report = {
         "a": str(args.a),
-        "b": str(args.b),
+        "b": None if args.b is None else str(args.b),
         "level": args.level,
         "equal": verdict.equal,
         **{name: value for name, value in dataclasses.asdict(verdict).items() if value is not None},
@@ -123,6 +152,8 @@ def _plain(value: Any) -> Any:
 
 
 def _print(console: Console, args: argparse.Namespace, verdict: Verdict) -> None:
+    if verdict.checksums:
+        console.print(checksums_table(verdict.checksums))
     if verdict.keys:
         console.print(keys_table(verdict.keys))
     if verdict.values:
@@ -134,7 +165,11 @@ def _print(console: Console, args: argparse.Namespace, verdict: Verdict) -> None
         return
     counts = [
         f"{len(found)} differences of {what}"
-        for what, found in (("keys", verdict.keys), ("values", verdict.values))
+        for what, found in (
+            ("checksums", verdict.checksums),
+            ("keys", verdict.keys),
+            ("values", verdict.values),
+        )
         if found
     ]
     if (first := verdict.first_state_over) is not None:
@@ -148,11 +183,18 @@ def _print(console: Console, args: argparse.Namespace, verdict: Verdict) -> None
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m checkpoint_tools.verify",
-        description="Compare two checkpoints, each a Hugging Face folder or of Megatron.",
+        description="Compare two checkpoints, each a Hugging Face folder or of Megatron; or one "
+        "with the checksums in its manifest.",
     )
     parser.add_argument("a", type=Path, metavar="A")
-    parser.add_argument("b", type=Path, metavar="B")
-    parser.add_argument("--level", choices=("keys", "bitwise", "logits"), default="bitwise")
+    parser.add_argument(
+        "b", type=Path, metavar="B", nargs="?", help="without it, A is checked by its manifest"
+    )
+    parser.add_argument(
+        "--level",
+        choices=("keys", "bitwise", "logits"),
+        help="how two checkpoints are compared (default: bitwise)",
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write what was found as JSON")
     parser.add_argument(
         "--hf-config",
@@ -175,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     logits.add_argument("--seed", type=int, default=0, help="of these (default: 0)")
     logits.add_argument(
         "--tolerance",
-        type=float,
+        type=not_negative,
         default=1e-4,
         metavar="X",
         help="largest difference at a position, relative to the largest magnitude there or to 1 "
@@ -194,7 +236,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool with the arguments `argv` (the process's by default)."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.b is None and (args.level or args.dtype or args.hf_config):
+        parser.error("--level, --dtype and --hf-config are for two checkpoints; give B")
+    args.level = _CHECKSUMS if args.b is None else args.level or "bitwise"
+    check_report_file("--report", args.report)
     transformers.utils.logging.disable_progress_bar()
     verdict: Verdict | None
     if args.level == "logits":
@@ -217,6 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     elif int(os.environ.get("RANK", "0")) != 0:
         verdict = None  # reading files is work for one
+    elif args.b is None:
+        verdict = verify_manifest(args.a)
     else:
         verdict = verify_files(
             args.a,

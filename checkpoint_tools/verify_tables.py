@@ -2,12 +2,25 @@
 
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_oprd.evaluation.hidden_states import StateDifference
 from megatron_oprd.weights.compare import KeyDifference, ValueDifference
+from megatron_oprd.weights.manifest import ChecksumDifference
 
 _MAX_ROWS = 30  # of a table; the JSON report has them all
+
+
+def checksums_table(differences: Sequence[ChecksumDifference]) -> Table:
+    """One row a tensor or chunk that is not what the manifest says."""
+    table = _table("Checksums", len(differences))
+    table.add_column("tensor, or chunk of one", overflow="fold")
+    table.add_column("on disk", no_wrap=True)
+    for one in differences[:_MAX_ROWS]:
+        found = "other values" if one.expected is not None else "not in the manifest"
+        table.add_row(escape(one.name), "missing" if one.found is None else found)
+    return table
 
 
 def keys_table(differences: Sequence[KeyDifference]) -> Table:

@@ -159,7 +159,7 @@ def test_missing_norm(folders: Path, tmp_path: Path) -> None:
     code, report = verify(folders / "llama", mutant, "keys")
     assert code == 1
     assert report["keys"] == [{"kind": "tensor", "name": INPUT_NORM, "a": "there", "b": None}]
-    # transformers would make it up.
+    # transformers would make it up. What cannot be run is no difference of states.
     with pytest.raises(UserError, match=f"missing keys: {INPUT_NORM}"):
         verify(folders / "llama", mutant, "logits")
 
