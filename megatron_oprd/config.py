@@ -45,7 +45,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """What the frozen teacher costs.
+    """What the teacher costs, and whether it stays as it is.
 
     Attributes:
         precision: fp8 keeps the weights of its layers' matrices in FP8, and everything else (norms,
@@ -63,6 +63,10 @@ class TeacherConfig:
         target_memory_gb: Most memory (10^9 bytes, on each rank) that the teacher's targets of a
             step may take. Where all targets of a step need more, teacher and student take turns
             on groups of micro-batches. A micro-batch is never divided. None keeps all targets.
+        refresh_interval: For a teacher that starts as the student (self-distillation): steps from
+            one time that it takes over the student's weights to the next. None never does.
+        ema_decay: What it then keeps of its own weights, an exponential moving average; 0 takes the
+            student's as they are.
     """
 
     precision: Literal["bf16", "fp8"] = "bf16"
@@ -71,6 +75,8 @@ class TeacherConfig:
     num_layers_at_end_in_bf16: int = 0
     offload: Literal["none", "cpu"] = "none"
     target_memory_gb: float | None = None
+    refresh_interval: int | None = None
+    ema_decay: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -346,7 +352,7 @@ class RunConfig:
         seed: Seed of prompts, rollouts and random states.
         tensorboard: Whether metrics also go to TensorBoard.
         model: The two models.
-        teacher: What the frozen teacher costs.
+        teacher: What the teacher costs, and whether it stays as it is.
         parallel: The model-parallel layout.
         taps: Which hidden states are compared.
         loss: The loss on hidden states.

@@ -188,6 +188,20 @@ def _check_teacher(teacher: TeacherConfig) -> None:
                 raise UserError(
                     f"teacher.{name} = {value} has no effect with teacher.precision = bf16; use fp8"
                 )
+    if not 0 <= teacher.ema_decay < 1:
+        raise UserError(f"teacher.ema_decay = {teacher.ema_decay}: has to be in [0, 1)")
+    if teacher.refresh_interval is None:
+        if teacher.ema_decay:
+            raise UserError(
+                f"teacher.ema_decay = {teacher.ema_decay} has no effect without "
+                "teacher.refresh_interval, the steps between two refreshes"
+            )
+    elif teacher.precision != "bf16" or teacher.offload != "none":
+        raise UserError(
+            f"teacher.refresh_interval = {teacher.refresh_interval} needs teacher.precision = bf16 "
+            f"(found {teacher.precision}) and teacher.offload = none (found {teacher.offload}): "
+            "the teacher's weights change on the device"
+        )
     if teacher.fp8_recipe == "delayed":
         raise UserError(
             "teacher.fp8_recipe = delayed is wrong for a teacher: its scales come from a history "
@@ -272,6 +286,7 @@ def _check_numbers(config: RunConfig) -> None:
         "parallel.expert_tensor_parallel_size",
         "parallel.distributed_timeout_minutes",
         "taps.k",
+        "teacher.refresh_interval",
         "output_loss.k",
         "output_loss.positions_k",
         "output_loss.chunk_tokens",

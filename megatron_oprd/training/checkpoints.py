@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megatron_oprd
 from megatron_oprd.errors import UserError
+from megatron_oprd.models.refresh import TeacherRefresh
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.training.optimizer import TrainState
 from megatron_oprd.training.plan import RunPlan
@@ -80,8 +81,17 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def save(plan: RunPlan, state: TrainState, progress: Progress, *, context: ParallelContext) -> Path:
+def save(
+    plan: RunPlan,
+    state: TrainState,
+    progress: Progress,
+    *,
+    context: ParallelContext,
+    refresh: TeacherRefresh | None = None,
+) -> Path:
     """Writes a checkpoint, then removes the oldest beyond ``keep``.
+
+    A teacher that is refreshed is part of it.
 
     It is written under a temporary name and renamed when it is whole. Every rank has to call.
     """
@@ -96,6 +106,8 @@ def save(plan: RunPlan, state: TrainState, progress: Progress, *, context: Paral
     with state.states_on_device():
         content = _sharded_state(state, context, is_loading=False, with_rng=True)
         content["scheduler_steps"] = state.scheduler.num_steps
+        if refresh is not None:
+            content["teacher"] = refresh.sharded_state_dict(metadata=dict(_MODEL_METADATA))
         dist_checkpointing.save(content, str(temporary))
     dist.barrier()
     if context.rank == 0:
@@ -110,7 +122,12 @@ def save(plan: RunPlan, state: TrainState, progress: Progress, *, context: Paral
 
 
 def load(
-    checkpoint: Path, plan: RunPlan, state: TrainState, *, context: ParallelContext
+    checkpoint: Path,
+    plan: RunPlan,
+    state: TrainState,
+    *,
+    context: ParallelContext,
+    refresh: TeacherRefresh | None = None,
 ) -> Progress:
     """Restores a run's state in place, whatever layout the checkpoint was written in.
 
@@ -123,10 +140,14 @@ def load(
     same_layout = manifest["layout"] == _layout(plan)
     with state.states_on_device():
         content = _sharded_state(state, context, is_loading=True, with_rng=same_layout)
+        if refresh is not None:
+            content["teacher"] = refresh.sharded_state_dict(metadata=dict(_MODEL_METADATA))
         loaded = dist_checkpointing.load(content, str(checkpoint))
         for name, module in _named_modules(state):
             module.load_state_dict(loaded[name])
         _load_optimizer(state, loaded["optimizer"])
+        if refresh is not None:
+            refresh.load(loaded["teacher"])
     state.scheduler.num_steps = 0
     state.scheduler.step(increment=loaded["scheduler_steps"])
     if same_layout:

@@ -1,6 +1,7 @@
 """Where the layers of both models sit, worked out from their configurations alone."""
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from megatron_oprd.config import ParallelConfig, RunConfig
 from megatron_oprd.errors import UserError
@@ -145,7 +146,11 @@ def make_layout(
     student_layers = _student_layers(config, student, pairs)
     to_the_end = compares_outputs(config)
     depth = teacher.num_layers if to_the_end else max(pair.teacher for pair in pairs) + 1
-    teacher_layers = teacher_stages(pairs, student_layers, depth=depth)
+    if config.teacher.refresh_interval is None:
+        teacher_layers = teacher_stages(pairs, student_layers, depth=depth)
+    else:
+        _check_same_model(config, pairs, student, teacher)
+        teacher_layers = _first_layers(student_layers, depth)
     takes_norm = config.taps.last_layer == "post_norm"
     if to_the_end and takes_norm and teacher_layers[-1] == 0:
         raise UserError(
@@ -245,6 +250,28 @@ def _student_layers(
                 "(parallel.pipeline_model_parallel_size)"
             )
     return layers
+
+
+def _check_same_model(
+    config: RunConfig, pairs: list[LayerPair], student: Architecture, teacher: Architecture
+) -> None:
+    setting = f"teacher.refresh_interval = {config.teacher.refresh_interval}"
+    if student != teacher:
+        raise UserError(
+            f"{setting} needs model.teacher to be of model.student's architecture, whose weights "
+            "it takes over; give the student itself"
+        )
+    if other := [pair for pair in pairs if pair.student != pair.teacher]:
+        raise UserError(
+            f"{setting} needs each layer to be matched with itself; taps.layer_map matches student "
+            f"layer {other[0].student} with teacher layer {other[0].teacher}"
+        )
+
+
+def _first_layers(layers_per_stage: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """The first ``depth`` layers, on the stages where they are."""
+    ends = [min(end, depth) for end in accumulate(layers_per_stage)]
+    return tuple(end - start for start, end in pairwise([0, *ends]))
 
 
 def _check_losses(

@@ -55,7 +55,9 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
     exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
     done = Progress()
     if resume_from is not None:
-        done = checkpoints.load(resume_from, plan, distiller.state, context=context)
+        done = checkpoints.load(
+            resume_from, plan, distiller.state, context=context, refresh=distiller.refresh
+        )
     engine = _make_engine(plan, context) if context.is_leader else None
     skipped_steps, skipped_in_a_row = done.skipped_steps, 0
     with _loggers(config, context, first_step=done.step) as loggers:
@@ -72,6 +74,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
                 [rollout.prompt_ids for rollout in rollouts],
                 [rollout.response_ids for rollout in rollouts],
             )
+            distiller.refresh_teacher(step + 1)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             skipped_steps += result.skipped
             metrics = {
@@ -97,7 +100,9 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             at_end = step + 1 == config.train_iters
             if interval is not None and (at_end or (step + 1) % interval == 0):
                 done = Progress(step=step + 1, skipped_steps=skipped_steps)
-                checkpoints.save(plan, distiller.state, done, context=context)
+                checkpoints.save(
+                    plan, distiller.state, done, context=context, refresh=distiller.refresh
+                )
     distiller.state.gather_parameters()
     return _export(plan, exporter, context)
 

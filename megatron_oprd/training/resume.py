@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from megatron_oprd.config import RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.training.checkpoints import read_manifest, whole_checkpoints
 from megatron_oprd.training.plan import RunPlan, export_folder
@@ -57,12 +58,14 @@ def checkpoint_to_resume(plan: RunPlan) -> Path | None:
                     f"{newest} is of another model: {field} = {found!r}, but model.{setting} "
                     f"({model.checkpoint.folder}) has {value!r}; give another output_dir"
                 )
-    before, now = _flat(manifest["settings"]), _flat(dataclasses.asdict(config))
+    # A setting that there was not has had its default.
+    defaults = _flat(dataclasses.asdict(RunConfig()))
+    before, now = defaults | _flat(manifest["settings"]), _flat(dataclasses.asdict(config))
     for key, value in now.items():
-        if not key.startswith(_MAY_CHANGE) and before.get(key) != value:
+        if not key.startswith(_MAY_CHANGE) and before[key] != value:
             raise UserError(
-                f"{newest} was written with {key} = {before.get(key)!r}, now it is {value!r}; a "
-                "run goes on with the settings it has. Give the old value, or another output_dir"
+                f"{newest} was written with {key} = {before[key]!r}, now it is {value!r}; a run "
+                "goes on with the settings it has. Give the old value, or another output_dir"
             )
     if config.train_iters < manifest["step"]:
         raise UserError(

@@ -20,6 +20,7 @@ from megatron_oprd.data.batching import MicroBatch
 from megatron_oprd.data.teacher_sequences import TeacherSequence
 from megatron_oprd.models.build import build_model, transformer_config
 from megatron_oprd.models.offload import OffloadedWeights
+from megatron_oprd.models.refresh import TeacherRefresh
 from megatron_oprd.models.student import freeze_past_deepest_tap
 from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel import ParallelContext
@@ -88,6 +89,12 @@ class Distiller:
     Args:
         plan: The run.
         context: This rank's place.
+
+    Attributes:
+        plan: The run.
+        context: This rank's place.
+        state: What changes during training.
+        refresh: How the teacher follows the student; None if it does not.
     """
 
     def __init__(self, plan: RunPlan, context: ParallelContext) -> None:
@@ -123,6 +130,14 @@ class Distiller:
         )
         self._taps.attach_student(student, depth=plan.student.architecture.num_layers)
         self._student_config = student_config
+        self.refresh: TeacherRefresh | None = None
+        if config.teacher.refresh_interval is not None:
+            self.refresh = TeacherRefresh(
+                teacher,
+                student,
+                interval=config.teacher.refresh_interval,
+                ema_decay=config.teacher.ema_decay,
+            )
         self._head: HeadTap | None = None
         if plan.compares_outputs and student[-1].post_process:
             self._head = HeadTap(
@@ -229,6 +244,16 @@ class Distiller:
                 self.state.scheduler.step(increment=1)
         self.state.free_gradients()
         return norm, is_finite
+
+    def refresh_teacher(self, num_steps: int) -> None:
+        """Has the teacher follow the student, if it does and it is time.
+
+        Args:
+            num_steps: Steps that are done.
+        """
+        if self.refresh is not None:
+            self.state.gather_parameters()
+            self.refresh.after_update(num_steps)
 
     def step(
         self,

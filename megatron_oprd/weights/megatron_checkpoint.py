@@ -22,7 +22,7 @@ from megatron_oprd.weights.megatron_keys import (
     Slot,
     halves,
     is_gated,
-    is_optimizer_state,
+    is_no_weight,
     num_layers,
     slots,
 )
@@ -283,7 +283,7 @@ def _with_stored_head(files: TorchDistFiles, table: Sequence[Mapping]) -> list[M
 
 def _find_homes(files: TorchDistFiles, table: Sequence[Mapping]) -> list[_Home]:
     """Where each parameter is; every tensor of the model is used."""
-    present = {name for name in files.names() if not is_optimizer_state(name)}
+    present = {name for name in files.names() if not is_no_weight(name)}
     layers = num_layers(table)
     homes, missing = [], []
     for mapping in table:

@@ -22,7 +22,7 @@ OUTPUT_LAYER = "output_layer.weight"
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.experts)\.\d+\.(.+)")
-_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+_OTHERS = re.compile(r"(chained_\d+\.)?optimizer\.|teacher\.")
 # What Megatron's layer spec without Transformer Engine calls the norm in front of experts.
 _OTHER_NAMES = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
 
@@ -96,6 +96,6 @@ def halves(key: str) -> tuple[str, str]:
     return f"{key}_w", f"{key}_v"
 
 
-def is_optimizer_state(key: str) -> bool:
-    """Whether a tensor of a training checkpoint belongs to the optimizer, not to the model."""
-    return _OPTIMIZER.match(key) is not None
+def is_no_weight(key: str) -> bool:
+    """Whether a tensor of a training checkpoint is the optimizer's, or of a refreshed teacher."""
+    return _OTHERS.match(key) is not None
