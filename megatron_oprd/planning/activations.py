@@ -161,6 +161,12 @@ def saved_by_tap(shape: LayerShape, rows: int) -> int:
     return rows * shape.architecture.hidden_size * shape.itemsize
 
 
+def saved_by_head(shape: LayerShape, rows: int, *, vocab_size: int) -> int:
+    """Bytes of an output-space loss's gradients, of ``rows`` hidden states and of the LM head."""
+    columns, width = vocab_size // shape.tp, shape.architecture.hidden_size
+    return rows * (width * shape.itemsize + _INT64) + columns * width * shape.itemsize
+
+
 def saved_by_recomputed(shape: LayerShape, *, distribute: bool) -> int:
     """Bytes that a recomputed run of layers saves: its input.
 
@@ -204,6 +210,29 @@ def tap_workspace(shape: LayerShape, rows: int) -> int:
     """Bytes that a tap needs while it compares ``rows`` hidden states with their targets."""
     # The rows and their gradient; in fp32 both sides, the difference, and its square or product.
     return rows * shape.architecture.hidden_size * (2 * shape.itemsize + 5 * _FP32)
+
+
+def head_workspace(
+    shape: LayerShape, rows: int, *, chunk_rows: int, teacher_width: int, vocab_size: int
+) -> int:
+    """Bytes that an output-space loss needs beside the gradients that it saves.
+
+    Args:
+        shape: A layer of the student.
+        rows: Compared positions.
+        chunk_rows: Positions whose logits exist at a time.
+        teacher_width: The teacher's hidden size.
+        vocab_size: Rows of either head, over all ranks.
+    """
+    columns, width = vocab_size // shape.tp, shape.architecture.hidden_size
+    chunk = min(chunk_rows, rows)
+    # The rows, and a chunk of both models' rows.
+    of_rows = (rows * width + chunk * (width + teacher_width)) * shape.itemsize
+    # The head's gradient, summed in fp32 (which is what is saved if that is its format), and that
+    # of a chunk.
+    of_head = columns * width * (shape.itemsize + (_FP32 if shape.itemsize != _FP32 else 0))
+    # Both models' logits, their log-probabilities, and what a loss makes of them.
+    return of_rows + of_head + chunk * columns * (2 * shape.itemsize + 6 * _FP32)
 
 
 def forward_workspace(shape: LayerShape) -> int:

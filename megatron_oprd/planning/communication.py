@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.planning.layers import (
+    has_output_loss,
     num_checkpoints,
     num_recomputed,
     num_running,
@@ -93,6 +94,8 @@ def _teacher_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
     steps = 2 * _parallel_halves(layout.teacher) * _teacher_layers(layout, pp_rank)
     if pp_rank == 0:
         steps += 1 if layout.config.parallel.sequence_parallel else 2
+    if has_output_loss(layout, pp_rank) and layout.config.parallel.sequence_parallel:
+        steps += 1
     return _ring(layout, steps * _whole_bytes(layout, layout.teacher, workload))
 
 
@@ -106,6 +109,9 @@ def _student_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
     in_backward = 3 if sequence_parallel else 2
     steps = _parallel_halves(layout.student) * (2 * (running + recomputed) + in_backward * running)
     if pp_rank == 0:
+        steps += 2
+    if has_output_loss(layout, pp_rank):
+        # Hidden states; sums of a few numbers a position are left out.
         steps += 2
     if layout.config.recompute.distribute_saved_activations:
         steps += sum(num_checkpoints(layout, stage) for stage in stages)

@@ -8,7 +8,7 @@ costs twice the forward pass, attention's two and a half times (it computes the 
 from dataclasses import dataclass
 
 from megatron_oprd.models.architecture import Architecture
-from megatron_oprd.planning.layers import num_recomputed, num_running
+from megatron_oprd.planning.layers import is_last_stage, num_recomputed, num_running
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
 
@@ -67,10 +67,16 @@ def stage_flops(layout: RunLayout, workload: Workload, stage: int) -> StageFlops
         recompute = attention * running
     else:
         recompute = (linear + attention) * num_recomputed(layout, stage)
+    # Logits; their gradients, of the hidden states and of the head. The teacher's are computed
+    # beside the student's.
+    rows = workload.output_rows * workload.num_micro_batches
+    at_head = layout.compares_outputs and is_last_stage(layout, stage)
+    logits = rows * _lm_head(layout.student.architecture) if at_head else 0
+    of_teacher = rows * _lm_head(layout.teacher.architecture) if at_head else 0
     return StageFlops(
         teacher=teacher * teacher_layers,
-        student_forward=(linear + attention) * running,
-        student_backward=(2 * linear + 5 * attention // 2) * running,
+        student_forward=(linear + attention) * running + logits + of_teacher,
+        student_backward=(2 * linear + 5 * attention // 2) * running + 2 * logits,
         student_recompute=recompute,
     )
 

@@ -23,6 +23,17 @@ def layers_of_stage(model: ModelLayout, stage: int) -> range:
     return range(start, start + counts[stage])
 
 
+def is_last_stage(layout: RunLayout, stage: int) -> bool:
+    """Whether a stage has the models' ends."""
+    return stage == len(layout.student.extent.layers_per_stage) - 1
+
+
+def has_output_loss(layout: RunLayout, pp_rank: int) -> bool:
+    """Whether a pipeline rank compares next-token distributions."""
+    stages = stages_of_rank(layout, pp_rank)
+    return layout.compares_outputs and any(is_last_stage(layout, stage) for stage in stages)
+
+
 def num_running(layout: RunLayout, stage: int) -> int:
     """The student's layers on a stage that run in training: those up to the deepest tap."""
     layers = layers_of_stage(layout.student, stage)

@@ -10,7 +10,7 @@ from megatron_oprd.planning.parameters import (
     gradient_bytes,
     optimizer_bytes,
 )
-from megatron_oprd.planning.passes import student_peak, target_bytes, teacher_workspace
+from megatron_oprd.planning.passes import kept_target_bytes, student_peak, teacher_workspace
 from megatron_oprd.planning.rollout import engine_bytes
 from megatron_oprd.planning.teacher import teacher_bytes
 from megatron_oprd.planning.workload import Workload
@@ -88,7 +88,7 @@ def _rank_memory(
     gradients = gradient_bytes(student)
     states = optimizer_bytes(student, layout, itemsize=itemsize)
     teacher = teacher_bytes(layout, pp_rank=pp_rank, itemsize=itemsize)
-    targets = target_bytes(layout, workload.kept_rows, pp_rank=pp_rank)
+    targets = kept_target_bytes(layout, workload, pp_rank=pp_rank)
     peak = student_peak(layout, workload, kernels, pp_rank=pp_rank)
     phases: dict[Phase, dict[Item, int]] = {
         phase: {"student parameters": student.total * itemsize} for phase in PHASES
@@ -99,6 +99,8 @@ def _rank_memory(
             phases[phase]["optimizer states"] = states
         if phase == "teacher" or config.teacher.offload == "none":
             phases[phase]["teacher weights"] = teacher.weights
+        elif teacher.head:
+            phases[phase]["teacher weights"] = teacher.head
         # Gradient buffers are back for the second group of micro-batches.
         is_back = phase == "teacher" and workload.group_size < workload.num_micro_batches
         if phase in ("student", "optimizer") or is_back or not config.optimizer.offload_states:
@@ -118,6 +120,6 @@ def _rank_memory(
         else:
             phases["rollout"]["KV cache"] = engine.kv_cache
             phases["rollout"]["workspace"] = engine.workspace
-    host = teacher.weights if config.teacher.offload == "cpu" else 0
+    host = teacher.weights - teacher.head if config.teacher.offload == "cpu" else 0
     host += states if config.optimizer.offload_states else 0
     return RankMemory(pp_rank=pp_rank, is_leader=is_leader, phases=phases, host_bytes=host)

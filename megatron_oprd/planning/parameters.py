@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.place import Place
-from megatron_oprd.planning.layers import LAYER, stage_of, stages_of_rank, trains
+from megatron_oprd.planning.layers import (
+    LAYER,
+    has_output_loss,
+    stage_of,
+    stages_of_rank,
+    trains,
+)
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 from megatron_oprd.weights.mapping import Mapping
 
@@ -67,6 +73,11 @@ def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> Par
         if is_student and trains(name, layout):
             counts["trainable" if mapping.expert is None else "trainable_experts"] += sizes[kind]
             counts["replicated"] += sizes[kind] if mapping.is_replicated else 0
+    if model.architecture.tied and pp_rank > 0 and has_output_loss(layout, pp_rank):
+        # Megatron keeps a copy of the embedding on the last stage.
+        copy = model.padded_vocab_size // place.tp_size * model.architecture.hidden_size
+        counts["total"] += copy
+        counts["trainable"] += copy if is_student else 0
     return ParameterCounts(
         total=counts["total"],
         trainable=counts["trainable"],

@@ -10,6 +10,8 @@ from megatron_oprd.planning.activations import (
     backward_workspace,
     embedding_workspace,
     forward_workspace,
+    head_workspace,
+    saved_by_head,
     saved_by_layer,
     saved_by_norm,
     saved_by_recomputed,
@@ -17,6 +19,7 @@ from megatron_oprd.planning.activations import (
     tap_workspace,
 )
 from megatron_oprd.planning.layers import (
+    is_last_stage,
     layers_of_stage,
     num_checkpoints,
     num_running,
@@ -31,7 +34,7 @@ def student_peak(layout: RunLayout, workload: Workload, kernels: Kernels, *, pp_
     """The most that pipeline rank ``pp_rank`` keeps at once in the student's pass."""
     return peak_of_student_pass(
         student_chunks(layout, workload, kernels, pp_rank=pp_rank),
-        targets=target_bytes(layout, workload.kept_rows, pp_rank=pp_rank),
+        targets=kept_target_bytes(layout, workload, pp_rank=pp_rank),
         pp_rank=pp_rank,
         pp_size=layout.config.parallel.pipeline_model_parallel_size,
         num_micro_batches=workload.group_size,
@@ -56,10 +59,13 @@ def teacher_workspace(layout: RunLayout, workload: Workload, kernels: Kernels) -
     return forward_workspace(layer_shape(layout, layout.teacher, workload, kernels))
 
 
-def target_bytes(layout: RunLayout, rows: int, *, pp_rank: int) -> int:
-    """Bytes of the targets of ``rows`` supervised positions on pipeline rank ``pp_rank``."""
+def kept_target_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> int:
+    """Bytes of the targets that pipeline rank ``pp_rank`` keeps at once."""
     stages = stages_of_rank(layout, pp_rank)
-    return sum(_target_bytes_of_stage(layout, rows, stage) for stage in stages)
+    return sum(
+        _target_bytes_of_stage(layout, workload.kept_rows, workload.kept_output_rows, stage)
+        for stage in stages
+    )
 
 
 def _student_chunk(
@@ -67,14 +73,25 @@ def _student_chunk(
 ) -> ChunkBytes:
     shape = layer_shape(layout, layout.student, workload, kernels)
     saved, recomputed = _saved_by_chunk(layout, shape, workload.target_rows, stage)
-    embedding = embedding_workspace(shape, padded_vocab_size=layout.student.padded_vocab_size)
+    vocab_size = layout.student.padded_vocab_size
+    embedding = embedding_workspace(shape, padded_vocab_size=vocab_size)
+    head = 0
+    if layout.compares_outputs and is_last_stage(layout, stage):
+        saved += saved_by_head(shape, workload.output_rows, vocab_size=vocab_size)
+        head = head_workspace(
+            shape,
+            workload.output_rows,
+            chunk_rows=layout.config.output_loss.chunk_tokens,
+            teacher_width=layout.teacher.architecture.hidden_size,
+            vocab_size=vocab_size,
+        )
     return ChunkBytes(
         saved=saved,
         recomputed=recomputed,
-        workspace=max(backward_workspace(shape), tap_workspace(shape, workload.target_rows))
+        workspace=max(backward_workspace(shape), tap_workspace(shape, workload.target_rows), head)
         + _messages(layout) * shape.hidden_bytes,
         end_workspace=embedding if stage == 0 else 0,
-        targets=_target_bytes_of_stage(layout, workload.target_rows, stage),
+        targets=_target_bytes_of_stage(layout, workload.target_rows, workload.output_rows, stage),
         uses_targets_in_backward=layout.config.recompute.recompute_method == "uniform",
     )
 
@@ -88,8 +105,9 @@ def _saved_by_chunk(layout: RunLayout, shape: LayerShape, rows: int, stage: int)
         shape, recompute_attention=recompute.recompute_granularity == "selective"
     )
     of_taps = tapped * saved_by_tap(shape, rows)
-    is_last = stage == len(layout.student.extent.layers_per_stage) - 1
-    norm = saved_by_norm(shape) if is_last else 0  # it runs, whether it trains or not
+    norm = (
+        saved_by_norm(shape) if is_last_stage(layout, stage) else 0
+    )  # it runs, whether it trains or not
     if recompute.recompute_method is None:
         return running * of_layer + of_taps + norm, 0
     with_tap = of_layer + of_taps // max(running, 1)
@@ -113,11 +131,14 @@ def _messages(layout: RunLayout) -> int:
     return 1 if parallel.pipeline_model_parallel_size > 1 else 0
 
 
-def _target_bytes_of_stage(layout: RunLayout, rows: int, stage: int) -> int:
+def _target_bytes_of_stage(layout: RunLayout, rows: int, output_rows: int, stage: int) -> int:
     layers = layers_of_stage(layout.teacher, stage)
     tapped = {pair.teacher for pair in layout.pairs} & set(layers)
     width = layout.teacher.architecture.hidden_size
-    return rows * len(tapped) * width * DTYPES[layout.config.model.params_dtype].itemsize
+    of_taps = rows * len(tapped) * width * DTYPES[layout.config.model.params_dtype].itemsize
+    if not is_last_stage(layout, stage):
+        return of_taps
+    return of_taps + output_rows * layout.output_target_bytes_per_row
 
 
 def layer_shape(

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_oprd.models.teacher import layers_in_fp8, uses_engine
-from megatron_oprd.planning.layers import layer_of
+from megatron_oprd.planning.layers import has_output_loss, layer_of
 from megatron_oprd.planning.parameters import held_parameters, place_of
 from megatron_oprd.training.layout import RunLayout
 
@@ -19,10 +19,12 @@ class TeacherBytes:
 
     Attributes:
         weights: All of them, scales included.
+        head: Of these the LM head that an output-space loss uses, which stays on the device.
         decoding: What one weight takes while a layer that decodes it runs.
     """
 
     weights: int
+    head: int
     decoding: int
 
 
@@ -45,8 +47,18 @@ def teacher_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> TeacherB
             largest = max(largest, math.prod(shape))
         else:
             weights += math.prod(shape) * itemsize
+    a = layout.teacher.architecture
+    if a.tied and pp_rank > 0 and has_output_loss(layout, pp_rank):
+        weights += layout.teacher.padded_vocab_size // place.tp_size * a.hidden_size * itemsize
     decodes = largest and not uses_engine(teacher)
-    return TeacherBytes(weights=weights, decoding=largest * itemsize + _DECODING if decodes else 0)
+    head = 0
+    if has_output_loss(layout, pp_rank):
+        head = layout.teacher.padded_vocab_size // place.tp_size * a.hidden_size * itemsize
+    return TeacherBytes(
+        weights=weights,
+        head=head,
+        decoding=largest * itemsize + _DECODING if decodes else 0,
+    )
 
 
 def _fp8_bytes(rows: int, columns: int, *, recipe: str) -> int:

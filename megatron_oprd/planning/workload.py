@@ -1,8 +1,10 @@
 """What one data-parallel replica works on in a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megatron_oprd.config import Alignment, Positions
 from megatron_oprd.data.batching import pack
+from megatron_oprd.place import SequenceSplit
 from megatron_oprd.taps.supervision import position_weights
 from megatron_oprd.training.layout import RunLayout
 from megatron_oprd.training.target_groups import supervised_rows, target_groups
@@ -24,6 +26,9 @@ class Workload:
             them, where ranks share sequences.
         kept_rows: Supervised positions whose targets a rank keeps at once: those of a whole step,
             or of a group of micro-batches under ``teacher.target_memory_gb``.
+        output_rows: Positions of the output-space loss in the largest micro-batch, which every
+            tensor-parallel rank has; 0 without one.
+        kept_output_rows: Of these what is kept at once.
         group_size: Micro-batches of such a group.
     """
 
@@ -36,6 +41,8 @@ class Workload:
     row_tokens: int
     target_rows: int
     kept_rows: int
+    output_rows: int
+    kept_output_rows: int
     group_size: int
 
     @property
@@ -71,22 +78,36 @@ def workload(layout: RunLayout, *, prompt_tokens: int, response_tokens: int) -> 
         multiple=multiple,
         is_padded=not is_packed,
     )[0]
-    weights = position_weights(
-        [prompt_tokens],
-        [response_tokens],
-        positions=config.taps.positions,
-        k=config.taps.k,
-        alignment=config.taps.alignment,
-        aggregation=config.loss.aggregation,
-    )
-    rows_of = {
-        size: supervised_rows([0] * size, weights, split, is_packed=is_packed)
-        for size in set(map(len, replica))
-    }
-    rows = [rows_of[len(batch)] for batch in replica]
+    taps, output = config.taps, config.output_loss
+
+    def rows_of(
+        positions: Positions, k: int | None, alignment: Alignment, split: SequenceSplit
+    ) -> list[int]:
+        weights = position_weights(
+            [prompt_tokens],
+            [response_tokens],
+            positions=positions,
+            k=k,
+            alignment=alignment,
+            aggregation=config.loss.aggregation,
+        )
+        of_size = {
+            size: supervised_rows([0] * size, weights, split, is_packed=is_packed)
+            for size in set(map(len, replica))
+        }
+        return [of_size[len(batch)] for batch in replica]
+
+    rows = rows_of(taps.positions, taps.k, taps.alignment, split)
+    output_rows = [0] * len(replica)
+    if layout.compares_outputs:
+        whole = replace(split, tp_size=1)
+        output_rows = rows_of(output.positions, output.positions_k, "predictor", whole)
     budget = config.teacher.target_memory_gb
     groups = target_groups(
-        [count * layout.target_bytes_per_row for count in rows],
+        [
+            count * layout.target_bytes_per_row + output_count * layout.output_target_bytes_per_row
+            for count, output_count in zip(rows, output_rows, strict=True)
+        ],
         max_bytes=None if budget is None else budget * 1e9,
         multiple=multiple,
     )
@@ -103,5 +124,7 @@ def workload(layout: RunLayout, *, prompt_tokens: int, response_tokens: int) -> 
         row_tokens=-(-row // multiple) * multiple,
         target_rows=max(rows),
         kept_rows=sum(rows[i] for i in largest),
+        output_rows=max(output_rows),
+        kept_output_rows=sum(output_rows[i] for i in largest),
         group_size=len(largest),
     )

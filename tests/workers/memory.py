@@ -154,6 +154,8 @@ def run(case: dict[str, Any], directory: Path) -> None:
 
         distiller.teacher_pass(group)
         targets = [target for target, _ in distiller._taps._targets.values()]
+        if distiller._head is not None:
+            targets += distiller._head._targets.values()
         target_bytes = _bytes(targets)
         state.clear_gradients()
         known = [
