@@ -211,7 +211,8 @@ class DataConfig:
         prompt_key: Column with the prompt: text or chat messages.
         chat_template: None renders chat messages and leaves text as it is; true wraps text as a
             user's message; false refuses chat messages.
-        max_prompt_tokens: Longer prompts are dropped and counted.
+        max_prompt_tokens: Longer prompts are dropped or cut, and counted.
+        long_prompts: drop leaves them out; cut takes their last ``max_prompt_tokens`` tokens.
         shuffle: Whether each epoch is a seeded permutation.
     """
 
@@ -219,6 +220,7 @@ class DataConfig:
     prompt_key: str = "prompt"
     chat_template: bool | None = None
     max_prompt_tokens: int = 1024
+    long_prompts: Literal["drop", "cut"] = "drop"
     shuffle: bool = True
 
 
@@ -234,6 +236,9 @@ class RolloutConfig:
         temperature: Softmax temperature; 0 is greedy.
         top_p: Nucleus; 1.0 is off.
         top_k: Most likely tokens to choose from; 0 is off.
+        stop: A response ends behind the first of these texts that it contains.
+        stop_token_ids: A response ends with any of these tokens, besides the model's own
+            end-of-sequence tokens.
         max_batch_size: Sequences that are generated at once; None takes a replica's whole share.
     """
 
@@ -244,7 +249,34 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
     max_batch_size: int | None = None
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Evaluation on benchmarks during the run, as `megatron_oprd.evaluate` does it by itself.
+
+    Attributes:
+        interval: Steps between evaluations; there is one more at the end. None evaluates never.
+        data: Parquet or JSONL files with the columns ``prompt`` and ``reward_model.ground_truth``.
+        limit: Problems that are taken of each file, its first ones; None takes all.
+        instruction: Text that is put behind each problem; None leaves problems as they are.
+        n: Responses for each problem.
+        max_new_tokens: A response is cut after this many tokens.
+        temperature: Softmax temperature; 0 is greedy.
+        top_p: Nucleus; 1.0 is off.
+    """
+
+    interval: int | None = None
+    data: list[str] = field(default_factory=list)
+    limit: int | None = None
+    instruction: str | None = None
+    n: int = 16
+    max_new_tokens: int = 1024
+    temperature: float = 0.7
+    top_p: float = 0.95
 
 
 @dataclass(kw_only=True)
@@ -363,6 +395,7 @@ class RunConfig:
         optimizer: AdamW and its schedule.
         recompute: Activation recompute.
         checkpoint: Training checkpoints.
+        evaluation: Evaluation on benchmarks during the run.
     """
 
     output_dir: str = "???"
@@ -381,3 +414,4 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -121,6 +121,14 @@ def check_values(config: RunConfig) -> None:
             f"{config.parallel.context_parallel_size}: packed sequences are not divided; use one "
             "of the two"
         )
+    if "" in config.rollout.stop:
+        raise UserError("rollout.stop has an empty text, which every response would end with")
+    evaluation = config.evaluation
+    if (evaluation.interval is None) != (not evaluation.data):
+        raise UserError(
+            f"evaluation.interval = {evaluation.interval} with evaluation.data = "
+            f"{evaluation.data}: give both or neither"
+        )
     _check_recompute(config)
     _check_optimizer(config)
 
@@ -295,6 +303,10 @@ def _check_numbers(config: RunConfig) -> None:
         "rollout.samples_per_prompt",
         "rollout.max_new_tokens",
         "rollout.max_batch_size",
+        "evaluation.interval",
+        "evaluation.limit",
+        "evaluation.n",
+        "evaluation.max_new_tokens",
         "batch.max_tokens",
         "batch.micro_batch_size",
         "optimizer.max_skipped_in_a_row",
@@ -315,6 +327,7 @@ def _check_numbers(config: RunConfig) -> None:
         "output_loss.coefficient",
         "rollout.temperature",
         "rollout.top_k",
+        "evaluation.temperature",
         "teacher.num_layers_at_start_in_bf16",
         "teacher.num_layers_at_end_in_bf16",
         "seed",
@@ -333,8 +346,9 @@ def _check_numbers(config: RunConfig) -> None:
             raise UserError(f"optimizer.{key} = {value}: has to be in [0, 1)")
     if not 0 < config.optimizer.adam_eps < math.inf:
         raise UserError(f"optimizer.adam_eps = {config.optimizer.adam_eps}: has to be above 0")
-    if not 0 < config.rollout.top_p <= 1:
-        raise UserError(f"rollout.top_p = {config.rollout.top_p}: has to be in (0, 1]")
+    for key in ("rollout.top_p", "evaluation.top_p"):
+        if not 0 < _get(config, key) <= 1:
+            raise UserError(f"{key} = {_get(config, key)}: has to be in (0, 1]")
 
 
 def _get(config: Any, key: str) -> Any:

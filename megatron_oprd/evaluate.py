@@ -1,4 +1,11 @@
-"""Measures students against their teacher on held-out prompts.
+"""Measures models: by responses to benchmarks, or students against their teacher.
+
+On benchmarks, with answers that are sampled and graded:
+
+python -m megatron_oprd.evaluate --model student=DIR teacher=DIR --data math-500.parquet \
+    --n 16 --temperature 0.7 --top-p 0.95 --output DIR
+
+Against the teacher, on held-out prompts that it continues, without sampling:
 
 python -m megatron_oprd.evaluate --teacher TEACHER --student before=PRUNED after=TRAINED \
     --prompts heldout.jsonl --output eval.json
@@ -7,53 +14,194 @@ python -m megatron_oprd.evaluate --teacher TEACHER --student before=PRUNED after
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
 
+from megatron_oprd.data.benchmarks import load_benchmarks
 from megatron_oprd.errors import UserError, run_entry_point
+from megatron_oprd.evaluation.benchmark_tables import benchmarks_table
+from megatron_oprd.evaluation.benchmarks import (
+    GenerationSettings,
+    evaluate_on_benchmarks,
+    write_benchmark_evaluation,
+)
 from megatron_oprd.evaluation.students import evaluate_students, write_evaluation
 from megatron_oprd.evaluation.tables import students_table
+from megatron_oprd.rollout.engine import SamplingParams
+
+BENCHMARK_OPTIONS: dict[str, Any] = {
+    "data": None,
+    "n": 16,
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "top_k": 0,
+    "stop": [],
+    "seed": 1234,
+    "limit": None,
+    "instruction": None,
+    "engine": "hf",
+    "max_new_tokens": 4096,
+    "batch_size": 32,
+}
+TEACHER_FORCED_OPTIONS: dict[str, Any] = {
+    "teacher": None,
+    "student": None,
+    "prompts": None,
+    "max_new_tokens": 48,
+    "max_prompt_tokens": 1024,
+    "batch_size": 8,
+}
 
 
 def main() -> int:
     """Parses the command line, evaluates, prints the table and writes the JSON file."""
+    args = _parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers.utils.logging.disable_progress_bar()
+    if args.model is None:
+        _fill(args, TEACHER_FORCED_OPTIONS, BENCHMARK_OPTIONS, needs="--model")
+        return _against_teacher(args)
+    _fill(args, BENCHMARK_OPTIONS, TEACHER_FORCED_OPTIONS, needs="--teacher")
+    return _on_benchmarks(args)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_oprd.evaluate",
-        description="Measures students against their teacher: the teacher continues held-out "
-        "prompts greedily, and both are compared on what it wrote.",
+        description="Measures models: --model and --data sample answers to benchmarks and grade "
+        "them; --teacher, --student and --prompts compare students with their teacher on "
+        "continuations that it writes greedily.",
     )
-    parser.add_argument("--teacher", type=Path, required=True, metavar="DIR")
+    benchmarks = parser.add_argument_group("on benchmarks")
+    _add_models(benchmarks, "--model", "a Hugging Face folder or a Megatron checkpoint")
+    benchmarks.add_argument(
+        "--data", type=Path, nargs="+", action="extend", metavar="FILE",
+        help=".parquet or .jsonl with the columns prompt and reward_model.ground_truth",
+    )  # fmt: skip
+    defaults = BENCHMARK_OPTIONS
+    benchmarks.add_argument(
+        "--n", type=_positive, help=f"responses for each problem, default: {defaults['n']}"
+    )
+    benchmarks.add_argument(
+        "--temperature", type=float, help=f"default: {defaults['temperature']}; 0 is greedy"
+    )
+    benchmarks.add_argument("--top-p", type=float, help=f"default: {defaults['top_p']}")
+    benchmarks.add_argument("--top-k", type=int, help="default: off")
+    benchmarks.add_argument(
+        "--stop", nargs="+", action="extend", metavar="TEXT", help="texts that end a response"
+    )
+    benchmarks.add_argument("--seed", type=int, help=f"default: {defaults['seed']}")
+    benchmarks.add_argument(
+        "--limit", type=_positive, metavar="N", help="the first N problems of each file only"
+    )
+    benchmarks.add_argument(
+        "--instruction", metavar="TEXT", help="is put behind each problem; default: nothing"
+    )
+    benchmarks.add_argument("--engine", choices=("hf",), help=f"default: {defaults['engine']}")
+    teacher = parser.add_argument_group("against the teacher")
+    teacher.add_argument("--teacher", type=Path, metavar="DIR")
+    _add_models(teacher, "--student", "a Hugging Face model folder")
+    teacher.add_argument(
+        "--prompts", type=Path, nargs="+", metavar="FILE", help=".jsonl or .parquet"
+    )
+    teacher.add_argument("--max-prompt-tokens", type=_positive, metavar="N", help="default: 1024")
     parser.add_argument(
-        "--student",
+        "--output",
+        type=Path,
         required=True,
-        nargs="+",
-        action="extend",
-        metavar="[NAME=]DIR",
-        help="a Hugging Face model folder, named after the folder unless NAME is given; several "
-        "are compared in this order",
+        help="on benchmarks a folder: samples and evaluation.json; else the JSON file",
     )
-    parser.add_argument(
-        "--prompts", type=Path, required=True, nargs="+", metavar="FILE", help=".jsonl or .parquet"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="JSON")
-    parser.add_argument("--max-new-tokens", type=_positive, default=48, metavar="N")
-    parser.add_argument("--max-prompt-tokens", type=_positive, default=1024, metavar="N")
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N")
+    for option in ("max_new_tokens", "batch_size"):
+        parser.add_argument(
+            f"--{option.replace('_', '-')}",
+            type=_positive,
+            metavar="N",
+            help=f"default: {BENCHMARK_OPTIONS[option]} on benchmarks, "
+            f"{TEACHER_FORCED_OPTIONS[option]} against the teacher",
+        )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: %(default)s",
     )
-    args = parser.parse_args()
+    return parser
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    transformers.utils.logging.disable_progress_bar()
+
+def _add_models(group: argparse._ArgumentGroup, option: str, kind: str) -> None:
+    group.add_argument(
+        option,
+        nargs="+",
+        action="extend",
+        metavar="[NAME=]DIR",
+        help=f"{kind}, named after the folder unless NAME is given; several are compared in this "
+        "order",
+    )
+
+
+def _fill(
+    args: argparse.Namespace,
+    own: dict[str, Any],
+    others: dict[str, Any],
+    *,
+    needs: str,
+) -> None:
+    """Sets options that were not given to their defaults; refuses those of the other kind."""
+    for name in others.keys() - own.keys():
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} has no use without {needs}")
+    for name, default in own.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    for name in ("data", "teacher", "student", "prompts"):
+        if name in own and getattr(args, name) is None:
+            raise UserError(
+                f"--{name} is not given; benchmarks need --model and --data, a comparison with "
+                "the teacher --teacher, --student and --prompts"
+            )
+
+
+def _on_benchmarks(args: argparse.Namespace) -> int:
+    if not args.temperature >= 0:
+        raise UserError(f"--temperature {args.temperature}: has to be 0 or more")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p {args.top_p}: has to be in (0, 1]")
+    if args.top_k < 0:
+        raise UserError(f"--top-k {args.top_k}: has to be 0 (off) or more")
+    if "" in args.stop:
+        raise UserError("--stop has an empty text, which every response would end with")
+    evaluation = evaluate_on_benchmarks(
+        _named_folders(args.model, "--model"),
+        load_benchmarks(args.data, limit=args.limit, instruction=args.instruction),
+        GenerationSettings(
+            engine=args.engine,
+            sampling=SamplingParams(
+                temperature=args.temperature,
+                top_p=args.top_p,
+                top_k=args.top_k,
+                stop=tuple(args.stop),
+                max_new_tokens=args.max_new_tokens,
+                samples_per_prompt=args.n,
+                seed=args.seed,
+            ),
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+        ),
+        args.output,
+        device=torch.device(args.device),
+    )
+    write_benchmark_evaluation(evaluation, args.output / "evaluation.json")
+    Console().print(benchmarks_table(evaluation))
+    return 0
+
+
+def _against_teacher(args: argparse.Namespace) -> int:
     evaluation = evaluate_students(
         args.teacher,
-        _named_folders(args.student),
+        _named_folders(args.student, "--student"),
         args.prompts,
         max_new_tokens=args.max_new_tokens,
         max_prompt_tokens=args.max_prompt_tokens,
@@ -66,15 +214,17 @@ def main() -> int:
     return 0
 
 
-def _named_folders(students: list[str]) -> dict[str, Path]:
+def _named_folders(models: list[str], option: str) -> dict[str, Path]:
     folders: dict[str, Path] = {}
-    for text in students:
+    for text in models:
         name, separator, folder = text.partition("=")
         named = separator and "/" not in name
         path = Path(folder if named else text)
         name = name if named else path.absolute().name
         if name in folders:
-            raise UserError(f"--student: two students are called {name!r}; give NAME=DIR")
+            raise UserError(
+                f"{option}: two {option.removeprefix('--')}s are called {name!r}; give NAME=DIR"
+            )
         folders[name] = path
     return folders
 

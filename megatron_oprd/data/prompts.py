@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _PARQUET_ROWS_AT_ONCE = 1024
 
 Message = dict[str, str]
+LongPrompts = Literal["drop", "cut"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ def load_prompts(
     prompt_key: str = "prompt",
     chat_template: bool | None,
     max_prompt_tokens: int,
+    long_prompts: LongPrompts = "drop",
 ) -> list[Prompt]:
     """Reads and tokenizes every prompt of ``files``, in order.
 
@@ -59,7 +61,9 @@ def load_prompts(
         prompt_key: The field (column) that holds the prompt.
         chat_template: None: messages go through the template, text stays plain. True: text is
             one user message. False: no template; messages are refused.
-        max_prompt_tokens: Longer prompts are dropped; how many is logged.
+        max_prompt_tokens: Longer prompts are dropped or cut; how many is logged.
+        long_prompts: drop leaves them out; cut takes their last ``max_prompt_tokens`` tokens, so
+            that the end of the question and the generation prompt stay.
 
     Returns:
         The prompts that were kept. `Prompt.index` still counts the dropped ones.
@@ -69,11 +73,14 @@ def load_prompts(
             has no chat template but needs one, or every prompt is too long.
     """
     prompts: list[Prompt] = []
-    num_rows = 0
+    num_rows = num_cut = 0
     shortest_dropped: int | None = None
     for where, value in _all_rows(files, prompt_key):
-        content = _as_text_or_messages(where, value, prompt_key)
-        token_ids = _tokenize(where, content, tokenizer, chat_template)
+        content = text_or_messages(where, value, prompt_key)
+        token_ids = tokenize_prompt(where, content, tokenizer, chat_template)
+        if len(token_ids) > max_prompt_tokens and long_prompts == "cut":
+            token_ids = token_ids[-max_prompt_tokens:]
+            num_cut += 1
         if len(token_ids) <= max_prompt_tokens:
             prompts.append(Prompt(index=num_rows, token_ids=token_ids))
         elif shortest_dropped is None or len(token_ids) < shortest_dropped:
@@ -88,6 +95,13 @@ def load_prompts(
         logger.warning(
             "dropped %d of %d prompts: longer than data.max_prompt_tokens=%d",
             num_rows - len(prompts),
+            num_rows,
+            max_prompt_tokens,
+        )
+    if num_cut:
+        logger.warning(
+            "cut %d of %d prompts to their last data.max_prompt_tokens=%d tokens",
+            num_cut,
             num_rows,
             max_prompt_tokens,
         )
@@ -109,7 +123,7 @@ def check_prompt_files(
     """
     for file in _non_empty(files):
         where, value = next(_rows(file, prompt_key))
-        _tokenize(where, _as_text_or_messages(where, value, prompt_key), tokenizer, chat_template)
+        tokenize_prompt(where, text_or_messages(where, value, prompt_key), tokenizer, chat_template)
 
 
 def prompt_indices(
@@ -145,6 +159,60 @@ def prompt_indices(
             )
         indices.append(permutations[epoch][offset])
     return indices
+
+
+def text_or_messages(
+    where: str, value: Any, prompt_key: str, *, setting: str = "data.prompts"
+) -> str | list[Message]:
+    """Checks a prompt as it stands in a file.
+
+    Args:
+        where: The row, for messages.
+        value: The prompt.
+        prompt_key: The prompt's column, for messages.
+        setting: What names the file, for messages.
+
+    Raises:
+        UserError: It is neither a text nor a list of chat messages, or is empty.
+    """
+    if isinstance(value, str) and value:
+        return value
+    if (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
+    ):
+        return value
+    raise UserError(
+        f"{setting}: {prompt_key!r} of {where} is {str(value)[:80]!r}; it must be a text or a "
+        "list of chat messages with the texts 'role' and 'content', not empty"
+    )
+
+
+def tokenize_prompt(
+    where: str,
+    content: str | list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: bool | None,
+) -> tuple[int, ...]:
+    """Token ids of a prompt, as `load_prompts` makes them; ``where`` names it in messages.
+
+    Raises:
+        UserError: The prompt has no tokens, or needs a chat template that refuses it or is not
+            there.
+    """
+    if isinstance(content, str) and not chat_template:
+        token_ids = tokenizer(content)["input_ids"]
+    else:
+        token_ids = _apply_chat_template(where, content, tokenizer, chat_template)
+    if not token_ids:
+        raise UserError(f"data.prompts: the prompt of {where} has no tokens; remove it")
+    return tuple(token_ids)
 
 
 def _non_empty(files: Sequence[Path]) -> Sequence[Path]:
@@ -218,41 +286,6 @@ def _missing_key(where: str, prompt_key: str, found: list[str]) -> UserError:
         f"data.prompt_key is {prompt_key!r}, but {where} has only {', '.join(map(repr, found))}"
         f"{hint}"
     )
-
-
-def _as_text_or_messages(where: str, value: Any, prompt_key: str) -> str | list[Message]:
-    if isinstance(value, str) and value:
-        return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in value
-        )
-    ):
-        return value
-    raise UserError(
-        f"data.prompts: {prompt_key!r} of {where} is {str(value)[:80]!r}; it must be a text or a "
-        "list of chat messages with the texts 'role' and 'content', not empty"
-    )
-
-
-def _tokenize(
-    where: str,
-    content: str | list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: bool | None,
-) -> tuple[int, ...]:
-    if isinstance(content, str) and not chat_template:
-        token_ids = tokenizer(content)["input_ids"]
-    else:
-        token_ids = _apply_chat_template(where, content, tokenizer, chat_template)
-    if not token_ids:
-        raise UserError(f"data.prompts: the prompt of {where} has no tokens; remove it")
-    return tuple(token_ids)
 
 
 def _apply_chat_template(

@@ -17,6 +17,9 @@ class SamplingParams:
         temperature: Softmax temperature; 0 is greedy.
         top_p: Nucleus: the smallest set of tokens whose probability reaches this; 1.0 is off.
         top_k: Only the k most likely tokens; 0 is off.
+        stop: A response ends with the token that completes any of these texts in the response.
+        stop_token_ids: A response ends with any of these, besides the engine's end-of-sequence
+            tokens.
         max_new_tokens: A response is cut after this many tokens.
         samples_per_prompt: Responses for each prompt.
         seed: The same seed gives the same response to the same prompt and sample index, whatever
@@ -26,6 +29,8 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     max_new_tokens: int
     samples_per_prompt: int = 1
     seed: int
@@ -39,8 +44,8 @@ class Rollout:
         prompt_index: The prompt's index in the data set (`Prompt.index`).
         sample_index: Which of the prompt's ``samples_per_prompt`` responses this is.
         prompt_ids: Token ids of the prompt, without padding.
-        response_ids: Token ids of the response, the end-of-sequence token included when it was
-            sampled. Never empty.
+        response_ids: Token ids of the response, what ended it (end-of-sequence token, stop token,
+            tokens of a stop text) included. Never empty.
         finished: False when the response was cut at ``max_new_tokens``.
     """
 

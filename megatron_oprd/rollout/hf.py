@@ -1,16 +1,23 @@
 """The embedded rollout engine: the student as a transformers model in this process."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.initialization import no_init_weights
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
 from megatron_oprd.rollout.sampling import logits_processors, sample_seed
+from megatron_oprd.rollout.stopping import StopTexts
 
 
 class HFEngine:
@@ -31,6 +38,7 @@ class HFEngine:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         known_ids: Collection[int],
+        decode: Callable[[Sequence[int]], str] | None = None,
         max_batch_size: int | None = None,
     ):
         """Builds the model of ``folder``'s config.json; no weights are read.
@@ -43,6 +51,8 @@ class HFEngine:
             pad_token_id: Fills up shorter prompts on the left; masked.
             known_ids: The tokenizer's ids. Others, which only pad the embedding and mean nothing,
                 are never sampled.
+            decode: The tokenizer's decoding, special tokens kept; without it there are no stop
+                texts.
             max_batch_size: Most responses that are generated at once; None is no limit.
         """
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -56,6 +66,7 @@ class HFEngine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._pad_token_id = pad_token_id
         self._meaningless_ids = sorted(set(range(config.vocab_size)) - set(known_ids))
+        self._decode = decode
         self._max_batch_size = max_batch_size
         self._has_weights = False
 
@@ -137,6 +148,13 @@ class HFEngine:
             sample_seed(sampling.seed, prompt.index, prompt.occurrence * n + sample)
             for prompt, sample in requests
         ]
+        end_ids = self._eos_token_ids | set(sampling.stop_token_ids)
+        stop_texts = None
+        if sampling.stop:
+            assert self._decode is not None, "stop texts need the tokenizer's decoding"
+            stop_texts = StopTexts(
+                sampling.stop, self._decode, prompt_width=width, num_rows=len(requests)
+            )
         sequences = self._model.generate(
             input_ids.to(self._device),
             attention_mask=attention_mask.to(self._device),
@@ -145,23 +163,28 @@ class HFEngine:
                 num_beams=1,
                 use_cache=True,
                 max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=sorted(self._eos_token_ids) or None,
+                eos_token_id=sorted(end_ids) or None,
                 pad_token_id=self._pad_token_id,
             ),
             logits_processor=logits_processors(
                 sampling, seeds, self._device, never=self._meaningless_ids
             ),
+            stopping_criteria=StoppingCriteriaList([] if stop_texts is None else [stop_texts]),
         )
         rollouts = []
-        for (prompt, sample), response in zip(requests, sequences[:, width:].tolist(), strict=True):
-            end = next((i for i, t in enumerate(response) if t in self._eos_token_ids), None)
+        responses = sequences[:, width:].tolist()
+        for row, ((prompt, sample), response) in enumerate(zip(requests, responses, strict=True)):
+            length = next((i + 1 for i, token in enumerate(response) if token in end_ids), None)
+            if stop_texts is not None and (stopped := stop_texts.lengths[row]) is not None:
+                # What follows is padding, which may be an end-of-sequence token.
+                length = stopped if length is None else min(length, stopped)
             rollouts.append(
                 Rollout(
                     prompt_index=prompt.index,
                     sample_index=sample,
                     prompt_ids=prompt.token_ids,
-                    response_ids=tuple(response if end is None else response[: end + 1]),
-                    finished=end is not None,
+                    response_ids=tuple(response[:length]),
+                    finished=length is not None,
                 )
             )
         return rollouts

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from megatron_oprd.config import RunConfig
 from megatron_oprd.data.prompts import Prompt, load_prompts, prompt_indices
-from megatron_oprd.data.tokenizers import eos_token_ids, pad_token_id
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.collect import collect
+from megatron_oprd.rollout.create import create_engine
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
-from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
+from megatron_oprd.training.evaluation import BenchmarkEvaluator
 from megatron_oprd.training.loggers import Loggers
 from megatron_oprd.training.plan import RunPlan, export_folder
 from megatron_oprd.training.resume import checkpoint_to_resume
@@ -59,6 +59,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             resume_from, plan, distiller.state, context=context, refresh=distiller.refresh
         )
     engine = _make_engine(plan, context) if context.is_leader else None
+    evaluator = BenchmarkEvaluator(plan, context)
     skipped_steps, skipped_in_a_row = done.skipped_steps, 0
     with _loggers(config, context, first_step=done.step) as loggers:
         for step in range(done.step, config.train_iters):
@@ -88,6 +89,10 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             }
             metrics["seconds_step"] = seconds = time.perf_counter() - started
             metrics["tokens_per_second"] = metrics["num_tokens"] / seconds
+            if evaluator.is_due(step + 1):
+                distiller.state.gather_parameters()
+                _send_weights(exporter, None if engine is None else engine.load_weights)
+                metrics.update(evaluator.evaluate(engine, step + 1))
             if loggers is not None:
                 loggers.log(metrics)
             if skipped_in_a_row == config.optimizer.max_skipped_in_a_row:
@@ -138,15 +143,13 @@ def _send_weights(
 
 
 def _make_engine(plan: RunPlan, context: ParallelContext) -> RolloutEngine:
-    config, tokenizer = plan.config, plan.tokenizer
-    student = plan.student.checkpoint.hf_folder
-    return HFEngine(
-        student,
+    config = plan.config
+    return create_engine(
+        config.rollout.engine,
+        plan.student.checkpoint.hf_folder,
+        plan.tokenizer,
         dtype=DTYPES[config.model.params_dtype],
         device=context.device,
-        eos_token_ids=eos_token_ids(student, tokenizer),
-        pad_token_id=pad_token_id(tokenizer),
-        known_ids=tokenizer.get_vocab().values(),
         max_batch_size=config.rollout.max_batch_size,
     )
 
@@ -159,6 +162,7 @@ def _load_prompts(plan: RunPlan) -> list[Prompt]:
         prompt_key=data.prompt_key,
         chat_template=data.chat_template,
         max_prompt_tokens=data.max_prompt_tokens,
+        long_prompts=data.long_prompts,
     )
 
 
@@ -184,6 +188,8 @@ def _sampling(step: int, config: RunConfig) -> SamplingParams:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        stop=tuple(rollout.stop),
+        stop_token_ids=tuple(rollout.stop_token_ids),
         max_new_tokens=rollout.max_new_tokens,
         samples_per_prompt=rollout.samples_per_prompt,
         # A prompt that comes again in a later epoch gets other responses.

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd.config import RunConfig
 from megatron_oprd.config_file import dump_config
+from megatron_oprd.data.benchmarks import Benchmark, check_length, load_benchmarks, tokenized
 from megatron_oprd.data.prompts import check_prompt_files
 from megatron_oprd.data.tokenizers import (
     check_same_tokenizer,
@@ -42,11 +43,13 @@ class RunPlan(RunLayout):
         student: The student.
         teacher: The teacher, cut at its deepest mapped layer.
         tokenizer: The student's.
+        benchmarks: What the student is evaluated on during the run.
     """
 
     student: ModelPlan
     teacher: ModelPlan
     tokenizer: PreTrainedTokenizerBase
+    benchmarks: list[Benchmark]
 
 
 def export_folder(config: RunConfig) -> Path:
@@ -84,6 +87,7 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
         student=ModelPlan(checkpoint=student.source, **vars(layout.student)),
         teacher=ModelPlan(checkpoint=teacher.source, **vars(layout.teacher)),
         tokenizer=tokenizer,
+        benchmarks=_benchmarks(config, tokenizer, student_arch),
         pairs=layout.pairs,
         data_parallel_size=layout.data_parallel_size,
     )
@@ -138,6 +142,29 @@ def _layers(start: int, count: int) -> str:
     if count == 0:
         return "no layers"
     return f"layer {start}" if count == 1 else f"layers {start}-{start + count - 1}"
+
+
+def _benchmarks(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, student: Architecture
+) -> list[Benchmark]:
+    evaluation = config.evaluation
+    if evaluation.interval is None:
+        return []
+    benchmarks = load_benchmarks(
+        [Path(file) for file in evaluation.data],
+        limit=evaluation.limit,
+        instruction=evaluation.instruction,
+        setting="evaluation.data",
+    )
+    for benchmark in benchmarks:
+        check_length(
+            benchmark.name,
+            tokenized(benchmark, tokenizer),
+            evaluation.max_new_tokens,
+            student.max_position_embeddings,
+            setting="evaluation.max_new_tokens",
+        )
+    return benchmarks
 
 
 def _check_output_dir(config: RunConfig) -> None:

@@ -1,0 +1,225 @@
+"""Benchmark files: problems with their right answers."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from megatron_oprd.data.prompts import Message, Prompt, text_or_messages, tokenize_prompt
+from megatron_oprd.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_PROMPT, _REWARD, _ANSWER = "prompt", "reward_model", "ground_truth"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One problem.
+
+    Attributes:
+        index: Its row in the file, from 0.
+        content: The prompt: text or chat messages.
+        answer: The right answer, as it stands in the file.
+    """
+
+    index: int
+    content: str | list[Message]
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """The problems of one file, each once.
+
+    Attributes:
+        name: The file's name without its ending.
+        problems: In the file's order.
+        num_rows: Rows of the file.
+        num_repeated: Rows that were left out because an earlier one has the same prompt.
+        num_contradicting: Rows that were left out because rows with their prompt have different
+            answers.
+    """
+
+    name: str
+    problems: list[Problem]
+    num_rows: int
+    num_repeated: int
+    num_contradicting: int
+
+    def fingerprint(self) -> str:
+        """A checksum of the problems and their answers."""
+        text = json.dumps([[p.index, p.content, p.answer] for p in self.problems])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def describe(self) -> str:
+        """What was read, for a reader."""
+        left_out = [
+            f"{count} {why} left out"
+            for count, why in (
+                (self.num_repeated, "repeated rows"),
+                (self.num_contradicting, "rows with contradicting answers"),
+            )
+            if count
+        ]
+        return ", ".join([f"{self.name}: {len(self.problems)} problems", *left_out])
+
+
+def load_benchmarks(
+    files: Sequence[Path],
+    *,
+    limit: int | None = None,
+    instruction: str | None = None,
+    setting: str = "--data",
+) -> list[Benchmark]:
+    """Reads benchmark files.
+
+    A prompt that comes several times counts once. Where its rows have different answers, which of
+    them is right cannot be known, and none of the rows counts.
+
+    Args:
+        files: ``.parquet`` or ``.jsonl`` with the columns ``prompt`` (chat messages or text) and
+            ``reward_model``, of which ``ground_truth`` is the right answer.
+        limit: The first so many problems of each file are taken; None takes all.
+        instruction: Text that is put behind each problem (its last message), a blank line between.
+        setting: What names the files, for messages.
+
+    Raises:
+        UserError: A file is missing, unreadable or empty, lacks a column, has an unusable row, or
+            two files have the same name.
+    """
+    if not files:
+        raise UserError(f"{setting} names no file; give .parquet or .jsonl files")
+    benchmarks: dict[str, Benchmark] = {}
+    for file in files:
+        if file.stem in benchmarks:
+            raise UserError(f"{setting}: two files are called {file.stem!r}; results go by name")
+        benchmarks[file.stem] = _load(file, limit, instruction, setting)
+        logger.info("%s", benchmarks[file.stem].describe())
+    return list(benchmarks.values())
+
+
+def tokenized(
+    benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool | None = None
+) -> list[Prompt]:
+    """The problems' prompts as token ids; `Prompt.index` is `Problem.index`.
+
+    Raises:
+        UserError: A prompt cannot be tokenized.
+    """
+    return [
+        Prompt(
+            index=problem.index,
+            token_ids=tokenize_prompt(
+                f"{benchmark.name}, row {problem.index + 1}",
+                problem.content,
+                tokenizer,
+                chat_template,
+            ),
+        )
+        for problem in benchmark.problems
+    ]
+
+
+def check_length(
+    name: str,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    max_tokens: int,
+    *,
+    setting: str = "--max-new-tokens",
+) -> None:
+    """Checks that a model was made for the sequences of a benchmark.
+
+    Args:
+        name: The benchmark's, for messages.
+        prompts: Its prompts.
+        max_new_tokens: Most tokens of a response.
+        max_tokens: The longest sequence that the model was made for.
+        setting: What gives ``max_new_tokens``, for messages.
+
+    Raises:
+        UserError: A sequence may get longer.
+    """
+    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+    length = len(longest.token_ids)
+    if length + max_new_tokens > max_tokens:
+        raise UserError(
+            f"{setting} = {max_new_tokens} with the longest prompt of {name} (row "
+            f"{longest.index + 1}, {length} tokens) is more than the {max_tokens} tokens that the "
+            f"model was made for; give at most {max(max_tokens - length, 0)}"
+        )
+
+
+def _load(file: Path, limit: int | None, instruction: str | None, setting: str) -> Benchmark:
+    rows = _rows(file, setting)
+    by_prompt: dict[str, list[Problem]] = {}
+    for index, row in enumerate(rows):
+        where = f"{file}, row {index + 1}"
+        content = text_or_messages(where, row[_PROMPT], _PROMPT, setting=setting)
+        reward = row[_REWARD]
+        answer = reward.get(_ANSWER) if isinstance(reward, dict) else None
+        if isinstance(answer, int | float):
+            answer = str(answer)
+        if not isinstance(answer, str) or not answer.strip():
+            raise UserError(
+                f"{setting}: {_REWARD}.{_ANSWER} of {where} is {answer!r}; it must be the right "
+                "answer, a text"
+            )
+        problem = Problem(
+            index=index, content=_with_instruction(content, instruction), answer=answer
+        )
+        by_prompt.setdefault(json.dumps(content), []).append(problem)
+    agreeing = [same for same in by_prompt.values() if len({p.answer for p in same}) == 1]
+    num_agreeing_rows = sum(map(len, agreeing))
+    if not agreeing:
+        raise UserError(f"{setting}: every row of {file} has an answer that another contradicts")
+    return Benchmark(
+        name=file.stem,
+        problems=[same[0] for same in agreeing][:limit],
+        num_rows=len(rows),
+        num_repeated=num_agreeing_rows - len(agreeing),
+        num_contradicting=len(rows) - num_agreeing_rows,
+    )
+
+
+def _with_instruction(content: str | list[Message], instruction: str | None) -> str | list[Message]:
+    if instruction is None:
+        return content
+    if isinstance(content, str):
+        return f"{content}\n\n{instruction}"
+    *earlier, last = content
+    return [*earlier, {**last, "content": f"{last['content']}\n\n{instruction}"}]
+
+
+def _rows(file: Path, setting: str) -> list[dict[str, Any]]:
+    """The rows of a file, at least one, each with both columns."""
+    if file.suffix not in (".parquet", ".jsonl") or not file.is_file():
+        found = "is not .parquet or .jsonl" if file.is_file() else "is no file"
+        raise UserError(f"{setting}: {file} {found}; give .parquet or .jsonl files")
+    try:
+        if file.suffix == ".parquet":
+            columns = set(pq.read_schema(file).names)
+            rows = pq.read_table(file, columns=sorted({_PROMPT, _REWARD} & columns)).to_pylist()
+        else:
+            lines = file.read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{setting}: cannot read {file}: {error}") from error
+    if not rows:
+        raise UserError(f"{setting}: {file} has no rows; give a file with at least one problem")
+    for number, row in enumerate(rows, start=1):
+        missing = [key for key in (_PROMPT, _REWARD) if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise UserError(
+                f"{setting}: row {number} of {file} has no column {missing[0]!r}; benchmarks need "
+                f"{_PROMPT} (chat messages) and {_REWARD}.{_ANSWER} (the right answer)"
+            )
+    return rows

@@ -1,0 +1,248 @@
+"""Evaluates models on benchmarks: samples responses, grades them, and measures."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from megatron_oprd.data.benchmarks import Benchmark, check_length, tokenized
+from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.data.tokenizers import load_tokenizer
+from megatron_oprd.evaluation.grading import Grader
+from megatron_oprd.evaluation.samples_file import Sample, SamplesFile, check_settings
+from megatron_oprd.evaluation.sampling_metrics import SamplingMetrics, sampling_metrics
+from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
+from megatron_oprd.rollout.create import EngineName, create_engine
+from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.weights.checksum import checksum
+from megatron_oprd.weights.source import WeightSource
+
+logger = logging.getLogger(__name__)
+
+GRADING_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """What a model's responses depend on, besides the model and the problems.
+
+    Attributes:
+        engine: As in ``rollout.engine``.
+        sampling: How to sample; ``samples_per_prompt`` is n.
+        dtype: What the model computes in.
+        batch_size: Responses that are generated at once.
+    """
+
+    engine: EngineName
+    sampling: SamplingParams
+    dtype: str
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkEvaluation:
+    """What an evaluation on benchmarks writes to its JSON file.
+
+    Attributes:
+        settings: How the responses were generated.
+        models: Name -> folder, in the order in which they were given.
+        benchmarks: Name -> the numbers of problems, and of rows that were left out.
+        results: Model -> benchmark -> measures.
+    """
+
+    settings: GenerationSettings
+    models: dict[str, str]
+    benchmarks: dict[str, dict[str, int]]
+    results: dict[str, dict[str, SamplingMetrics]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """A model that was opened and looked at, of which no weight was read."""
+
+    name: str
+    opened: OpenedCheckpoint
+    tokenizer: PreTrainedTokenizerBase
+    prompts: dict[str, list[Prompt]]  # by benchmark
+
+
+def evaluate_on_benchmarks(
+    models: Mapping[str, Path],
+    benchmarks: Sequence[Benchmark],
+    settings: GenerationSettings,
+    output: Path,
+    *,
+    device: torch.device,
+) -> BenchmarkEvaluation:
+    """Evaluates each model on each benchmark; one model is in memory at a time.
+
+    Samples go to ``output/samples/MODEL/BENCHMARK.jsonl`` as they come. Those that are there from
+    an interrupted evaluation are taken over.
+
+    Args:
+        models: Name -> a Hugging Face folder or a Megatron checkpoint.
+        benchmarks: The problems.
+        settings: How to generate.
+        output: The folder; made where it is missing.
+        device: Where models are.
+
+    Raises:
+        UserError: A model cannot be used, sequences would be longer than a model was made for, or
+            ``output`` has samples of other settings or another model.
+    """
+    opened = [_open(name, folder, benchmarks, settings) for name, folder in models.items()]
+    for model in opened:
+        for benchmark in benchmarks:
+            check_settings(
+                _samples_path(output, model, benchmark), _comparable(settings, benchmark)
+            )
+    results = {}
+    with Grader(timeout=GRADING_SECONDS) as grader:
+        for model in opened:
+            results[model.name] = _evaluate_model(
+                model, benchmarks, settings, output, grader=grader, device=device
+            )
+    return BenchmarkEvaluation(
+        settings=settings,
+        models={name: str(folder) for name, folder in models.items()},
+        benchmarks={b.name: describe_benchmark(b) for b in benchmarks},
+        results=results,
+    )
+
+
+def write_benchmark_evaluation(evaluation: BenchmarkEvaluation, file: Path) -> None:
+    """Writes an evaluation as JSON; the folder is made where it is missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(dataclasses.asdict(evaluation), indent=2) + "\n", encoding="utf-8")
+
+
+def describe_benchmark(benchmark: Benchmark) -> dict[str, int]:
+    """The numbers of a benchmark's problems and of its rows that were left out."""
+    return {
+        "num_problems": len(benchmark.problems),
+        "num_rows": benchmark.num_rows,
+        "num_repeated": benchmark.num_repeated,
+        "num_contradicting": benchmark.num_contradicting,
+    }
+
+
+def grade_rollouts(
+    rollouts: Sequence[Rollout],
+    benchmark: Benchmark,
+    tokenizer: PreTrainedTokenizerBase,
+    grader: Grader,
+) -> list[Sample]:
+    """Graded samples of rollouts whose prompts are a benchmark's, in their order."""
+    answers = {problem.index: problem.answer for problem in benchmark.problems}
+    samples = []
+    for rollout in rollouts:
+        text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+        grade = grader.grade(text, answers[rollout.prompt_index])
+        samples.append(
+            Sample(
+                prompt_index=rollout.prompt_index,
+                sample_index=rollout.sample_index,
+                response=text,
+                num_tokens=len(rollout.response_ids),
+                finished=rollout.finished,
+                answer=grade.answer,
+                correct=grade.correct,
+                timed_out=grade.timed_out,
+            )
+        )
+    return samples
+
+
+def _open(
+    name: str, folder: Path, benchmarks: Sequence[Benchmark], settings: GenerationSettings
+) -> _Model:
+    opened = open_checkpoint(folder)
+    opened.check_tensors()
+    tokenizer = load_tokenizer(opened.source.hf_folder)
+    prompts = {benchmark.name: tokenized(benchmark, tokenizer) for benchmark in benchmarks}
+    for benchmark in benchmarks:
+        check_length(
+            f"{benchmark.name}, tokenized by {name}",
+            prompts[benchmark.name],
+            settings.sampling.max_new_tokens,
+            opened.architecture.max_position_embeddings,
+        )
+    return _Model(name=name, opened=opened, tokenizer=tokenizer, prompts=prompts)
+
+
+def _comparable(settings: GenerationSettings, benchmark: Benchmark) -> dict[str, object]:
+    """What samples depend on, as JSON has it, without the model's weights."""
+    generation = json.loads(json.dumps(dataclasses.asdict(settings)))
+    return {**generation.pop("sampling"), **generation, "problems": benchmark.fingerprint()}
+
+
+def _samples_path(output: Path, model: _Model, benchmark: Benchmark) -> Path:
+    return output / "samples" / model.name / f"{benchmark.name}.jsonl"
+
+
+def _evaluate_model(
+    model: _Model,
+    benchmarks: Sequence[Benchmark],
+    settings: GenerationSettings,
+    output: Path,
+    *,
+    grader: Grader,
+    device: torch.device,
+) -> dict[str, SamplingMetrics]:
+    engine = create_engine(
+        settings.engine,
+        model.opened.source.hf_folder,
+        model.tokenizer,
+        dtype=getattr(torch, settings.dtype),
+        device=device,
+        max_batch_size=settings.batch_size,
+    )
+    noted = xxhash.xxh3_128()
+    engine.load_weights(_noting(model.opened.source, noted))
+    n = settings.sampling.samples_per_prompt
+    # Whole problems, so that a batch's samples are the same whenever it is generated.
+    num_prompts = max(1, settings.batch_size // n)
+    results = {}
+    for benchmark in benchmarks:
+        prompts = model.prompts[benchmark.name]
+        batches = [prompts[i : i + num_prompts] for i in range(0, len(prompts), num_prompts)]
+        file = SamplesFile(
+            _samples_path(output, model, benchmark),
+            {**_comparable(settings, benchmark), "weights": noted.hexdigest()},
+            [len(batch) * n for batch in batches],
+        )
+        if file.samples:
+            logger.info(
+                "%s, %s: %d samples are there already",
+                model.name,
+                benchmark.name,
+                len(file.samples),
+            )
+        with tqdm(
+            total=len(prompts) * n,
+            initial=len(file.samples),
+            desc=f"{model.name}, {benchmark.name}",
+            unit="sample",
+        ) as progress:
+            for batch in batches[file.num_batches :]:
+                rollouts = engine.generate(batch, settings.sampling)
+                file.append(grade_rollouts(rollouts, benchmark, model.tokenizer, grader))
+                progress.update(len(rollouts))
+        results[benchmark.name] = sampling_metrics(file.samples, n)
+    return results
+
+
+def _noting(source: WeightSource, noted: xxhash.xxh3_128) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by name; what passes is noted, so that the model is known again."""
+    for name in sorted(source.names()):
+        tensor = source.read(name)
+        noted.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {checksum(tensor)}".encode())
+        yield name, tensor

@@ -1,0 +1,48 @@
+"""Makes the rollout engine that a setting names."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from megatron_oprd.data.tokenizers import eos_token_ids, pad_token_id
+from megatron_oprd.rollout.engine import RolloutEngine
+from megatron_oprd.rollout.hf import HFEngine
+
+EngineName = Literal["hf"]
+
+
+def create_engine(
+    name: EngineName,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_batch_size: int | None,
+) -> RolloutEngine:
+    """Makes an engine without weights; `RolloutEngine.load_weights` has to come first.
+
+    Args:
+        name: Which engine; ``rollout.engine``.
+        folder: A folder with the model's config.json.
+        tokenizer: The model's.
+        dtype: Type of weights and activations.
+        device: Where the model is.
+        max_batch_size: Most responses that are generated at once; None is no limit.
+
+    Raises:
+        UserError: The model names no end-of-sequence token.
+    """
+    assert name == "hf", name
+    return HFEngine(
+        folder,
+        dtype=dtype,
+        device=device,
+        eos_token_ids=eos_token_ids(folder, tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
+        known_ids=tokenizer.get_vocab().values(),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        max_batch_size=max_batch_size,
+    )

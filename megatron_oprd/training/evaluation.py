@@ -1,0 +1,121 @@
+"""Evaluation on benchmarks during a run, on the rollout engines that are there."""
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_oprd.data.benchmarks import Benchmark, tokenized
+from megatron_oprd.evaluation.benchmarks import GRADING_SECONDS, grade_rollouts
+from megatron_oprd.evaluation.grading import Grader
+from megatron_oprd.evaluation.samples_file import Sample
+from megatron_oprd.evaluation.sampling_metrics import SamplingMetrics, sampling_metrics
+from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.rollout.collect import collect
+from megatron_oprd.rollout.engine import RolloutEngine, SamplingParams
+from megatron_oprd.training.plan import RunPlan
+
+
+class BenchmarkEvaluator:
+    """Evaluates the student every ``evaluation.interval`` steps."""
+
+    def __init__(self, plan: RunPlan, context: ParallelContext):
+        """Tokenizes the problems of the plan's benchmarks.
+
+        Args:
+            plan: The run.
+            context: This rank's place.
+        """
+        self._plan = plan
+        self._context = context
+        self._prompts = [tokenized(benchmark, plan.tokenizer) for benchmark in plan.benchmarks]
+
+    def is_due(self, steps_done: int) -> bool:
+        """Whether there is an evaluation after so many steps."""
+        interval = self._plan.config.evaluation.interval
+        at_end = steps_done == self._plan.config.train_iters
+        return interval is not None and (at_end or steps_done % interval == 0)
+
+    def evaluate(self, engine: RolloutEngine | None, steps_done: int) -> dict[str, Any]:
+        """Evaluates on all benchmarks; every rank has to call.
+
+        Every replica's leader generates for its share of the problems. The first rank grades, and
+        writes the samples to ``output_dir/evaluation/step_N``, anew where they are there.
+
+        Args:
+            engine: The engine with the student's weights, on leaders; None on other ranks.
+            steps_done: Steps that the student was trained for.
+
+        Returns:
+            ``eval/NAME`` -> measure -> value for each benchmark, on rank 0; and
+            ``seconds_evaluation``, which is all that other ranks get.
+        """
+        started = time.perf_counter()
+        folder = Path(self._plan.config.output_dir) / "evaluation" / f"step_{steps_done}"
+        if self._context.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        metrics: dict[str, Any] = {}
+        with Grader(timeout=GRADING_SECONDS) as grader:
+            for number, benchmark in enumerate(self._plan.benchmarks):
+                samples = self._sample(engine, number, folder, grader)
+                if self._context.rank == 0:
+                    n = self._plan.config.evaluation.n
+                    metrics[f"eval/{benchmark.name}"] = _flat(sampling_metrics(samples, n))
+        return {**metrics, "seconds_evaluation": time.perf_counter() - started}
+
+    def _sample(
+        self, engine: RolloutEngine | None, number: int, folder: Path, grader: Grader
+    ) -> list[Sample]:
+        """Graded samples of one benchmark on rank 0; they are written as they come."""
+        config, context = self._plan.config, self._context
+        benchmark, prompts = self._plan.benchmarks[number], self._prompts[number]
+        at_once = self._prompts_at_once()
+        samples: list[Sample] = []
+        for start in range(0, len(prompts), at_once):
+            rollouts = collect(
+                engine,
+                prompts[start : start + at_once],
+                SamplingParams(
+                    temperature=config.evaluation.temperature,
+                    top_p=config.evaluation.top_p,
+                    stop=tuple(config.rollout.stop),
+                    stop_token_ids=tuple(config.rollout.stop_token_ids),
+                    max_new_tokens=config.evaluation.max_new_tokens,
+                    samples_per_prompt=config.evaluation.n,
+                    # The same at every step, so that students differ by their weights alone.
+                    seed=config.seed,
+                ),
+                context=context,
+            )
+            if context.rank == 0:
+                graded = grade_rollouts(rollouts, benchmark, self._plan.tokenizer, grader)
+                _append(folder, benchmark, graded)
+                samples += graded
+        return samples
+
+    def _prompts_at_once(self) -> int:
+        """Problems whose responses are generated together: about as many responses as in a step."""
+        config, replicas = self._plan.config, self._context.dp_size
+        responses = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+        return max(1, responses // config.evaluation.n // replicas) * replicas
+
+
+def _append(folder: Path, benchmark: Benchmark, samples: list[Sample]) -> None:
+    with (folder / f"{benchmark.name}.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(sample.as_line() for sample in samples)
+
+
+def _flat(metrics: SamplingMetrics) -> dict[str, float]:
+    """Measures under the names that logs have, without intervals."""
+    rest = dataclasses.asdict(metrics)
+    return {
+        f"avg@{metrics.n}": metrics.avg.value,
+        f"best@{metrics.n}": metrics.best.value,
+        **{f"pass@{k}": estimate.value for k, estimate in metrics.pass_at.items()},
+        **{
+            name: rest[name]
+            for name in ("dist_4", "mean_length", "cut_share", "no_answer_share", "num_timed_out")
+        },
+    }
