@@ -263,6 +263,10 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
             r"offload_states = true needs model\.params_dtype = bf16, found fp32",
         ),
         (["teacher.target_memory_gb=0"], r"target_memory_gb = 0\.0: has to be above 0"),
+        (["evaluation.interval=5"], r"evaluation.interval = 5 with evaluation.data = \[\]"),
+        (["evaluation.data=[a.parquet]"], "evaluation.interval = None with evaluation.data"),
+        (["rollout.stop=[x,'']"], "rollout.stop has an empty text"),
+        (["evaluation.top_p=0"], r"evaluation\.top_p = 0\.0: has to be in \(0, 1\]"),
     ],
 )
 def test_contradictions(tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -84,6 +84,16 @@ def test_files_are_one_data_set_and_long_prompts_are_dropped(
         load(files, max_prompt_tokens=1)
 
 
+def test_long_prompts_are_cut_to_their_end_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_jsonl(tmp_path / "p.jsonl", ["abcd", "ab", "abcde"])
+    with caplog.at_level("WARNING"):
+        cut = load([file], max_prompt_tokens=3, long_prompts="cut")
+    assert cut == [(0, characters("bcd")), (1, characters("ab")), (2, characters("cde"))]
+    assert "cut 2 of 3 prompts to their last data.max_prompt_tokens=3 tokens" in caplog.text
+
+
 def test_tokenizer_without_a_chat_template(tmp_path: Path) -> None:
     plain = tiny_tokenizer(chat_template=None)
     text = write_jsonl(tmp_path / "text.jsonl", ["ab"])

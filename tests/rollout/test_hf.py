@@ -297,3 +297,64 @@ def test_every_expert_has_to_come(tmp_path: Path) -> None:
         build(tmp_path).load_weights(left_out.items())
     with pytest.raises(ValueError, match=rf"{name}: .* \(24, 32\), got \(32, 24\)"):
         build(tmp_path).load_weights((left_out | {name: weights[name].t()}).items())
+
+
+def letters(ids: Sequence[int]) -> str:
+    return "".join("abcdefghijkl"[token] for token in ids)
+
+
+def test_stop_texts_end_a_response_with_the_token_that_completes_one(
+    small_vocabulary: Path,
+) -> None:
+    """The same response as without them, up to the first place where one of the texts is whole."""
+    free = sampling(samples_per_prompt=16, max_new_tokens=24)
+    for eos, pad in (([], PAD_ID), ([EOS_ID], EOS_ID)):
+        engine = engine_with_weights(
+            small_vocabulary, eos_token_ids=eos, pad_token_id=pad, decode=letters
+        )
+        longer = engine.generate(SMALL_PROMPTS, free)
+        texts = [letters(rollout.response_ids) for rollout in longer]
+        pairs = [text[i : i + 2] for text in texts for i in range(len(text) - 1)]
+        stop = (max(set(pairs), key=pairs.count), "gk")
+        lengths = set()
+        for long, short in zip(
+            longer, engine.generate(SMALL_PROMPTS, replace(free, stop=stop)), strict=True
+        ):
+            text = letters(long.response_ids)
+            ends = [text.index(s) + len(s) for s in stop if s in text]
+            assert short.response_ids == long.response_ids[: min(ends, default=24)]
+            assert short.finished == (bool(ends) or long.finished)
+            lengths.add(len(short.response_ids))
+        assert len(lengths) > 5
+
+
+def test_a_stop_text_does_not_begin_in_the_prompt_and_leaves_no_response_empty(
+    small_vocabulary: Path,
+) -> None:
+    engine = engine_with_weights(small_vocabulary, eos_token_ids=[], decode=letters)
+    (free,) = engine.generate(SMALL_PROMPTS[:1], sampling())
+    first = letters(free.response_ids[:1])
+    (at_once,) = engine.generate(SMALL_PROMPTS[:1], sampling(stop=(first,)))
+    assert (at_once.response_ids, at_once.finished) == (free.response_ids[:1], True)
+    across = letters(SMALL_PROMPTS[0].token_ids[-1:]) + first
+    assert across not in letters(free.response_ids)
+    assert engine.generate(SMALL_PROMPTS[:1], sampling(stop=(across,))) == [free]
+
+
+def test_an_end_token_at_once_is_a_response_of_one_token(small_vocabulary: Path) -> None:
+    (free,) = engine_with_weights(small_vocabulary, eos_token_ids=[]).generate(
+        SMALL_PROMPTS[:1], sampling()
+    )
+    first = free.response_ids[0]
+    engine = engine_with_weights(small_vocabulary, eos_token_ids=[first])
+    (rollout,) = engine.generate(SMALL_PROMPTS[:1], sampling())
+    assert (rollout.response_ids, rollout.finished) == ((first,), True)
+
+
+def test_stop_token_ids_are_end_tokens_of_one_call(small_vocabulary: Path) -> None:
+    params = sampling(samples_per_prompt=16)
+    engine = engine_with_weights(small_vocabulary)
+    expected = engine_with_weights(small_vocabulary, eos_token_ids=[EOS_ID, 7])
+    stopped = engine.generate(SMALL_PROMPTS, replace(params, stop_token_ids=(7,)))
+    assert stopped == expected.generate(SMALL_PROMPTS, params)
+    assert stopped != engine.generate(SMALL_PROMPTS, params)

@@ -9,7 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_oprd.data.benchmarks import load_benchmarks
+from megatron_oprd.evaluation.benchmarks import GenerationSettings, evaluate_on_benchmarks
+from megatron_oprd.rollout.engine import SamplingParams
 from megatron_oprd.weights.hf_files import HFCheckpoint
+from tests.data.test_benchmarks import row, write
 from tests.pairs import save_pair
 from tests.ranks import run_ranks
 
@@ -50,6 +54,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases[2].append(
         {"name": "skipping", "pair": str(broken), "overrides": [*STEPS, "tensorboard=true"]}
     )
+    write(root / "sums.jsonl", [row("1+1", "2"), row("2*3", "6"), row("7-4", "3")])
+    evaluated = [
+        "train_iters=3", "evaluation.interval=2", f"evaluation.data=[{root}/sums.jsonl]",
+        "evaluation.n=2", "evaluation.max_new_tokens=6", "tensorboard=true",
+    ]  # fmt: skip
+    for ranks, name, overrides in (
+        (1, "not_evaluated", ["train_iters=3"]),
+        (1, "evaluated", evaluated),
+        (2, "evaluated_dp2", evaluated),
+    ):
+        cases[ranks].append({"name": name, "pair": str(pair), "overrides": overrides})
     for ranks, of_ranks in cases.items():
         run_ranks("loop", of_ranks, ranks, root)
     return root
@@ -128,3 +143,49 @@ def test_too_many_skipped_steps_stop_the_run(root: Path) -> None:
     assert "steps 0 to 2" in stopped
     assert len(records(root, "diverged")) == 3
     assert not (root / "diverged" / "student").exists()
+
+
+@pytest.mark.parametrize("name", ["evaluated", "evaluated_dp2"])
+def test_evaluation_every_n_steps_and_at_the_end(root: Path, name: str, tmp_path: Path) -> None:
+    first, second, third = records(root, name)
+    assert "seconds_evaluation" not in first
+    assert "eval/sums" not in first
+    for step, record in ((2, second), (3, third)):
+        lines = (root / name / "evaluation" / f"step_{step}" / "sums.jsonl").read_text()
+        samples = [json.loads(line) for line in lines.splitlines()]
+        assert [(s["prompt_index"], s["sample_index"]) for s in samples] == [
+            (prompt, sample) for prompt in range(3) for sample in range(2)
+        ]
+        metrics = record["eval/sums"]
+        assert set(metrics) == {
+            "avg@2", "best@2", "pass@1", "pass@2", "dist_4", "mean_length", "cut_share",
+            "no_answer_share", "num_timed_out",
+        }  # fmt: skip
+        assert metrics["mean_length"] == sum(s["num_tokens"] for s in samples) / 6
+    # The responses at the end are those of the exported student.
+    evaluate_on_benchmarks(
+        {"exported": root / name / "student"},
+        load_benchmarks([root / "sums.jsonl"]),
+        GenerationSettings(
+            engine="hf",
+            sampling=SamplingParams(
+                temperature=0.7, top_p=0.95, max_new_tokens=6, samples_per_prompt=2, seed=1234
+            ),
+            dtype="float32",
+            batch_size=6,
+        ),
+        tmp_path,
+        device=torch.device("cpu"),
+    )
+    assert (tmp_path / "samples" / "exported" / "sums.jsonl").read_text() == lines
+
+
+def test_evaluation_is_the_same_with_two_replicas_and_leaves_training_alone(root: Path) -> None:
+    one, two = (root / name / "evaluation" for name in ("evaluated", "evaluated_dp2"))
+    for step in ("step_2", "step_3"):
+        assert (one / step / "sums.jsonl").read_text() == (two / step / "sums.jsonl").read_text()
+    losses, plain = (
+        [record["loss"] for record in records(root, name)]
+        for name in ("evaluated", "not_evaluated")
+    )
+    assert losses == plain
