@@ -57,10 +57,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "sums.jsonl", [row("1+1", "2"), row("2*3", "6"), row("7-4", "3")])
     evaluated = [
         "train_iters=3", "evaluation.interval=2", f"evaluation.data=[{root}/sums.jsonl]",
-        "evaluation.n=2", "evaluation.max_new_tokens=6", "tensorboard=true",
+        "evaluation.n=2", "evaluation.max_new_tokens=6",
+        "optimizer.lr=0.02",
     ]  # fmt: skip
     for ranks, name, overrides in (
-        (1, "not_evaluated", ["train_iters=3"]),
+        (1, "not_evaluated", ["train_iters=3", "optimizer.lr=0.02"]),
         (1, "evaluated", evaluated),
         (2, "evaluated_dp2", evaluated),
     ):
@@ -182,6 +183,10 @@ def test_evaluation_every_n_steps_and_at_the_end(root: Path, name: str, tmp_path
 
 def test_evaluation_is_the_same_with_two_replicas_and_leaves_training_alone(root: Path) -> None:
     one, two = (root / name / "evaluation" for name in ("evaluated", "evaluated_dp2"))
+    # The student moves enough between the two that other weights would be noticed.
+    assert (one / "step_2" / "sums.jsonl").read_text() != (
+        one / "step_3" / "sums.jsonl"
+    ).read_text()
     for step in ("step_2", "step_3"):
         assert (one / step / "sums.jsonl").read_text() == (two / step / "sums.jsonl").read_text()
     losses, plain = (
