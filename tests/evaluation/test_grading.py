@@ -92,11 +92,11 @@ def test_without_an_answer_nothing_is_right(grader: Grader) -> None:
 
 
 def test_a_comparison_without_an_end_is_given_up() -> None:
-    with Grader(timeout=1) as grader:
+    with Grader(timeout=3) as grader:
         assert grader.compare("1", "1.0") == (True, False)
         started = time.monotonic()
         assert grader.compare("9^{9^{9^{9}}}", "3") == (False, True)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 10
         # What was given up is not tried again, and the next answers have a process again.
         started = time.monotonic()
         assert grader.grade(r"\boxed{9^{9^{9^{9}}}}", "3").timed_out

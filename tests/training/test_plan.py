@@ -8,6 +8,7 @@ from megatron_oprd.config_file import load_config
 from megatron_oprd.errors import UserError
 from megatron_oprd.training.plan import RunPlan, describe, make_plan
 from megatron_oprd.weights.hf_files import HFCheckpoint
+from tests.data.test_benchmarks import row, write
 from tests.pairs import config_of, save_pair
 from tests.tiny import copy_with_config, tiny_tokenizer
 
@@ -298,3 +299,16 @@ def test_student_without_end_of_sequence(pair: Path, tmp_path: Path) -> None:
         file.write_text(json.dumps(settings))
     with pytest.raises(UserError, match="end-of-sequence"):
         plan(pair, student)
+
+
+def test_benchmarks_are_read_and_checked_before_the_run(pair: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "sums.jsonl", [row("1+1", "2"), row("2+2", "4")])
+    overrides = ["evaluation.interval=1", f"evaluation.data=[{file}]"]
+    (benchmark,) = plan(pair, *overrides, "evaluation.max_new_tokens=9").benchmarks
+    assert [problem.answer for problem in benchmark.problems] == ["2", "4"]
+    assert plan(pair).benchmarks == []
+    message = r"evaluation\.max_new_tokens = 300 .* sums .*256 tokens"
+    with pytest.raises(UserError, match=message):
+        plan(pair, *overrides, "evaluation.max_new_tokens=300")
+    with pytest.raises(UserError, match=r"evaluation\.data: .*none\.jsonl is no file"):
+        plan(pair, "evaluation.interval=1", f"evaluation.data=[{tmp_path}/none.jsonl]")
