@@ -7,18 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_oprd.config_evaluation import EvaluationConfig
+from megatron_oprd.config_losses import LossConfig, OutputLossConfig, Positions
+from megatron_oprd.config_teacher import TeacherConfig, TeacherPromptConfig
 
 LayerSet = Literal["all", "last", "even", "odd", "none"]
-Positions = Literal["all", "last", "last_k", "first_k"]
 Alignment = Literal["token", "predictor"]
-Normalize = Literal["none", "l2"]
-Aggregation = Literal["token_mean", "sequence_mean"]
-OutputLoss = Literal["none", "sampled_token", "top_k", "reverse_kl", "forward_kl", "jsd"]
-Support = Literal["only_stu", "only_tch", "intersection", "union"]
-SupportWeights = Literal["student_p", "teacher_p", "none"]
-FP8Recipe = Literal[
-    "per_channel_log", "per_channel", "block_128", "tensorwise", "blockwise", "mxfp8", "delayed"
-]
 
 
 @dataclass(kw_only=True)
@@ -43,42 +36,6 @@ class ModelConfig:
     teacher_hf_config: str | None = None
     params_dtype: Literal["fp32", "bf16"] = "bf16"
     make_vocab_size_divisible_by: int = 128
-
-
-@dataclass(kw_only=True)
-class TeacherConfig:
-    """What the teacher costs, and whether it stays as it is.
-
-    Attributes:
-        precision: fp8 keeps the weights of its layers' matrices in FP8, and everything else (norms,
-            biases, embedding, routers) in ``model.params_dtype``; bf16 is no FP8, all weights are
-            in ``model.params_dtype``.
-        fp8_recipe: How. per_channel_log, per_channel and block_128 run on any device, without
-            Transformer Engine: FP8 weights with scales by output channel or by 128 x 128 block,
-            decoded when used; per_channel_log, whose steps are even on the weights' own axis, is
-            three times as exact. tensorwise, blockwise and mxfp8 are Transformer Engine's, with
-            activations in FP8 as well, and faster where the GPU has them. delayed is refused.
-        num_layers_at_start_in_bf16: First layers that stay in ``model.params_dtype``.
-        num_layers_at_end_in_bf16: Last layers, up to the deepest mapped one, that do.
-        offload: cpu keeps the teacher's weights in (pinned) host memory and has them on the device
-            during the teacher pass only; none leaves them on the device.
-        target_memory_gb: Most memory (10^9 bytes, on each rank) that the teacher's targets of a
-            step may take. Where all targets of a step need more, teacher and student take turns
-            on groups of micro-batches. A micro-batch is never divided. None keeps all targets.
-        refresh_interval: For a teacher that starts as the student (self-distillation): steps from
-            one time that it takes over the student's weights to the next. None never does.
-        ema_decay: What it then keeps of its own weights, an exponential moving average; 0 takes the
-            student's as they are.
-    """
-
-    precision: Literal["bf16", "fp8"] = "bf16"
-    fp8_recipe: FP8Recipe = "per_channel_log"
-    num_layers_at_start_in_bf16: int = 0
-    num_layers_at_end_in_bf16: int = 0
-    offload: Literal["none", "cpu"] = "none"
-    target_memory_gb: float | None = None
-    refresh_interval: int | None = None
-    ema_decay: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -144,64 +101,6 @@ class TapConfig:
     k: int | None = None
     alignment: Alignment = "token"
     last_layer: Literal["post_norm", "pre_norm"] = "post_norm"
-
-
-@dataclass(kw_only=True)
-class LossConfig:
-    """The loss on hidden states. It and the output-space loss, if there is one, are added up.
-
-    Attributes:
-        normalize: none compares hidden states as they are; l2 makes them unit vectors first (the
-            loss is then about 1/d as large and wants a coefficient of 100 to 1000).
-        coefficient: Factor on the loss (the paper's mu). 0 leaves it out of the gradient; the
-            layers' losses and cosines are still measured.
-        layer_weights: Factor on the loss of each tapped layer; None is 1 for each. The loss is the
-            sum of the layers' weighted losses, divided by the number of tapped layers.
-        aggregation: token_mean averages over all supervised tokens of the global batch;
-            sequence_mean over each response's tokens, then over responses (eq. 6). Of both losses.
-    """
-
-    normalize: Normalize = "none"
-    coefficient: float = 1.0
-    layer_weights: list[float] | None = None
-    aggregation: Aggregation = "token_mean"
-
-
-@dataclass(kw_only=True)
-class OutputLossConfig:
-    """The loss on next-token distributions (OPD): p the student's, q the teacher's.
-
-    Attributes:
-        kind: none; sampled_token: policy gradient with the detached log q - log p of the sampled
-            token as its advantage; top_k: reverse KL of both distributions renormalised on a few
-            tokens; reverse_kl, KL(p || q), forward_kl, KL(q || p), and jsd, the generalised
-            Jensen-Shannon divergence, over the whole vocabulary.
-        coefficient: Factor on the loss.
-        k: For top_k: how many tokens of a model are taken.
-        support: For top_k: the student's k most likely tokens, the teacher's, those in both, or
-            those in either.
-        support_weights: For top_k: what each token's log-ratio counts for: the renormalised p (the
-            exact KL), the renormalised q, or the same for all.
-        beta: For jsd: the teacher's share of the mixture m = beta * q + (1 - beta) * p, and the
-            weight of KL(q || m) beside that of KL(p || m), 1 - beta.
-        positions: Response tokens whose distributions are compared, as in ``taps.positions``.
-        positions_k: For last_k and first_k: how many tokens of each response.
-        student_temperature: The student's logits are divided by this.
-        teacher_temperature: The teacher's are by this.
-        chunk_tokens: Positions whose logits exist at a time.
-    """
-
-    kind: OutputLoss = "none"
-    coefficient: float = 1.0
-    k: int = 16
-    support: Support = "only_stu"
-    support_weights: SupportWeights = "student_p"
-    beta: float = 0.5
-    positions: Positions = "all"
-    positions_k: int | None = None
-    student_temperature: float = 1.0
-    teacher_temperature: float = 1.0
-    chunk_tokens: int = 512
 
 
 @dataclass(kw_only=True)
@@ -362,6 +261,7 @@ class RunConfig:
         tensorboard: Whether metrics also go to TensorBoard.
         model: The two models.
         teacher: What the teacher costs, and whether it stays as it is.
+        teacher_prompt: What the teacher reads, where it is not what the student does.
         parallel: The model-parallel layout.
         taps: Which hidden states are compared.
         loss: The loss on hidden states.
@@ -381,6 +281,7 @@ class RunConfig:
     tensorboard: bool = True
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher_prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     taps: TapConfig = field(default_factory=TapConfig)
     loss: LossConfig = field(default_factory=LossConfig)

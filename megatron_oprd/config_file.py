@@ -15,13 +15,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_oprd.config import (
-    OutputLoss,
-    OutputLossConfig,
-    ParallelConfig,
-    RunConfig,
-    TeacherConfig,
-)
+from megatron_oprd.config import ParallelConfig, RunConfig
+from megatron_oprd.config_losses import OutputLoss, OutputLossConfig
+from megatron_oprd.config_teacher import TeacherConfig
 from megatron_oprd.errors import UserError
 
 

@@ -6,18 +6,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd.data.prompts import Message, Prompt, text_or_messages, tokenize_prompt
+from megatron_oprd.data.rows import read_rows
 from megatron_oprd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_PROMPT, _REWARD, _ANSWER = "prompt", "reward_model", "ground_truth"
+_PROMPT, _ANSWER = "prompt", "reward_model.ground_truth"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,18 +157,22 @@ def check_length(
 
 
 def _load(file: Path, limit: int | None, instruction: str | None, setting: str) -> Benchmark:
-    rows = _rows(file, setting)
+    rows = read_rows(
+        file,
+        [_PROMPT, _ANSWER],
+        setting=setting,
+        key_settings=[f"{setting}: a benchmark's prompt", f"{setting}: the right answer"],
+    )
     by_prompt: dict[str, list[Problem]] = {}
-    for index, row in enumerate(rows):
-        where = f"{file}, row {index + 1}"
-        content = text_or_messages(where, row[_PROMPT], _PROMPT, setting=setting)
-        reward = row[_REWARD]
-        answer = reward.get(_ANSWER) if isinstance(reward, dict) else None
+    num_rows = 0
+    for index, (where, (prompt, answer)) in enumerate(rows):
+        num_rows = index + 1
+        content = text_or_messages(where, prompt, _PROMPT, setting=setting)
         if isinstance(answer, int | float):
             answer = str(answer)
         if not isinstance(answer, str) or not answer.strip():
             raise UserError(
-                f"{setting}: {_REWARD}.{_ANSWER} of {where} is {answer!r}; it must be the right "
+                f"{setting}: {_ANSWER} of {where} is {answer!r}; it must be the right "
                 "answer, a text"
             )
         problem = Problem(
@@ -184,9 +186,9 @@ def _load(file: Path, limit: int | None, instruction: str | None, setting: str) 
     return Benchmark(
         name=file.stem,
         problems=[same[0] for same in agreeing][:limit],
-        num_rows=len(rows),
+        num_rows=num_rows,
         num_repeated=num_agreeing_rows - len(agreeing),
-        num_contradicting=len(rows) - num_agreeing_rows,
+        num_contradicting=num_rows - num_agreeing_rows,
     )
 
 
@@ -197,29 +199,3 @@ def _with_instruction(content: str | list[Message], instruction: str | None) -> 
         return f"{content}\n\n{instruction}"
     *earlier, last = content
     return [*earlier, {**last, "content": f"{last['content']}\n\n{instruction}"}]
-
-
-def _rows(file: Path, setting: str) -> list[dict[str, Any]]:
-    """The rows of a file, at least one, each with both columns."""
-    if file.suffix not in (".parquet", ".jsonl") or not file.is_file():
-        found = "is not .parquet or .jsonl" if file.is_file() else "is no file"
-        raise UserError(f"{setting}: {file} {found}; give .parquet or .jsonl files")
-    try:
-        if file.suffix == ".parquet":
-            columns = set(pq.read_schema(file).names)
-            rows = pq.read_table(file, columns=sorted({_PROMPT, _REWARD} & columns)).to_pylist()
-        else:
-            lines = file.read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{setting}: cannot read {file}: {error}") from error
-    if not rows:
-        raise UserError(f"{setting}: {file} has no rows; give a file with at least one problem")
-    for number, row in enumerate(rows, start=1):
-        missing = [key for key in (_PROMPT, _REWARD) if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise UserError(
-                f"{setting}: row {number} of {file} has no column {missing[0]!r}; benchmarks need "
-                f"{_PROMPT} (chat messages) and {_REWARD}.{_ANSWER} (the right answer)"
-            )
-    return rows

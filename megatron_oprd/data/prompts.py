@@ -1,7 +1,5 @@
 """Prompt files (JSONL, parquet) as token ids, and which prompts a training step takes."""
 
-import difflib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,15 +8,12 @@ from typing import Any, Literal
 
 import jinja2
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from megatron_oprd.data.rows import read_rows
 from megatron_oprd.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-_PARQUET_ROWS_AT_ONCE = 1024
 
 Message = dict[str, str]
 LongPrompts = Literal["drop", "cut"]
@@ -31,13 +26,56 @@ class Prompt:
     Attributes:
         index: Its position in the concatenated data set, dropped prompts counted.
         token_ids: Its token ids, the chat template applied; never empty.
+        teacher_ids: What the teacher reads in its place, if that is something else.
         occurrence: How often the prompt came before in the same step, so that it gets other
             responses each time.
     """
 
     index: int
     token_ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...] | None = None
     occurrence: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherPrompts:
+    """How the teacher's prompts are made, where they are not the student's.
+
+    Attributes:
+        tokenizer: The teacher's.
+        privileged_key: Column (or field inside of one) with the text that only the teacher sees;
+            None is none.
+        template: What a prompt, or its last message, becomes: text with {prompt} and {privileged}.
+        max_tokens: Prompts that are longer for the teacher are left out.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    privileged_key: str | None
+    template: str
+    max_tokens: int
+
+    def content(
+        self, where: str, content: str | list[Message], privileged: Any
+    ) -> str | list[Message]:
+        """A prompt as the teacher gets it.
+
+        Raises:
+            UserError: The privileged text is missing.
+        """
+        if self.privileged_key is None:
+            return content
+        if isinstance(privileged, int | float):
+            privileged = str(privileged)
+        if not isinstance(privileged, str) or not privileged.strip():
+            raise UserError(
+                f"teacher_prompt.privileged_key = {self.privileged_key}: {where} has "
+                f"{privileged!r}; it must be a text"
+            )
+        if isinstance(content, str):
+            return self.template.format(prompt=content, privileged=privileged)
+        *earlier, last = content
+        text = self.template.format(prompt=last["content"], privileged=privileged)
+        return [*earlier, {**last, "content": text}]
 
 
 def load_prompts(
@@ -48,6 +86,7 @@ def load_prompts(
     chat_template: bool | None,
     max_prompt_tokens: int,
     long_prompts: LongPrompts = "drop",
+    teacher: TeacherPrompts | None = None,
 ) -> list[Prompt]:
     """Reads and tokenizes every prompt of ``files``, in order.
 
@@ -64,6 +103,7 @@ def load_prompts(
         max_prompt_tokens: Longer prompts are dropped or cut; how many is logged.
         long_prompts: drop leaves them out; cut takes their last ``max_prompt_tokens`` tokens, so
             that the end of the question and the generation prompt stay.
+        teacher: How the teacher's prompts are made; None: they are the student's.
 
     Returns:
         The prompts that were kept. `Prompt.index` still counts the dropped ones.
@@ -73,28 +113,51 @@ def load_prompts(
             has no chat template but needs one, or every prompt is too long.
     """
     prompts: list[Prompt] = []
-    num_rows = num_cut = 0
+    num_rows = num_cut = num_long_for_teacher = 0
     shortest_dropped: int | None = None
-    for where, value in _all_rows(files, prompt_key):
-        content = text_or_messages(where, value, prompt_key)
+    for where, content, privileged in _all_rows(files, prompt_key, teacher):
+        index, num_rows = num_rows, num_rows + 1
         token_ids = tokenize_prompt(where, content, tokenizer, chat_template)
         if len(token_ids) > max_prompt_tokens and long_prompts == "cut":
             token_ids = token_ids[-max_prompt_tokens:]
             num_cut += 1
-        if len(token_ids) <= max_prompt_tokens:
-            prompts.append(Prompt(index=num_rows, token_ids=token_ids))
-        elif shortest_dropped is None or len(token_ids) < shortest_dropped:
-            shortest_dropped = len(token_ids)
-        num_rows += 1
+        if len(token_ids) > max_prompt_tokens:
+            shortest_dropped = min(shortest_dropped or len(token_ids), len(token_ids))
+            continue
+        teacher_ids = None
+        if teacher is not None:
+            teacher_ids = tokenize_prompt(
+                where,
+                teacher.content(where, content, privileged),
+                teacher.tokenizer,
+                chat_template,
+            )
+            if len(teacher_ids) > teacher.max_tokens:
+                num_long_for_teacher += 1
+                continue
+        prompts.append(Prompt(index=index, token_ids=token_ids, teacher_ids=teacher_ids))
+    if num_long_for_teacher:
+        assert teacher is not None
+        if not prompts:
+            raise UserError(
+                f"teacher_prompt.max_tokens is {teacher.max_tokens}, but each of the "
+                f"{num_long_for_teacher} prompts is longer for the teacher; give a larger number"
+            )
+        logger.warning(
+            "dropped %d of %d prompts: longer for the teacher than teacher_prompt.max_tokens=%d",
+            num_long_for_teacher,
+            num_rows,
+            teacher.max_tokens,
+        )
     if not prompts:
         raise UserError(
             f"data.max_prompt_tokens is {max_prompt_tokens}, but each of the {num_rows} prompts is "
             f"longer, the shortest {shortest_dropped} tokens; give a larger number"
         )
-    if len(prompts) < num_rows:
+    if num_dropped := num_rows - len(prompts) - num_long_for_teacher:
         logger.warning(
             "dropped %d of %d prompts: longer than data.max_prompt_tokens=%d",
-            num_rows - len(prompts),
+            num_dropped,
             num_rows,
             max_prompt_tokens,
         )
@@ -114,6 +177,7 @@ def check_prompt_files(
     *,
     prompt_key: str = "prompt",
     chat_template: bool | None,
+    teacher: TeacherPrompts | None = None,
 ) -> None:
     """Tokenizes the first row of every file, as `load_prompts` would.
 
@@ -122,8 +186,11 @@ def check_prompt_files(
             the tokenizer has no chat template but needs one.
     """
     for file in _non_empty(files):
-        where, value = next(_rows(file, prompt_key))
-        tokenize_prompt(where, text_or_messages(where, value, prompt_key), tokenizer, chat_template)
+        where, content, privileged = next(_all_rows([file], prompt_key, teacher))
+        tokenize_prompt(where, content, tokenizer, chat_template)
+        if teacher is not None:
+            of_teacher = teacher.content(where, content, privileged)
+            tokenize_prompt(where, of_teacher, teacher.tokenizer, chat_template)
 
 
 def prompt_indices(
@@ -221,71 +288,20 @@ def _non_empty(files: Sequence[Path]) -> Sequence[Path]:
     return files
 
 
-def _all_rows(files: Sequence[Path], prompt_key: str) -> Iterator[tuple[str, Any]]:
+def _all_rows(
+    files: Sequence[Path], prompt_key: str, teacher: TeacherPrompts | None
+) -> Iterator[tuple[str, str | list[Message], Any]]:
+    """Yields (a place to name in messages, the prompt, what only the teacher sees of it)."""
+    keys, key_settings = [prompt_key], ["data.prompt_key"]
+    if teacher is not None and teacher.privileged_key is not None:
+        keys.append(teacher.privileged_key)
+        key_settings.append("teacher_prompt.privileged_key")
     for file in _non_empty(files):
-        yield from _rows(file, prompt_key)
-
-
-def _rows(file: Path, prompt_key: str) -> Iterator[tuple[str, Any]]:
-    """Yields (a place to name in errors, the prompt as it stands in the file) at least once."""
-    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    if file.suffix not in readers:
-        raise UserError(f"data.prompts: {file} is not a prompt file; give .jsonl or .parquet files")
-    if not file.is_file():
-        found = "is a folder" if file.is_dir() else "does not exist"
-        raise UserError(f"data.prompts: {file} {found}; give .jsonl or .parquet files")
-    any_row = False
-    try:
-        for row in readers[file.suffix](file, prompt_key):
-            any_row = True
-            yield row
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise UserError(f"data.prompts: cannot read {file}: {error}") from error
-    if not any_row:
-        raise UserError(f"data.prompts: {file} has no rows; give a file with at least one prompt")
-
-
-def _jsonl_rows(file: Path, prompt_key: str) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"data.prompts: {where} is not JSON ({error}); each line must be one object"
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"data.prompts: {where} is a JSON {type(row).__name__}; each line must be one "
-                    f"object with the key {prompt_key!r}"
-                )
-            if prompt_key not in row:
-                raise _missing_key(where, prompt_key, list(row))
-            yield where, row[prompt_key]
-
-
-def _parquet_rows(file: Path, prompt_key: str) -> Iterator[tuple[str, Any]]:
-    with pq.ParquetFile(file) as table:
-        columns = table.schema_arrow.names
-        if prompt_key not in columns:
-            raise _missing_key(str(file), prompt_key, columns)
-        number = 0
-        for batch in table.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE, columns=[prompt_key]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield f"{file}, row {number}", value
-
-
-def _missing_key(where: str, prompt_key: str, found: list[str]) -> UserError:
-    nearest = difflib.get_close_matches(prompt_key, found, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return UserError(
-        f"data.prompt_key is {prompt_key!r}, but {where} has only {', '.join(map(repr, found))}"
-        f"{hint}"
-    )
+        for where, (prompt, *privileged) in read_rows(
+            file, keys, setting="data.prompts", key_settings=key_settings
+        ):
+            content = text_or_messages(where, prompt, prompt_key)
+            yield where, content, privileged[0] if privileged else None
 
 
 def _apply_chat_template(

@@ -14,7 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_oprd.config import ModelConfig, ParallelConfig, TeacherConfig
+from megatron_oprd.config import ModelConfig, ParallelConfig
+from megatron_oprd.config_teacher import TeacherConfig
 from megatron_oprd.data.batching import MicroBatch, collate, pack
 from megatron_oprd.data.prompts import load_prompts
 from megatron_oprd.data.tokenizers import eos_token_ids, load_tokenizer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_oprd.config import OutputLossConfig, Support, SupportWeights
+from megatron_oprd.config_losses import OutputLossConfig, Support, SupportWeights
 from megatron_oprd.losses.vocabulary import (
     VocabularyShard,
     gather,

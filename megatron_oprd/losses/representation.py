@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_oprd.config import Normalize
+from megatron_oprd.config_losses import Normalize
 
 _SMALLEST_NORM = 1e-12  # a shorter vector is not made a unit vector, as in torch's normalize
 

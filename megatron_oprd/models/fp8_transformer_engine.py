@@ -17,7 +17,8 @@ from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_oprd.config import ParallelConfig, TeacherConfig
+from megatron_oprd.config import ParallelConfig
+from megatron_oprd.config_teacher import TeacherConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.weights.load import Store

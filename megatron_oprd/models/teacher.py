@@ -7,12 +7,8 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megatron_oprd.config import (
-    ModelConfig,
-    ParallelConfig,
-    RecomputeConfig,
-    TeacherConfig,
-)
+from megatron_oprd.config import ModelConfig, ParallelConfig, RecomputeConfig
+from megatron_oprd.config_teacher import TeacherConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models import fp8_transformer_engine as te_fp8
 from megatron_oprd.models.architecture import Architecture

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from megatron_oprd.config import Alignment, Positions
+from megatron_oprd.config import Alignment
+from megatron_oprd.config_losses import Positions
 from megatron_oprd.data.batching import pack
 from megatron_oprd.place import SequenceSplit
 from megatron_oprd.taps.supervision import position_weights

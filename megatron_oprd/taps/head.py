@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_oprd.config import OutputLossConfig
+from megatron_oprd.config_losses import OutputLossConfig
 from megatron_oprd.data.batching import MicroBatch
 from megatron_oprd.losses.output_space import output_space_loss
 from megatron_oprd.losses.vocabulary import VocabularyShard

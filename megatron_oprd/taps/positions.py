@@ -4,7 +4,7 @@ from typing import get_args
 
 from torch import Tensor
 
-from megatron_oprd.config import Positions
+from megatron_oprd.config_losses import Positions
 
 
 def position_mask(response_mask: Tensor, positions: Positions, k: int | None) -> Tensor:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_oprd.config import Aggregation, Alignment, Positions
+from megatron_oprd.config import Alignment
+from megatron_oprd.config_losses import Aggregation, Positions
 from megatron_oprd.data.teacher_sequences import TeacherSequence
 from megatron_oprd.taps.positions import position_mask
 

@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_oprd.config import Normalize
+from megatron_oprd.config_losses import Normalize
 from megatron_oprd.losses.representation import compare
 from megatron_oprd.models.layers import Tap
 from megatron_oprd.taps.layer_map import LayerPair

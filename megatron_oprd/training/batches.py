@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_oprd.config import Alignment, Positions
+from megatron_oprd.config import Alignment
+from megatron_oprd.config_losses import Positions
 from megatron_oprd.data.batching import MicroBatch, collate, context_parallel_share, pack
 from megatron_oprd.data.pairing import TeacherReading, with_teacher
 from megatron_oprd.data.teacher_sequences import TeacherSequence

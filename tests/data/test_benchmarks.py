@@ -64,11 +64,20 @@ def test_an_instruction_is_put_behind_the_problem(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ([], "has no rows"),
-        ([{"prompt": "a"}], "row 1 of .* has no column 'reward_model'"),
-        ([{"question": "a", "reward_model": {"ground_truth": "1"}}], "has no column 'prompt'"),
-        ([row("a", "1"), row("b", " ")], r"reward_model.ground_truth of .*row 2 is ' '"),
-        ([{"prompt": "a", "reward_model": "1"}], r"reward_model.ground_truth of .*row 1 is None"),
-        ([{**row("a", "1"), "prompt": 5}], "--data: 'prompt' of .*row 1 is '5'"),
+        (
+            [{"prompt": "a"}],
+            "--data: the right answer is 'reward_model.ground_truth', but .*line 1 has only 'prompt'",
+        ),
+        (
+            [{"question": "a", "reward_model": {"ground_truth": "1"}}],
+            "a benchmark's prompt is 'prompt', but .* has only 'question', 'reward_model'",
+        ),
+        ([row("a", "1"), row("b", " ")], r"reward_model.ground_truth of .*line 2 is ' '"),
+        (
+            [{"prompt": "a", "reward_model": "1"}],
+            r"reward_model.ground_truth', but .*line 1 has no fields there: '1'",
+        ),
+        ([{**row("a", "1"), "prompt": 5}], "--data: 'prompt' of .*line 1 is '5'"),
         ([row("a", "1"), row("a", "2")], "every row of"),
     ],
 )
@@ -83,7 +92,7 @@ def test_files_that_are_no_benchmarks(tmp_path: Path) -> None:
     one = write(tmp_path / "a.jsonl", [row("a", "1")])
     two = write(tmp_path / "b" / "a.jsonl", [row("a", "1")])
     for files, message in (
-        ([tmp_path / "none.parquet"], "--data: .*none.parquet is no file"),
+        ([tmp_path / "none.parquet"], "--data: .*none.parquet does not exist"),
         ([tmp_path / "broken.parquet"], "cannot read .*broken.parquet"),
         ([one, two], "two files are called 'a'"),
         ([], "names no file"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_oprd.config import OutputLossConfig
+from megatron_oprd.config_losses import OutputLossConfig
 from tests.ranks import run_ranks
 
 VOCAB_SIZE, PADDED, POSITIONS = 29, 32, 7

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_oprd.config import Positions
+from megatron_oprd.config_losses import Positions
 from megatron_oprd.taps.positions import position_mask
 
 GOLDEN = (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_oprd.config import OutputLossConfig
+from megatron_oprd.config_losses import OutputLossConfig
 from tests.losses.test_output_space import formula
 from tests.pairs import fixed_rollouts, fixed_teacher_sequences, save_pair
 from tests.ranks import run_ranks

@@ -7,7 +7,8 @@ from unittest.mock import patch
 
 import torch
 
-from megatron_oprd.config import ModelConfig, ParallelConfig, TeacherConfig
+from megatron_oprd.config import ModelConfig, ParallelConfig
+from megatron_oprd.config_teacher import TeacherConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation.megatron_states import megatron_states
 from megatron_oprd.models import fp8_transformer_engine

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_oprd.config import OutputLossConfig, ParallelConfig
+from megatron_oprd.config import ParallelConfig
+from megatron_oprd.config_losses import OutputLossConfig
 from megatron_oprd.losses.output_space import output_space_loss
 from megatron_oprd.losses.vocabulary import VocabularyShard
 from megatron_oprd.parallel import parallel_run
