@@ -104,6 +104,22 @@ class TapConfig:
 
 
 @dataclass(kw_only=True)
+class BridgeConfig:
+    """Frozen projectors (OPRD-Bridge). What is compared are unit vectors: ``loss.normalize = l2``.
+
+    The reference implementation's ``loss.coefficient`` is 10.
+
+    Attributes:
+        path: A folder that ``megatron_oprd.build_bridge`` wrote for these two models, or the
+            reference implementation's ps_bank.pt. None compares the states as they are.
+        rank: Leading directions that are used, at least 2; None uses all of them.
+    """
+
+    path: str | None = None
+    rank: int | None = None
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Prompts.
 
@@ -266,6 +282,7 @@ class RunConfig:
         taps: Which hidden states are compared.
         loss: The loss on hidden states.
         output_loss: The loss on next-token distributions.
+        bridge: Projectors that hidden states go through before they are compared.
         data: Prompts.
         rollout: On-policy generation.
         batch: Micro-batches.
@@ -286,6 +303,7 @@ class RunConfig:
     taps: TapConfig = field(default_factory=TapConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     output_loss: OutputLossConfig = field(default_factory=OutputLossConfig)
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -20,6 +20,8 @@ from megatron_oprd.config_losses import OutputLoss, OutputLossConfig
 from megatron_oprd.config_teacher import TeacherConfig
 from megatron_oprd.errors import UserError
 
+Settings = TypeVar("Settings")
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Loads a YAML file and applies dotted overrides (``optimizer.lr=1e-5``), the last one wins.
@@ -27,6 +29,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: The file cannot be read, a key is unknown, a value has the wrong type or is not
             allowed, a required setting is missing, or two settings contradict each other.
+    """
+    config = load_settings(path, overrides, RunConfig)
+    check_values(config)
+    return config
+
+
+def load_settings(path: Path, overrides: Sequence[str], schema: type[Settings]) -> Settings:
+    """Loads a YAML file as ``schema``, a dataclass, and applies dotted overrides.
+
+    Raises:
+        UserError: The file cannot be read, a key is unknown, a value has the wrong type or is not
+            one of those allowed, or a required setting is missing.
     """
     try:
         given: Any = OmegaConf.load(path)
@@ -42,8 +56,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         except (OmegaConfBaseException, TypeError, yaml.YAMLError) as error:
             raise UserError(f"override {override!r}: {_one_line(error)}") from error
     try:
-        _check_keys(OmegaConf.to_container(given), RunConfig, prefix="")
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), given)
+        _check_keys(OmegaConf.to_container(given), schema, prefix="", root=schema)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
         if unset := sorted(OmegaConf.missing_keys(merged)):
             raise UserError(f"{unset[0]} is not set; give it in the YAML file or as {unset[0]}=...")
         config = OmegaConf.to_object(merged)
@@ -51,8 +65,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         key = getattr(error, "full_key", None)
         where = f" (setting {key})" if key else ""
         raise UserError(f"--config {path}: {str(error).splitlines()[0]}{where}") from error
-    assert isinstance(config, RunConfig)
-    check_values(config)
+    assert isinstance(config, schema)
     return config
 
 
@@ -65,7 +78,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _check_keys(given: Any, schema: type, prefix: str) -> None:
+def _check_keys(given: Any, schema: type, prefix: str, *, root: type) -> None:
     """Refuses a key that no dataclass has, and names the nearest one that exists."""
     if not isinstance(given, dict):
         raise UserError(
@@ -75,12 +88,12 @@ def _check_keys(given: Any, schema: type, prefix: str) -> None:
     for key, value in given.items():
         full = f"{prefix}{key}"
         if key not in hints:
-            elsewhere = [k for k in _all_keys(RunConfig) if k.rsplit(".", 1)[-1] == str(key)]
+            elsewhere = [k for k in _all_keys(root) if k.rsplit(".", 1)[-1] == str(key)]
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
             nearest = elsewhere[0] if elsewhere else f"{prefix}{near[0]}"
             raise UserError(f"unknown setting {full!r}; the nearest is {nearest!r}")
         if is_dataclass(hints[key]):
-            _check_keys(value, hints[key], prefix=f"{full}.")
+            _check_keys(value, hints[key], prefix=f"{full}.", root=root)
 
 
 def _all_keys(schema: type, prefix: str = "") -> list[str]:
@@ -127,6 +140,7 @@ def check_values(config: RunConfig) -> None:
         )
     _check_recompute(config)
     _check_optimizer(config)
+    _check_bridge(config)
 
 
 def _check_positions(setting: str, positions: str, k_setting: str, k: int | None) -> None:
@@ -236,6 +250,27 @@ def _check_recompute(config: RunConfig) -> None:
                 "parallel.sequence_parallel = false, which has divided them already (found "
                 f"{str(parallel.sequence_parallel).lower()})"
             )
+
+
+def _check_bridge(config: RunConfig) -> None:
+    path, rank = config.bridge.path, config.bridge.rank
+    if path is None:
+        if rank is not None:
+            raise UserError(f"bridge.rank = {rank} has no effect without bridge.path")
+        return
+    if config.taps.layers == "none":
+        raise UserError(f"bridge.path = {path} has no effect with taps.layers = none")
+    if rank is not None and rank < 2:
+        raise UserError(
+            f"bridge.rank = {rank}: has to be at least 2. As a unit vector a single number is only "
+            "a sign, which has no gradient"
+        )
+    if config.loss.normalize != "l2":
+        raise UserError(
+            f"loss.normalize = {config.loss.normalize} with bridge.path = {path}: through a bridge "
+            "unit vectors are compared; set loss.normalize = l2 (and a loss.coefficient of about "
+            "10)"
+        )
 
 
 def _check_optimizer(config: RunConfig) -> None:

@@ -20,12 +20,14 @@ def save_pair(
     teacher_layers: int = 4,
     teacher_vocab_size: int | None = None,
     tied: bool = False,
+    teacher_fields: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Path:
     """Saves student and teacher under ``folder``, with prompts and a run file.
 
     Both are of one family unless ``teacher_family`` is given; ``fields`` are of both models'
-    configurations. A teacher with a larger vocabulary has the student's tokenizer nevertheless.
+    configurations, ``teacher_fields`` of the teacher's only. A teacher with a larger vocabulary has
+    the student's tokenizer nevertheless.
     """
     folder.mkdir(parents=True)
     fields = {"tie_word_embeddings": tied, **fields}
@@ -34,7 +36,9 @@ def save_pair(
     if teacher_vocab_size is not None:
         of_teacher["vocab_size"] = teacher_vocab_size
     save_tiny_model(
-        folder / "teacher", tiny_config(teacher_family or family, **fields | of_teacher), seed=2
+        folder / "teacher",
+        tiny_config(teacher_family or family, **fields | of_teacher | (teacher_fields or {})),
+        seed=2,
     )
     if teacher_vocab_size is not None:
         tiny_tokenizer().save_pretrained(folder / "teacher")

@@ -153,6 +153,25 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] =
         1,
         ["teacher.num_layers_at_start_in_bf16 = 4", "none of the 4 layers"],
     ),
+    "bridge rank alone": (nothing, ["bridge.rank=8"], 1, ["bridge.rank = 8", "bridge.path"]),
+    "bridge of rank 1": (
+        nothing,
+        ["bridge.path=b", "bridge.rank=1", "loss.normalize=l2"],
+        1,
+        ["at least 2"],
+    ),
+    "bridge without l2": (
+        nothing,
+        ["bridge.path=b"],
+        1,
+        ["loss.normalize = none", "loss.normalize = l2"],
+    ),
+    "no bridge": (
+        nothing,
+        ["bridge.path=b", "loss.normalize=l2"],
+        1,
+        ["bridge.path = b", "no manifest.json", "megatron_oprd.build_bridge"],
+    ),
     "rope": (unsupported_rope, [], 1, ["pair/teacher/config.json", "'linear'"]),
     "checkpoint": (
         checkpoint_of_another_model,

@@ -46,7 +46,11 @@ def estimate_memory(
         UserError: The settings do not fit the models or the number of GPUs.
     """
     layout = make_layout(
-        config, student=models.student, teacher=models.teacher, world_size=num_gpus
+        config,
+        student=models.student,
+        teacher=models.teacher,
+        world_size=num_gpus,
+        bridge_rank=models.bridge_rank,
     )
     largest = workload(
         layout,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_oprd.bridge.open import open_bridge
 from megatron_oprd.config import RunConfig
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import read_architecture
@@ -18,21 +19,30 @@ class Models:
     Attributes:
         student: The student's architecture.
         teacher: The teacher's.
+        bridge_rank: Width of the states behind the run's bridge; None is no bridge.
     """
 
     student: Architecture
     teacher: Architecture
+    bridge_rank: int | None = None
 
 
 def read_models(config: RunConfig) -> Models:
     """Reads the models' configurations. A Hugging Face folder needs nothing but config.json.
 
+    The bridge is not needed where ``bridge.rank`` is given.
+
     Raises:
-        UserError: A folder has no configuration, or one that is not supported.
+        UserError: A folder has no configuration, or one that is not supported; or the bridge
+            cannot be read.
     """
+    bridge_rank = config.bridge.rank
+    if config.bridge.path is not None and bridge_rank is None:
+        bridge_rank = open_bridge(Path(config.bridge.path)).rank
     return Models(
         student=_read(config.model.student, config.model.student_hf_config),
         teacher=_read(config.model.teacher, config.model.teacher_hf_config),
+        bridge_rank=bridge_rank,
     )
 
 

@@ -134,8 +134,7 @@ def _messages(layout: RunLayout) -> int:
 def _target_bytes_of_stage(layout: RunLayout, rows: int, output_rows: int, stage: int) -> int:
     layers = layers_of_stage(layout.teacher, stage)
     tapped = {pair.teacher for pair in layout.pairs} & set(layers)
-    width = layout.teacher.architecture.hidden_size
-    of_taps = rows * len(tapped) * width * DTYPES[layout.config.model.params_dtype].itemsize
+    of_taps = rows * len(tapped) * layout.bytes_of_target
     if not is_last_stage(layout, stage):
         return of_taps
     return of_taps + output_rows * layout.output_target_bytes_per_row

@@ -60,11 +60,13 @@ def summary(memory: MemoryEstimate, work: WorkEstimate) -> str:
         f"{largest.num_micro_batches} micro-batches of at most {largest.micro_batch_size}"
         f"{_turns(memory)}",
     ]
-    if student.hidden_size != teacher.hidden_size:
+    if layout.bridge_rank is not None:
+        lines.append(f"targets behind the bridge: {layout.bridge_rank} numbers each")
+    elif student.hidden_size != teacher.hidden_size:
         lines.append(
             f"the student is {student.hidden_size} wide, the teacher {teacher.hidden_size}: "
-            "training refuses the pair until there is a bridge between widths; the targets are "
-            "counted at the teacher's width, which a bridge's projection would reduce"
+            "training needs a bridge (bridge.path, bridge.rank); without one the targets are "
+            "counted at the teacher's width"
         )
     typical = work.workload
     lines.append(

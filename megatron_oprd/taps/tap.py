@@ -15,6 +15,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_oprd.config_losses import Normalize
+from megatron_oprd.losses.bridge import Projectors
 from megatron_oprd.losses.representation import compare
 from megatron_oprd.models.layers import Tap
 from megatron_oprd.taps.layer_map import LayerPair
@@ -35,37 +36,26 @@ class _AttachGradient(torch.autograd.Function):
         return grad.flatten(0, 1).index_add(0, index, gradient).view_as(grad), None, None
 
 
-class Taps:
-    """The taps of this rank's model chunks, and what they hold during a step.
+class PairTaps:
+    """Taps on this rank's chunks of both models: the teacher's keep rows for the student's to take.
 
     Args:
         pairs: All matched layers, by rising student layer; each rank taps those it owns.
-        normalize: See `token_mse`.
-        coefficients: Factor on the loss of each pair as it is attached; metrics are without it.
         post_norm: Whether a model's last layer is taken after the final norm.
-        device: Where the metrics live.
+        projectors: Of a bridge, of this rank's layers at least: targets are projected where they
+            are taken, so that r numbers of each are kept.
     """
 
     def __init__(
-        self,
-        pairs: Sequence[LayerPair],
-        *,
-        normalize: Normalize,
-        coefficients: Sequence[float],
-        post_norm: bool,
-        device: torch.device,
+        self, pairs: Sequence[LayerPair], *, post_norm: bool, projectors: Projectors | None = None
     ) -> None:
         self._pairs = list(pairs)
-        self._normalize = normalize
-        self._coefficients = list(coefficients)
         self._post_norm = post_norm
+        self._projectors = projectors
         self._current: Selection | None = None
         self._users = Counter(pair.teacher for pair in self._pairs)
         # (teacher layer, micro-batch): the target, and how many student layers still want it
         self._targets: dict[tuple[int, int], tuple[Tensor, int]] = {}
-        self._pending: dict[int, deque[Selection]] = {}
-        self._loss = torch.zeros(len(pairs), device=device, dtype=torch.float64)
-        self._cosine = torch.zeros(len(pairs), device=device, dtype=torch.float64)
 
     def attach_teacher(self, chunks: Sequence[GPTModel], *, depth: int) -> None:
         """Puts collecting taps on a teacher of ``depth`` layers (before it was cut)."""
@@ -73,28 +63,17 @@ class Taps:
             self._attach(chunks, layer, depth, self._collecting_tap(layer))
 
     def attach_student(self, chunks: Sequence[GPTModel], *, depth: int) -> None:
-        """Puts comparing taps on a student of ``depth`` layers."""
+        """Puts taps on a student of ``depth`` layers."""
         for number, pair in enumerate(self._pairs):
-            self._attach(chunks, pair.student, depth, self._comparing_tap(number, pair))
+            self._attach(chunks, pair.student, depth, self._student_tap(number, pair))
 
     def begin(self, selection: Selection) -> None:
         """Says which micro-batch the next forward pass is of."""
         self._current = selection
 
-    def end_step(self) -> tuple[Tensor, Tensor]:
-        """Hands out the metrics and starts them anew.
-
-        Returns:
-            This rank's part of each pair's loss (without the coefficient) and of its cosine, both
-            weighted over the global batch, [pairs], fp64. Summed over the ranks that hold a part
-            they are the global values.
-        """
-        assert not any(self._pending.values()), "a recomputed layer was not run again"
-        assert not self._targets, "a target was not used"
-        loss, cosine = self._loss.clone(), self._cosine.clone()
-        self._loss.zero_()
-        self._cosine.zero_()
-        return loss, cosine
+    def _student_tap(self, number: int, pair: LayerPair) -> Tap:
+        """The tap on the student's layer of the ``number``-th pair."""
+        raise NotImplementedError
 
     def _attach(self, chunks: Sequence[GPTModel], layer: int, depth: int, tap: Tap) -> None:
         for chunk in chunks:
@@ -119,6 +98,8 @@ class Taps:
             selection = self._current
             assert selection is not None
             rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)
+            if self._projectors is not None:
+                rows = self._projectors.project_teacher(layer, rows)
             if selection.exchange is not None:
                 rows = selection.exchange.targets(rows)
             self._targets[layer, selection.micro_batch] = rows, self._users[layer]
@@ -126,11 +107,57 @@ class Taps:
 
         return collect
 
-    def _comparing_tap(self, number: int, pair: LayerPair) -> Tap:
+
+class Taps(PairTaps):
+    """The taps of a training run, and what they hold during a step.
+
+    Args:
+        pairs: All matched layers, by rising student layer; each rank taps those it owns.
+        normalize: See `token_mse`.
+        coefficients: Factor on the loss of each pair as it is attached; metrics are without it.
+        post_norm: Whether a model's last layer is taken after the final norm.
+        device: Where the metrics live.
+        projectors: Of a bridge; losses and cosines are then those of the projected states.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[LayerPair],
+        *,
+        normalize: Normalize,
+        coefficients: Sequence[float],
+        post_norm: bool,
+        device: torch.device,
+        projectors: Projectors | None = None,
+    ) -> None:
+        super().__init__(pairs, post_norm=post_norm, projectors=projectors)
+        self._normalize = normalize
+        self._coefficients = list(coefficients)
+        self._pending: dict[int, deque[Selection]] = {}
+        self._loss = torch.zeros(len(pairs), device=device, dtype=torch.float64)
+        self._cosine = torch.zeros(len(pairs), device=device, dtype=torch.float64)
+
+    def end_step(self) -> tuple[Tensor, Tensor]:
+        """Hands out the metrics and starts them anew.
+
+        Returns:
+            This rank's part of each pair's loss (without the coefficient) and of its cosine, both
+            weighted over the global batch, [pairs], fp64. Summed over the ranks that hold a part
+            they are the global values.
+        """
+        assert not any(self._pending.values()), "a recomputed layer was not run again"
+        assert not self._targets, "a target was not used"
+        loss, cosine = self._loss.clone(), self._cosine.clone()
+        self._loss.zero_()
+        self._cosine.zero_()
+        return loss, cosine
+
+    def _student_tap(self, number: int, pair: LayerPair) -> Tap:
         # Under full recompute the layer's forward runs twice: first without grad, then, during
         # the backward pass, with it, when later micro-batches have begun. Backward passes come in
         # the order of the forward passes, so a queue says which micro-batch it is.
         pending = self._pending.setdefault(number, deque())
+        projectors, layer = self._projectors, pair.student
 
         def attach(hidden: Tensor) -> Tensor:
             assert self._current is not None
@@ -143,11 +170,15 @@ class Taps:
             # The gradient is worked out here and kept in the hidden state's dtype; a graph would
             # keep several fp32 copies of the rows until the backward pass.
             with torch.no_grad():
-                found = compare(rows, target, normalize=self._normalize)
+                states = rows if projectors is None else projectors.project_student(layer, rows)
+                found = compare(states, target, normalize=self._normalize)
                 self._loss[number] += (selection.weights * found.distance).sum()
                 self._cosine[number] += (selection.weights * found.cosine).sum()
                 factors = selection.weights * self._coefficients[number]
-                gradient = found.gradient.mul_(factors[:, None]).to(hidden.dtype)
+                gradient = found.gradient.mul_(factors[:, None])
+                if projectors is not None:
+                    gradient = projectors.student_gradient(layer, gradient)
+                gradient = gradient.to(hidden.dtype)
             attached = _AttachGradient.apply(hidden, selection.index, gradient)
             # The schedule frees stage outputs and cannot free a view.
             return make_viewless_tensor(attached, requires_grad=True, keep_graph=True)

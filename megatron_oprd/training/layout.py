@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+import torch
+
 from megatron_oprd.config import ParallelConfig, RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
@@ -45,6 +47,7 @@ class RunLayout:
         teacher: The teacher, cut at its deepest mapped layer.
         pairs: Matched layers.
         data_parallel_size: Replicas.
+        bridge_rank: Numbers that are left of a target's state; None keeps all of it.
     """
 
     config: RunConfig
@@ -52,6 +55,7 @@ class RunLayout:
     teacher: ModelLayout
     pairs: list[LayerPair]
     data_parallel_size: int
+    bridge_rank: int | None = None
 
     @property
     def compares_outputs(self) -> bool:
@@ -91,16 +95,30 @@ class RunLayout:
         )
 
     @property
+    def bytes_of_target(self) -> int:
+        """Bytes of the target of one supervised position of one layer."""
+        if self.bridge_rank is not None:
+            return self.bridge_rank * torch.float32.itemsize
+        itemsize = DTYPES[self.config.model.params_dtype].itemsize
+        return self.teacher.architecture.hidden_size * itemsize
+
+    def pairs_of_rank(self, pp_rank: int) -> list[LayerPair]:
+        """The matched pairs on pipeline rank ``pp_rank``, in all of its chunks."""
+        pp = self.config.parallel.pipeline_model_parallel_size
+        layers: set[int] = set()
+        start = 0
+        for stage, count in enumerate(self.student.extent.layers_per_stage):
+            if stage % pp == pp_rank:
+                layers |= set(range(start, start + count))
+            start += count
+        return [pair for pair in self.pairs if pair.student in layers]
+
+    @property
     def target_bytes_per_row(self) -> int:
         """Bytes of the targets of one supervised position, on the stages that keep most of them."""
         pp = self.config.parallel.pipeline_model_parallel_size
-        mapped = {pair.teacher for pair in self.pairs}
-        layers_of_rank, start = [0] * pp, 0
-        for stage, count in enumerate(self.teacher.extent.layers_per_stage):
-            layers_of_rank[stage % pp] += len(mapped & set(range(start, start + count)))
-            start += count
-        itemsize = DTYPES[self.config.model.params_dtype].itemsize
-        return max(layers_of_rank) * self.teacher.architecture.hidden_size * itemsize
+        mapped = [{pair.teacher for pair in self.pairs_of_rank(rank)} for rank in range(pp)]
+        return max(map(len, mapped)) * self.bytes_of_target
 
     @property
     def output_target_bytes_per_row(self) -> int:
@@ -123,9 +141,21 @@ class RunLayout:
 
 
 def make_layout(
-    config: RunConfig, *, student: Architecture, teacher: Architecture, world_size: int
+    config: RunConfig,
+    *,
+    student: Architecture,
+    teacher: Architecture,
+    world_size: int,
+    bridge_rank: int | None = None,
 ) -> RunLayout:
     """Places both models on ``world_size`` ranks. Reads no file.
+
+    Args:
+        config: The run's configuration.
+        student: The student's architecture.
+        teacher: The teacher's.
+        world_size: Ranks.
+        bridge_rank: Width of the projected states of a run through a bridge.
 
     Raises:
         UserError: The settings do not fit the models or the number of processes.
@@ -200,6 +230,7 @@ def make_layout(
         ),
         pairs=pairs,
         data_parallel_size=dp_size,
+        bridge_rank=bridge_rank,
     )
 
 

@@ -1,7 +1,6 @@
 """The training loop: sync weights, roll out, distil, log, now and then save."""
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,18 +12,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.config import RunConfig
-from megatron_oprd.data.prompts import Prompt, load_prompts, prompt_indices
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.collect import collect
-from megatron_oprd.rollout.create import create_engine
-from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
+from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.evaluation import BenchmarkEvaluator
 from megatron_oprd.training.loggers import Loggers
 from megatron_oprd.training.plan import RunPlan, export_folder
 from megatron_oprd.training.resume import checkpoint_to_resume
+from megatron_oprd.training.rollouts import (
+    load_run_prompts,
+    make_engine,
+    prompts_of_step,
+    sampling_of_step,
+)
 from megatron_oprd.training.step import Distiller, StepResult
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.hf_writer import HFContent, write_hf_folder
@@ -47,7 +50,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
     config = plan.config
     output_dir = Path(config.output_dir)
     resume_from = checkpoint_to_resume(plan)
-    prompts = _load_prompts(plan) if context.is_leader else []
+    prompts = load_run_prompts(plan) if context.is_leader else []
     dist.barrier()
     if context.rank == 0:
         checkpoints.remove_unfinished(output_dir)
@@ -58,7 +61,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
         done = checkpoints.load(
             resume_from, plan, distiller.state, context=context, refresh=distiller.refresh
         )
-    engine = _make_engine(plan, context) if context.is_leader else None
+    engine = make_engine(plan, context) if context.is_leader else None
     evaluator = BenchmarkEvaluator(plan, context)
     skipped_steps, skipped_in_a_row = done.skipped_steps, 0
     with _loggers(config, context, first_step=done.step) as loggers:
@@ -68,8 +71,8 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             distiller.state.gather_parameters()
             _send_weights(exporter, None if engine is None else engine.load_weights)
             synced = time.perf_counter()
-            of_step = _prompts_of(step, prompts, config)
-            rollouts = collect(engine, of_step, _sampling(step, config), context=context)
+            of_step = prompts_of_step(step, prompts, config)
+            rollouts = collect(engine, of_step, sampling_of_step(step, config), context=context)
             rolled_out = time.perf_counter()
             result = distiller.step(
                 [rollout.prompt_ids for rollout in rollouts],
@@ -140,61 +143,6 @@ def _send_weights(
     else:
         for _ in stream:
             pass
-
-
-def _make_engine(plan: RunPlan, context: ParallelContext) -> RolloutEngine:
-    config = plan.config
-    return create_engine(
-        config.rollout.engine,
-        plan.student.checkpoint.hf_folder,
-        plan.tokenizer,
-        dtype=DTYPES[config.model.params_dtype],
-        device=context.device,
-        max_batch_size=config.rollout.max_batch_size,
-    )
-
-
-def _load_prompts(plan: RunPlan) -> list[Prompt]:
-    data = plan.config.data
-    return load_prompts(
-        [Path(file) for file in data.prompts],
-        plan.tokenizer,
-        prompt_key=data.prompt_key,
-        chat_template=data.chat_template,
-        max_prompt_tokens=data.max_prompt_tokens,
-        long_prompts=data.long_prompts,
-    )
-
-
-def _prompts_of(step: int, prompts: list[Prompt], config: RunConfig) -> list[Prompt]:
-    if not prompts:
-        return []
-    indices = prompt_indices(
-        step,
-        num_prompts=len(prompts),
-        prompts_per_step=config.rollout.prompts_per_step,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-    )
-    return [
-        dataclasses.replace(prompts[i], occurrence=indices[:position].count(i))
-        for position, i in enumerate(indices)
-    ]
-
-
-def _sampling(step: int, config: RunConfig) -> SamplingParams:
-    rollout = config.rollout
-    return SamplingParams(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop=tuple(rollout.stop),
-        stop_token_ids=tuple(rollout.stop_token_ids),
-        max_new_tokens=rollout.max_new_tokens,
-        samples_per_prompt=rollout.samples_per_prompt,
-        # A prompt that comes again in a later epoch gets other responses.
-        seed=config.seed + step,
-    )
 
 
 def _step_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.config import RunConfig
+from megatron_oprd.bridge.open import open_bridge
+from megatron_oprd.bridge.source import BridgeSource
+from megatron_oprd.config import BridgeConfig, RunConfig
 from megatron_oprd.config_file import dump_config
 from megatron_oprd.data.benchmarks import Benchmark, check_length, load_benchmarks, tokenized
 from megatron_oprd.data.prompts import check_prompt_files
@@ -17,8 +19,10 @@ from megatron_oprd.data.tokenizers import (
     pad_token_id,
 )
 from megatron_oprd.errors import UserError
+from megatron_oprd.losses.bridge import Projectors
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
+from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.training.layout import ModelLayout, RunLayout, make_layout
 from megatron_oprd.weights.output_folder import check_output_folder
 from megatron_oprd.weights.source import WeightSource
@@ -44,12 +48,22 @@ class RunPlan(RunLayout):
         teacher: The teacher, cut at its deepest mapped layer.
         tokenizer: The student's.
         benchmarks: What the student is evaluated on during the run.
+        bridge: What the states go through before they are compared; None compares them directly.
     """
 
     student: ModelPlan
     teacher: ModelPlan
     tokenizer: PreTrainedTokenizerBase
     benchmarks: list[Benchmark]
+    bridge: BridgeSource | None = None
+
+    def projectors(self, context: ParallelContext) -> Projectors | None:
+        """Reads the projectors of this rank's layers; None without a bridge."""
+        if self.bridge is None:
+            return None
+        assert self.bridge_rank is not None
+        pairs = self.pairs_of_rank(context.pp_rank)
+        return self.bridge.read(pairs, rank=self.bridge_rank, device=context.device)
 
 
 def export_folder(config: RunConfig) -> Path:
@@ -61,21 +75,42 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
     """Works out a run for ``world_size`` processes, reading configurations and file headers only.
 
     Raises:
-        UserError: A model, a tokenizer or the prompts cannot be used, or the settings do not fit
-            the models or the number of processes.
+        UserError: A model, a tokenizer, the bridge or the prompts cannot be used, or the settings
+            do not fit the models or the number of processes.
     """
     _check_output_dir(config)
+    return plan_models(config, world_size=world_size)
+
+
+def plan_models(config: RunConfig, *, world_size: int, builds_bridge: bool = False) -> RunPlan:
+    """Opens and places the models of a run.
+
+    Args:
+        config: The run's configuration.
+        world_size: Processes.
+        builds_bridge: Whether this is for building a bridge, so that hidden states need not be
+            comparable.
+
+    Raises:
+        UserError: See `make_plan`.
+    """
     student = _open(config.model.student, config.model.student_hf_config, "student")
     teacher = _open(config.model.teacher, config.model.teacher_hf_config, "teacher")
     student_arch, teacher_arch = student.architecture, teacher.architecture
-    layout = make_layout(config, student=student_arch, teacher=teacher_arch, world_size=world_size)
-    if student_arch.hidden_size != teacher_arch.hidden_size:
-        raise UserError(
-            f"model.student is {student_arch.hidden_size} wide, model.teacher "
-            f"{teacher_arch.hidden_size}: hidden states can only be compared directly at equal "
-            "width. Models of other widths will be matched through a bridge (OPRD-Bridge, frozen "
-            "projectors), which is not available yet"
+    bridge = None if config.bridge.path is None else open_bridge(Path(config.bridge.path))
+    layout = make_layout(
+        config,
+        student=student_arch,
+        teacher=teacher_arch,
+        world_size=world_size,
+        bridge_rank=None if bridge is None else _bridge_rank(config.bridge, bridge),
+    )
+    if bridge is not None:
+        bridge.check(
+            student=student_arch, teacher=teacher_arch, pairs=layout.pairs, taps=config.taps
         )
+    elif layout.pairs and not builds_bridge:
+        _check_widths(student_arch, teacher_arch)
     check_same_tokenizer(student.source.hf_folder, teacher.source.hf_folder)
     tokenizer = load_tokenizer(student.source.hf_folder)
     eos_token_ids(student.source.hf_folder, tokenizer)
@@ -90,7 +125,31 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
         benchmarks=_benchmarks(config, tokenizer, student_arch),
         pairs=layout.pairs,
         data_parallel_size=layout.data_parallel_size,
+        bridge_rank=layout.bridge_rank,
+        bridge=bridge,
     )
+
+
+def _check_widths(student: Architecture, teacher: Architecture) -> None:
+    if student.hidden_size != teacher.hidden_size:
+        raise UserError(
+            f"model.student is {student.hidden_size} wide, model.teacher {teacher.hidden_size}: "
+            "hidden states can only be compared directly at equal width. Models of other widths "
+            "are matched through a bridge (OPRD-Bridge, frozen projectors): build one with "
+            "torchrun ... -m megatron_oprd.build_bridge --config bridge.yaml, and give its folder "
+            "as bridge.path"
+        )
+
+
+def _bridge_rank(settings: BridgeConfig, bridge: BridgeSource) -> int:
+    rank = bridge.rank if settings.rank is None else settings.rank
+    if not 2 <= rank <= bridge.rank:
+        raise UserError(
+            f"bridge.rank = {settings.rank}: bridge.path = {settings.path} has {bridge.rank} "
+            f"directions, of which 2 to {bridge.rank} can be used; one alone is, as a unit vector, "
+            "only a sign"
+        )
+    return rank
 
 
 def _open(folder: str, hf_config: str | None, model: str) -> OpenedCheckpoint:
@@ -135,6 +194,8 @@ def describe(plan: RunPlan) -> str:
         f"student: {not_run} layers past the deepest tap and the LM head are frozen and not run; "
         f"teacher: {not_built} layers and the LM head are not built"
     )
+    if plan.bridge is not None:
+        lines.append(f"bridge {config.bridge.path}: {plan.bridge_rank} numbers of each state")
     return "\n".join(lines)
 
 

@@ -107,6 +107,7 @@ class Distiller:
             coefficients=plan.pair_coefficients,
             post_norm=config.taps.last_layer == "post_norm",
             device=context.device,
+            projectors=plan.projectors(context),
         )
         teacher = build_teacher(
             plan.teacher.architecture,

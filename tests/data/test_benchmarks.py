@@ -66,7 +66,7 @@ def test_an_instruction_is_put_behind_the_problem(tmp_path: Path) -> None:
         ([], "has no rows"),
         (
             [{"prompt": "a"}],
-            "--data: the right answer is 'reward_model.ground_truth', but .*line 1 has only 'prompt'",
+            "the right answer is 'reward_model.ground_truth', but .*line 1 has only 'prompt'",
         ),
         (
             [{"question": "a", "reward_model": {"ground_truth": "1"}}],

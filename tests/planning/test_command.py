@@ -97,3 +97,19 @@ def test_mistakes(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run(monkeypatch, tmp_path, *arguments)
+
+
+def test_targets_behind_a_bridge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """8 fp32 numbers instead of 5120 of bf16; the bridge itself need not be there."""
+    targets = []
+    bridge = ["bridge.path=missing", "bridge.rank=8", "loss.normalize=l2"]
+    for overrides in ([], bridge):
+        file = tmp_path / f"{len(overrides)}.json"
+        large = ["--gpu-memory", "1000", "teacher.target_memory_gb=null"]
+        assert run(monkeypatch, tmp_path, "--json", str(file), *large, *overrides) == 0
+        rank = json.loads(file.read_text())["ranks"][0]
+        targets.append(rank["phases"]["teacher"]["targets"])
+    assert "targets behind the bridge: 8 numbers each" in capsys.readouterr().out
+    assert targets[0] == targets[1] * 5120 * 2 / (8 * 4)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.losses.bridge import Projectors
 from megatron_oprd.taps.layer_map import LayerPair
 from megatron_oprd.taps.tap import Selection, Taps
 
@@ -155,6 +156,54 @@ def test_attached_gradients_and_metrics_are_the_formulas(post_norm: bool, recomp
     torch.testing.assert_close(loss, losses.detach().double(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(cosine, cosines.double(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients(student), gradients(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_through_a_bridge_are_the_formulas() -> None:
+    """Targets are kept as r numbers; the projectors stay as they are."""
+    batch, x = micro_batch(0, seed=1), torch.randn(S, B, H, requires_grad=True)
+    teacher, student, plain = model(1), model(2), model(2)
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> dict[int, Tensor]:
+        return {layer: torch.randn(shape, generator=generator) for layer in (0, 1)}
+
+    projectors = Projectors(student=draw(3, H), teacher=draw(3, H), mean=draw(H))
+    before = [one.clone() for group in vars(projectors).values() for one in group.values()]
+
+    losses, cosines = torch.zeros(2), torch.zeros(2)
+    with torch.no_grad():
+        targets = run(teacher, x)
+    for i, states in enumerate(run(plain, x)[:2]):
+        z_s = states @ projectors.student[i].t()
+        z_t = (targets[i] - projectors.mean[i]) @ projectors.teacher[i].t()
+        cosine = torch.cosine_similarity(z_s, z_t, dim=-1)  # [s, b]
+        # Of unit vectors, || u - v ||^2 / r = 2 (1 - cos) / r.
+        losses[i] = (batch.weights.t() * 2 * (1 - cosine) / 3).sum()
+        cosines[i] = (batch.weights.t() * cosine).sum().detach()
+    (10 * losses.mean()).backward()
+
+    taps = Taps(
+        [LayerPair(0, 0), LayerPair(1, 1)],
+        normalize="l2",
+        coefficients=[5.0, 5.0],
+        post_norm=False,
+        device=torch.device("cpu"),
+        projectors=projectors,
+    )
+    taps.attach_teacher([teacher], depth=2)
+    taps.attach_student([student], depth=2)
+    taps.begin(Selection.of(batch, tp_rank=0, tp_size=1))
+    with torch.no_grad():
+        run(teacher, x)
+    assert {target.shape[1] for target, _ in taps._targets.values()} == {3}
+    (run(student, x)[1].sum() * 0).backward()
+
+    loss, cosine = taps.end_step()
+    torch.testing.assert_close(loss, losses.detach().double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cosine, cosines.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients(student), gradients(plain), rtol=1e-4, atol=1e-5)
+    after = [one for group in vars(projectors).values() for one in group.values()]
+    assert all(torch.equal(*both) for both in zip(before, after, strict=True))
 
 
 def test_metrics_start_at_zero_every_step() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.bridges import save_random_bridge
 from tests.pairs import save_pair
 from tests.ranks import run_ranks
 
@@ -112,6 +113,16 @@ MOE_PAIRS = {
     "moe_teacher": {"family": "qwen3", "teacher_family": "qwen3_moe"},
     "moe_student": {"family": "qwen3_moe", "teacher_family": "qwen3", "tied": True},
 }
+# A teacher wider and deeper than its student, through a bridge.
+WIDER = {
+    "bridge": {
+        "family": "qwen3",
+        "teacher_layers": 7,
+        "tied": True,
+        "teacher_fields": {"hidden_size": 48},
+    },
+}
+BRIDGED = "loss: {normalize: l2, coefficient: 100}\nbridge: {rank: 5, path: %s}\n"
 # Updates that are large against the tolerance, and about linear in the gradient: Adam turns the
 # rounding of a tiny gradient into a step of the same size as any other.
 UPDATE = ["optimizer.lr=0.1", "optimizer.adam_eps=1.0", "optimizer.lr_warmup_fraction=0"]
@@ -214,6 +225,23 @@ CASES = [(pair, *combination) for pair in PAIRS for combination in COMBINATIONS]
         for layout in ("ep2_pp2", "tp2_sp_etp1_ep2")
     ),
     *(("moe", "reverse_kl", layout) for layout in ("ep2_pp2", "tp2_sp_etp1_ep2")),
+    *(
+        ("bridge", "default", layout)
+        for layout in (
+            "target_groups",
+            "tp2_sp_packed",
+            "pp2_vpp2_target_groups",
+            "pp2_full_block",
+            "tp2_sp_pp2_full",
+            "cp2_tp2_sp",
+            "dp2_pp2",
+        )
+    ),
+    ("bridge", "top_k", "tp2_sp_pp2_full"),
+    *(
+        ("bridge", "other_tokens_sequence_mean", layout)
+        for layout in ("cp2_tp2_sp", "tp2_sp_pp2_full")
+    ),
 ]
 
 
@@ -223,8 +251,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("layouts")
     pairs = {
         name: str(save_pair(root / name, **settings))  # type: ignore[arg-type]
-        for name, settings in (PAIRS | SHALLOWER | OTHER_VOCABULARY | MOE_PAIRS).items()
+        for name, settings in (PAIRS | SHALLOWER | OTHER_VOCABULARY | MOE_PAIRS | WIDER).items()
     }
+    for name in WIDER:
+        save_random_bridge(root / f"{name}.bridge", root / name)
+        with (root / name / "run.yaml").open("a") as run_file:
+            run_file.write(BRIDGED % (root / f"{name}.bridge"))
     cases: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
     for pair, method in sorted({(pair, method) for pair, method, _ in CASES}):
         cases[1].append(

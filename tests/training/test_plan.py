@@ -8,6 +8,7 @@ from megatron_oprd.config_file import load_config
 from megatron_oprd.errors import UserError
 from megatron_oprd.training.plan import RunPlan, describe, make_plan
 from megatron_oprd.weights.hf_files import HFCheckpoint
+from tests.bridges import save_random_bridge
 from tests.data.test_benchmarks import row, write
 from tests.pairs import config_of, save_pair
 from tests.tiny import copy_with_config, tiny_tokenizer
@@ -207,6 +208,36 @@ def test_unequal_width_names_the_bridge(pair: Path, tmp_path: Path) -> None:
     wide = changed(pair, tmp_path, "teacher", hidden_size=64)
     with pytest.raises(UserError, match=r"student is 32 wide, model\.teacher 64: .*OPRD-Bridge"):
         plan(pair, wide)
+
+
+L2 = "loss.normalize=l2"
+
+
+def test_a_bridge_allows_unequal_width(pair: Path, tmp_path: Path) -> None:
+    wider = save_pair(tmp_path / "pair", "llama", teacher_fields={"hidden_size": 48})
+    save_random_bridge(tmp_path / "bridge", wider, rank=6)
+    bridge = f"bridge.path={tmp_path / 'bridge'}"
+    with pytest.raises(UserError, match=r"student is 32 wide, model\.teacher 48"):
+        plan(wider)
+    assert plan(wider, bridge, L2).bridge_rank == 6
+    with pytest.raises(UserError, match=r"as teacher, of num_layers = 4; .* has 7"):
+        plan(pair, bridge, L2)
+    with pytest.raises(UserError, match=r"bridge\.rank = 7: .* has 6 directions"):
+        plan(wider, bridge, L2, "bridge.rank=7")
+
+
+def test_what_a_plan_with_a_bridge_holds(pair: Path, tmp_path: Path) -> None:
+    """Four layers; both of a stage keep r fp32 numbers of a position."""
+    save_random_bridge(tmp_path / "bridge", pair, rank=6)
+    bridge = f"bridge.path={tmp_path / 'bridge'}"
+    found = plan(pair, bridge, L2, PP2, world_size=2)
+    assert found.bridge is not None
+    assert found.bridge_rank == 6
+    assert [(p.student, p.teacher) for p in found.pairs_of_rank(1)] == [(2, 4), (3, 6)]
+    assert found.target_bytes_per_row == 2 * 6 * 4
+    assert plan(pair, bridge, L2, "bridge.rank=4").target_bytes_per_row == 4 * 4 * 4
+    assert plan(pair).target_bytes_per_row == 4 * 32 * 4
+    assert describe(found).endswith(f"bridge {tmp_path / 'bridge'}: 6 numbers of each state")
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])

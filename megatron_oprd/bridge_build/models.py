@@ -1,0 +1,160 @@
+"""Both models, frozen, run on the same sequences under Megatron's schedule, pair by pair."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_oprd.bridge_build.plan import frozen_student_extent
+from megatron_oprd.bridge_build.sequences import Sequences
+from megatron_oprd.config_teacher import TeacherConfig
+from megatron_oprd.data.batching import MicroBatch, collate, context_parallel_share, pack
+from megatron_oprd.models.build import Extent
+from megatron_oprd.models.layers import Tap
+from megatron_oprd.models.offload import OffloadedWeights
+from megatron_oprd.models.teacher import build_teacher
+from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.taps.layer_map import LayerPair
+from megatron_oprd.taps.selection import Selection
+from megatron_oprd.taps.tap import PairTaps
+from megatron_oprd.training.plan import ModelPlan, RunPlan
+
+# Takes (the pair's number, the rows' marks [n], h_S [n, d_S], h_T [n, d_T]).
+Consumer = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+class _RowTaps(PairTaps):
+    """Hands the rows of each pair to a consumer."""
+
+    consume: Consumer
+
+    def _student_tap(self, number: int, pair: LayerPair) -> Tap:
+        def take(hidden: Tensor) -> Tensor:
+            selection = self._current
+            assert selection is not None
+            rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)
+            teacher_rows = self._take_target(pair.teacher, selection.micro_batch)
+            self.consume(number, selection.weights, rows, teacher_rows)
+            return hidden
+
+        return take
+
+
+class FrozenModels:
+    """Student and teacher of a run on this rank, both without gradients.
+
+    Args:
+        plan: The run.
+        context: This rank's place.
+    """
+
+    def __init__(self, plan: RunPlan, context: ParallelContext) -> None:
+        self._plan = plan
+        self._context = context
+        self._taps = _RowTaps(plan.pairs, post_norm=plan.config.taps.last_layer == "post_norm")
+        teacher = plan.config.teacher
+        self._teacher = self._build(plan.teacher, plan.teacher.extent, teacher)
+        self._taps.attach_teacher(self._teacher, depth=plan.teacher.architecture.num_layers)
+        self._offloaded = OffloadedWeights(self._teacher) if teacher.offload == "cpu" else None
+        self._student = self._build(plan.student, frozen_student_extent(plan), TeacherConfig())
+        self._taps.attach_student(self._student, depth=plan.student.architecture.num_layers)
+
+    def run(self, sequences: Sequences, consume: Consumer) -> None:
+        """Runs both models over sequences; every rank has to call.
+
+        Args:
+            sequences: The same on every rank; the replicas share them.
+            consume: Gets the rows of this rank's pairs whose mark is not 0, in turn. Of pairs that
+                lie on several ranks, each gets the rows of its part of the sequences; without
+                sequence parallelism all tensor-parallel ranks get the same.
+        """
+        self._taps.consume = consume
+        config = self._plan.config
+        at_once = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+        for start in range(0, len(sequences.token_ids), at_once):
+            part = slice(start, start + at_once)
+            for group in self._groups(sequences.token_ids[part], sequences.marks[part]):
+                self._run_group(group)
+
+    def _build(self, model: ModelPlan, extent: Extent, teacher: TeacherConfig) -> list[Any]:
+        config = self._plan.config
+        return build_teacher(
+            model.architecture,
+            extent,
+            model.table,
+            model.checkpoint,
+            teacher=teacher,
+            model=config.model,
+            parallel=config.parallel,
+            context=self._context,
+            padded_vocab_size=model.padded_vocab_size,
+            max_sequence_length=self._plan.max_sequence_length,
+        )
+
+    def _groups(self, token_ids: list[list[int]], marks: list[Tensor]) -> list[list[MicroBatch]]:
+        """This replica's micro-batches, as many to a group as there are pipeline stages."""
+        context, batch = self._context, self._plan.config.batch
+        multiple = context.pp_size
+        # Sequences that count for nothing, so that every replica has whole groups.
+        missing = -len(token_ids) % (context.dp_size * multiple)
+        token_ids = token_ids + [token_ids[0][:1]] * missing
+        marks = marks + [torch.zeros(1)] * missing
+        replicas = pack(
+            [len(one) for one in token_ids],
+            max_tokens=batch.max_tokens,
+            micro_batch_size=batch.micro_batch_size,
+            num_replicas=context.dp_size,
+            multiple=multiple,
+        )
+        micro_batches = collate(
+            replicas[context.dp_rank],
+            token_ids,
+            marks,
+            pad_to_multiple_of=self._plan.sequence_split.pad_to_multiple_of,
+            device=context.device,
+        )
+        shares = [
+            context_parallel_share(one, rank=context.cp_rank, size=context.cp_size)
+            for one in micro_batches
+        ]
+        return [shares[i : i + multiple] for i in range(0, len(shares), multiple)]
+
+    @torch.no_grad()
+    def _run_group(self, group: Sequence[MicroBatch]) -> None:
+        if self._offloaded is None:
+            self._forward(self._teacher, group)
+        else:
+            with self._offloaded.on_device():
+                self._forward(self._teacher, group)
+        self._forward(self._student, group)
+
+    def _forward(self, chunks: Sequence[Any], group: Sequence[MicroBatch]) -> None:
+        context = self._context
+        sliced = self._plan.config.parallel.sequence_parallel
+
+        def forward_step(data: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable]:
+            one = next(data)
+            self._taps.begin(
+                Selection.of(
+                    one,
+                    tp_rank=context.tp_rank if sliced else 0,
+                    tp_size=context.tp_size if sliced else 1,
+                )
+            )
+            return model(one.tokens, one.position_ids, None), _no_loss
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(group) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(group),
+            seq_length=group[0].tokens.shape[1],
+            micro_batch_size=group[0].tokens.shape[0],
+            forward_only=True,
+        )
+
+
+def _no_loss(hidden: Tensor) -> tuple[Tensor, dict]:
+    return hidden.flatten()[0].float() * 0.0, {}

@@ -1,0 +1,255 @@
+"""Builds a bridge: rollouts, sums or rows of every pair, the fit, cosines, the folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_oprd.bridge.fit import FittedPair, fit_gradient, fit_least_squares, random_student
+from megatron_oprd.bridge.format import (
+    PICTURE_FILE,
+    Manifest,
+    architecture_numbers,
+    write_bridge,
+)
+from megatron_oprd.bridge.moments import MomentSums
+from megatron_oprd.bridge_build.config import BuildBridgeConfig
+from megatron_oprd.bridge_build.models import FrozenModels
+from megatron_oprd.bridge_build.report import cosine_picture
+from megatron_oprd.bridge_build.sequences import (
+    Sequences,
+    number_rows,
+    split_prompts,
+)
+from megatron_oprd.errors import UserError
+from megatron_oprd.losses.bridge import Projectors, project_student, project_teacher
+from megatron_oprd.losses.representation import token_cosine
+from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.rollout.collect import collect
+from megatron_oprd.rollout.engine import Rollout
+from megatron_oprd.training.plan import ModelPlan, RunPlan
+from megatron_oprd.training.rollouts import (
+    load_run_prompts,
+    make_engine,
+    prompts_of_step,
+    sampling_of_step,
+)
+
+
+def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext) -> Manifest:
+    """Builds the bridge of a plan and writes its folder; every rank has to call.
+
+    Returns:
+        What the folder says of itself, on every rank.
+
+    Raises:
+        UserError: There are too few prompts or rows, or the folder cannot be written.
+    """
+    rollouts = _roll_out(config, plan, context)
+    held_out = split_prompts(
+        [one.prompt_index for one in rollouts], share=config.fit.held_out_share, seed=config.seed
+    )
+    seen = number_rows(
+        [one for one in rollouts if one.prompt_index not in held_out],
+        config.taps,
+        max_rows=config.fit.rows,
+        seed=config.seed,
+    )
+    unseen = number_rows(
+        [one for one in rollouts if one.prompt_index in held_out],
+        config.taps,
+        max_rows=None,
+        seed=config.seed,
+    )
+    rank = max(config.fit.ranks)
+    if seen.num_rows <= rank:
+        raise UserError(
+            f"the responses give {seen.num_rows} rows to fit on, fit.ranks has {rank}; give more "
+            "prompts (fit.num_prompts), longer responses (rollout.max_new_tokens) or more "
+            "positions (taps.positions)"
+        )
+    models = FrozenModels(plan, context)
+    fits = _fit(config, plan, models, seen, context)
+    cosine = _cosines(config, plan, models, unseen, fits, context)
+    manifest = Manifest(
+        student=_describe(config.model.student, plan.student),
+        teacher=_describe(config.model.teacher, plan.teacher),
+        layer_pairs=[(pair.student, pair.teacher) for pair in plan.pairs],
+        positions=config.taps.positions,
+        k=config.taps.k,
+        alignment=config.taps.alignment,
+        last_layer=config.taps.last_layer,
+        rank=rank,
+        fit=dataclasses.asdict(config.fit),
+        data={
+            "seed": config.seed,
+            "data": dataclasses.asdict(config.data),
+            "rollout": dataclasses.asdict(config.rollout),
+            "sequences": len(seen.token_ids),
+            "rows": seen.num_rows,
+            "held_out_sequences": len(unseen.token_ids),
+            "held_out_rows": unseen.num_rows,
+        },
+        cosine=cosine,
+    )
+    projectors = _gather(fits, plan, context)
+    if context.rank == 0:
+        assert projectors is not None
+        write_bridge(
+            Path(config.output_dir),
+            projectors,
+            manifest,
+            files={PICTURE_FILE: cosine_picture(manifest)},
+        )
+    return manifest
+
+
+def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext) -> list[Rollout]:
+    """Stage 0: responses of the student as it is on disk, the same on every rank."""
+    prompts = load_run_prompts(plan) if context.is_leader else []
+    engine = None
+    if context.is_leader:
+        engine = make_engine(plan, context)
+        source = plan.student.checkpoint
+        engine.load_weights((name, source.read(name)) for name in source.names())
+    rollouts: list[Rollout] = []
+    for step in range(config.num_steps):
+        of_step = prompts_of_step(step, prompts, plan.config)
+        sampling = sampling_of_step(step, plan.config)
+        rollouts += collect(engine, of_step, sampling, context=context)
+    return rollouts
+
+
+def _fit(
+    config: BuildBridgeConfig,
+    plan: RunPlan,
+    models: FrozenModels,
+    seen: Sequences,
+    context: ParallelContext,
+) -> dict[int, FittedPair]:
+    """Stage 1: the projectors of this rank's pairs, by the pair's number."""
+    fit = config.fit
+    own = _own_pairs(plan, context)
+    rank = max(fit.ranks)
+    if fit.method == "least_squares":
+        widths = plan.student.architecture.hidden_size, plan.teacher.architecture.hidden_size
+        sums = {number: MomentSums.zeros(*widths, context.device) for number in own}
+
+        def add(number: int, _marks: Tensor, student: Tensor, teacher: Tensor) -> None:
+            sums[number].add(student, teacher)
+
+        models.run(seen, add)
+        for number in own:
+            _sum_over_parts(sums[number].tensors(), plan, context)
+        return {n: fit_least_squares(sums[n], rank=rank, ridge=fit.ridge) for n in own}
+
+    rows: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(number: int, marks: Tensor, student: Tensor, teacher: Tensor) -> None:
+        if number not in rows:
+            rows[number] = (
+                student.new_zeros(seen.num_rows, student.shape[1]),
+                teacher.new_zeros(seen.num_rows, teacher.shape[1]),
+            )
+        for kept, found in zip(rows[number], (student, teacher), strict=True):
+            kept[marks.long() - 1] = found
+
+    models.run(seen, keep)
+    for number in own:
+        _sum_over_parts(list(rows[number]), plan, context)
+    return {
+        number: fit_gradient(
+            *rows[number],
+            rank=rank,
+            epochs=fit.epochs,
+            lr=fit.lr,
+            batch_rows=fit.batch_rows,
+            seed=config.seed + number,
+        )
+        for number in own
+    }
+
+
+def _cosines(
+    config: BuildBridgeConfig,
+    plan: RunPlan,
+    models: FrozenModels,
+    unseen: Sequences,
+    fits: dict[int, FittedPair],
+    context: ParallelContext,
+) -> dict[str, dict[str, list[float]]]:
+    """Mean cosine of the projected states on the held-out sequences, before and after the fit."""
+    ranks = sorted(set(config.fit.ranks))
+    width = plan.student.architecture.hidden_size
+    before = {
+        number: random_student(max(ranks), width, seed=config.seed + number).to(context.device)
+        for number in fits
+    }
+    # [pairs, before and after, ranks]
+    sums = torch.zeros(len(plan.pairs), 2, len(ranks), dtype=torch.float64, device=context.device)
+
+    def add(number: int, _marks: Tensor, student: Tensor, teacher: Tensor) -> None:
+        fitted = fits[number]
+        targets = project_teacher(teacher, fitted.teacher, fitted.mean)
+        for i, weight in enumerate((before[number], fitted.student)):
+            states = project_student(student, weight)
+            for j, rank in enumerate(ranks):
+                cosine = token_cosine(states[:, :rank], targets[:, :rank])
+                sums[number, i, j] += cosine.sum(dtype=torch.float64)
+
+    models.run(unseen, add)
+    _sum_over_parts([sums], plan, context)
+    dist.all_reduce(sums, group=context.groups.pp)
+    means = (sums / unseen.num_rows).tolist()
+    return {
+        str(rank): {
+            "before": [of_pair[0][j] for of_pair in means],
+            "after": [of_pair[1][j] for of_pair in means],
+        }
+        for j, rank in enumerate(ranks)
+    }
+
+
+def _own_pairs(plan: RunPlan, context: ParallelContext) -> list[int]:
+    own = plan.pairs_of_rank(context.pp_rank)
+    return [number for number, pair in enumerate(plan.pairs) if pair in own]
+
+
+def _sum_over_parts(tensors: list[Tensor], plan: RunPlan, context: ParallelContext) -> None:
+    """Adds up, in place, over the ranks that have parts of the same layers' rows."""
+    for tensor in tensors:
+        dist.all_reduce(tensor, group=context.groups.dp_cp)
+        if plan.config.parallel.sequence_parallel:
+            dist.all_reduce(tensor, group=context.groups.tp)
+
+
+def _gather(
+    fits: dict[int, FittedPair], plan: RunPlan, context: ParallelContext
+) -> Projectors | None:
+    """All pairs' projectors on the replica's leader."""
+    own = {
+        number: dataclasses.replace(
+            one, student=one.student.cpu(), teacher=one.teacher.cpu(), mean=one.mean.cpu()
+        )
+        for number, one in fits.items()
+        if context.tp_rank == 0 and context.cp_rank == 0
+    }
+    gathered: list[Any] | None = None
+    if context.is_leader:
+        gathered = [None] * dist.get_world_size(context.replica_control)
+    dist.gather_object(own, gathered, dst=context.leader, group=context.replica_control)
+    if gathered is None:
+        return None
+    of_pair = {plan.pairs[n]: one for of_rank in gathered for n, one in of_rank.items()}
+    return Projectors(
+        student={pair.student: one.student for pair, one in of_pair.items()},
+        teacher={pair.teacher: one.teacher for pair, one in of_pair.items()},
+        mean={pair.teacher: one.mean for pair, one in of_pair.items()},
+    )
+
+
+def _describe(name: str, model: ModelPlan) -> dict[str, Any]:
+    return {"name": name, "architecture": architecture_numbers(model.architecture)}

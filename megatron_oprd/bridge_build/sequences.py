@@ -1,0 +1,87 @@
+"""Which sequences and positions the projectors are fitted on, and which are held out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+import xxhash
+from torch import Tensor
+
+from megatron_oprd.config import TapConfig
+from megatron_oprd.errors import UserError
+from megatron_oprd.rollout.engine import Rollout
+from megatron_oprd.taps.supervision import position_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Sequences, and a number for each of their positions.
+
+    Attributes:
+        token_ids: Prompt and response of each.
+        marks: For each [length], fp32: 0 is a position that is not used, n + 1 is row n.
+        num_rows: Positions that are used.
+    """
+
+    token_ids: list[list[int]]
+    marks: list[Tensor]
+    num_rows: int
+
+
+def split_prompts(prompts: Sequence[int], *, share: float, seed: int) -> set[int]:
+    """The prompts that are held out: those with the smallest hashes, at least one of two or more.
+
+    Args:
+        prompts: Numbers of prompts, repeated ones counted once.
+        share: How many of them.
+        seed: Enters the hash.
+
+    Raises:
+        UserError: There is only one prompt.
+    """
+
+    def by_hash(prompt: int) -> str:
+        return xxhash.xxh64_hexdigest(f"{seed}:{prompt}".encode())
+
+    different = sorted(set(prompts), key=by_hash)
+    if len(different) < 2:
+        raise UserError(
+            "data.prompts has a single prompt; a bridge needs at least one to be fitted on and "
+            "another to be measured on"
+        )
+    return set(different[: min(ceil(share * len(different)), len(different) - 1)])
+
+
+def number_rows(
+    rollouts: Sequence[Rollout], taps: TapConfig, *, max_rows: int | None, seed: int
+) -> Sequences:
+    """Numbers the supervised positions of some rollouts.
+
+    Args:
+        rollouts: At least one.
+        taps: Which positions.
+        max_rows: Only that many of them, drawn at random; None takes all.
+        seed: Decides which.
+    """
+    weights = position_weights(
+        [len(one.prompt_ids) for one in rollouts],
+        [len(one.response_ids) for one in rollouts],
+        positions=taps.positions,
+        k=taps.k,
+        alignment=taps.alignment,
+        aggregation="token_mean",
+    )
+    lengths = [len(one) for one in weights]
+    used = torch.cat(weights).nonzero().squeeze(1)
+    if max_rows is not None and len(used) > max_rows:
+        draw = torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))
+        used = used[draw[:max_rows].sort().values]
+    marks = torch.zeros(sum(lengths))
+    # A number that fp32 rounds is still not zero, and nothing reads it unless rows are drawn.
+    marks[used] = torch.arange(1, len(used) + 1).float()
+    return Sequences(
+        token_ids=[[*one.prompt_ids, *one.response_ids] for one in rollouts],
+        marks=list(marks.split(lengths)),
+        num_rows=len(used),
+    )

@@ -1,0 +1,45 @@
+"""Builds a bridge between two models of other width or depth (OPRD-Bridge, stages 0 and 1).
+
+``torchrun --nproc-per-node N -m megatron_oprd.build_bridge --config bridge.yaml [key=value ...]``
+
+The student answers prompts; both models read the answers; at every mapped pair of layers the
+projectors are fitted, and their cosine is measured on held-out answers. Training takes the folder
+as ``bridge.path``.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_oprd.bridge_build.config import load_build_config
+from megatron_oprd.bridge_build.plan import plan_build
+from megatron_oprd.bridge_build.report import cosine_table
+from megatron_oprd.bridge_build.run import build_bridge
+from megatron_oprd.errors import run_entry_point
+from megatron_oprd.parallel import parallel_run
+
+
+def main() -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_oprd.build_bridge",
+        description=(__doc__ or "").split("``")[0],
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the bridge")
+    parser.add_argument("overrides", nargs="*", help="settings, as in fit.ranks=[4,8]")
+    arguments = parser.parse_intermixed_args()
+    config = load_build_config(arguments.config, arguments.overrides)
+    plan = plan_build(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    with parallel_run(config.parallel, seed=config.seed) as context:
+        manifest = build_bridge(config, plan, context)
+        first = context.rank == 0
+    if first:
+        Console(highlight=False).print(cosine_table(manifest))
+        print(f"the bridge: {config.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,75 @@
+"""A run's prompts and how its responses are generated, step by step."""
+
+import dataclasses
+from pathlib import Path
+
+from megatron_oprd.config import RunConfig
+from megatron_oprd.data.prompts import Prompt, load_prompts, prompt_indices
+from megatron_oprd.models.build import DTYPES
+from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.rollout.create import create_engine
+from megatron_oprd.rollout.engine import RolloutEngine, SamplingParams
+from megatron_oprd.training.plan import RunPlan
+
+
+def make_engine(plan: RunPlan, context: ParallelContext) -> RolloutEngine:
+    """The run's rollout engine, on a replica's leader; it has no weights yet."""
+    config = plan.config
+    return create_engine(
+        config.rollout.engine,
+        plan.student.checkpoint.hf_folder,
+        plan.tokenizer,
+        dtype=DTYPES[config.model.params_dtype],
+        device=context.device,
+        max_batch_size=config.rollout.max_batch_size,
+    )
+
+
+def load_run_prompts(plan: RunPlan) -> list[Prompt]:
+    """Reads and tokenizes the run's prompts.
+
+    Raises:
+        UserError: See `load_prompts`.
+    """
+    data = plan.config.data
+    return load_prompts(
+        [Path(file) for file in data.prompts],
+        plan.tokenizer,
+        prompt_key=data.prompt_key,
+        chat_template=data.chat_template,
+        max_prompt_tokens=data.max_prompt_tokens,
+        long_prompts=data.long_prompts,
+    )
+
+
+def prompts_of_step(step: int, prompts: list[Prompt], config: RunConfig) -> list[Prompt]:
+    """The prompts of one step; none where no prompts were loaded."""
+    if not prompts:
+        return []
+    indices = prompt_indices(
+        step,
+        num_prompts=len(prompts),
+        prompts_per_step=config.rollout.prompts_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
+    return [
+        dataclasses.replace(prompts[i], occurrence=indices[:position].count(i))
+        for position, i in enumerate(indices)
+    ]
+
+
+def sampling_of_step(step: int, config: RunConfig) -> SamplingParams:
+    """How the responses of one step are sampled."""
+    rollout = config.rollout
+    return SamplingParams(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=tuple(rollout.stop),
+        stop_token_ids=tuple(rollout.stop_token_ids),
+        max_new_tokens=rollout.max_new_tokens,
+        samples_per_prompt=rollout.samples_per_prompt,
+        # A prompt that comes again in a later epoch gets other responses.
+        seed=config.seed + step,
+    )
