@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_oprd.config import ParallelConfig, RunConfig
 from megatron_oprd.config_losses import OutputLoss, OutputLossConfig
-from megatron_oprd.config_teacher import TeacherConfig
+from megatron_oprd.config_teacher import TeacherConfig, TeacherPromptConfig
 from megatron_oprd.errors import UserError
 
 Settings = TypeVar("Settings")
@@ -123,6 +123,7 @@ def check_values(config: RunConfig) -> None:
     _check_positions("taps.positions", config.taps.positions, "taps.k", config.taps.k)
     _check_losses(config)
     _check_teacher(config.teacher)
+    _check_teacher_prompt(config)
     _check_parallel(config.parallel)
     if config.batch.sequence_packing and config.parallel.context_parallel_size > 1:
         raise UserError(
@@ -229,6 +230,31 @@ def _check_teacher(teacher: TeacherConfig) -> None:
         )
 
 
+def _check_teacher_prompt(config: RunConfig) -> None:
+    settings = config.teacher_prompt
+    if settings.privileged_key is None and settings.tokenizer == "same":
+        for name in ("template", "max_tokens"):
+            value = getattr(settings, name)
+            if value != getattr(TeacherPromptConfig(), name):
+                raise UserError(
+                    f"teacher_prompt.{name} = {value!r} has no effect without "
+                    "teacher_prompt.privileged_key or teacher_prompt.tokenizer = own"
+                )
+    try:
+        made = settings.template.format(prompt="<prompt>", privileged="<privileged>")
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"teacher_prompt.template = {settings.template!r} is no template: {error}; only "
+            "{prompt} and {privileged} can stand in braces, and other braces are doubled"
+        ) from error
+    for name in ("prompt", "privileged"):
+        if f"<{name}>" not in made:
+            raise UserError(
+                f"teacher_prompt.template = {settings.template!r} has no {{{name}}}, where the "
+                f"{'prompt' if name == 'prompt' else 'privileged text'} goes"
+            )
+
+
 def _check_recompute(config: RunConfig) -> None:
     recompute = config.recompute
     full = recompute.recompute_granularity == "full"
@@ -326,6 +352,7 @@ def _check_numbers(config: RunConfig) -> None:
         "parallel.distributed_timeout_minutes",
         "taps.k",
         "teacher.refresh_interval",
+        "teacher_prompt.max_tokens",
         "output_loss.k",
         "output_loss.positions_k",
         "output_loss.chunk_tokens",

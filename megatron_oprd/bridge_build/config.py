@@ -16,7 +16,7 @@ from megatron_oprd.config import (
     TapConfig,
 )
 from megatron_oprd.config_file import check_values, load_settings
-from megatron_oprd.config_teacher import TeacherConfig
+from megatron_oprd.config_teacher import TeacherConfig, TeacherPromptConfig
 from megatron_oprd.errors import UserError
 
 # Row numbers are carried in fp32.
@@ -72,6 +72,7 @@ class BuildBridgeConfig:
         seed: Seed of prompts, rollouts, held-out prompts and the fit.
         model: The two models.
         teacher: What the frozen teacher costs.
+        teacher_prompt: What the teacher reads, where it is not what the student does.
         parallel: The model-parallel layout; the student is divided as in training.
         taps: Which hidden states are paired; training has to use the same.
         data: Prompts.
@@ -84,6 +85,7 @@ class BuildBridgeConfig:
     seed: int = 1234
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher_prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     taps: TapConfig = field(default_factory=TapConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -104,6 +106,7 @@ class BuildBridgeConfig:
             seed=self.seed,
             model=self.model,
             teacher=self.teacher,
+            teacher_prompt=self.teacher_prompt,
             parallel=self.parallel,
             taps=self.taps,
             data=self.data,

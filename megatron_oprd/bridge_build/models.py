@@ -11,13 +11,14 @@ from megatron_oprd.bridge_build.plan import frozen_student_extent
 from megatron_oprd.bridge_build.sequences import Sequences
 from megatron_oprd.config_teacher import TeacherConfig
 from megatron_oprd.data.batching import MicroBatch, collate, context_parallel_share, pack
+from megatron_oprd.data.pairing import with_teacher
 from megatron_oprd.models.build import Extent
 from megatron_oprd.models.layers import Tap
 from megatron_oprd.models.offload import OffloadedWeights
 from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.taps.layer_map import LayerPair
-from megatron_oprd.taps.selection import Selection
+from megatron_oprd.taps.selection import RankSelector
 from megatron_oprd.taps.tap import PairTaps
 from megatron_oprd.training.plan import ModelPlan, RunPlan
 
@@ -55,10 +56,20 @@ class FrozenModels:
         self._context = context
         self._taps = _RowTaps(plan.pairs, post_norm=plan.config.taps.last_layer == "post_norm")
         teacher = plan.config.teacher
-        self._teacher = self._build(plan.teacher, plan.teacher.extent, teacher)
+        self._teacher = self._build(
+            plan.teacher,
+            plan.teacher.extent,
+            teacher,
+            max_sequence_length=plan.teacher_max_sequence_length,
+        )
         self._taps.attach_teacher(self._teacher, depth=plan.teacher.architecture.num_layers)
         self._offloaded = OffloadedWeights(self._teacher) if teacher.offload == "cpu" else None
-        self._student = self._build(plan.student, frozen_student_extent(plan), TeacherConfig())
+        self._student = self._build(
+            plan.student,
+            frozen_student_extent(plan),
+            TeacherConfig(),
+            max_sequence_length=plan.max_sequence_length,
+        )
         self._taps.attach_student(self._student, depth=plan.student.architecture.num_layers)
 
     def run(self, sequences: Sequences, consume: Consumer) -> None:
@@ -74,11 +85,17 @@ class FrozenModels:
         config = self._plan.config
         at_once = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
         for start in range(0, len(sequences.token_ids), at_once):
-            part = slice(start, start + at_once)
-            for group in self._groups(sequences.token_ids[part], sequences.marks[part]):
+            for group in self._groups(sequences.part(start, start + at_once)):
                 self._run_group(group)
 
-    def _build(self, model: ModelPlan, extent: Extent, teacher: TeacherConfig) -> list[Any]:
+    def _build(
+        self,
+        model: ModelPlan,
+        extent: Extent,
+        teacher: TeacherConfig,
+        *,
+        max_sequence_length: int,
+    ) -> list[Any]:
         config = self._plan.config
         return build_teacher(
             model.architecture,
@@ -90,31 +107,31 @@ class FrozenModels:
             parallel=config.parallel,
             context=self._context,
             padded_vocab_size=model.padded_vocab_size,
-            max_sequence_length=self._plan.max_sequence_length,
+            max_sequence_length=max_sequence_length,
         )
 
-    def _groups(self, token_ids: list[list[int]], marks: list[Tensor]) -> list[list[MicroBatch]]:
+    def _groups(self, sequences: Sequences) -> list[list[MicroBatch]]:
         """This replica's micro-batches, as many to a group as there are pipeline stages."""
         context, batch = self._context, self._plan.config.batch
         multiple = context.pp_size
-        # Sequences that count for nothing, so that every replica has whole groups.
-        missing = -len(token_ids) % (context.dp_size * multiple)
-        token_ids = token_ids + [token_ids[0][:1]] * missing
-        marks = marks + [torch.zeros(1)] * missing
+        # So that every replica has whole groups.
+        sequences = sequences.filled_up(context.dp_size * multiple)
         replicas = pack(
-            [len(one) for one in token_ids],
+            [len(one) for one in sequences.token_ids],
             max_tokens=batch.max_tokens,
             micro_batch_size=batch.micro_batch_size,
             num_replicas=context.dp_size,
             multiple=multiple,
         )
-        micro_batches = collate(
-            replicas[context.dp_rank],
-            token_ids,
-            marks,
-            pad_to_multiple_of=self._plan.sequence_split.pad_to_multiple_of,
-            device=context.device,
-        )
+        batches = replicas[context.dp_rank]
+        rows: dict[str, Any] = {
+            "is_packed": False,
+            "pad_to_multiple_of": self._plan.sequence_split.pad_to_multiple_of,
+            "device": context.device,
+        }
+        micro_batches = collate(batches, sequences.token_ids, sequences.marks, **rows)
+        if sequences.reading is not None:
+            micro_batches = with_teacher(micro_batches, batches, sequences.reading, **rows)
         shares = [
             context_parallel_share(one, rank=context.cp_rank, size=context.cp_size)
             for one in micro_batches
@@ -124,26 +141,23 @@ class FrozenModels:
     @torch.no_grad()
     def _run_group(self, group: Sequence[MicroBatch]) -> None:
         if self._offloaded is None:
-            self._forward(self._teacher, group)
+            self._forward(self._teacher, group, for_teacher=True)
         else:
             with self._offloaded.on_device():
-                self._forward(self._teacher, group)
-        self._forward(self._student, group)
+                self._forward(self._teacher, group, for_teacher=True)
+        self._forward(self._student, group, for_teacher=False)
 
-    def _forward(self, chunks: Sequence[Any], group: Sequence[MicroBatch]) -> None:
-        context = self._context
-        sliced = self._plan.config.parallel.sequence_parallel
+    def _forward(
+        self, chunks: Sequence[Any], group: Sequence[MicroBatch], *, for_teacher: bool
+    ) -> None:
+        selector = RankSelector.of(
+            self._context, sequence_parallel=self._plan.config.parallel.sequence_parallel
+        )
 
         def forward_step(data: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable]:
-            one = next(data)
-            self._taps.begin(
-                Selection.of(
-                    one,
-                    tp_rank=context.tp_rank if sliced else 0,
-                    tp_size=context.tp_size if sliced else 1,
-                )
-            )
-            return model(one.tokens, one.position_ids, None), _no_loss
+            read, selection = selector.select(next(data), for_teacher=for_teacher)
+            self._taps.begin(selection)
+            return model(read.tokens, read.position_ids, None), _no_loss
 
         get_forward_backward_func()(
             forward_step_func=forward_step,

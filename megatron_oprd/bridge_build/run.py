@@ -88,6 +88,7 @@ def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelCont
             "seed": config.seed,
             "data": dataclasses.asdict(config.data),
             "rollout": dataclasses.asdict(config.rollout),
+            "teacher_prompt": dataclasses.asdict(config.teacher_prompt),
             "sequences": len(seen.token_ids),
             "rows": seen.num_rows,
             "held_out_sequences": len(unseen.token_ids),
@@ -119,7 +120,7 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
     for step in range(config.num_steps):
         of_step = prompts_of_step(step, prompts, plan.config)
         sampling = sampling_of_step(step, plan.config)
-        rollouts += collect(engine, of_step, sampling, context=context)
+        rollouts += collect(engine, of_step, sampling, context=context, reader=plan.teacher_reader)
     return rollouts
 
 

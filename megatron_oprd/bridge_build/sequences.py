@@ -1,7 +1,7 @@
 """Which sequences and positions the projectors are fitted on, and which are held out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -9,9 +9,10 @@ import xxhash
 from torch import Tensor
 
 from megatron_oprd.config import TapConfig
+from megatron_oprd.data.pairing import TeacherReading
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.engine import Rollout
-from megatron_oprd.taps.supervision import position_weights
+from megatron_oprd.rollout.engine import Rollout, teacher_sequences_of
+from megatron_oprd.taps.supervision import supervise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +23,46 @@ class Sequences:
         token_ids: Prompt and response of each.
         marks: For each [length], fp32: 0 is a position that is not used, n + 1 is row n.
         num_rows: Positions that are used.
+        reading: What the teacher reads, if it is something else.
     """
 
     token_ids: list[list[int]]
     marks: list[Tensor]
     num_rows: int
+    reading: TeacherReading | None = None
+
+    def part(self, start: int, stop: int) -> "Sequences":
+        """Some of the sequences."""
+        reading = self.reading
+        if reading is not None:
+            reading = replace(
+                reading,
+                sequences=reading.sequences[start:stop],
+                positions=reading.positions[start:stop],
+            )
+        return replace(
+            self,
+            token_ids=self.token_ids[start:stop],
+            marks=self.marks[start:stop],
+            reading=reading,
+        )
+
+    def filled_up(self, multiple: int) -> "Sequences":
+        """With sequences that count for nothing behind it, to a multiple of so many."""
+        missing = -len(self.token_ids) % multiple
+        reading = self.reading
+        if reading is not None:
+            reading = replace(
+                reading,
+                sequences=[*reading.sequences, *([reading.sequences[0][:1]] * missing)],
+                positions=[*reading.positions, *([torch.tensor([-1])] * missing)],
+            )
+        return replace(
+            self,
+            token_ids=[*self.token_ids, *([self.token_ids[0][:1]] * missing)],
+            marks=[*self.marks, *([torch.zeros(1)] * missing)],
+            reading=reading,
+        )
 
 
 def split_prompts(prompts: Sequence[int], *, share: float, seed: int) -> set[int]:
@@ -64,14 +100,17 @@ def number_rows(
         max_rows: Only that many of them, drawn at random; None takes all.
         seed: Decides which.
     """
-    weights = position_weights(
+    teacher_sequences = teacher_sequences_of(rollouts)
+    supervision = supervise(
         [len(one.prompt_ids) for one in rollouts],
         [len(one.response_ids) for one in rollouts],
+        teacher_sequences,
         positions=taps.positions,
         k=taps.k,
         alignment=taps.alignment,
         aggregation="token_mean",
     )
+    weights = supervision.weights
     lengths = [len(one) for one in weights]
     used = torch.cat(weights).nonzero().squeeze(1)
     if max_rows is not None and len(used) > max_rows:
@@ -80,8 +119,21 @@ def number_rows(
     marks = torch.zeros(sum(lengths))
     # A number that fp32 rounds is still not zero, and nothing reads it unless rows are drawn.
     marks[used] = torch.arange(1, len(used) + 1).float()
+    of_sequences = list(marks.split(lengths))
+    reading = None
+    if teacher_sequences is not None:
+        assert supervision.positions is not None
+        reading = TeacherReading(
+            sequences=[[*one.prompt_ids, *one.response_ids] for one in teacher_sequences],
+            positions=[
+                torch.where(marks > 0, positions, -1)
+                for marks, positions in zip(of_sequences, supervision.positions, strict=True)
+            ],
+            output_positions=None,
+        )
     return Sequences(
         token_ids=[[*one.prompt_ids, *one.response_ids] for one in rollouts],
-        marks=list(marks.split(lengths)),
+        marks=of_sequences,
         num_rows=len(used),
+        reading=reading,
     )

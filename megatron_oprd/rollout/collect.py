@@ -1,10 +1,12 @@
 """One step's rollouts: generated on each replica's leader, known on every rank afterwards."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch.distributed as dist
 
 from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.data.teacher_reader import TeacherReader
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 
@@ -15,6 +17,7 @@ def collect(
     sampling: SamplingParams,
     *,
     context: ParallelContext,
+    reader: TeacherReader | None = None,
 ) -> list[Rollout]:
     """Generates the responses of the whole step.
 
@@ -26,13 +29,22 @@ def collect(
         prompts: The step's prompts, the same on every leader; not looked at on other ranks.
         sampling: How to sample.
         context: This rank's place.
+        reader: How the teacher reads; None: the student's sequences.
 
     Returns:
         All rollouts in the order of ``prompts``, then of the sample, the same on every rank.
     """
     own: list[list[Rollout] | None] = [None]
     if engine is not None:
-        own = [engine.generate(prompts[context.dp_rank :: context.dp_size], sampling)]
+        share_of_prompts = prompts[context.dp_rank :: context.dp_size]
+        generated = engine.generate(share_of_prompts, sampling)
+        if reader is not None:
+            repeated = [p for p in share_of_prompts for _ in range(sampling.samples_per_prompt)]
+            generated = [
+                replace(rollout, teacher=reader.read(prompt, rollout.response_ids))
+                for prompt, rollout in zip(repeated, generated, strict=True)
+            ]
+        own = [generated]
     dist.broadcast_object_list(own, src=context.leader, group=context.replica_control)
     shares: list[list[Rollout] | None] = [None] * context.dp_size
     dist.all_gather_object(shares, own[0], group=context.leaders_control)

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.data.teacher_sequences import TeacherSequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class Rollout:
         response_ids: Token ids of the response, what ended it (end-of-sequence token, stop token,
             tokens of a stop text) included. Never empty.
         finished: False when the response was cut at ``max_new_tokens``.
+        teacher: What the teacher reads in its place, if that is something else.
     """
 
     prompt_index: int
@@ -54,6 +56,16 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     finished: bool
+    teacher: TeacherSequence | None = None
+
+
+def teacher_sequences_of(rollouts: Sequence[Rollout]) -> list[TeacherSequence] | None:
+    """What the teacher reads of each rollout; None if it reads the student's sequences."""
+    read = [rollout.teacher for rollout in rollouts]
+    if all(one is None for one in read):
+        return None
+    assert None not in read, "the teacher reads all rollouts in one way"
+    return [one for one in read if one is not None]
 
 
 class RolloutEngine(Protocol):

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.parallel import ParallelContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,45 @@ class Selection:
             weights=torch.empty(0, device=index.device),
             exchange=exchange,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSelector:
+    """Selects on a rank's slice of each sequence.
+
+    Attributes:
+        tp_rank: The slice among those of the tensor-parallel ranks, from 0.
+        tp_size: Such slices: the tensor-parallel size under sequence parallelism, else 1.
+        group: The ranks that share sequences; None if each has whole ones.
+    """
+
+    tp_rank: int
+    tp_size: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, context: ParallelContext, *, sequence_parallel: bool) -> "RankSelector":
+        """That of a rank."""
+        groups = context.groups
+        sharing = {
+            (False, False): None,
+            (True, False): groups.tp,
+            (False, True): groups.cp,
+            (True, True): groups.tp_cp,
+        }
+        return cls(
+            tp_rank=context.tp_rank if sequence_parallel else 0,
+            tp_size=context.tp_size if sequence_parallel else 1,
+            group=sharing[sequence_parallel, context.cp_size > 1],
+        )
+
+    def select(self, micro_batch: MicroBatch, *, for_teacher: bool) -> tuple[MicroBatch, Selection]:
+        """What a model reads of a micro-batch, and what of it is compared."""
+        slice_ = {"tp_rank": self.tp_rank, "tp_size": self.tp_size}
+        if for_teacher and micro_batch.teacher is not None:
+            selection = Selection.of_teacher(micro_batch, **slice_, group=self.group)
+            return micro_batch.teacher, selection
+        return micro_batch, Selection.of(micro_batch, **slice_)
 
 
 def slice_of_sequence(values: Tensor, tp_rank: int, tp_size: int) -> Tensor:

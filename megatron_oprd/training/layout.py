@@ -85,6 +85,23 @@ class RunLayout:
         return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
 
     @property
+    def teacher_max_prompt_tokens(self) -> int:
+        """Tokens of the teacher's longest prompt."""
+        return teacher_max_prompt_tokens(self.config)
+
+    @property
+    def teacher_max_sequence_length(self) -> int:
+        """Tokens of the longest sequence that the teacher reads.
+
+        Of its own tokens a response may have twice as many as of the student's, if the teacher was
+        made for that many; a longer one is cut.
+        """
+        prompt, response = self.teacher_max_prompt_tokens, self.config.rollout.max_new_tokens
+        if self.config.teacher_prompt.tokenizer == "same":
+            return prompt + response
+        return min(prompt + 2 * response, self.teacher.architecture.max_position_embeddings)
+
+    @property
     def sequence_split(self) -> SequenceSplit:
         """How the ranks of a replica share each sequence."""
         parallel = self.config.parallel
@@ -338,11 +355,19 @@ def _check_experts(student: Architecture, teacher: Architecture, parallel: Paral
         )
 
 
+def teacher_max_prompt_tokens(config: RunConfig) -> int:
+    """Tokens of the teacher's longest prompt."""
+    return config.teacher_prompt.max_tokens or config.data.max_prompt_tokens
+
+
 def _check_sequence_length(setting: str, arch: Architecture, config: RunConfig) -> None:
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    prompt_setting = "data.max_prompt_tokens"
+    if setting == "model.teacher" and config.teacher_prompt.max_tokens is not None:
+        prompt, prompt_setting = config.teacher_prompt.max_tokens, "teacher_prompt.max_tokens"
     if prompt + response > arch.max_position_embeddings:
         raise UserError(
-            f"data.max_prompt_tokens = {prompt} and rollout.max_new_tokens = {response} make "
+            f"{prompt_setting} = {prompt} and rollout.max_new_tokens = {response} make "
             f"sequences of up to {prompt + response} tokens; {setting} was made for at most "
             f"{arch.max_position_embeddings} (max_position_embeddings)"
         )

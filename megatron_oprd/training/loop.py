@@ -15,7 +15,7 @@ from megatron_oprd.config import RunConfig
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.collect import collect
-from megatron_oprd.rollout.engine import Rollout
+from megatron_oprd.rollout.engine import Rollout, teacher_sequences_of
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.evaluation import BenchmarkEvaluator
@@ -72,11 +72,18 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             _send_weights(exporter, None if engine is None else engine.load_weights)
             synced = time.perf_counter()
             of_step = prompts_of_step(step, prompts, config)
-            rollouts = collect(engine, of_step, sampling_of_step(step, config), context=context)
+            rollouts = collect(
+                engine,
+                of_step,
+                sampling_of_step(step, config),
+                context=context,
+                reader=plan.teacher_reader,
+            )
             rolled_out = time.perf_counter()
             result = distiller.step(
                 [rollout.prompt_ids for rollout in rollouts],
                 [rollout.response_ids for rollout in rollouts],
+                teacher_sequences_of(rollouts),
             )
             distiller.refresh_teacher(step + 1)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
@@ -168,8 +175,17 @@ def _rollout_metrics(rollouts: list[Rollout]) -> dict[str, Any]:
         "response_length_mean": sum(lengths) / len(lengths),
         "response_length_max": max(lengths),
         "finished_share": sum(rollout.finished for rollout in rollouts) / len(rollouts),
+        "paired_share": _paired_share(rollouts),
         "num_tokens": sum(lengths) + sum(len(rollout.prompt_ids) for rollout in rollouts),
     }
+
+
+def _paired_share(rollouts: list[Rollout]) -> float | None:
+    """The share of response tokens that have a counterpart where the teacher's tokens differ."""
+    read = [rollout.teacher for rollout in rollouts if rollout.teacher is not None]
+    if not read:
+        return None
+    return sum(len(one.pairs) for one in read) / sum(len(one.response_ids) for one in rollouts)
 
 
 def _peak_memory_gb(context: ParallelContext) -> float:

@@ -11,19 +11,14 @@ from megatron_oprd.bridge.source import BridgeSource
 from megatron_oprd.config import BridgeConfig, RunConfig
 from megatron_oprd.config_file import dump_config
 from megatron_oprd.data.benchmarks import Benchmark, check_length, load_benchmarks, tokenized
-from megatron_oprd.data.prompts import check_prompt_files
-from megatron_oprd.data.tokenizers import (
-    check_same_tokenizer,
-    eos_token_ids,
-    load_tokenizer,
-    pad_token_id,
-)
+from megatron_oprd.data.teacher_reader import TeacherReader
 from megatron_oprd.errors import UserError
 from megatron_oprd.losses.bridge import Projectors
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.training.layout import ModelLayout, RunLayout, make_layout
+from megatron_oprd.training.reading import plan_reading
 from megatron_oprd.weights.output_folder import check_output_folder
 from megatron_oprd.weights.source import WeightSource
 
@@ -49,6 +44,7 @@ class RunPlan(RunLayout):
         tokenizer: The student's.
         benchmarks: What the student is evaluated on during the run.
         bridge: What the states go through before they are compared; None compares them directly.
+        teacher_reader: How the teacher reads rollouts; None: the student's sequences.
     """
 
     student: ModelPlan
@@ -56,6 +52,7 @@ class RunPlan(RunLayout):
     tokenizer: PreTrainedTokenizerBase
     benchmarks: list[Benchmark]
     bridge: BridgeSource | None = None
+    teacher_reader: TeacherReader | None = None
 
     def projectors(self, context: ParallelContext) -> Projectors | None:
         """Reads the projectors of this rank's layers; None without a bridge."""
@@ -111,10 +108,9 @@ def plan_models(config: RunConfig, *, world_size: int, builds_bridge: bool = Fal
         )
     elif layout.pairs and not builds_bridge:
         _check_widths(student_arch, teacher_arch)
-    check_same_tokenizer(student.source.hf_folder, teacher.source.hf_folder)
-    tokenizer = load_tokenizer(student.source.hf_folder)
-    eos_token_ids(student.source.hf_folder, tokenizer)
-    _check_tokenizer_and_prompts(config, tokenizer, student_arch, teacher_arch)
+    tokenizer, teacher_reader = plan_reading(
+        layout, student_folder=student.source.hf_folder, teacher_folder=teacher.source.hf_folder
+    )
     student.check_tensors()
     teacher.check_tensors()
     return RunPlan(
@@ -127,6 +123,7 @@ def plan_models(config: RunConfig, *, world_size: int, builds_bridge: bool = Fal
         data_parallel_size=layout.data_parallel_size,
         bridge_rank=layout.bridge_rank,
         bridge=bridge,
+        teacher_reader=teacher_reader,
     )
 
 
@@ -190,10 +187,31 @@ def describe(plan: RunPlan) -> str:
         teacher_end += of_teacher
     not_run = plan.student.architecture.num_layers - plan.num_running_layers
     not_built = plan.teacher.architecture.num_layers - teacher_end
-    lines.append(
-        f"student: {not_run} layers past the deepest tap and the LM head are frozen and not run; "
-        f"teacher: {not_built} layers and the LM head are not built"
-    )
+    if plan.compares_outputs:
+        lines.append(
+            "both models run to their LM heads, which the last stage compares: "
+            f"output_loss.kind = {config.output_loss.kind}"
+        )
+    else:
+        lines.append(
+            f"student: {not_run} layers past the deepest tap and the LM head are frozen and not "
+            f"run; teacher: {not_built} layers and the LM head are not built"
+        )
+    for name, model in (("student", plan.student), ("teacher", plan.teacher)):
+        if model.architecture.moe is not None:
+            num_experts = model.architecture.moe.num_experts
+            ranks = config.parallel.expert_model_parallel_size
+            lines.append(
+                f"{name}: {num_experts} experts a layer, {num_experts // ranks} of them on each of "
+                f"{ranks} ranks, each over {config.parallel.expert_tensor_size} ranks"
+            )
+    if plan.teacher_reader is not None:
+        settings = config.teacher_prompt
+        what = [
+            *(["its own tokens"] if settings.tokenizer == "own" else []),
+            *([f"the column {settings.privileged_key}"] if settings.privileged_key else []),
+        ]
+        lines.append(f"the teacher reads {' and '.join(what)}")
     if plan.bridge is not None:
         lines.append(f"bridge {config.bridge.path}: {plan.bridge_rank} numbers of each state")
     return "\n".join(lines)
@@ -237,25 +255,3 @@ def _check_output_dir(config: RunConfig) -> None:
             f"output_dir = {config.output_dir}: {existing} is no folder that can be written to"
         )
     check_output_folder(export_folder(config), force=True)
-
-
-def _check_tokenizer_and_prompts(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    student: Architecture,
-    teacher: Architecture,
-) -> None:
-    pad_token_id(tokenizer)
-    check_prompt_files(
-        [Path(p) for p in config.data.prompts],
-        tokenizer,
-        prompt_key=config.data.prompt_key,
-        chat_template=config.data.chat_template,
-    )
-    highest = max(tokenizer.get_vocab().values())
-    for setting, arch in (("model.student", student), ("model.teacher", teacher)):
-        if highest >= arch.vocab_size:
-            raise UserError(
-                f"{setting} has an embedding of {arch.vocab_size} rows; the tokenizer has ids up "
-                f"to {highest}, so it needs at least {highest + 1}"
-            )

@@ -39,6 +39,7 @@ def load_run_prompts(plan: RunPlan) -> list[Prompt]:
         chat_template=data.chat_template,
         max_prompt_tokens=data.max_prompt_tokens,
         long_prompts=data.long_prompts,
+        teacher=None if plan.teacher_reader is None else plan.teacher_reader.prompts,
     )
 
 

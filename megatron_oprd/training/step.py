@@ -25,7 +25,7 @@ from megatron_oprd.models.student import freeze_past_deepest_tap
 from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.taps.head import HeadTap, head_weight
-from megatron_oprd.taps.selection import Selection
+from megatron_oprd.taps.selection import RankSelector
 from megatron_oprd.taps.tap import Taps
 from megatron_oprd.training.batches import make_micro_batches
 from megatron_oprd.training.optimizer import make_train_state
@@ -119,7 +119,7 @@ class Distiller:
             parallel=config.parallel,
             context=context,
             padded_vocab_size=plan.teacher.padded_vocab_size,
-            max_sequence_length=plan.max_sequence_length,
+            max_sequence_length=plan.teacher_max_sequence_length,
         )
         self._taps.attach_teacher(teacher, depth=plan.teacher.architecture.num_layers)
         self._teacher = teacher
@@ -325,27 +325,13 @@ class Distiller:
         self, chunks: Sequence[Any], micro_batches: Sequence[MicroBatch], *, forward_only: bool
     ) -> None:
         """Runs chunks over micro-batches under Megatron's schedule."""
-        context = self.context
-        sliced = self.plan.config.parallel.sequence_parallel
-        slice_of_rank = {
-            "tp_rank": context.tp_rank if sliced else 0,
-            "tp_size": context.tp_size if sliced else 1,
-        }
-        sharing = {
-            (False, False): None,
-            (True, False): context.groups.tp,
-            (False, True): context.groups.cp,
-            (True, True): context.groups.tp_cp,
-        }[sliced, context.cp_size > 1]
+        selector = RankSelector.of(
+            self.context, sequence_parallel=self.plan.config.parallel.sequence_parallel
+        )
 
         def forward_step(data: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
             micro_batch = next(data)
-            read = micro_batch
-            if forward_only and micro_batch.teacher is not None:
-                read = micro_batch.teacher
-                selection = Selection.of_teacher(micro_batch, **slice_of_rank, group=sharing)
-            else:
-                selection = Selection.of(micro_batch, **slice_of_rank)
+            read, selection = selector.select(micro_batch, for_teacher=forward_only)
             self._taps.begin(selection)
             hidden = model(
                 read.tokens, read.position_ids, None, packed_seq_params=_packed_seq_params(read)

@@ -266,17 +266,17 @@ def test_different_tokenizers(pair: Path, tmp_path: Path) -> None:
 
 def test_description(pair: Path, tmp_path: Path) -> None:
     found = plan(pair, PP2, VPP2, "taps.layers=[0,1,2]", "optimizer.lr=3.0e-6", world_size=4)
-    configuration, layer_map, stages = describe(found).split("\n\n")
+    configuration, layer_map, stages = describe(found).split("\n\n# ")
     heading, _, text = configuration.partition("\n")
     assert heading == "# configuration"
     (tmp_path / "again.yaml").write_text(text)
     assert load_config(tmp_path / "again.yaml") == found.config
     assert layer_map.splitlines() == [
-        "# layer map, 0-based: student layer -> teacher layer (3 of 4 student layers)",
+        "layer map, 0-based: student layer -> teacher layer (3 of 4 student layers)",
         "0 -> 0, 1 -> 2, 2 -> 4",
     ]
     assert stages.splitlines() == [
-        "# pipeline stages (2 data-parallel replicas)",
+        "pipeline stages (2 data-parallel replicas)",
         "rank 0, chunk 0: student layer 0; teacher layer 0",
         "rank 1, chunk 0: student layer 1; teacher layers 1-2",
         "rank 0, chunk 1: student layer 2; teacher layers 3-4",
@@ -287,7 +287,7 @@ def test_description(pair: Path, tmp_path: Path) -> None:
 
 
 def test_description_without_a_pipeline(pair: Path) -> None:
-    stages = describe(plan(pair)).split("\n\n")[2].splitlines()
+    stages = describe(plan(pair)).split("\n\n# ")[2].splitlines()
     assert stages[1] == "rank 0: student layers 0-3; teacher layers 0-6"
     assert stages[2].startswith("student: 0 layers past the deepest tap")
     assert stages[2].endswith("teacher: 0 layers and the LM head are not built")
@@ -341,5 +341,5 @@ def test_benchmarks_are_read_and_checked_before_the_run(pair: Path, tmp_path: Pa
     message = r"evaluation\.max_new_tokens = 300 .* sums .*256 tokens"
     with pytest.raises(UserError, match=message):
         plan(pair, *overrides, "evaluation.max_new_tokens=300")
-    with pytest.raises(UserError, match=r"evaluation\.data: .*none\.jsonl is no file"):
+    with pytest.raises(UserError, match=r"evaluation\.data: .*none\.jsonl does not exist"):
         plan(pair, "evaluation.interval=1", f"evaluation.data=[{tmp_path}/none.jsonl]")
