@@ -32,6 +32,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pp2_vpp2": (2, [PP2, VPP2]),
     "dp2": (2, []),
     "cp2": (2, [CP2]),
+    # Replicas that run experts together.
+    "moe_ep2": (2, ["parallel.expert_model_parallel_size=2"]),
 }
 PAIRS = [(0, 0), (1, 2), (2, 3), (3, 5)]
 
@@ -42,6 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pair = save_pair(
         root / "pair", "qwen3", teacher_layers=6, tied=True, teacher_fields={"hidden_size": 48}
     )
+    moe = save_pair(root / "moe", "qwen3_moe", teacher_layers=6, teacher_fields={"hidden_size": 48})
     (root / "bridge.yaml").write_text(
         f"""
 output_dir: {root / "bridge"}
@@ -52,15 +55,16 @@ fit: {{ranks: [2, 4, 8], num_prompts: 16, ridge: 1.0e-4}}
 """
     )
     cases: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
-    for name, (ranks, overrides) in {"one": (1, []), **LAYOUTS}.items():
+    for name, (ranks, overrides) in {"one": (1, []), "moe_one": (1, []), **LAYOUTS}.items():
         for method, settings in (("solved", []), ("descended", GRADIENT)):
             if method == "descended" and name not in ("one", "tp2_sp"):
                 continue
+            models = [f"model.{n}={moe / n}" for n in ("student", "teacher") if "moe" in name]
             cases[ranks].append(
                 {
                     "name": f"{name}.{method}",
                     "config": str(root / "bridge.yaml"),
-                    "overrides": [*overrides, *settings],
+                    "overrides": [*overrides, *settings, *models],
                 }
             )
     for ranks, of_ranks in cases.items():
@@ -73,13 +77,14 @@ fit: {{ranks: [2, 4, 8], num_prompts: 16, ridge: 1.0e-4}}
     [*((layout, "solved") for layout in LAYOUTS), ("tp2_sp", "descended")],
 )
 def test_layout_changes_nothing(root: Path, layout: str, method: str) -> None:
+    one = "moe_one" if layout.startswith("moe") else "one"
     found = load_file(root / f"{layout}.{method}" / TENSORS_FILE)
-    expected = load_file(root / f"one.{method}" / TENSORS_FILE)
+    expected = load_file(root / f"{one}.{method}" / TENSORS_FILE)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         difference = float((found[name] - tensor).abs().max() / tensor.abs().max())
         assert difference < 1e-4, f"{name}: {difference}"
-    ours, theirs = (BridgeFolder(root / f"{n}.{method}").manifest for n in (layout, "one"))
+    ours, theirs = (BridgeFolder(root / f"{n}.{method}").manifest for n in (layout, one))
     assert ours.data == theirs.data
     for rank, cosine in theirs.cosine.items():
         for when in ("before", "after"):
