@@ -3,7 +3,7 @@
 Options that Megatron has carry Megatron's names.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_oprd.config_evaluation import EvaluationConfig
@@ -311,3 +311,23 @@ class RunConfig:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether there is an output-space loss."""
+        return self.output_loss.kind != "none"
+
+    @property
+    def teacher_parallel(self) -> ParallelConfig:
+        """The teacher's parallel layout."""
+        own = self.teacher.expert_model_parallel_size, self.teacher.expert_tensor_parallel_size
+        return replace(
+            self.parallel,
+            expert_model_parallel_size=own[0] or self.parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=own[1] or self.parallel.expert_tensor_parallel_size,
+        )
+
+    @property
+    def teacher_max_prompt_tokens(self) -> int:
+        """Tokens of the teacher's longest prompt."""
+        return self.teacher_prompt.max_tokens or self.data.max_prompt_tokens

@@ -351,6 +351,8 @@ def _check_numbers(config: RunConfig) -> None:
         "parallel.expert_tensor_parallel_size",
         "parallel.distributed_timeout_minutes",
         "taps.k",
+        "teacher.expert_model_parallel_size",
+        "teacher.expert_tensor_parallel_size",
         "teacher.refresh_interval",
         "teacher_prompt.max_tokens",
         "output_loss.k",

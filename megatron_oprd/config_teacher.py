@@ -28,6 +28,11 @@ class TeacherConfig:
         target_memory_gb: Most memory (10^9 bytes, on each rank) that the teacher's targets of a
             step may take. Where all targets of a step need more, teacher and student take turns
             on groups of micro-batches. A micro-batch is never divided. None keeps all targets.
+        expert_model_parallel_size: Ranks that share out the teacher's experts; None is
+            ``parallel.expert_model_parallel_size``. Its other parallel sizes are the student's: the
+            layers of a pair lie on one stage, and replicas are of the same sequences.
+        expert_tensor_parallel_size: Ranks that share each of the teacher's experts; None is
+            ``parallel.expert_tensor_parallel_size``.
         refresh_interval: For a teacher that starts as the student (self-distillation): steps from
             one time that it takes over the student's weights to the next. None never does.
         ema_decay: What it then keeps of its own weights, an exponential moving average; 0 takes the
@@ -40,6 +45,8 @@ class TeacherConfig:
     num_layers_at_end_in_bf16: int = 0
     offload: Literal["none", "cpu"] = "none"
     target_memory_gb: float | None = None
+    expert_model_parallel_size: int | None = None
+    expert_tensor_parallel_size: int | None = None
     refresh_interval: int | None = None
     ema_decay: float = 0.0
 

@@ -1,5 +1,7 @@
 """Process groups, this rank's place in the model-parallel layout, and seeds."""
 
+import copy
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
@@ -90,6 +92,38 @@ class ParallelContext:
             ep_rank=groups.ep.rank(),
             ep_size=groups.ep.size(),
         )
+
+    def with_expert_sizes(self, parallel: ParallelConfig) -> "ParallelContext":
+        """This place for a model whose experts are divided otherwise than ``groups`` divides them.
+
+        Every rank has to call with the same sizes; makes process groups where they differ.
+
+        Args:
+            parallel: That model's layout, of which only the experts' sizes may differ.
+        """
+        etp, ep = parallel.expert_tensor_size, parallel.expert_model_parallel_size
+        if (etp, ep) == (self.groups.expt_tp.size(), self.groups.ep.size()):
+            return self
+        ranks = parallel_state.RankGenerator(
+            tp=etp,
+            ep=ep,
+            dp=dist.get_world_size() // (etp * ep * self.pp_size),
+            pp=self.pp_size,
+            cp=1,
+            order="tp-cp-ep-dp-pp",  # as initialize_model_parallel's
+        )
+        timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+        groups = copy.copy(self.groups)
+        for name, kinds in (
+            ("ep", "ep"),
+            ("expt_tp", "tp"),
+            ("tp_ep", "tp-ep"),
+            ("tp_ep_pp", "tp-ep-pp"),
+            ("expt_dp", "dp"),
+        ):
+            own, _ = dist.new_subgroups_by_enumeration(ranks.get_ranks(kinds), timeout=timeout)
+            setattr(groups, name, own)
+        return dataclasses.replace(self, groups=groups)
 
     @property
     def cp_rank(self) -> int:

@@ -141,6 +141,30 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] =
         2,
         ["taps.layer_map", "all 4 teacher layers", "pre_norm"],
     ),
+    "experts of a dense teacher": (
+        nothing,
+        ["teacher.expert_model_parallel_size=2"],
+        2,
+        ["teacher.expert_model_parallel_size = 2", "no mixture of experts"],
+    ),
+    "privileged column": (
+        nothing,
+        ["teacher_prompt.privileged_key=solution"],
+        1,
+        ["teacher_prompt.privileged_key is 'solution'", "has only 'prompt'"],
+    ),
+    "refresh of another model": (
+        nothing,
+        ["teacher.refresh_interval=1", "taps.layers=[0]", "taps.layer_map=[1]"],
+        1,
+        ["teacher.refresh_interval = 1", "layer 0 with teacher layer 1"],
+    ),
+    "distributions over other tokens": (
+        nothing,
+        ["teacher_prompt.tokenizer=own", "output_loss.kind=jsd"],
+        1,
+        ["output_loss.kind = jsd", "different tokens"],
+    ),
     "delayed FP8": (
         nothing,
         ["teacher.precision=fp8", "teacher.fp8_recipe=delayed"],

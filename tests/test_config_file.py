@@ -236,6 +236,23 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
             ["output_loss.kind=jsd", "output_loss.teacher_temperature=0"],
             r"output_loss\.teacher_temperature = 0\.0: has to be above 0",
         ),
+        (
+            ["teacher_prompt.max_tokens=9"],
+            r"teacher_prompt\.max_tokens = 9 has no effect without teacher_prompt\.privileged_key",
+        ),
+        (
+            ["teacher_prompt.privileged_key=a", "teacher_prompt.template='{prompt} {solution}'"],
+            r"teacher_prompt\.template = '\{prompt\} \{solution\}' is no template: 'solution'",
+        ),
+        (
+            ["teacher_prompt.privileged_key=a", "teacher_prompt.template='{prompt}'"],
+            r"teacher_prompt\.template = '\{prompt\}' has no \{privileged\}",
+        ),
+        (["teacher.ema_decay=0.9"], r"teacher\.ema_decay = 0\.9 has no effect without"),
+        (
+            ["teacher.refresh_interval=1", "teacher.offload=cpu"],
+            r"teacher\.refresh_interval = 1 needs .*teacher\.offload = none \(found cpu\)",
+        ),
         (["loss.layer_weights=[1,-1]"], r"loss\.layer_weights = \[1\.0, -1\.0\]: have to be"),
         (["teacher.fp8_recipe=block_128"], r"= block_128 has no effect with teacher\.precision"),
         (["teacher.num_layers_at_end_in_bf16=1"], r"= 1 has no effect with teacher\.precision"),

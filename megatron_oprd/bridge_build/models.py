@@ -104,8 +104,8 @@ class FrozenModels:
             model.checkpoint,
             teacher=teacher,
             model=config.model,
-            parallel=config.parallel,
-            context=self._context,
+            parallel=model.parallel,
+            context=self._context.with_expert_sizes(model.parallel),
             padded_vocab_size=model.padded_vocab_size,
             max_sequence_length=max_sequence_length,
         )

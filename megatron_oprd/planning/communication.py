@@ -135,7 +135,7 @@ def _student_experts(layout: RunLayout, workload: Workload, pp_rank: int) -> int
 
 def _tokens_to_experts(layout: RunLayout, model: ModelLayout, workload: Workload) -> int:
     """What a rank sends so that tokens get to one layer's experts and back, in equal shares."""
-    moe, parallel = model.architecture.moe, layout.config.parallel
+    moe, parallel = model.architecture.moe, model.parallel
     if moe is None:
         return 0
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_size

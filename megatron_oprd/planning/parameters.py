@@ -50,7 +50,7 @@ def place_of(parallel: ParallelConfig) -> Place:
 
 def held_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list[Mapping]:
     """The parameters of a model that the first place of a pipeline rank holds."""
-    place, stages = place_of(layout.config.parallel), stages_of_rank(layout, pp_rank)
+    place, stages = place_of(model.parallel), stages_of_rank(layout, pp_rank)
     return [
         mapping
         for mapping in model.table
@@ -60,7 +60,7 @@ def held_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list
 
 def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> ParameterCounts:
     """The parameters of one of the run's models on pipeline rank ``pp_rank``."""
-    place = place_of(layout.config.parallel)
+    place = place_of(model.parallel)
     is_student = model is layout.student
     sizes: dict[str, int] = {}  # layers are alike, and so are experts
     counts: Counter[str] = Counter()

@@ -147,7 +147,7 @@ def layer_shape(
     config = layout.config
     return LayerShape(
         architecture=model.architecture,
-        parallel=config.parallel,
+        parallel=model.parallel,
         kernels=kernels,
         num_rows=workload.num_rows,
         row_tokens=workload.row_tokens // config.parallel.context_parallel_size,

@@ -36,7 +36,7 @@ def teacher_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> TeacherB
         pp_rank: The rank.
         itemsize: Bytes of a weight that is not in FP8.
     """
-    teacher, place = layout.config.teacher, place_of(layout.config.parallel)
+    teacher, place = layout.config.teacher, place_of(layout.teacher.parallel)
     in_fp8 = layers_in_fp8(teacher, sum(layout.teacher.extent.layers_per_stage))
     weights = largest = 0
     for mapping in held_parameters(layout, layout.teacher, pp_rank):

@@ -10,14 +10,13 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import DTYPES, Extent, padded_vocab_size
 from megatron_oprd.models.families.decoder import mapping_table
-from megatron_oprd.models.layout_checks import as_setting, check_divides, refuse_expert_sizes
 from megatron_oprd.models.teacher import check_precision, token_multiple
 from megatron_oprd.parallel import data_parallel_size
 from megatron_oprd.place import SequenceSplit
 from megatron_oprd.taps.layer_map import LayerPair, layer_pairs
 from megatron_oprd.taps.stages import student_stages, teacher_stages
+from megatron_oprd.training.layout_checks import check_losses, check_models, check_same_model
 from megatron_oprd.weights.mapping import Mapping
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +28,14 @@ class ModelLayout:
         extent: How much of it is built, and on which stages.
         padded_vocab_size: Rows of its embedding.
         table: The mappings of the whole model.
+        parallel: Its parallel layout; the models' differ in how experts are divided at most.
     """
 
     architecture: Architecture
     extent: Extent
     padded_vocab_size: int
     table: list[Mapping]
+    parallel: ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class RunLayout:
     @property
     def compares_outputs(self) -> bool:
         """Whether there is an output-space loss, so that both models run to their LM heads."""
-        return compares_outputs(self.config)
+        return self.config.compares_outputs
 
     @property
     def num_running_layers(self) -> int:
@@ -87,7 +88,7 @@ class RunLayout:
     @property
     def teacher_max_prompt_tokens(self) -> int:
         """Tokens of the teacher's longest prompt."""
-        return teacher_max_prompt_tokens(self.config)
+        return self.config.teacher_max_prompt_tokens
 
     @property
     def teacher_max_sequence_length(self) -> int:
@@ -178,25 +179,21 @@ def make_layout(
         UserError: The settings do not fit the models or the number of processes.
     """
     dp_size = data_parallel_size(config.parallel, world_size)
-    _check_batch(config, dp_size)
-    for setting, arch in (("model.student", student), ("model.teacher", teacher)):
-        check_divides(arch, TargetLayout.of(config.parallel), model=setting, spelling=as_setting)
-        _check_sequence_length(setting, arch, config)
-    _check_experts(student, teacher, config.parallel)
+    check_models(config, student=student, teacher=teacher, world_size=world_size)
     pairs = layer_pairs(
         config.taps.layers,
         config.taps.layer_map,
         num_student_layers=student.num_layers,
         num_teacher_layers=teacher.num_layers,
     )
-    _check_losses(config, pairs, student, teacher)
+    check_losses(config, pairs, student, teacher)
     student_layers = _student_layers(config, student, pairs)
-    to_the_end = compares_outputs(config)
+    to_the_end = config.compares_outputs
     depth = teacher.num_layers if to_the_end else max(pair.teacher for pair in pairs) + 1
     if config.teacher.refresh_interval is None:
         teacher_layers = teacher_stages(pairs, student_layers, depth=depth)
     else:
-        _check_same_model(config, pairs, student, teacher)
+        check_same_model(config, pairs, student, teacher)
         teacher_layers = _first_layers(student_layers, depth)
     takes_norm = config.taps.last_layer == "post_norm"
     if to_the_end and takes_norm and teacher_layers[-1] == 0:
@@ -234,6 +231,7 @@ def make_layout(
                 uses_lm_head=to_the_end,
             ),
             rows[0],
+            config.parallel,
         ),
         teacher=_model_layout(
             teacher,
@@ -244,6 +242,7 @@ def make_layout(
                 uses_lm_head=to_the_end,
             ),
             rows[1],
+            config.teacher_parallel,
         ),
         pairs=pairs,
         data_parallel_size=dp_size,
@@ -251,22 +250,20 @@ def make_layout(
     )
 
 
-def compares_outputs(config: RunConfig) -> bool:
-    """Whether a run has an output-space loss."""
-    return config.output_loss.kind != "none"
-
-
-def _model_layout(architecture: Architecture, extent: Extent, padded: int) -> ModelLayout:
+def _model_layout(
+    architecture: Architecture, extent: Extent, padded: int, parallel: ParallelConfig
+) -> ModelLayout:
     return ModelLayout(
         architecture=architecture,
         extent=extent,
         padded_vocab_size=padded,
         table=mapping_table(architecture, padded_vocab_size=padded),
+        parallel=parallel,
     )
 
 
 def _num_running_layers(config: RunConfig, student: Architecture, pairs: list[LayerPair]) -> int:
-    if compares_outputs(config):
+    if config.compares_outputs:
         return student.num_layers
     return max(pair.student for pair in pairs) + 1
 
@@ -300,100 +297,7 @@ def _student_layers(
     return layers
 
 
-def _check_same_model(
-    config: RunConfig, pairs: list[LayerPair], student: Architecture, teacher: Architecture
-) -> None:
-    setting = f"teacher.refresh_interval = {config.teacher.refresh_interval}"
-    if student != teacher:
-        raise UserError(
-            f"{setting} needs model.teacher to be of model.student's architecture, whose weights "
-            "it takes over; give the student itself"
-        )
-    if other := [pair for pair in pairs if pair.student != pair.teacher]:
-        raise UserError(
-            f"{setting} needs each layer to be matched with itself; taps.layer_map matches student "
-            f"layer {other[0].student} with teacher layer {other[0].teacher}"
-        )
-
-
 def _first_layers(layers_per_stage: tuple[int, ...], depth: int) -> tuple[int, ...]:
     """The first ``depth`` layers, on the stages where they are."""
     ends = [min(end, depth) for end in accumulate(layers_per_stage)]
     return tuple(end - start for start, end in pairwise([0, *ends]))
-
-
-def _check_losses(
-    config: RunConfig, pairs: list[LayerPair], student: Architecture, teacher: Architecture
-) -> None:
-    weights = config.loss.layer_weights
-    if weights is not None and len(weights) != len(pairs):
-        raise UserError(
-            f"loss.layer_weights has {len(weights)} entries; taps.layers selects {len(pairs)} "
-            "layers, and each needs one"
-        )
-    smallest = min(student.vocab_size, teacher.vocab_size)
-    if config.output_loss.kind == "top_k" and config.output_loss.k > smallest:
-        raise UserError(
-            f"output_loss.k = {config.output_loss.k} is more than the {smallest} tokens of the "
-            "vocabulary"
-        )
-
-
-def _check_experts(student: Architecture, teacher: Architecture, parallel: ParallelConfig) -> None:
-    if student.moe is None and teacher.moe is None:
-        refuse_expert_sizes(
-            TargetLayout.of(parallel),
-            models="neither model.student nor model.teacher has a",
-            spelling=as_setting,
-        )
-    tp = parallel.tensor_model_parallel_size
-    if student.moe is not None and tp > 1 and not parallel.sequence_parallel:
-        raise UserError(
-            f"parallel.tensor_model_parallel_size = {tp} without parallel.sequence_parallel: "
-            "model.student has a mixture of experts, which Megatron trains with sequence "
-            "parallelism only; set parallel.sequence_parallel = true"
-        )
-
-
-def teacher_max_prompt_tokens(config: RunConfig) -> int:
-    """Tokens of the teacher's longest prompt."""
-    return config.teacher_prompt.max_tokens or config.data.max_prompt_tokens
-
-
-def _check_sequence_length(setting: str, arch: Architecture, config: RunConfig) -> None:
-    prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
-    prompt_setting = "data.max_prompt_tokens"
-    if setting == "model.teacher" and config.teacher_prompt.max_tokens is not None:
-        prompt, prompt_setting = config.teacher_prompt.max_tokens, "teacher_prompt.max_tokens"
-    if prompt + response > arch.max_position_embeddings:
-        raise UserError(
-            f"{prompt_setting} = {prompt} and rollout.max_new_tokens = {response} make "
-            f"sequences of up to {prompt + response} tokens; {setting} was made for at most "
-            f"{arch.max_position_embeddings} (max_position_embeddings)"
-        )
-    # Training takes the long factors for all sequences of such a run.
-    original = arch.rope.original_max_position_embeddings
-    switches = arch.rope.rope_type == "longrope" and setting == "model.student"
-    if switches and config.rollout.engine == "hf" and prompt + response > (original or 0):
-        raise UserError(
-            f"data.max_prompt_tokens = {prompt} and rollout.max_new_tokens = {response} make "
-            f"sequences of up to {prompt + response} tokens; {setting} changes its rotary factors "
-            f"past {original}, which rollout.engine = hf does in the middle of a sequence, so that "
-            f"rollouts would not be the trained model's. Allow at most {original} tokens"
-        )
-
-
-def _check_batch(config: RunConfig, dp_size: int) -> None:
-    rollout, parallel = config.rollout, config.parallel
-    sequences = rollout.prompts_per_step * rollout.samples_per_prompt
-    multiple = dp_size
-    needed = f"{dp_size} data-parallel replicas"
-    if parallel.virtual_pipeline_model_parallel_size is not None:
-        multiple *= parallel.pipeline_model_parallel_size
-        needed += f" of {parallel.pipeline_model_parallel_size} interleaved stages"
-    if sequences % multiple:
-        raise UserError(
-            f"rollout.prompts_per_step = {rollout.prompts_per_step} x rollout.samples_per_prompt = "
-            f"{rollout.samples_per_prompt} gives {sequences} sequences a step; {needed} need a "
-            f"multiple of {multiple}"
-        )

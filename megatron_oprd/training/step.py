@@ -116,8 +116,8 @@ class Distiller:
             plan.teacher.checkpoint,
             teacher=config.teacher,
             model=config.model,
-            parallel=config.parallel,
-            context=context,
+            parallel=plan.teacher.parallel,
+            context=context.with_expert_sizes(plan.teacher.parallel),
             padded_vocab_size=plan.teacher.padded_vocab_size,
             max_sequence_length=plan.teacher_max_sequence_length,
         )

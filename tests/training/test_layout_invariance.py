@@ -82,6 +82,8 @@ LAYOUTS: dict[str, tuple[int, list[str], bool]] = {
     "dp2_tp2_sp": (4, [TP2, SP, MBS2], False),
 }
 EP2 = "parallel.expert_model_parallel_size=2"
+T_EP1, T_EP2, T_EP4 = (f"teacher.expert_model_parallel_size={n}" for n in (1, 2, 4))
+T_ETP1 = "teacher.expert_tensor_parallel_size=1"
 ETP1 = "parallel.expert_tensor_parallel_size=1"
 # Layouts of mixtures of experts: expert parallelism over data-parallel ranks, over tensor-parallel
 # ranks (ETP 1), and over both.
@@ -95,6 +97,11 @@ MOE_LAYOUTS: dict[str, tuple[int, list[str], bool]] = {
     "ep2_pp2_vpp2_full": (4, [EP2, PP2, VPP2, MBS1, *FULL, WHOLE_GRADIENTS], True),
     "dp2_ep2": (4, [EP2, MBS2], False),
     "tp2_sp_ep2": (4, [TP2, SP, EP2, MBS2, WHOLE_GRADIENTS], True),
+    # The teacher's experts divided otherwise than the student's.
+    "dp2_teacher_ep2": (2, [MBS2, T_EP2, WHOLE_GRADIENTS], True),
+    "ep2_teacher_ep1_overlap": (2, [EP2, MBS1, T_EP1, OVERLAP], False),
+    "tp2_sp_pp2_teacher_etp1_ep2": (4, [TP2, SP, PP2, MBS2, T_EP2, T_ETP1], True),
+    "dp2_tp2_sp_teacher_ep4": (4, [TP2, SP, EP2, T_EP4, T_ETP1, MBS2, WHOLE_GRADIENTS], True),
 }
 ALL_LAYOUTS = LAYOUTS | MOE_LAYOUTS
 PAIRS = {
@@ -202,6 +209,10 @@ CASES = [(pair, *combination) for pair in PAIRS for combination in COMBINATIONS]
     *(("llama_equal", EARLY, layout) for layout in ("pp2_vpp2", "pp2_vpp2_full", "tp2_sp_full")),
     *(("moe", "default", layout) for layout in ("mbs1", "tp2_sp", "pp2_vpp2", *MOE_LAYOUTS)),
     *(("moe_teacher", "default", layout) for layout in ("tp2", "ep2_pp2", "tp2_sp_etp1_ep2")),
+    *(
+        ("moe_teacher", "default", layout)
+        for layout in ("dp2_teacher_ep2", "tp2_sp_pp2_teacher_etp1_ep2")
+    ),
     *(("moe_student", "default", layout) for layout in ("tp2_sp_full", "ep2_pp2")),
     *(
         ("qwen3_deeper", method, layout)

@@ -1,0 +1,155 @@
+"""A run's settings against its models and the number of processes, before anything is built."""
+
+from megatron_oprd.config import ParallelConfig, RunConfig
+from megatron_oprd.errors import UserError
+from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.models.layout_checks import as_setting, check_divides, refuse_expert_sizes
+from megatron_oprd.parallel import data_parallel_size
+from megatron_oprd.taps.layer_map import LayerPair
+from megatron_oprd.weights.torch_dist_plan import TargetLayout
+
+
+def check_models(
+    config: RunConfig, *, student: Architecture, teacher: Architecture, world_size: int
+) -> None:
+    """Checks that ranks can share each layer of both models, and the lengths of sequences.
+
+    Args:
+        config: The run's configuration.
+        student: The student's architecture.
+        teacher: The teacher's.
+        world_size: Processes.
+
+    Raises:
+        UserError: A setting does not fit.
+    """
+    _check_batch(config, data_parallel_size(config.parallel, world_size))
+    check_divides(
+        student, TargetLayout.of(config.parallel), model="model.student", spelling=as_setting
+    )
+    _check_teacher_experts(config, teacher, world_size)
+    for setting, arch in (("model.student", student), ("model.teacher", teacher)):
+        _check_sequence_length(setting, arch, config)
+    _check_experts(student, teacher, config.parallel)
+
+
+def check_same_model(
+    config: RunConfig, pairs: list[LayerPair], student: Architecture, teacher: Architecture
+) -> None:
+    """Checks that a teacher can take over the student's weights.
+
+    Raises:
+        UserError: It cannot.
+    """
+    setting = f"teacher.refresh_interval = {config.teacher.refresh_interval}"
+    if student != teacher:
+        raise UserError(
+            f"{setting} needs model.teacher to be of model.student's architecture, whose weights "
+            "it takes over; give the student itself"
+        )
+    if other := [pair for pair in pairs if pair.student != pair.teacher]:
+        raise UserError(
+            f"{setting} needs each layer to be matched with itself; taps.layer_map matches student "
+            f"layer {other[0].student} with teacher layer {other[0].teacher}"
+        )
+
+
+def check_losses(
+    config: RunConfig, pairs: list[LayerPair], student: Architecture, teacher: Architecture
+) -> None:
+    """Checks the losses against the layers that are matched and the vocabularies.
+
+    Raises:
+        UserError: They do not fit.
+    """
+    weights = config.loss.layer_weights
+    if weights is not None and len(weights) != len(pairs):
+        raise UserError(
+            f"loss.layer_weights has {len(weights)} entries; taps.layers selects {len(pairs)} "
+            "layers, and each needs one"
+        )
+    smallest = min(student.vocab_size, teacher.vocab_size)
+    if config.output_loss.kind == "top_k" and config.output_loss.k > smallest:
+        raise UserError(
+            f"output_loss.k = {config.output_loss.k} is more than the {smallest} tokens of the "
+            "vocabulary"
+        )
+
+
+def _check_experts(student: Architecture, teacher: Architecture, parallel: ParallelConfig) -> None:
+    if student.moe is None and teacher.moe is None:
+        refuse_expert_sizes(
+            TargetLayout.of(parallel),
+            models="neither model.student nor model.teacher has a",
+            spelling=as_setting,
+        )
+    tp = parallel.tensor_model_parallel_size
+    if student.moe is not None and tp > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size = {tp} without parallel.sequence_parallel: "
+            "model.student has a mixture of experts, which Megatron trains with sequence "
+            "parallelism only; set parallel.sequence_parallel = true"
+        )
+
+
+def _check_sequence_length(setting: str, arch: Architecture, config: RunConfig) -> None:
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    prompt_setting = "data.max_prompt_tokens"
+    if setting == "model.teacher" and config.teacher_prompt.max_tokens is not None:
+        prompt, prompt_setting = config.teacher_prompt.max_tokens, "teacher_prompt.max_tokens"
+    if prompt + response > arch.max_position_embeddings:
+        raise UserError(
+            f"{prompt_setting} = {prompt} and rollout.max_new_tokens = {response} make "
+            f"sequences of up to {prompt + response} tokens; {setting} was made for at most "
+            f"{arch.max_position_embeddings} (max_position_embeddings)"
+        )
+    # Training takes the long factors for all sequences of such a run.
+    original = arch.rope.original_max_position_embeddings
+    switches = arch.rope.rope_type == "longrope" and setting == "model.student"
+    if switches and config.rollout.engine == "hf" and prompt + response > (original or 0):
+        raise UserError(
+            f"data.max_prompt_tokens = {prompt} and rollout.max_new_tokens = {response} make "
+            f"sequences of up to {prompt + response} tokens; {setting} changes its rotary factors "
+            f"past {original}, which rollout.engine = hf does in the middle of a sequence, so that "
+            f"rollouts would not be the trained model's. Allow at most {original} tokens"
+        )
+
+
+def _check_batch(config: RunConfig, dp_size: int) -> None:
+    rollout, parallel = config.rollout, config.parallel
+    sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+    multiple = dp_size
+    needed = f"{dp_size} data-parallel replicas"
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        multiple *= parallel.pipeline_model_parallel_size
+        needed += f" of {parallel.pipeline_model_parallel_size} interleaved stages"
+    if sequences % multiple:
+        raise UserError(
+            f"rollout.prompts_per_step = {rollout.prompts_per_step} x rollout.samples_per_prompt = "
+            f"{rollout.samples_per_prompt} gives {sequences} sequences a step; {needed} need a "
+            f"multiple of {multiple}"
+        )
+
+
+def _check_teacher_experts(config: RunConfig, teacher: Architecture, world_size: int) -> None:
+    parallel, own = config.teacher_parallel, vars(config.teacher)
+
+    def spelling(name: str, size: int) -> str:
+        return f"teacher.{name} = {size}" if own.get(name) is not None else as_setting(name, size)
+
+    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+        if own[name] is not None and teacher.moe is None:
+            raise UserError(
+                f"teacher.{name} = {own[name]}, but model.teacher has no mixture of experts; leave "
+                "it out"
+            )
+    check_divides(teacher, TargetLayout.of(parallel), model="model.teacher", spelling=spelling)
+    etp, ep = parallel.expert_tensor_size, parallel.expert_model_parallel_size
+    pp = parallel.pipeline_model_parallel_size
+    if world_size % (etp * ep * pp):
+        raise UserError(
+            f"{world_size} processes do not divide into groups that share the teacher's experts, "
+            f"of {spelling('expert_tensor_parallel_size', etp)} x "
+            f"{spelling('expert_model_parallel_size', ep)} x "
+            f"parallel.pipeline_model_parallel_size = {pp}; start a multiple of {etp * ep * pp}"
+        )
