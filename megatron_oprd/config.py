@@ -8,9 +8,13 @@ from typing import Literal
 
 from megatron_oprd.config_evaluation import EvaluationConfig
 from megatron_oprd.config_losses import LossConfig, OutputLossConfig, Positions
-from megatron_oprd.config_teacher import TeacherConfig, TeacherPromptConfig
+from megatron_oprd.config_teacher import (
+    ExtraTeacherConfig,
+    LayerSet,
+    TeacherConfig,
+    TeacherPromptConfig,
+)
 
-LayerSet = Literal["all", "last", "even", "odd", "none"]
 Alignment = Literal["token", "predictor"]
 
 
@@ -278,6 +282,7 @@ class RunConfig:
         model: The two models.
         teacher: What the teacher costs, and whether it stays as it is.
         teacher_prompt: What the teacher reads, where it is not what the student does.
+        extra_teachers: More teachers.
         parallel: The model-parallel layout.
         taps: Which hidden states are compared.
         loss: The loss on hidden states.
@@ -299,6 +304,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teacher_prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
+    extra_teachers: list[ExtraTeacherConfig] = field(default_factory=list)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     taps: TapConfig = field(default_factory=TapConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -124,6 +124,7 @@ def check_values(config: RunConfig) -> None:
     _check_losses(config)
     _check_teacher(config.teacher)
     _check_teacher_prompt(config)
+    _check_extra_teachers(config)
     _check_parallel(config.parallel)
     if config.batch.sequence_packing and config.parallel.context_parallel_size > 1:
         raise UserError(
@@ -253,6 +254,37 @@ def _check_teacher_prompt(config: RunConfig) -> None:
                 f"teacher_prompt.template = {settings.template!r} has no {{{name}}}, where the "
                 f"{'prompt' if name == 'prompt' else 'privileged text'} goes"
             )
+
+
+def _check_extra_teachers(config: RunConfig) -> None:
+    extra = config.extra_teachers
+    shares = [config.teacher.prompt_share, *(one.prompt_share for one in extra)]
+    given = [share for share in shares if share is not None]
+    if given and not extra:
+        raise UserError(
+            f"teacher.prompt_share = {given[0]} has no effect without extra_teachers: one teacher "
+            "teaches all prompts"
+        )
+    if given and not (min(given) > 0 and sum(given) <= 1 + 1e-9):
+        raise UserError(
+            f"prompt_share of the teachers = {shares}: have to be above 0, and at most 1 together"
+        )
+    if given and len(given) == len(shares) and sum(given) < 1 - 1e-9:
+        raise UserError(
+            f"prompt_share of the teachers = {shares}: leave {1 - sum(given):.3g} of the prompts "
+            "to no teacher; make them 1 together, or leave one out, for all prompts"
+        )
+    for number, one in enumerate(extra):
+        if not 0 <= one.coefficient < math.inf:
+            raise UserError(
+                f"extra_teachers[{number}].coefficient = {one.coefficient}: has to be 0 or more, "
+                "and finite"
+            )
+    if extra and (config.teacher_prompt != TeacherPromptConfig()):
+        raise UserError(
+            "extra_teachers with teacher_prompt: several teachers read the student's sequences; "
+            "leave one of the two out"
+        )
 
 
 def _check_recompute(config: RunConfig) -> None:

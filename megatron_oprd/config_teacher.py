@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+LayerSet = Literal["all", "last", "even", "odd", "none"]
 FP8Recipe = Literal[
     "per_channel_log", "per_channel", "block_128", "tensorwise", "blockwise", "mxfp8", "delayed"
 ]
@@ -33,6 +34,8 @@ class TeacherConfig:
             layers of a pair lie on one stage, and replicas are of the same sequences.
         expert_tensor_parallel_size: Ranks that share each of the teacher's experts; None is
             ``parallel.expert_tensor_parallel_size``.
+        prompt_share: With ``extra_teachers``: the share of the prompts that this teacher teaches;
+            None: all of them.
         refresh_interval: For a teacher that starts as the student (self-distillation): steps from
             one time that it takes over the student's weights to the next. None never does.
         ema_decay: What it then keeps of its own weights, an exponential moving average; 0 takes the
@@ -47,6 +50,7 @@ class TeacherConfig:
     target_memory_gb: float | None = None
     expert_model_parallel_size: int | None = None
     expert_tensor_parallel_size: int | None = None
+    prompt_share: float | None = None
     refresh_interval: int | None = None
     ema_decay: float = 0.0
 
@@ -72,3 +76,29 @@ class TeacherPromptConfig:
     template: str = "{prompt}\n\nReference solution:\n{privileged}"
     max_tokens: int | None = None
     tokenizer: Literal["same", "own"] = "same"
+
+
+@dataclass(kw_only=True)
+class ExtraTeacherConfig:
+    """One more teacher, which reads what the student does; its loss on hidden states is added.
+
+    Precision, offload and the like are those of ``teacher``, and positions those of ``taps``. With
+    ``teacher.offload = cpu`` only one teacher is on the device at a time.
+
+    Attributes:
+        model: As ``model.teacher``.
+        hf_config: As ``model.teacher_hf_config``.
+        layers: As ``taps.layers``: the student's layers that this teacher teaches.
+        layer_map: As ``taps.layer_map``.
+        coefficient: As ``loss.coefficient``.
+        prompt_share: As ``teacher.prompt_share``.
+        bridge: As ``bridge.path``; all of its directions are used.
+    """
+
+    model: str = "???"
+    hf_config: str | None = None
+    layers: LayerSet | list[int] = "all"
+    layer_map: Literal["proportional"] | list[int] = "proportional"
+    coefficient: float = 1.0
+    prompt_share: float | None = None
+    bridge: str | None = None

@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             def update() -> None:
                 if args.kind == "oprd":
                     distiller.student_pass(group, is_last=True)
-                    distiller._taps.end_step()
+                    distiller.teachers[0].taps.end_step()
                 else:
                     loss = cross_entropy if args.kind == "cross_entropy" else reverse_kl_on_top_k
                     output_space_pass(distiller, group, loss)

@@ -1,10 +1,9 @@
 """Both models, frozen, run on the same sequences under Megatron's schedule, pair by pair."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_oprd.bridge_build.plan import frozen_student_extent
@@ -21,6 +20,7 @@ from megatron_oprd.taps.layer_map import LayerPair
 from megatron_oprd.taps.selection import RankSelector
 from megatron_oprd.taps.tap import PairTaps
 from megatron_oprd.training.plan import ModelPlan, RunPlan
+from megatron_oprd.training.schedule import run_schedule
 
 # Takes (the pair's number, the rows' marks [n], h_S [n, d_S], h_T [n, d_T]).
 Consumer = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -154,21 +154,9 @@ class FrozenModels:
             self._context, sequence_parallel=self._plan.config.parallel.sequence_parallel
         )
 
-        def forward_step(data: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable]:
-            read, selection = selector.select(next(data), for_teacher=for_teacher)
+        def begin(micro_batch: MicroBatch) -> MicroBatch:
+            read, selection = selector.select(micro_batch, for_teacher=for_teacher)
             self._taps.begin(selection)
-            return model(read.tokens, read.position_ids, None), _no_loss
+            return read
 
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(group) for _ in chunks],
-            model=list(chunks),
-            num_microbatches=len(group),
-            seq_length=group[0].tokens.shape[1],
-            micro_batch_size=group[0].tokens.shape[0],
-            forward_only=True,
-        )
-
-
-def _no_loss(hidden: Tensor) -> tuple[Tensor, dict]:
-    return hidden.flatten()[0].float() * 0.0, {}
+        run_schedule(chunks, group, forward_only=True, begin=begin)

@@ -48,6 +48,7 @@ class MicroBatch:
         teacher: What the teacher reads, if it is something else.
         pairs: Then, on both sides, which positions' hidden states are compared.
         output_pairs: The same for the output-space loss; None without one.
+        others: The same tokens as each of the extra teachers teaches them.
     """
 
     index: int
@@ -61,6 +62,7 @@ class MicroBatch:
     teacher: "MicroBatch | None" = None
     pairs: Pairs | None = None
     output_pairs: Pairs | None = None
+    others: "tuple[MicroBatch, ...]" = ()
 
 
 def pack(
@@ -223,6 +225,8 @@ def context_parallel_share(micro_batch: MicroBatch, *, rank: int, size: int) -> 
             return dataclasses.replace(value, ids=share(value.ids))
         if isinstance(value, MicroBatch):
             return context_parallel_share(value, rank=rank, size=size)
+        if isinstance(value, tuple):
+            return tuple(share(one) for one in value)
         return value
 
     fields = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from megatron_oprd.config import LayerSet
+from megatron_oprd.config_teacher import LayerSet
 from megatron_oprd.errors import UserError
 
 

@@ -35,6 +35,7 @@ def supervise(
     k: int | None,
     alignment: Alignment,
     aggregation: Aggregation,
+    is_taught: Sequence[bool] | None = None,
 ) -> Supervision:
     """Position weights, and where the teacher's counterparts are.
 
@@ -46,6 +47,7 @@ def supervise(
         k: Likewise.
         alignment: Likewise.
         aggregation: Likewise.
+        is_taught: Whether the teacher teaches each sequence at all; None: all of them.
     """
     counterparts = None
     if teacher_sequences is not None:
@@ -53,6 +55,12 @@ def supervise(
             sequence.positions(alignment, response_length=length)
             for sequence, length in zip(teacher_sequences, response_lengths, strict=True)
         ]
+    has_counterpart = None
+    if counterparts is not None:
+        has_counterpart = [[position is not None for position in one] for one in counterparts]
+    elif is_taught is not None:
+        taught = zip(is_taught, response_lengths, strict=True)
+        has_counterpart = [[is_so] * length for is_so, length in taught]
     weights = position_weights(
         prompt_lengths,
         response_lengths,
@@ -60,9 +68,7 @@ def supervise(
         k=k,
         alignment=alignment,
         aggregation=aggregation,
-        has_counterpart=None
-        if counterparts is None
-        else [[position is not None for position in one] for one in counterparts],
+        has_counterpart=has_counterpart,
     )
     if counterparts is None:
         return Supervision(weights=weights, positions=None)
@@ -101,11 +107,11 @@ def position_weights(
         aggregation: ``token_mean`` divides by the supervised tokens of all sequences,
             ``sequence_mean`` by those of the sequence and by the number of sequences (eq. 6).
         has_counterpart: For each response, whether a token has one in what the teacher reads; the
-            others are not supervised. None: all have.
+            others are not supervised, nor are responses without any. None: all have.
 
     Returns:
         For each sequence [prompt + response], fp32; all weights together sum to 1, or are all 0 if
-        no token has a counterpart (with ``sequence_mean`` such responses count as 0).
+        no token has a counterpart.
     """
     assert min(prompt_lengths) >= 1, "an empty prompt has no position to predict from"
     assert min(response_lengths) >= 1
@@ -119,7 +125,9 @@ def position_weights(
     if aggregation == "token_mean":
         weights = mask / mask.sum().clamp(min=1)
     else:
-        weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / len(response_lengths)
+        per_response = mask.sum(dim=1, keepdim=True)
+        num_taught = (per_response > 0).sum().clamp(min=1)
+        weights = mask / per_response.clamp(min=1) / num_taught
     shift = 0 if alignment == "token" else -1
     rows = []
     for prompt, response, row in zip(prompt_lengths, response_lengths, weights, strict=True):

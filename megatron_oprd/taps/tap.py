@@ -83,8 +83,10 @@ class PairTaps:
                 if layer == depth - 1 and self._post_norm:
                     norm = chunk.decoder.final_layernorm
                     norm.register_forward_hook(lambda _module, _inputs, output: tap(output))
-                else:
+                elif module.tap is None:
                     module.tap = tap
+                else:
+                    module.tap = _one_after_the_other(module.tap, tap)
 
     def _take_target(self, layer: int, micro_batch: int) -> Tensor:
         """The target, which goes with its last user."""
@@ -106,6 +108,11 @@ class PairTaps:
             return hidden
 
         return collect
+
+
+def _one_after_the_other(first: Tap, second: Tap) -> Tap:
+    """Two teachers' taps on one layer of the student."""
+    return lambda hidden: second(first(hidden))
 
 
 class Taps(PairTaps):

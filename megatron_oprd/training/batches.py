@@ -23,12 +23,21 @@ def make_micro_batches(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     teacher_sequences: Sequence[TeacherSequence] | None,
+    taught_by: Sequence[Sequence[bool]] | None,
 ) -> list[list[MicroBatch]]:
     """This replica's micro-batches of the global batch; see `Distiller.micro_batches`."""
     config = plan.config
     parallel = config.parallel
     sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    weights, output_weights, reading = _supervision(plan, prompts, responses, teacher_sequences)
+    plans = [plan, *plan.others]
+    taught = [None] * len(plans) if taught_by is None else list(taught_by)
+    weights, output_weights, reading = _supervision(
+        plan, prompts, responses, teacher_sequences, taught[0]
+    )
+    of_others = [
+        _supervision(one, prompts, responses, None, is_taught)[0]
+        for one, is_taught in zip(plan.others, taught[1:], strict=True)
+    ]
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     multiple = context.pp_size if interleaved else 1
     split, is_packed = plan.sequence_split, config.batch.sequence_packing
@@ -49,11 +58,19 @@ def make_micro_batches(
     micro_batches = collate(batches, sequences, weights, output_weights, **rows)
     if reading is not None:
         micro_batches = with_teacher(micro_batches, batches, reading, **rows)
+    others = [collate(batches, sequences, one, **rows) for one in of_others]
+    micro_batches = [
+        dataclasses.replace(one, others=tuple(other[number] for other in others))
+        for number, one in enumerate(micro_batches)
+    ]
     budget = config.teacher.target_memory_gb
 
     def target_bytes(batch: Sequence[int]) -> int:
-        rows = supervised_rows(batch, weights, split, is_packed=is_packed)
-        size = rows * plan.target_bytes_per_row
+        size = sum(
+            supervised_rows(batch, of_teacher, split, is_packed=is_packed)
+            * one.target_bytes_per_row
+            for one, of_teacher in zip(plans, [weights, *of_others], strict=True)
+        )
         if output_weights is not None:
             whole = dataclasses.replace(split, tp_size=1)
             rows = supervised_rows(batch, output_weights, whole, is_packed=is_packed)
@@ -78,6 +95,7 @@ def _supervision(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     teacher_sequences: Sequence[TeacherSequence] | None,
+    is_taught: Sequence[bool] | None,
 ) -> tuple[list[Tensor], list[Tensor] | None, TeacherReading | None]:
     """Position weights of the step, of both losses, and what the teacher reads."""
     config = plan.config
@@ -92,6 +110,7 @@ def _supervision(
             k=k,
             alignment=alignment,
             aggregation=config.loss.aggregation,
+            is_taught=is_taught,
         )
 
     states = of(taps.positions, taps.k, taps.alignment)

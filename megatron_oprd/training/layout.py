@@ -48,6 +48,7 @@ class RunLayout:
         teacher: The teacher, cut at its deepest mapped layer.
         pairs: Matched layers.
         data_parallel_size: Replicas.
+        min_running_layers: Student layers that run in any case, for another teacher.
         bridge_rank: Numbers that are left of a target's state; None keeps all of it.
     """
 
@@ -56,6 +57,7 @@ class RunLayout:
     teacher: ModelLayout
     pairs: list[LayerPair]
     data_parallel_size: int
+    min_running_layers: int = 0
     bridge_rank: int | None = None
 
     @property
@@ -66,7 +68,8 @@ class RunLayout:
     @property
     def num_running_layers(self) -> int:
         """Student layers that run in training: up to the deepest tap, or to the LM head."""
-        return _num_running_layers(self.config, self.student.architecture, self.pairs)
+        student = self.student.architecture
+        return _num_running_layers(self.config, student, self.pairs, self.min_running_layers)
 
     @property
     def pair_coefficients(self) -> list[float]:
@@ -164,6 +167,7 @@ def make_layout(
     student: Architecture,
     teacher: Architecture,
     world_size: int,
+    min_running_layers: int = 0,
     bridge_rank: int | None = None,
 ) -> RunLayout:
     """Places both models on ``world_size`` ranks. Reads no file.
@@ -173,6 +177,7 @@ def make_layout(
         student: The student's architecture.
         teacher: The teacher's.
         world_size: Ranks.
+        min_running_layers: Student layers that run in any case, for another teacher.
         bridge_rank: Width of the projected states of a run through a bridge.
 
     Raises:
@@ -187,7 +192,7 @@ def make_layout(
         num_teacher_layers=teacher.num_layers,
     )
     check_losses(config, pairs, student, teacher)
-    student_layers = _student_layers(config, student, pairs)
+    student_layers = _student_layers(config, student, pairs, min_running_layers)
     to_the_end = config.compares_outputs
     depth = teacher.num_layers if to_the_end else max(pair.teacher for pair in pairs) + 1
     if config.teacher.refresh_interval is None:
@@ -246,6 +251,7 @@ def make_layout(
         ),
         pairs=pairs,
         data_parallel_size=dp_size,
+        min_running_layers=min_running_layers,
         bridge_rank=bridge_rank,
     )
 
@@ -262,19 +268,21 @@ def _model_layout(
     )
 
 
-def _num_running_layers(config: RunConfig, student: Architecture, pairs: list[LayerPair]) -> int:
+def _num_running_layers(
+    config: RunConfig, student: Architecture, pairs: list[LayerPair], at_least: int
+) -> int:
     if config.compares_outputs:
         return student.num_layers
-    return max(pair.student for pair in pairs) + 1
+    return min(max([at_least, *(pair.student + 1 for pair in pairs)]), student.num_layers)
 
 
 def _student_layers(
-    config: RunConfig, student: Architecture, pairs: list[LayerPair]
+    config: RunConfig, student: Architecture, pairs: list[LayerPair], min_running_layers: int
 ) -> tuple[int, ...]:
     parallel = config.parallel
     pp = parallel.pipeline_model_parallel_size
     num_stages = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
-    running = _num_running_layers(config, student, pairs)
+    running = _num_running_layers(config, student, pairs, min_running_layers)
     if parallel.num_layers_per_stage is None:
         layers = student_stages(student.num_layers, pairs, num_stages, num_running=running)
     else:

@@ -21,6 +21,7 @@ from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.evaluation import BenchmarkEvaluator
 from megatron_oprd.training.loggers import Loggers
 from megatron_oprd.training.plan import RunPlan, export_folder
+from megatron_oprd.training.prompt_shares import taught_by
 from megatron_oprd.training.resume import checkpoint_to_resume
 from megatron_oprd.training.rollouts import (
     load_run_prompts,
@@ -84,6 +85,11 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
                 [rollout.prompt_ids for rollout in rollouts],
                 [rollout.response_ids for rollout in rollouts],
                 teacher_sequences_of(rollouts),
+                taught_by(
+                    rollouts,
+                    [one.plan.config.teacher.prompt_share for one in distiller.teachers],
+                    seed=config.seed,
+                ),
             )
             distiller.refresh_teacher(step + 1)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
@@ -160,6 +166,7 @@ def _step_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
         "cosine": sum(result.cosine_per_layer) / len(layers) if layers else None,
         "loss_per_layer": dict(zip(layers, result.loss_per_layer, strict=True)),
         "cosine_per_layer": dict(zip(layers, result.cosine_per_layer, strict=True)),
+        **_extra_teacher_metrics(result, plan),
         "grad_norm": result.grad_norm,
         "lr": result.lr,
         "skipped": result.skipped,
@@ -167,6 +174,17 @@ def _step_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
         "seconds_student": result.seconds_student,
         "seconds_optimizer": result.seconds_optimizer,
     }
+
+
+def _extra_teacher_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
+    metrics = {}
+    for number, (one, (loss, cosine)) in enumerate(
+        zip(plan.others, result.extra_teachers, strict=True), start=1
+    ):
+        layers = [str(pair.student) for pair in one.pairs]
+        metrics[f"teacher{number}_loss_per_layer"] = dict(zip(layers, loss, strict=True))
+        metrics[f"teacher{number}_cosine_per_layer"] = dict(zip(layers, cosine, strict=True))
+    return metrics
 
 
 def _rollout_metrics(rollouts: list[Rollout]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a run will do, worked out and checked from configurations alone: no weight is read."""
 
 import os
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -9,7 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from megatron_oprd.bridge.open import open_bridge
 from megatron_oprd.bridge.source import BridgeSource
 from megatron_oprd.config import BridgeConfig, RunConfig
+from megatron_oprd.config_evaluation import EvaluationConfig
 from megatron_oprd.config_file import dump_config
+from megatron_oprd.config_losses import OutputLossConfig
+from megatron_oprd.config_teacher import ExtraTeacherConfig
 from megatron_oprd.data.benchmarks import Benchmark, check_length, load_benchmarks, tokenized
 from megatron_oprd.data.teacher_reader import TeacherReader
 from megatron_oprd.errors import UserError
@@ -45,6 +49,7 @@ class RunPlan(RunLayout):
         benchmarks: What the student is evaluated on during the run.
         bridge: What the states go through before they are compared; None compares them directly.
         teacher_reader: How the teacher reads rollouts; None: the student's sequences.
+        others: The run as it concerns each of the extra teachers.
     """
 
     student: ModelPlan
@@ -53,6 +58,7 @@ class RunPlan(RunLayout):
     benchmarks: list[Benchmark]
     bridge: BridgeSource | None = None
     teacher_reader: TeacherReader | None = None
+    others: "tuple[RunPlan, ...]" = ()
 
     def projectors(self, context: ParallelContext) -> Projectors | None:
         """Reads the projectors of this rank's layers; None without a bridge."""
@@ -76,15 +82,65 @@ def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
             do not fit the models or the number of processes.
     """
     _check_output_dir(config)
-    return plan_models(config, world_size=world_size)
+    if not config.extra_teachers:
+        return plan_models(config, world_size=world_size)
+    return _plan_teachers(config, world_size)
 
 
-def plan_models(config: RunConfig, *, world_size: int, builds_bridge: bool = False) -> RunPlan:
-    """Opens and places the models of a run.
+def _plan_teachers(config: RunConfig, world_size: int) -> RunPlan:
+    """Plans a run for each of its teachers alone, and puts the plans together."""
+
+    def plan(number: int, one: RunConfig, min_running_layers: int) -> RunPlan:
+        try:
+            return plan_models(one, world_size=world_size, min_running_layers=min_running_layers)
+        except UserError as error:
+            if number == 0:
+                raise
+            raise UserError(f"extra_teachers[{number - 1}], as a teacher alone: {error}") from error
+
+    runs = [config, *(_alone(config, extra) for extra in config.extra_teachers)]
+    # All layers run in these, so that what is worked out does not depend on the other teachers.
+    first = [plan(number, one, sys.maxsize) for number, one in enumerate(runs)]
+    running = max((pair.student + 1 for one in first for pair in one.pairs), default=0)
+    if config.compares_outputs:
+        running = first[0].student.architecture.num_layers
+    main = plan(0, config, running)
+    stages = list(main.student.extent.layers_per_stage)
+    others = [
+        plan(
+            number,
+            replace(one, parallel=replace(one.parallel, num_layers_per_stage=stages)),
+            running,
+        )
+        for number, one in enumerate(runs[1:], start=1)
+    ]
+    return replace(main, others=tuple(others))
+
+
+def _alone(config: RunConfig, extra: ExtraTeacherConfig) -> RunConfig:
+    """The run that has an extra teacher as its only one."""
+    return replace(
+        config,
+        model=replace(config.model, teacher=extra.model, teacher_hf_config=extra.hf_config),
+        teacher=replace(config.teacher, prompt_share=extra.prompt_share, refresh_interval=None),
+        taps=replace(config.taps, layers=extra.layers, layer_map=extra.layer_map),
+        loss=replace(config.loss, coefficient=extra.coefficient, layer_weights=None),
+        output_loss=OutputLossConfig(),
+        bridge=BridgeConfig(path=extra.bridge),
+        evaluation=EvaluationConfig(),
+        extra_teachers=[],
+    )
+
+
+def plan_models(
+    config: RunConfig, *, world_size: int, min_running_layers: int = 0, builds_bridge: bool = False
+) -> RunPlan:
+    """Opens and places the student and the first teacher of a run.
 
     Args:
         config: The run's configuration.
         world_size: Processes.
+        min_running_layers: Student layers that run in any case, for another teacher.
         builds_bridge: Whether this is for building a bridge, so that hidden states need not be
             comparable.
 
@@ -100,6 +156,7 @@ def plan_models(config: RunConfig, *, world_size: int, builds_bridge: bool = Fal
         student=student_arch,
         teacher=teacher_arch,
         world_size=world_size,
+        min_running_layers=min_running_layers,
         bridge_rank=None if bridge is None else _bridge_rank(config.bridge, bridge),
     )
     if bridge is not None:
@@ -121,6 +178,7 @@ def plan_models(config: RunConfig, *, world_size: int, builds_bridge: bool = Fal
         benchmarks=_benchmarks(config, tokenizer, student_arch),
         pairs=layout.pairs,
         data_parallel_size=layout.data_parallel_size,
+        min_running_layers=min_running_layers,
         bridge_rank=layout.bridge_rank,
         bridge=bridge,
         teacher_reader=teacher_reader,
@@ -212,6 +270,13 @@ def describe(plan: RunPlan) -> str:
             *([f"the column {settings.privileged_key}"] if settings.privileged_key else []),
         ]
         lines.append(f"the teacher reads {' and '.join(what)}")
+    for number, one in enumerate(plan.others, start=1):
+        matches = ", ".join(f"{pair.student} -> {pair.teacher}" for pair in one.pairs)
+        layers = ", ".join(map(str, one.teacher.extent.layers_per_stage))
+        lines.append(
+            f"extra teacher {number}, {one.config.model.teacher}: {matches}; layers of each stage: "
+            f"{layers}"
+        )
     if plan.bridge is not None:
         lines.append(f"bridge {config.bridge.path}: {plan.bridge_rank} numbers of each state")
     return "\n".join(lines)

@@ -1,35 +1,30 @@
-"""One distillation step on given sequences: teacher pass, student pass, update."""
+"""One distillation step on given sequences: teachers' passes, student pass, update."""
 
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_oprd.data.batching import MicroBatch
 from megatron_oprd.data.teacher_sequences import TeacherSequence
 from megatron_oprd.models.build import build_model, transformer_config
-from megatron_oprd.models.offload import OffloadedWeights
 from megatron_oprd.models.refresh import TeacherRefresh
 from megatron_oprd.models.student import freeze_past_deepest_tap
-from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.taps.head import HeadTap, head_weight
-from megatron_oprd.taps.selection import RankSelector
-from megatron_oprd.taps.tap import Taps
 from megatron_oprd.training.batches import make_micro_batches
 from megatron_oprd.training.optimizer import make_train_state
 from megatron_oprd.training.plan import ModelPlan, RunPlan
+from megatron_oprd.training.schedule import run_schedule
+from megatron_oprd.training.teachers import Teacher
 from megatron_oprd.weights.load import load_weights
 
 
@@ -42,6 +37,7 @@ class StepResult:
         loss_per_layer: The loss of each matched pair, without coefficient and layer weight.
         cosine_per_layer: Mean cosine of each matched pair.
         output_loss: The output-space loss without its coefficient; None if there is none.
+        extra_teachers: (loss, cosine) of each matched pair of each extra teacher.
         grad_norm: Global gradient norm before clipping.
         lr: Learning rate of the update.
         skipped: Whether loss or gradient were not finite, so that nothing was updated.
@@ -54,6 +50,7 @@ class StepResult:
     loss_per_layer: list[float]
     cosine_per_layer: list[float]
     output_loss: float | None
+    extra_teachers: list[tuple[list[float], list[float]]]
     grad_norm: float
     lr: float
     skipped: bool
@@ -72,19 +69,21 @@ class Gradients:
         cosine_per_layer: Cosine of each matched pair, likewise.
         output_loss: The output-space loss without its coefficient, a scalar, likewise; 0 if there
             is none.
-        seconds_teacher: Wall-clock of the teacher's passes.
+        extra_teachers: (loss, cosine) of each matched pair of each extra teacher, likewise.
+        seconds_teacher: Wall-clock of the teachers' passes.
         seconds_student: Wall-clock of the student's passes.
     """
 
     loss_per_layer: Tensor
     cosine_per_layer: Tensor
     output_loss: Tensor
+    extra_teachers: list[tuple[Tensor, Tensor]]
     seconds_teacher: float
     seconds_student: float
 
 
 class Distiller:
-    """Teacher, student and optimizer of one run on this rank.
+    """Teachers, student and optimizer of one run on this rank.
 
     Args:
         plan: The run.
@@ -93,6 +92,7 @@ class Distiller:
     Attributes:
         plan: The run.
         context: This rank's place.
+        teachers: The teachers, the first one in front.
         state: What changes during training.
         refresh: How the teacher follows the student; None if it does not.
     """
@@ -101,35 +101,17 @@ class Distiller:
         config = plan.config
         self.plan = plan
         self.context = context
-        self._taps = Taps(
-            plan.pairs,
-            normalize=config.loss.normalize,
-            coefficients=plan.pair_coefficients,
-            post_norm=config.taps.last_layer == "post_norm",
-            device=context.device,
-            projectors=plan.projectors(context),
-        )
-        teacher = build_teacher(
-            plan.teacher.architecture,
-            plan.teacher.extent,
-            plan.teacher.table,
-            plan.teacher.checkpoint,
-            teacher=config.teacher,
-            model=config.model,
-            parallel=plan.teacher.parallel,
-            context=context.with_expert_sizes(plan.teacher.parallel),
-            padded_vocab_size=plan.teacher.padded_vocab_size,
-            max_sequence_length=plan.teacher_max_sequence_length,
-        )
-        self._taps.attach_teacher(teacher, depth=plan.teacher.architecture.num_layers)
-        self._teacher = teacher
+        plans = [plan, *plan.others]
+        self.teachers = [Teacher(one, context, number=number) for number, one in enumerate(plans)]
         student, student_config = self._build_student(plan.student)
         freeze_past_deepest_tap(
             student,
             num_running_layers=plan.num_running_layers,
-            trains_final_norm=plan.trains_final_norm,
+            trains_final_norm=any(one.trains_final_norm for one in plans),
         )
-        self._taps.attach_student(student, depth=plan.student.architecture.num_layers)
+        for one in self.teachers:
+            one.taps.attach_student(student, depth=plan.student.architecture.num_layers)
+        teacher = self.teachers[0].chunks
         self._student_config = student_config
         self.refresh: TeacherRefresh | None = None
         if config.teacher.refresh_interval is not None:
@@ -151,11 +133,11 @@ class Distiller:
                 cp_group=context.groups.cp,
                 sequence_parallel=config.parallel.sequence_parallel,
             )
-        self._teacher_weights = None
         if config.teacher.offload == "cpu":
-            # The head is used in the student's pass.
-            resident = [] if self._head is None else [head_weight(teacher[-1])]
-            self._teacher_weights = OffloadedWeights(teacher, resident)
+            for one in self.teachers:
+                # The first one's head is used in the student's pass.
+                uses_head = self._head is not None and one is self.teachers[0]
+                one.offload([head_weight(teacher[-1])] if uses_head else [])
         self.state = make_train_state(config, student_config, student)
 
     def micro_batches(
@@ -163,6 +145,7 @@ class Distiller:
         prompts: Sequence[Sequence[int]],
         responses: Sequence[Sequence[int]],
         teacher_sequences: Sequence[TeacherSequence] | None = None,
+        taught_by: Sequence[Sequence[bool]] | None = None,
     ) -> list[list[MicroBatch]]:
         """This replica's micro-batches of the global batch, in groups of one teacher pass each.
 
@@ -172,8 +155,11 @@ class Distiller:
             prompts: Token ids of the prompt of every sequence of the global batch.
             responses: Token ids of the responses.
             teacher_sequences: What the teacher reads in place of each; None is the same.
+            taught_by: For each teacher, whether it teaches each sequence; None: all of them.
         """
-        return make_micro_batches(self.plan, self.context, prompts, responses, teacher_sequences)
+        return make_micro_batches(
+            self.plan, self.context, prompts, responses, teacher_sequences, taught_by
+        )
 
     def compute_gradients(self, groups: Sequence[Sequence[MicroBatch]]) -> Gradients:
         """Runs teacher and student over each group in turn; gradients are reduced at the end."""
@@ -186,7 +172,8 @@ class Distiller:
                 self.state.clear_gradients()
             self.student_pass(group, is_last=number == len(groups) - 1)
             seconds_student += clock.lap()
-        metrics = torch.stack(self._taps.end_step())
+        parts = [torch.stack(one.taps.end_step()) for one in self.teachers]  # [2, pairs] of each
+        metrics = torch.cat(parts, dim=1)
         output_loss = metrics.new_zeros(()) if self._head is None else self._head.end_step()
         if self.context.tp_rank != 0:
             # These ranks saw the same positions as tensor rank 0.
@@ -195,19 +182,30 @@ class Distiller:
                 metrics.zero_()
         dist.all_reduce(metrics)
         dist.all_reduce(output_loss)
+        (loss, cosine), *others = metrics.split([part.shape[1] for part in parts], dim=1)
         return Gradients(
-            loss_per_layer=metrics[0],
-            cosine_per_layer=metrics[1],
+            loss_per_layer=loss,
+            cosine_per_layer=cosine,
             output_loss=output_loss,
+            extra_teachers=[(of_other[0], of_other[1]) for of_other in others],
             seconds_teacher=seconds_teacher,
             seconds_student=seconds_student,
         )
 
     def teacher_pass(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Runs the teacher over a group of micro-batches, keeping the targets at the taps."""
-        offloaded = self._teacher_weights
-        with torch.no_grad(), offloaded.on_device() if offloaded else nullcontext():
-            self._run(self._teacher, micro_batches, forward_only=True)
+        """Runs the teachers over a group of micro-batches, keeping the targets at the taps."""
+        for one in self.teachers:
+            keeps_hidden = self._head is not None and one is self.teachers[0]
+
+            def end(
+                hidden: Tensor, micro_batch: MicroBatch, chunk: Any, keeps: bool = keeps_hidden
+            ) -> Tensor:
+                if keeps and chunk.post_process:
+                    assert self._head is not None
+                    self._head.collect(hidden, micro_batch)
+                return hidden
+
+            one.run(micro_batches, end)
 
     def student_pass(self, micro_batches: Sequence[MicroBatch], *, is_last: bool) -> None:
         """Runs the student forward and backward over a group of micro-batches.
@@ -226,7 +224,13 @@ class Distiller:
                     stack.enter_context(chunk.no_sync())
                 stack.enter_context(_setting(config, "no_sync_func", None))
                 stack.enter_context(_setting(config, "finalize_model_grads_func", None))
-            self._run(self.state.chunks, micro_batches, forward_only=False)
+            run_schedule(
+                self.state.chunks,
+                micro_batches,
+                forward_only=False,
+                begin=self._begin_student,
+                end=self._end_student,
+            )
 
     def update(self, loss_is_finite: bool) -> tuple[float, bool]:
         """Updates the student, unless loss or gradient are not finite.
@@ -261,19 +265,20 @@ class Distiller:
         prompts: Sequence[Sequence[int]],
         responses: Sequence[Sequence[int]],
         teacher_sequences: Sequence[TeacherSequence] | None = None,
+        taught_by: Sequence[Sequence[bool]] | None = None,
     ) -> StepResult:
         """One whole step on the global batch, which every rank passes alike.
 
         Arguments are those of `micro_batches`.
         """
         gradients = self.compute_gradients(
-            self.micro_batches(prompts, responses, teacher_sequences)
+            self.micro_batches(prompts, responses, teacher_sequences, taught_by)
         )
+        losses = [gradients.loss_per_layer, *(loss for loss, _ in gradients.extra_teachers)]
         loss = sum(
             coefficient * float(of_layer)
-            for coefficient, of_layer in zip(
-                self.plan.pair_coefficients, gradients.loss_per_layer, strict=True
-            )
+            for one, of_teacher in zip(self.teachers, losses, strict=True)
+            for coefficient, of_layer in zip(one.plan.pair_coefficients, of_teacher, strict=True)
         )
         output_loss = float(gradients.output_loss) if self.plan.compares_outputs else None
         if output_loss is not None:
@@ -286,6 +291,9 @@ class Distiller:
             loss_per_layer=gradients.loss_per_layer.tolist(),
             cosine_per_layer=gradients.cosine_per_layer.tolist(),
             output_loss=output_loss,
+            extra_teachers=[
+                (loss.tolist(), cosine.tolist()) for loss, cosine in gradients.extra_teachers
+            ],
             grad_norm=grad_norm,
             lr=lr,
             skipped=not updated,
@@ -321,64 +329,15 @@ class Distiller:
         )
         return chunks, megatron_config
 
-    def _run(
-        self, chunks: Sequence[Any], micro_batches: Sequence[MicroBatch], *, forward_only: bool
-    ) -> None:
-        """Runs chunks over micro-batches under Megatron's schedule."""
-        selector = RankSelector.of(
-            self.context, sequence_parallel=self.plan.config.parallel.sequence_parallel
-        )
+    def _begin_student(self, micro_batch: MicroBatch) -> MicroBatch:
+        for one in self.teachers:
+            one.begin_student(micro_batch)
+        return micro_batch
 
-        def forward_step(data: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
-            micro_batch = next(data)
-            read, selection = selector.select(micro_batch, for_teacher=forward_only)
-            self._taps.begin(selection)
-            hidden = model(
-                read.tokens, read.position_ids, None, packed_seq_params=_packed_seq_params(read)
-            )
-            if self._head is not None and _is_last(model):
-                if forward_only:
-                    self._head.collect(hidden, micro_batch)
-                else:
-                    hidden = self._head.attach(hidden, micro_batch)
-            return hidden, _no_loss_at_the_end
-
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(micro_batches) for _ in chunks],
-            model=list(chunks),
-            num_microbatches=len(micro_batches),
-            # Not used with variable sequence lengths, nor without a pipeline.
-            seq_length=micro_batches[0].tokens.shape[1],
-            micro_batch_size=micro_batches[0].tokens.shape[0],
-            forward_only=forward_only,
-        )
-
-
-def _is_last(model: Any) -> bool:
-    """Whether a chunk, wrapped or not, is the last of its model."""
-    return get_attr_wrapped_model(model, "post_process")
-
-
-def _packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams | None:
-    """What attention and rotary embedding need to know of packed sequences."""
-    lengths = micro_batch.packed_lengths
-    if lengths is None:
-        return None
-    ends = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-    ends = ends.to(micro_batch.tokens.device)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
-
-
-def _no_loss_at_the_end(hidden: Tensor) -> tuple[Tensor, dict]:
-    """The schedule's loss: zero, since every loss is attached at its layer."""
-    return hidden.flatten()[0].float() * 0.0, {}
+    def _end_student(self, hidden: Tensor, micro_batch: MicroBatch, chunk: Any) -> Tensor:
+        if self._head is not None and get_attr_wrapped_model(chunk, "post_process"):
+            return self._head.attach(hidden, micro_batch)
+        return hidden
 
 
 @contextmanager

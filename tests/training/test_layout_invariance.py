@@ -182,6 +182,19 @@ READING_METHODS: dict[str, list[str]] = {
     "other_tokens_sequence_mean": ["loss.aggregation=sequence_mean", "taps.layers=odd"],
 }  # fmt: skip
 METHODS |= READING_METHODS
+# Three teachers: one with an output-space loss, two on hidden states; the last has the even
+# sequences, the second the odd ones. TEACHERS is the folder of all pairs.
+SEVERAL = "three_teachers"
+METHODS[SEVERAL] = [
+    OUTPUT + "jsd",
+    "extra_teachers=[{model: TEACHERS/qwen3_equal/teacher, prompt_share: 0.5, coefficient: 2},"
+    " {model: TEACHERS/llama_equal/teacher, layers: [0, 2], layer_map: [1, 3], prompt_share: 0.5}]",
+]
+METHODS["shallow_first_teacher"] = [
+    "taps.layers=[0]",
+    "extra_teachers=[{model: TEACHERS/llama_equal/teacher, layers: [1, 2]}]",
+]
+TAUGHT_BY = {SEVERAL: [[True] * 8, [False, True] * 4, [True, False] * 4]}
 READINGS = {name: name.removesuffix("_sequence_mean") for name in READING_METHODS}
 # The layouts in which the last stage, its head and the positions differ most.
 OUTPUT_LAYOUTS = (
@@ -235,6 +248,11 @@ CASES = [(pair, *combination) for pair in PAIRS for combination in COMBINATIONS]
         ("moe_teacher", "other_tokens_sequence_mean", layout)
         for layout in ("ep2_pp2", "tp2_sp_etp1_ep2")
     ),
+    *(("llama_tied_deeper", SEVERAL, layout) for layout in OUTPUT_LAYOUTS),
+    *(
+        ("qwen3_deeper", "shallow_first_teacher", layout)
+        for layout in ("pp2", "pp2_vpp2_full", "tp2_sp_pp2_full")
+    ),
     *(("moe", "reverse_kl", layout) for layout in ("ep2_pp2", "tp2_sp_etp1_ep2")),
     *(
         ("bridge", "default", layout)
@@ -274,8 +292,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {
                 "name": f"{pair}.{method}.reference",
                 "pair": pairs[pair],
-                "overrides": [*UPDATE, *METHODS[method]],
+                "overrides": [*UPDATE, *_with_folders(METHODS[method], root)],
                 "reading": READINGS.get(method),
+                "taught_by": TAUGHT_BY.get(method),
             }
         )
     for pair, method, layout in CASES:
@@ -284,13 +303,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {
                 "name": f"{pair}.{method}.{layout}",
                 "pair": pairs[pair],
-                "overrides": [*UPDATE, *METHODS[method], *overrides],
+                "overrides": [*UPDATE, *_with_folders(METHODS[method], root), *overrides],
                 "reading": READINGS.get(method),
+                "taught_by": TAUGHT_BY.get(method),
             }
         )
     for ranks, of_ranks in cases.items():
         run_ranks("step", of_ranks, ranks, root)
     return root
+
+
+def _with_folders(overrides: list[str], root: Path) -> list[str]:
+    return [override.replace("TEACHERS", str(root)) for override in overrides]
 
 
 @pytest.mark.parametrize(("pair", "method", "layout"), CASES)
@@ -299,6 +323,8 @@ def test_layout_changes_nothing(results: Path, pair: str, method: str, layout: s
     found = torch.load(results / f"{pair}.{method}.{layout}.pt")
     for name in ("loss", "output_loss", "grad_norm", "second_loss"):
         torch.testing.assert_close(found[name], reference[name], rtol=1e-5, atol=1e-8, msg=name)
+    for one, expected in zip(found["extra_teachers"], reference["extra_teachers"], strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found["cosine"], reference["cosine"], rtol=1e-5, atol=1e-6)
     if ALL_LAYOUTS[layout][2]:
         _assert_same_tensors(found["gradients"], reference["gradients"])

@@ -49,7 +49,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         main = None
         if case["trace"]:
             main = dict(exporter.stream(main_parameter, dtype=torch.float32))
-        models = (distiller.state.modules, distiller._teacher)
+        models = (distiller.state.modules, distiller.teachers[0].chunks)
         if context.rank == 0:
             torch.save(
                 {

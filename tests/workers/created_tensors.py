@@ -58,7 +58,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
 
 def _compute_logits(distiller: Distiller, whose: str) -> None:
     """Makes a model compute the logits of its last hidden state and drop them."""
-    chunks = distiller.state.modules if whose == "student" else distiller._teacher
+    chunks = distiller.state.modules if whose == "student" else distiller.teachers[0].chunks
     embedding = chunks[0].embedding.word_embeddings.weight
     chunks[-1].decoder.final_layernorm.register_forward_hook(
         lambda _module, _inputs, hidden: (hidden.detach() @ embedding.detach().t(), hidden)[1]

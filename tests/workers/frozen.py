@@ -23,7 +23,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
     with parallel_run(config.parallel, seed=config.seed) as context:
         plan = make_plan(config, world_size=dist.get_world_size())
         distiller = Distiller(plan, context)
-        models = {"student": distiller.state.modules, "teacher": distiller._teacher}
+        models = {"student": distiller.state.modules, "teacher": distiller.teachers[0].chunks}
         ran: dict[str, set[str]] = {name: set() for name in models}
         for name, chunks in models.items():
             _record_what_runs(chunks, ran[name])

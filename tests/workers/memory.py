@@ -153,7 +153,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         main = [t for one in optimizers for options in one.param_groups for t in options["params"]]
 
         distiller.teacher_pass(group)
-        targets = [target for target, _ in distiller._taps._targets.values()]
+        targets = [target for target, _ in distiller.teachers[0].taps._targets.values()]
         if distiller._head is not None:
             targets += distiller._head._targets.values()
         target_bytes = _bytes(targets)
@@ -193,7 +193,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             "parameters": _bytes(student),
             "teacher": _bytes(
                 tensor
-                for chunk in distiller._teacher
+                for chunk in distiller.teachers[0].chunks
                 for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers())
                 if not name.startswith("rotary_pos_emb")
             ),

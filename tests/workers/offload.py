@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.parallel import parallel_run
+from megatron_oprd.training import schedule
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
@@ -28,23 +29,24 @@ def run(case: dict[str, Any], directory: Path) -> None:
     with parallel_run(config.parallel, seed=config.seed) as context:
         plan = make_plan(config, world_size=dist.get_world_size())
         distiller = Distiller(plan, context)
-        teacher = [p for chunk in distiller._teacher for p in chunk.parameters()]
+        teacher = [p for chunk in distiller.teachers[0].chunks for p in chunk.parameters()]
         buffers = [b for chunk in distiller.state.chunks for b in chunk.buffers]
 
         def look() -> None:
             seen["teacher"].append(num_bytes(teacher))
             seen["gradients"].append(num_bytes(buffer.grad_data for buffer in buffers))
 
-        original = Distiller._run
-
-        def looking(self: Distiller, *args: Any, **kwargs: Any) -> None:
+        def looking(*args: Any, **kwargs: Any) -> None:
             look()
-            original(self, *args, **kwargs)
+            schedule.run_schedule(*args, **kwargs)
 
         exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
         look()
         losses = []
-        with patch.object(Distiller, "_run", looking):
+        with (
+            patch("megatron_oprd.training.teachers.run_schedule", looking),
+            patch("megatron_oprd.training.step.run_schedule", looking),
+        ):
             for _ in range(2):
                 losses.append(distiller.step(*fixed_rollouts()).loss)
         look()

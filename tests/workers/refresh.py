@@ -33,7 +33,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             distiller.state.gather_parameters()
             for name, chunks in (
                 ("student", distiller.state.modules),
-                ("teacher", distiller._teacher),
+                ("teacher", distiller.teachers[0].chunks),
             ):
                 parameters = named_parameters(chunks)
                 seen[name].append({key: p.detach().clone() for key, p in parameters.items()})

@@ -21,7 +21,9 @@ def gradient(parameter: torch.nn.Parameter) -> Tensor:
 
 
 def run(case: dict[str, Any], directory: Path) -> None:
-    """Runs one case: {name, pair, overrides, reading: None or a kind of other sequences}."""
+    """Runs one case: {name, pair, overrides, reading: None or a kind of other sequences,
+    taught_by: None or whether each teacher teaches each sequence}.
+    """
     config = config_of(Path(case["pair"]), case["overrides"])
     with parallel_run(config.parallel, seed=config.seed) as context:
         plan = make_plan(config, world_size=dist.get_world_size())
@@ -32,11 +34,12 @@ def run(case: dict[str, Any], directory: Path) -> None:
         if case.get("reading"):
             reading = fixed_teacher_sequences(case["reading"])
 
-        groups = distiller.micro_batches(*rollouts, reading)
+        taught_by = case.get("taught_by")
+        groups = distiller.micro_batches(*rollouts, reading, taught_by)
         first = distiller.compute_gradients(groups)
         gradients = dict(exporter.stream(gradient, dtype=torch.float32))
         grad_norm, _ = distiller.update(loss_is_finite=True)
-        second = distiller.step(*rollouts, reading)
+        second = distiller.step(*rollouts, reading, taught_by)
         distiller.state.gather_parameters()
         weights = dict(exporter.stream())
         if context.rank == 0:
@@ -45,6 +48,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
                     "loss": first.loss_per_layer,
                     "cosine": first.cosine_per_layer,
                     "output_loss": first.output_loss,
+                    "extra_teachers": [torch.stack(one) for one in first.extra_teachers],
                     "grad_norm": torch.tensor([grad_norm, second.grad_norm]),
                     "second_loss": torch.tensor([*second.loss_per_layer, second.loss]),
                     "gradients": gradients,

@@ -1,0 +1,72 @@
+"""Model chunks over micro-batches under Megatron's schedule."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_oprd.data.batching import MicroBatch
+
+
+def run_schedule(
+    chunks: Sequence[Any],
+    micro_batches: Sequence[MicroBatch],
+    *,
+    forward_only: bool,
+    begin: Callable[[MicroBatch], MicroBatch],
+    end: Callable[[Tensor, MicroBatch, Any], Tensor] = lambda hidden, micro_batch, chunk: hidden,
+) -> None:
+    """Runs a model; losses are attached where they arise, so that the schedule's own is zero.
+
+    Args:
+        chunks: This rank's chunks.
+        micro_batches: What they run over.
+        forward_only: Whether there is no backward pass.
+        begin: Called before each forward pass of a chunk; gives what the model reads.
+        end: Called behind it with the chunk's output, the micro-batch and the chunk; gives what
+            goes on.
+    """
+
+    def forward_step(data: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
+        micro_batch = next(data)
+        read = begin(micro_batch)
+        hidden = chunk(
+            read.tokens, read.position_ids, None, packed_seq_params=_packed_seq_params(read)
+        )
+        return end(hidden, micro_batch, chunk), _no_loss_at_the_end
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(micro_batches),
+        # Not used with variable sequence lengths, nor without a pipeline.
+        seq_length=micro_batches[0].tokens.shape[1],
+        micro_batch_size=micro_batches[0].tokens.shape[0],
+        forward_only=forward_only,
+    )
+
+
+def _packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams | None:
+    """What attention and rotary embedding need to know of packed sequences."""
+    lengths = micro_batch.packed_lengths
+    if lengths is None:
+        return None
+    ends = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    ends = ends.to(micro_batch.tokens.device)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+
+
+def _no_loss_at_the_end(hidden: Tensor) -> tuple[Tensor, dict]:
+    """The schedule's loss: zero, since every loss is attached at its layer."""
+    return hidden.flatten()[0].float() * 0.0, {}

@@ -1,0 +1,102 @@
+"""One of a run's teachers on this rank: its weights, its taps, its pass."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.models.offload import OffloadedWeights
+from megatron_oprd.models.teacher import build_teacher
+from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.taps.selection import RankSelector
+from megatron_oprd.taps.tap import Taps
+from megatron_oprd.training.plan import RunPlan
+from megatron_oprd.training.schedule import run_schedule
+
+
+class Teacher:
+    """A teacher and the taps between it and the student.
+
+    Args:
+        plan: The run as far as it concerns this teacher.
+        context: This rank's place.
+        number: Which of the teachers it is; 0 is the first.
+
+    Attributes:
+        plan: Likewise.
+        chunks: Its chunks on this rank.
+        taps: The taps.
+    """
+
+    def __init__(self, plan: RunPlan, context: ParallelContext, *, number: int) -> None:
+        config, model = plan.config, plan.teacher
+        self.plan = plan
+        self._number = number
+        self.taps = Taps(
+            plan.pairs,
+            normalize=config.loss.normalize,
+            coefficients=plan.pair_coefficients,
+            post_norm=config.taps.last_layer == "post_norm",
+            device=context.device,
+            projectors=plan.projectors(context),
+        )
+        self.chunks: list[GPTModel] = build_teacher(
+            model.architecture,
+            model.extent,
+            model.table,
+            model.checkpoint,
+            teacher=config.teacher,
+            model=config.model,
+            parallel=model.parallel,
+            context=context.with_expert_sizes(model.parallel),
+            padded_vocab_size=model.padded_vocab_size,
+            max_sequence_length=plan.teacher_max_sequence_length,
+        )
+        self.taps.attach_teacher(self.chunks, depth=model.architecture.num_layers)
+        self._selector = RankSelector.of(
+            context, sequence_parallel=config.parallel.sequence_parallel
+        )
+        self._weights: OffloadedWeights | None = None
+
+    def offload(self, resident: Sequence[Tensor]) -> None:
+        """Has the weights in host memory from here on, but during `run`, and but for some."""
+        self._weights = OffloadedWeights(self.chunks, resident)
+
+    def run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        end: Callable[[Tensor, MicroBatch, Any], Tensor],
+    ) -> None:
+        """Runs the teacher over a group of micro-batches, keeping the targets at the taps.
+
+        Args:
+            micro_batches: The student's.
+            end: See `run_schedule`; called with what this teacher teaches of a micro-batch.
+        """
+
+        def begin(micro_batch: MicroBatch) -> MicroBatch:
+            read, selection = self._selector.select(micro_batch, for_teacher=True)
+            self.taps.begin(selection)
+            return read
+
+        weights = self._weights
+        with torch.no_grad(), weights.on_device() if weights else nullcontext():
+            run_schedule(
+                self.chunks,
+                [self._own(micro_batch) for micro_batch in micro_batches],
+                forward_only=True,
+                begin=begin,
+                end=end,
+            )
+
+    def begin_student(self, micro_batch: MicroBatch) -> None:
+        """Says which micro-batch the student's next forward pass is of."""
+        _, selection = self._selector.select(self._own(micro_batch), for_teacher=False)
+        self.taps.begin(selection)
+
+    def _own(self, micro_batch: MicroBatch) -> MicroBatch:
+        return micro_batch.others[self._number - 1] if self._number else micro_batch
