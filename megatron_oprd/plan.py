@@ -13,6 +13,7 @@ from rich.console import Console
 
 from megatron_oprd.config import RunConfig
 from megatron_oprd.config_file import load_config
+from megatron_oprd.config_teacher import TeacherPromptConfig
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.parallel import fewest_ranks
 from megatron_oprd.planning.activations import KERNELS
@@ -52,7 +53,13 @@ def main() -> int:
 
 
 def _check(arguments: argparse.Namespace, config: RunConfig) -> None:
-    """Refuses numbers that cannot be."""
+    """Refuses numbers that cannot be, and runs that a plan does not cover."""
+    if config.extra_teachers or config.teacher_prompt != TeacherPromptConfig():
+        what = "extra_teachers" if config.extra_teachers else "teacher_prompt"
+        raise UserError(
+            f"{what}: a plan is for one teacher that reads what the student does; leave it out to "
+            "see the run without it"
+        )
     for option in (
         "gpus", "gpu_memory", "gpu_tflops", "gpu_bandwidth", "mfu", "prompt_tokens",
         "response_tokens",

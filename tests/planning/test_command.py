@@ -89,6 +89,8 @@ def test_does_not_fit(tmp_path: Path) -> None:
         (["--response-tokens", "9000"], r"--response-tokens 9000: .*max_new_tokens = 8192"),
         (["--json", "nowhere/plan.json"], "--json nowhere/plan.json: cannot be written: No such"),
         (["model.teacher=nowhere"], "nowhere: it does not exist"),
+        (["extra_teachers=[{model: a}]"], "extra_teachers: a plan is for one teacher"),
+        (["teacher_prompt.tokenizer=own"], "teacher_prompt: a plan is for one teacher"),
         (["optimizer.learning_rate=1"], "unknown setting"),
     ],
 )  # fmt: skip
