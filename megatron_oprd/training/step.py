@@ -172,22 +172,12 @@ class Distiller:
                 self.state.clear_gradients()
             self.student_pass(group, is_last=number == len(groups) - 1)
             seconds_student += clock.lap()
-        parts = [torch.stack(one.taps.end_step()) for one in self.teachers]  # [2, pairs] of each
-        metrics = torch.cat(parts, dim=1)
-        output_loss = metrics.new_zeros(()) if self._head is None else self._head.end_step()
-        if self.context.tp_rank != 0:
-            # These ranks saw the same positions as tensor rank 0.
-            output_loss.zero_()
-            if not self.plan.config.parallel.sequence_parallel:
-                metrics.zero_()
-        dist.all_reduce(metrics)
-        dist.all_reduce(output_loss)
-        (loss, cosine), *others = metrics.split([part.shape[1] for part in parts], dim=1)
+        loss, cosine, output_loss, others = self.end_step()
         return Gradients(
             loss_per_layer=loss,
             cosine_per_layer=cosine,
             output_loss=output_loss,
-            extra_teachers=[(of_other[0], of_other[1]) for of_other in others],
+            extra_teachers=others,
             seconds_teacher=seconds_teacher,
             seconds_student=seconds_student,
         )
@@ -231,6 +221,27 @@ class Distiller:
                 begin=self._begin_student,
                 end=self._end_student,
             )
+
+    def end_step(self) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Hands out the passes' metrics over the global batch, and starts them anew.
+
+        Every rank has to call.
+
+        Returns:
+            The first four attributes of `Gradients`.
+        """
+        parts = [torch.stack(one.taps.end_step()) for one in self.teachers]  # [2, pairs] of each
+        metrics = torch.cat(parts, dim=1)
+        output_loss = metrics.new_zeros(()) if self._head is None else self._head.end_step()
+        if self.context.tp_rank != 0:
+            # These ranks saw the same positions as tensor rank 0.
+            output_loss.zero_()
+            if not self.plan.config.parallel.sequence_parallel:
+                metrics.zero_()
+        dist.all_reduce(metrics)
+        dist.all_reduce(output_loss)
+        (loss, cosine), *others = metrics.split([part.shape[1] for part in parts], dim=1)
+        return loss, cosine, output_loss, [(of_other[0], of_other[1]) for of_other in others]
 
     def update(self, loss_is_finite: bool) -> tuple[float, bool]:
         """Updates the student, unless loss or gradient are not finite.
