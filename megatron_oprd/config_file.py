@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_oprd.config import ParallelConfig, RunConfig
+from megatron_oprd.config_file_vllm import check_vllm
 from megatron_oprd.config_losses import OutputLoss, OutputLossConfig
 from megatron_oprd.config_teacher import TeacherConfig, TeacherPromptConfig
 from megatron_oprd.errors import UserError
@@ -142,6 +143,7 @@ def check_values(config: RunConfig) -> None:
         )
     _check_recompute(config)
     _check_optimizer(config)
+    check_vllm(config)
     _check_bridge(config)
 
 
@@ -395,6 +397,9 @@ def _check_numbers(config: RunConfig) -> None:
         "rollout.samples_per_prompt",
         "rollout.max_new_tokens",
         "rollout.max_batch_size",
+        "rollout.vllm.max_model_len",
+        "rollout.vllm.sync_bucket_mb",
+        "rollout.vllm.check_weights_interval",
         "evaluation.interval",
         "evaluation.limit",
         "evaluation.n",

@@ -207,6 +207,7 @@ DISTRIBUTE = "recompute.distribute_saved_activations=true"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 FULL = "recompute.recompute_granularity=full"
+VLLM = "rollout.engine=vllm"
 METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_layers=1"
 
 
@@ -284,6 +285,20 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
         (["evaluation.data=[a.parquet]"], "evaluation.interval = None with evaluation.data"),
         (["rollout.stop=[x,'']"], "rollout.stop has an empty text"),
         (["evaluation.top_p=0"], r"evaluation\.top_p = 0\.0: has to be in \(0, 1\]"),
+        (["rollout.vllm.enforce_eager=true"], r"no effect with rollout\.engine = hf; use vllm"),
+        (
+            [VLLM, "rollout.vllm.tensor_model_parallel_size=2"],
+            r"so it has to be 1\.",
+        ),
+        ([VLLM, "rollout.vllm.gpu_memory_utilization=1"], r"has to be above 0 and below 1"),
+        ([VLLM, "rollout.vllm.sleep_level=3"], r"sleep_level = 3: has to be 0, 1 or 2"),
+        ([VLLM, "rollout.vllm.kv_cache_gb=0"], r"kv_cache_gb = 0\.0: has to be above 0"),
+        ([VLLM, "rollout.vllm.timeout_minutes=0"], r"timeout_minutes = 0\.0: has to be above"),
+        ([VLLM, "rollout.temperature=2.5"], r"vLLM takes at most 2\.0"),
+        (
+            [VLLM, "rollout.vllm.max_model_len=2047"],
+            r"max_model_len = 2047 is below .* = 2048: .* give at least 2048",
+        ),
     ],
 )
 def test_contradictions(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -302,6 +317,7 @@ def test_contradictions(tmp_path: Path, overrides: list[str], message: str) -> N
         [FULL, METHOD, LAYERS, TP2, DISTRIBUTE],
         ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"],
         ["optimizer.offload_states=true", "teacher.offload=cpu", "teacher.target_memory_gb=0.5"],
+        [VLLM, "rollout.vllm.max_model_len=2048", "rollout.vllm.sleep_level=1"],
         ["rollout.temperature=0", "rollout.top_p=1", "optimizer.clip_grad=0", "seed=0"],
         ["optimizer.lr_warmup_fraction=0", "optimizer.adam_beta1=0", "optimizer.lr=0"],
     ],

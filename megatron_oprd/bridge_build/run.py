@@ -33,7 +33,7 @@ from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training.plan import ModelPlan, RunPlan
 from megatron_oprd.training.rollouts import (
     load_run_prompts,
-    make_engine,
+    open_engine,
     prompts_of_step,
     sampling_of_step,
 )
@@ -111,16 +111,17 @@ def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelCont
 def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext) -> list[Rollout]:
     """Stage 0: responses of the student as it is on disk, the same on every rank."""
     prompts = load_run_prompts(plan) if context.is_leader else []
-    engine = None
-    if context.is_leader:
-        engine = make_engine(plan, context)
-        source = plan.student.checkpoint
-        engine.load_weights((name, source.read(name)) for name in source.names())
     rollouts: list[Rollout] = []
-    for step in range(config.num_steps):
-        of_step = prompts_of_step(step, prompts, plan.config)
-        sampling = sampling_of_step(step, plan.config)
-        rollouts += collect(engine, of_step, sampling, context=context, reader=plan.teacher_reader)
+    with open_engine(plan, context) as engine:
+        if engine is not None:
+            source = plan.student.checkpoint
+            engine.load_weights((name, source.read(name)) for name in source.names())
+        for step in range(config.num_steps):
+            of_step = prompts_of_step(step, prompts, plan.config)
+            sampling = sampling_of_step(step, plan.config)
+            rollouts += collect(
+                engine, of_step, sampling, context=context, reader=plan.teacher_reader
+            )
     return rollouts
 
 

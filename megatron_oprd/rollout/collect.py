@@ -16,6 +16,7 @@ def collect(
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
     *,
+    weights_version: int = 0,
     context: ParallelContext,
     reader: TeacherReader | None = None,
 ) -> list[Rollout]:
@@ -28,11 +29,15 @@ def collect(
         engine: The engine, on leaders; None on other ranks.
         prompts: The step's prompts, the same on every leader; not looked at on other ranks.
         sampling: How to sample.
+        weights_version: The version of the weights that the rollouts have to come from.
         context: This rank's place.
         reader: How the teacher reads; None: the student's sequences.
 
     Returns:
         All rollouts in the order of ``prompts``, then of the sample, the same on every rank.
+
+    Raises:
+        RuntimeError: A rollout comes from other weights; on every rank.
     """
     own: list[list[Rollout] | None] = [None]
     if engine is not None:
@@ -55,4 +60,10 @@ def collect(
         share, first = shares[prompt % context.dp_size], prompt // context.dp_size * n
         assert share is not None
         rollouts += share[first : first + n]
+    for rollout in rollouts:
+        if rollout.weights_version != weights_version:
+            raise RuntimeError(
+                f"a rollout of prompt {rollout.prompt_index} comes from weights of version "
+                f"{rollout.weights_version}, asked for were those of version {weights_version}"
+            )
     return rollouts

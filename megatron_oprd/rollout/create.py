@@ -6,11 +6,13 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.data.tokenizers import eos_token_ids, pad_token_id
 from megatron_oprd.rollout.engine import RolloutEngine
 from megatron_oprd.rollout.hf import HFEngine
+from megatron_oprd.rollout.vllm import VLLMEngine
 
-EngineName = Literal["hf"]
+EngineName = Literal["hf", "vllm"]
 
 
 def create_engine(
@@ -21,6 +23,8 @@ def create_engine(
     dtype: torch.dtype,
     device: torch.device,
     max_batch_size: int | None,
+    max_model_len: int | None = None,
+    vllm: VLLMConfig | None = None,
 ) -> RolloutEngine:
     """Makes an engine without weights; `RolloutEngine.load_weights` has to come first.
 
@@ -31,11 +35,26 @@ def create_engine(
         dtype: Type of weights and activations.
         device: Where the model is.
         max_batch_size: Most responses that are generated at once; None is no limit.
+        max_model_len: For vllm: tokens of the longest prompt with its response.
+        vllm: For vllm: its settings.
 
     Raises:
         UserError: The model names no end-of-sequence token.
     """
-    assert name == "hf", name
+    if name == "vllm":
+        assert max_model_len is not None
+        assert vllm is not None
+        return VLLMEngine(
+            folder,
+            dtype=dtype,
+            device=device,
+            eos_token_ids=eos_token_ids(folder, tokenizer),
+            known_ids=tokenizer.get_vocab().values(),
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+            max_model_len=max_model_len,
+            max_batch_size=max_batch_size,
+            config=vllm,
+        )
     return HFEngine(
         folder,
         dtype=dtype,

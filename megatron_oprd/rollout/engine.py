@@ -49,6 +49,9 @@ class Rollout:
             tokens of a stop text) included. Never empty.
         finished: False when the response was cut at ``max_new_tokens``.
         teacher: What the teacher reads in its place, if that is something else.
+        weights_version: The number that came with the weights (`RolloutEngine.load_weights`).
+        logprobs: Log-probability of each response token by the model's logits as they are, before
+            temperature, top-k and top-p; None from an engine that does not report them.
     """
 
     prompt_index: int
@@ -57,6 +60,8 @@ class Rollout:
     response_ids: tuple[int, ...]
     finished: bool
     teacher: TeacherSequence | None = None
+    weights_version: int = 0
+    logprobs: tuple[float, ...] | None = None
 
 
 def teacher_sequences_of(rollouts: Sequence[Rollout]) -> list[TeacherSequence] | None:
@@ -71,8 +76,17 @@ def teacher_sequences_of(rollouts: Sequence[Rollout]) -> list[TeacherSequence] |
 class RolloutEngine(Protocol):
     """Generates responses with the student's current weights."""
 
-    def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> None:
-        """Replaces every weight by the stream's (full tensors under Hugging Face names)."""
+    def load_weights(self, stream: Iterable[tuple[str, Tensor]], *, version: int = 0) -> None:
+        """Replaces every weight by the stream's (full tensors under Hugging Face names).
+
+        Rollouts come back with ``version`` until other weights are loaded.
+        """
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample."""
+
+    def sleep(self) -> None:
+        """Gives up the memory that it does not need until the next `load_weights`."""
+
+    def close(self) -> None:
+        """Ends the engine."""

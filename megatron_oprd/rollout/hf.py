@@ -68,23 +68,24 @@ class HFEngine:
         self._meaningless_ids = sorted(set(range(config.vocab_size)) - set(known_ids))
         self._decode = decode
         self._max_batch_size = max_batch_size
-        self._has_weights = False
+        self._version: int | None = None
 
     @torch.no_grad()
-    def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, stream: Iterable[tuple[str, Tensor]], *, version: int = 0) -> None:
         """Replaces every weight, in place.
 
         Args:
             stream: Full tensors, under the names they have in a Hugging Face checkpoint, of any
                 float type and on any device. A weight with two names (tied embeddings) may come
                 under either or both.
+            version: The number that rollouts with these weights come back with.
 
         Raises:
             ValueError: A name that the model lacks, a wrong shape, a weight that came twice (tied
                 ones may, if equal) or not at all.
         """
-        self._has_weights = False  # until all have come: half of them are no model
-        destinations = _checkpoint_tensors(self._model.state_dict())
+        self._version = None  # until all have come: half of them are no model
+        destinations = checkpoint_tensors(self._model.state_dict())
         came: set[str] = set()
         delivered: dict[int, str] = {}  # where the weight is in memory -> the name it came under
         for name, tensor in stream:
@@ -108,7 +109,7 @@ class HFEngine:
         missing = [n for n, t in destinations.items() if t.data_ptr() not in delivered]
         if missing:
             raise ValueError(f"{len(missing)} weights were not delivered, the first {missing[0]!r}")
-        self._has_weights = True
+        self._version = version
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample.
@@ -118,7 +119,7 @@ class HFEngine:
         Raises:
             RuntimeError: `load_weights` has not been called.
         """
-        if not self._has_weights:
+        if self._version is None:
             raise RuntimeError("generate() before load_weights(): the model has no weights yet")
         requests = [(p, i) for p in prompts for i in range(sampling.samples_per_prompt)]
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i][0].token_ids))
@@ -131,10 +132,17 @@ class HFEngine:
             )
         return [rollouts[i] for i in range(len(requests))]
 
+    def sleep(self) -> None:
+        """Keeps everything: the copy of the student is all there is."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
     def _generate(
         self, requests: Sequence[tuple[Prompt, int]], sampling: SamplingParams
     ) -> list[Rollout]:
         """Generates one batch of (prompt, sample index)."""
+        assert self._version is not None
         width = max(len(prompt.token_ids) for prompt, _ in requests)
         # [b, s], padded on the left
         input_ids = torch.full((len(requests), width), self._pad_token_id)
@@ -185,12 +193,13 @@ class HFEngine:
                     prompt_ids=prompt.token_ids,
                     response_ids=tuple(response[:length]),
                     finished=length is not None,
+                    weights_version=self._version,
                 )
             )
         return rollouts
 
 
-def _checkpoint_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def checkpoint_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A model's tensors, or views of them, under the names that they have in its checkpoints.
 
     transformers 5 keeps a layer's experts in two tensors, ``experts.gate_up_proj`` [e, 2f, h] and

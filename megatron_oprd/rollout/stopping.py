@@ -38,9 +38,7 @@ class StopTexts(StoppingCriteria):
         self._stop = tuple(stop)
         self._decode = decode
         self._prompt_width = prompt_width
-        # A token is at least one byte of text. The rest is for decoders that treat the first tokens
-        # otherwise (a space, a part of a character).
-        self._window = max(len(text.encode()) for text in stop) + 8
+        self._window = _window(stop)
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
         """Which rows ([b], bool) have ended; ``input_ids`` is [b, s] with the newest token."""
@@ -52,3 +50,34 @@ class StopTexts(StoppingCriteria):
             ):
                 self.lengths[row] = length
         return torch.tensor([n is not None for n in self.lengths], device=input_ids.device)
+
+
+def stopped_length(
+    tokens: Sequence[int], stop: Sequence[str], decode: Callable[[Sequence[int]], str]
+) -> int | None:
+    """Where `StopTexts` would have ended a response that was generated to its end.
+
+    Args:
+        tokens: The response.
+        stop: The texts, none empty.
+        decode: Token ids -> text, special tokens kept.
+
+    Returns:
+        The tokens up to and with the one that completed a text; None if none did.
+    """
+    whole = decode(tokens)
+    if not any(text in whole for text in stop):
+        return None
+    window = _window(stop)
+    for end in range(1, len(tokens) + 1):
+        part = decode(tokens[max(0, end - window) : end])
+        if any(text in part for text in stop):
+            return end
+    return None
+
+
+def _window(stop: Sequence[str]) -> int:
+    """The last tokens of a response that can complete one of the texts."""
+    # A token is at least one byte of text. The rest is for decoders that treat the first tokens
+    # otherwise (a space, a part of a character).
+    return max(len(text.encode()) for text in stop) + 8

@@ -45,7 +45,7 @@ class BenchmarkEvaluator:
 
         Args:
             engine: The engine with the student's weights, on leaders; None on other ranks.
-            steps_done: Steps that the student was trained for.
+            steps_done: Steps that the student was trained for; the weights' version.
 
         Returns:
             ``eval/NAME`` -> measure -> value for each benchmark, on rank 0; and
@@ -59,14 +59,19 @@ class BenchmarkEvaluator:
         metrics: dict[str, Any] = {}
         with Grader(timeout=GRADING_SECONDS) as grader:
             for number, benchmark in enumerate(self._plan.benchmarks):
-                samples = self._sample(engine, number, folder, grader)
+                samples = self._sample(engine, number, folder, grader, steps_done)
                 if self._context.rank == 0:
                     n = self._plan.config.evaluation.n
                     metrics[f"eval/{benchmark.name}"] = _flat(sampling_metrics(samples, n))
         return {**metrics, "seconds_evaluation": time.perf_counter() - started}
 
     def _sample(
-        self, engine: RolloutEngine | None, number: int, folder: Path, grader: Grader
+        self,
+        engine: RolloutEngine | None,
+        number: int,
+        folder: Path,
+        grader: Grader,
+        weights_version: int,
     ) -> list[Sample]:
         """Graded samples of one benchmark on rank 0; they are written as they come."""
         config, context = self._plan.config, self._context
@@ -87,6 +92,7 @@ class BenchmarkEvaluator:
                     # The same at every step, so that students differ by their weights alone.
                     seed=config.seed,
                 ),
+                weights_version=weights_version,
                 context=context,
             )
             if context.rank == 0:

@@ -15,7 +15,7 @@ from megatron_oprd.config import RunConfig
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.collect import collect
-from megatron_oprd.rollout.engine import Rollout, teacher_sequences_of
+from megatron_oprd.rollout.engine import Rollout, RolloutEngine, teacher_sequences_of
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.evaluation import BenchmarkEvaluator
@@ -25,7 +25,7 @@ from megatron_oprd.training.prompt_shares import taught_by
 from megatron_oprd.training.resume import checkpoint_to_resume
 from megatron_oprd.training.rollouts import (
     load_run_prompts,
-    make_engine,
+    open_engine,
     prompts_of_step,
     sampling_of_step,
 )
@@ -62,24 +62,29 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
         done = checkpoints.load(
             resume_from, plan, distiller.state, context=context, refresh=distiller.refresh
         )
-    engine = make_engine(plan, context) if context.is_leader else None
     evaluator = BenchmarkEvaluator(plan, context)
     skipped_steps, skipped_in_a_row = done.skipped_steps, 0
-    with _loggers(config, context, first_step=done.step) as loggers:
+    with (
+        _loggers(config, context, first_step=done.step) as loggers,
+        open_engine(plan, context) as engine,
+    ):
         for step in range(done.step, config.train_iters):
             started = time.perf_counter()
             torch.cuda.reset_peak_memory_stats()
             distiller.state.gather_parameters()
-            _send_weights(exporter, None if engine is None else engine.load_weights)
+            _sync(exporter, engine, version=step)
             synced = time.perf_counter()
             of_step = prompts_of_step(step, prompts, config)
             rollouts = collect(
                 engine,
                 of_step,
                 sampling_of_step(step, config),
+                weights_version=step,
                 context=context,
                 reader=plan.teacher_reader,
             )
+            if engine is not None:
+                engine.sleep()
             rolled_out = time.perf_counter()
             result = distiller.step(
                 [rollout.prompt_ids for rollout in rollouts],
@@ -107,8 +112,10 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             metrics["tokens_per_second"] = metrics["num_tokens"] / seconds
             if evaluator.is_due(step + 1):
                 distiller.state.gather_parameters()
-                _send_weights(exporter, None if engine is None else engine.load_weights)
+                _sync(exporter, engine, version=step + 1)
                 metrics.update(evaluator.evaluate(engine, step + 1))
+                if engine is not None:
+                    engine.sleep()
             if loggers is not None:
                 loggers.log(metrics)
             if skipped_in_a_row == config.optimizer.max_skipped_in_a_row:
@@ -141,6 +148,13 @@ def _loggers(
         tensorboard=config.tensorboard,
     )
     return contextlib.closing(loggers)
+
+
+def _sync(exporter: Exporter, engine: RolloutEngine | None, *, version: int) -> None:
+    """Sends the student's weights to the engines; every rank has to call."""
+    _send_weights(
+        exporter, None if engine is None else partial(engine.load_weights, version=version)
+    )
 
 
 def _send_weights(

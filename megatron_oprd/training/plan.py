@@ -21,6 +21,7 @@ from megatron_oprd.losses.bridge import Projectors
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.rollout.vllm import check_vllm_is_there
 from megatron_oprd.training.layout import ModelLayout, RunLayout, make_layout
 from megatron_oprd.training.reading import plan_reading
 from megatron_oprd.weights.output_folder import check_output_folder
@@ -147,6 +148,8 @@ def plan_models(
     Raises:
         UserError: See `make_plan`.
     """
+    if config.rollout.engine == "vllm":
+        check_vllm_is_there()
     student = _open(config.model.student, config.model.student_hf_config, "student")
     teacher = _open(config.model.teacher, config.model.teacher_hf_config, "teacher")
     student_arch, teacher_arch = student.architecture, teacher.architecture
@@ -159,6 +162,7 @@ def plan_models(
         min_running_layers=min_running_layers,
         bridge_rank=None if bridge is None else _bridge_rank(config.bridge, bridge),
     )
+    _check_max_model_len(config, student_arch)
     if bridge is not None:
         bridge.check(
             student=student_arch, teacher=teacher_arch, pairs=layout.pairs, taps=config.taps
@@ -183,6 +187,15 @@ def plan_models(
         bridge=bridge,
         teacher_reader=teacher_reader,
     )
+
+
+def _check_max_model_len(config: RunConfig, student: Architecture) -> None:
+    found, limit = config.rollout.vllm.max_model_len, student.max_position_embeddings
+    if found is not None and limit is not None and found > limit:
+        raise UserError(
+            f"rollout.vllm.max_model_len = {found}: model.student has max_position_embeddings = "
+            f"{limit}; give at most that"
+        )
 
 
 def _check_widths(student: Architecture, teacher: Architecture) -> None:

@@ -21,6 +21,7 @@ _MAY_CHANGE = (
     "recompute.",
     "checkpoint.",
     "rollout.max_batch_size",
+    "rollout.vllm.",
     "optimizer.overlap_",
     "optimizer.offload_states",
     "optimizer.max_skipped_in_a_row",

@@ -1,9 +1,12 @@
 """A run's prompts and how its responses are generated, step by step."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_oprd.config import RunConfig
+from megatron_oprd.data.benchmarks import tokenized
 from megatron_oprd.data.prompts import Prompt, load_prompts, prompt_indices
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
@@ -12,17 +15,38 @@ from megatron_oprd.rollout.engine import RolloutEngine, SamplingParams
 from megatron_oprd.training.plan import RunPlan
 
 
-def make_engine(plan: RunPlan, context: ParallelContext) -> RolloutEngine:
-    """The run's rollout engine, on a replica's leader; it has no weights yet."""
+@contextlib.contextmanager
+def open_engine(plan: RunPlan, context: ParallelContext) -> Iterator[RolloutEngine | None]:
+    """The run's rollout engine on each replica's leader, None elsewhere; ended at the end.
+
+    It has no weights yet.
+    """
+    if not context.is_leader:
+        yield None
+        return
     config = plan.config
-    return create_engine(
+    engine = create_engine(
         config.rollout.engine,
         plan.student.checkpoint.hf_folder,
         plan.tokenizer,
         dtype=DTYPES[config.model.params_dtype],
         device=context.device,
         max_batch_size=config.rollout.max_batch_size,
+        max_model_len=config.rollout.vllm.max_model_len or _longest_sequence(plan),
+        vllm=config.rollout.vllm,
     )
+    with contextlib.closing(engine):
+        yield engine
+
+
+def _longest_sequence(plan: RunPlan) -> int:
+    """Tokens of the longest prompt with its response, of training and of evaluation."""
+    of_benchmarks = [
+        len(prompt.token_ids) + plan.config.evaluation.max_new_tokens
+        for benchmark in plan.benchmarks
+        for prompt in tokenized(benchmark, plan.tokenizer)
+    ]
+    return max([plan.max_sequence_length, *of_benchmarks])
 
 
 def load_run_prompts(plan: RunPlan) -> list[Prompt]:

@@ -1,0 +1,56 @@
+"""What is checked of the settings for vLLM, the group ``rollout.vllm``."""
+
+import math
+
+from megatron_oprd.config import RunConfig
+from megatron_oprd.config_vllm import VLLMConfig
+from megatron_oprd.errors import UserError
+
+_MAX_TEMPERATURE = 2.0
+
+
+def check_vllm(config: RunConfig) -> None:
+    """Refuses values that are wrong whatever the models are, and settings without effect.
+
+    Raises:
+        UserError: There is one.
+    """
+    vllm = config.rollout.vllm
+    if config.rollout.engine != "vllm":
+        for name, default in vars(VLLMConfig()).items():
+            if getattr(vllm, name) != default:
+                raise UserError(
+                    f"rollout.vllm.{name} = {getattr(vllm, name)} has no effect with "
+                    f"rollout.engine = {config.rollout.engine}; use vllm"
+                )
+        return
+    if (size := vllm.tensor_model_parallel_size) != 1:
+        raise UserError(
+            f"rollout.vllm.tensor_model_parallel_size = {size}: an engine runs on one GPU, that of "
+            "its replica's first rank, so it has to be 1. More data-parallel replicas make more "
+            "engines"
+        )
+    if not 0 < vllm.gpu_memory_utilization < 1:
+        raise UserError(
+            f"rollout.vllm.gpu_memory_utilization = {vllm.gpu_memory_utilization}: has to be above "
+            "0 and below 1"
+        )
+    for key, of in (("rollout", config.rollout), ("evaluation", config.evaluation)):
+        if of.temperature > _MAX_TEMPERATURE:
+            raise UserError(
+                f"{key}.temperature = {of.temperature}: vLLM takes at most {_MAX_TEMPERATURE}; "
+                "give that, or use rollout.engine = hf"
+            )
+    if vllm.sleep_level not in (0, 1, 2):
+        raise UserError(f"rollout.vllm.sleep_level = {vllm.sleep_level}: has to be 0, 1 or 2")
+    for key in ("kv_cache_gb", "timeout_minutes"):
+        value = getattr(vllm, key)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"rollout.vllm.{key} = {value}: has to be above 0, and finite")
+    needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if vllm.max_model_len is not None and vllm.max_model_len < needed:
+        raise UserError(
+            f"rollout.vllm.max_model_len = {vllm.max_model_len} is below data.max_prompt_tokens + "
+            f"rollout.max_new_tokens = {needed}: responses to long prompts would be cut early; "
+            f"give at least {needed}, or leave it out"
+        )

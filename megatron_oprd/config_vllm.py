@@ -1,0 +1,39 @@
+"""The settings of the vLLM rollout engine, the group ``rollout.vllm`` of a run's configuration."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class VLLMConfig:
+    """For ``rollout.engine = vllm``: one engine beside each data-parallel replica's first rank.
+
+    Attributes:
+        gpu_memory_utilization: Share of the device's memory (of the host's, on a CPU) that the
+            engine may take, its weights included.
+        kv_cache_gb: Memory (10^9 bytes) of the KV cache; None is what ``gpu_memory_utilization``
+            leaves.
+        max_model_len: Longest prompt with its response; None is ``data.max_prompt_tokens`` +
+            ``rollout.max_new_tokens``.
+        enforce_eager: Whether nothing is compiled and no CUDA graph captured: the engine starts
+            faster and generates slower.
+        tensor_model_parallel_size: GPUs of one engine; 1 is the only one there is.
+        sleep_level: What the engine gives up between a rollout and the next weight sync, on a GPU:
+            0 nothing, 1 the KV cache and, to the host's memory, the weights, 2 both for good; the
+            sync brings them again.
+        sync_bucket_mb: Size (10^6 bytes) of the buffer that weights go to the engine through. Small
+            enough for the processor's cache is fastest on a CPU.
+        check_weights_interval: Weight syncs from one check that the engine has the weights that
+            were sent to the next, by a checksum of each tensor. None never checks.
+        timeout_minutes: An engine that takes longer to start, for a rollout, or for a part of a
+            weight sync ends the run.
+    """
+
+    gpu_memory_utilization: float = 0.4
+    kv_cache_gb: float | None = None
+    max_model_len: int | None = None
+    enforce_eager: bool = False
+    tensor_model_parallel_size: int = 1
+    sleep_level: int = 2
+    sync_bucket_mb: int = 16
+    check_weights_interval: int | None = None
+    timeout_minutes: float = 120.0

@@ -1,0 +1,167 @@
+"""A buffer of fixed size that two processes share, through which a stream of tensors goes.
+
+On a GPU both processes map the same device memory (CUDA IPC), elsewhere the same anonymous file in
+memory. The sender fills one half, says what is in it, and fills the other while the receiver takes
+the first.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Elements of one tensor that lie in the buffer.
+
+    Attributes:
+        name: The tensor.
+        shape: Its full shape.
+        start: The first of these elements in the flattened tensor.
+        count: How many they are.
+        offset: Where they begin in the buffer, in elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    count: int
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketHandle:
+    """What the other process needs to map the buffer.
+
+    Attributes:
+        dtype: Of the elements.
+        num_elements: The buffer's size.
+        file: Descriptor of the file in memory, which the other process has inherited; None on a
+            GPU.
+        cuda: torch's description of the device memory; None on the host.
+    """
+
+    dtype: torch.dtype
+    num_elements: int
+    file: int | None = None
+    cuda: tuple[Any, ...] | None = None
+
+
+class SendingBucket:
+    """The sender's end."""
+
+    def __init__(self, *, num_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocates the buffer.
+
+        Args:
+            num_bytes: Its size, of both halves, rounded down to whole elements.
+            dtype: What every tensor is converted to when it is put in.
+            device: A CUDA device, or the CPU.
+        """
+        count = max(num_bytes // dtype.itemsize // 2, 1) * 2
+        self._file: int | None = None
+        if device.type == "cuda":
+            self._buffer = torch.empty(count, dtype=dtype, device=device)
+            _, arguments = torch.multiprocessing.reductions.reduce_tensor(self._buffer)
+            self.handle = BucketHandle(dtype=dtype, num_elements=count, cuda=arguments)
+        else:
+            self._file = os.memfd_create("rollout weights")
+            os.truncate(self._file, count * dtype.itemsize)
+            self._buffer = _map(self._file, count, dtype)
+            self.handle = BucketHandle(dtype=dtype, num_elements=count, file=self._file)
+
+    def fill(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[list[Piece]]:
+        """Puts the stream's tensors into the buffer, one behind the other.
+
+        Yields what is in a half whenever it is full, and at the end. A half is overwritten when the
+        iterator goes on for the second time. A larger tensor comes in several fillings.
+        """
+        size = self.handle.num_elements // 2
+        half, used = 0, 0
+        pieces: list[Piece] = []
+        for name, tensor in stream:
+            flat, start = tensor.detach().reshape(-1), 0
+            while start < len(flat):
+                if used == size:
+                    self._synchronize()
+                    yield pieces
+                    half, used, pieces = 1 - half, 0, []
+                count = min(len(flat) - start, size - used)
+                offset = half * size + used
+                # Conversion and copy are one pass over the memory.
+                self._buffer[offset : offset + count].copy_(flat[start : start + count])
+                pieces.append(
+                    Piece(
+                        name=name,
+                        shape=tuple(tensor.shape),
+                        start=start,
+                        count=count,
+                        offset=offset,
+                    )
+                )
+                start, used = start + count, used + count
+        self._synchronize()
+        yield pieces
+
+    def _synchronize(self) -> None:
+        """Waits for the copies: the other process does not share this one's stream."""
+        if self._buffer.is_cuda:
+            torch.cuda.synchronize()
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        del self._buffer
+        if self._file is not None:
+            os.close(self._file)
+
+
+class ReceivingBucket:
+    """The receiver's end."""
+
+    def __init__(self, handle: BucketHandle) -> None:
+        if handle.cuda is not None:
+            arguments = list(handle.cuda)
+            # The seventh is the device's index, which this process may count otherwise.
+            arguments[6] = torch.cuda.current_device()
+            self._buffer = torch.multiprocessing.reductions.rebuild_cuda_tensor(*arguments)
+        else:
+            assert handle.file is not None
+            self._buffer = _map(handle.file, handle.num_elements, handle.dtype)
+        self._unfinished: dict[str, tuple[Tensor, int]] = {}
+
+    def take(self, pieces: Sequence[Piece]) -> Iterator[tuple[str, Tensor]]:
+        """Copies one filling out of the buffer; yields every tensor that is then whole."""
+        for piece in pieces:
+            count = prod(piece.shape)
+            tensor, have = self._unfinished.pop(piece.name, (None, 0))
+            assert have == piece.start, f"{piece.name}: element {piece.start} came after {have}"
+            if tensor is None:
+                tensor = self._buffer.new_empty(count)
+            source = self._buffer[piece.offset : piece.offset + piece.count]
+            tensor[piece.start : piece.start + piece.count].copy_(source)
+            if piece.start + piece.count == count:
+                yield piece.name, tensor.view(piece.shape)
+            else:
+                self._unfinished[piece.name] = tensor, piece.start + piece.count
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep the host memory that it frees, for the next tensors of a stream.
+
+    glibc gives blocks of some size back at once, and every page of a new one costs a fault: more
+    time than the copy itself.
+    """
+    trim_threshold, mmap_max, most = -1, -4, 2**31 - 1  # glibc's malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(trim_threshold, most)
+    libc.mallopt(mmap_max, 0)
+
+
+def _map(file: int, num_elements: int, dtype: torch.dtype) -> Tensor:
+    return torch.from_file(f"/proc/self/fd/{file}", shared=True, size=num_elements, dtype=dtype)

@@ -1,0 +1,64 @@
+"""What a trainer and its vLLM process tell each other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_oprd.rollout.bucket import BucketHandle
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How the engine is built.
+
+    Attributes:
+        folder: A Hugging Face model folder. Its weights and its generation_config.json have no
+            influence.
+        dtype: The weights' and activations' type.
+        options: Further arguments of ``vllm.LLM``.
+        bucket: The buffer that weights come through.
+        tied: Whether the LM head is the embedding.
+        stop_token_ids: A response ends with any of these.
+        meaningless_ids: Never sampled.
+        sleep_level: How deep `sleep` is: 0 not at all, 1 weights to the host, 2 weights thrown
+            away; the KV cache goes in both.
+    """
+
+    folder: Path
+    dtype: torch.dtype
+    options: dict[str, Any]
+    bucket: BucketHandle
+    tied: bool
+    stop_token_ids: tuple[int, ...]
+    meaningless_ids: tuple[int, ...]
+    sleep_level: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One response that is asked for.
+
+    Attributes:
+        prompt_ids: The prompt.
+        seed: The sample's own seed.
+    """
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One response.
+
+    Attributes:
+        token_ids: Its tokens, the one that ended it included.
+        logprobs: The model's log-probability of each, before temperature, top-k and top-p.
+        finished: Whether one of ``stop_token_ids`` ended it.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool

@@ -1,0 +1,49 @@
+"""Rollouts of other weights than asked for, on a world of one."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch.distributed as dist
+
+from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.rollout.collect import collect
+from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
+
+PROMPTS = [Prompt(index=index, token_ids=(1,)) for index in (4, 2)]
+
+
+@pytest.fixture
+def context() -> Iterator[Any]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    world = dist.group.WORLD
+    yield SimpleNamespace(
+        dp_rank=0, dp_size=1, leader=0, replica_control=world, leaders_control=world
+    )
+    dist.destroy_process_group()
+
+
+def engine(versions: list[int]) -> RolloutEngine:
+    def generate(prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        return [
+            Rollout(
+                prompt_index=prompt.index,
+                sample_index=0,
+                prompt_ids=prompt.token_ids,
+                response_ids=(5,),
+                finished=True,
+                weights_version=version,
+            )
+            for prompt, version in zip(prompts, versions, strict=True)
+        ]
+
+    return cast(RolloutEngine, SimpleNamespace(generate=generate))
+
+
+def test_versions(context: Any) -> None:
+    sampling = SamplingParams(max_new_tokens=1, seed=0)
+    found = collect(engine([7, 7]), PROMPTS, sampling, weights_version=7, context=context)
+    assert [rollout.prompt_index for rollout in found] == [4, 2]
+    with pytest.raises(RuntimeError, match=r"prompt 2 comes from weights of version 6, .* 7"):
+        collect(engine([7, 6]), PROMPTS, sampling, weights_version=7, context=context)

@@ -1,0 +1,79 @@
+"""Engines for the tests, and what transformers says about the same weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from megatron_oprd.config_vllm import VLLMConfig
+from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.rollout.vllm import VLLMEngine
+from tests.tiny import EOS_ID, tiny_config
+
+Weights = dict[str, Tensor]
+
+CPU = torch.device("cpu")
+# Started for each test module: nothing is compiled, and memory is small.
+SETTINGS: dict[str, Any] = {"enforce_eager": True, "kv_cache_gb": 0.25, "timeout_minutes": 5}
+
+
+def tiny_llama(**fields: Any) -> PretrainedConfig:
+    """A tiny Llama with heads of 32, the smallest that vLLM has kernels for on a CPU."""
+    return tiny_config("llama", hidden_size=128, intermediate_size=192, **fields)
+
+
+def start(folder: Path, **options: Any) -> VLLMEngine:
+    """An engine of the folder's model, without weights.
+
+    ``options`` are `VLLMEngine`'s, or settings of `VLLMConfig`.
+    """
+    arguments: dict[str, Any] = {
+        "dtype": torch.float32,
+        "device": CPU,
+        "eos_token_ids": [EOS_ID],
+        "known_ids": range(10**5),
+        "max_model_len": 256,
+    }
+    settings = {k: v for k, v in options.items() if k in vars(VLLMConfig())}
+    arguments |= {k: v for k, v in options.items() if k not in settings}
+    return VLLMEngine(folder, config=VLLMConfig(**(SETTINGS | settings)), **arguments)
+
+
+def sampling(**fields: Any) -> SamplingParams:
+    return SamplingParams(**({"max_new_tokens": 12, "seed": 5, "temperature": 0.0} | fields))
+
+
+def prompt(index: int, *token_ids: int) -> Prompt:
+    return Prompt(index=index, token_ids=token_ids)
+
+
+def logits_of(folder: Path, weights: Weights, rollout: Rollout) -> Tensor:
+    """Logits [t, vocabulary] that transformers' model predicts the rollout's t tokens with."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    tokens = torch.tensor([[*rollout.prompt_ids, *rollout.response_ids]])
+    with torch.no_grad():
+        logits = model(tokens).logits[0]
+    return logits[len(rollout.prompt_ids) - 1 : -1]
+
+
+def check_greedy(
+    folder: Path, weights: Weights, rollouts: Sequence[Rollout], *, never: Sequence[int] = ()
+) -> None:
+    """Checks tokens and log-probabilities of greedy rollouts against transformers' model.
+
+    A token may be another than the most likely one where the two are as good as tied.
+    """
+    for rollout in rollouts:
+        logits = logits_of(folder, weights, rollout)
+        logits[:, list(never)] = -torch.inf
+        chosen = logits.gather(1, torch.tensor(rollout.response_ids)[:, None]).squeeze(1)
+        assert float((logits.max(-1).values - chosen).max()) < 1e-4
+        assert rollout.logprobs is not None
+        expected = chosen - logits.logsumexp(-1)
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=2e-4, rtol=0)

@@ -1,0 +1,99 @@
+"""Training with vLLM rollouts: the layout changes nothing, and real SmolLM2 is distilled."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint_tools.prune_depth import evenly_spaced_layers, prune_depth
+from megatron_oprd.weights.hf_files import HFCheckpoint
+from tests.pairs import save_pair
+from tests.ranks import ROOT, run_ranks
+from tests.vllm.engines import check_greedy
+
+SMOLLM2 = ROOT / ".cache/smollm2/SmolLM2-135M-Instruct"
+VLLM = [
+    "rollout.engine=vllm",
+    "rollout.vllm.enforce_eager=true",
+    "rollout.vllm.kv_cache_gb=0.25",
+    "rollout.vllm.check_weights_interval=1",
+    "train_iters=2",
+]
+TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+PP2 = ["parallel.pipeline_model_parallel_size=2"]
+GREEDY = ["rollout.temperature=0", "optimizer.lr=0.01"]
+CASES = {
+    "hf": (2, ["train_iters=2", *GREEDY]),
+    "tp2_sp": (2, [*VLLM, *GREEDY, *TP2_SP]),
+    "dp2": (2, VLLM),
+    "tp2_sp_pp2": (4, [*VLLM, *TP2_SP, *PP2]),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("vllm_loop")
+    pair = save_pair(root / "pair", "llama", tied=True, hidden_size=128, intermediate_size=192)
+    for ranks in (2, 4):
+        cases = [
+            {"name": name, "pair": str(pair), "overrides": overrides}
+            for name, (of, overrides) in CASES.items()
+            if of == ranks
+        ]
+        run_ranks("loop", cases, ranks, root)
+    return root
+
+
+def rollouts_of(root: Path, name: str) -> list[list[Any]]:
+    """The rollouts of each step."""
+    return torch.load(root / f"{name}.pt", weights_only=False)["rollouts"]
+
+
+def records(root: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in (root / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def tokens(rollouts: list[Any]) -> list[tuple[int, ...]]:
+    return [rollout.response_ids for rollout in rollouts]
+
+
+def test_layout_changes_no_rollout(root: Path) -> None:
+    """Two engines of two replicas sample what one engine samples."""
+    found, expected = rollouts_of(root, "tp2_sp_pp2"), rollouts_of(root, "dp2")
+    assert [len(of_step) for of_step in expected] == [8, 8]
+    assert [tokens(of_step) for of_step in found] == [tokens(of_step) for of_step in expected]
+    for ours, theirs in zip(records(root, "tp2_sp_pp2"), records(root, "dp2"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_both_engines_follow_the_student(root: Path) -> None:
+    found, expected = rollouts_of(root, "tp2_sp"), rollouts_of(root, "hf")
+    for step in range(2):
+        assert tokens(found[step]) == tokens(expected[step])
+        for one in (*found[step], *expected[step]):
+            assert one.weights_version == step
+    assert found[0][0].logprobs != pytest.approx(found[1][0].logprobs, abs=1e-2)
+
+
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs the demo's model: make demo or make test")
+def test_smollm2(tmp_path: Path) -> None:
+    """The demo's pair on two pipeline stages, three steps."""
+    student = tmp_path / "student"
+    prune_depth(SMOLLM2, student, evenly_spaced_layers(30, 24), force=False)
+    shutil.copy(ROOT / "examples" / "demo.yaml", tmp_path / "run.yaml")
+    overrides = [
+        *VLLM,
+        *("train_iters=3", f"model.student={student}", f"model.teacher={SMOLLM2}"),
+        *("rollout.prompts_per_step=4", "rollout.max_new_tokens=16", "rollout.temperature=0"),
+        *("optimizer.lr_warmup_fraction=0", "data.max_prompt_tokens=128", "tensorboard=false"),
+    ]
+    case = {"name": "smollm2", "pair": str(tmp_path), "overrides": overrides}
+    run_ranks("loop", [case], 2, tmp_path)
+    first, *_, last = records(tmp_path, "smollm2")
+    assert last["loss"] < first["loss"]
+    checkpoint = HFCheckpoint(student)
+    weights = {name: checkpoint.read(name).float() for name in checkpoint.names()}
+    check_greedy(student, weights, rollouts_of(tmp_path, "smollm2")[0])
