@@ -221,22 +221,19 @@ def test_check_finds_what_was_changed_on_the_way(
         engine.load_weights(weights.items())
 
 
-def test_what_goes_wrong(folder: Path) -> None:
-    with pytest.raises(RolloutEngineError, match="Available memory"):
-        start(folder, kv_cache_gb=10**6)
+def test_weights_that_do_not_come(folder: Path, weights: Weights) -> None:
+    """The error is the stream's, and the process that waits for the rest is ended."""
     engine = start(folder)
     with pytest.raises(RolloutEngineError, match=r"before load_weights\(\)"):
         engine.generate(PROMPTS, sampling())
-    os.kill(engine._process.pid, signal.SIGKILL)
-    with pytest.raises(RolloutEngineError, match="exit code -9"):
-        engine.generate(PROMPTS, sampling())
-    engine.close()
-
-
-def test_stream_that_does_not_fit(folder: Path, weights: Weights) -> None:
-    """The error is the stream's, and the waiting process is ended."""
-    engine = start(folder)
     missing = dict(list(weights.items())[:-1])
     with pytest.raises(ValueError, match="1 weights were not delivered"):
         engine.load_weights(missing.items())
     assert engine._process.poll() is not None
+
+
+def test_an_engine_that_is_killed(engine: VLLMEngine) -> None:
+    """The last test of this file: the others' engine is gone."""
+    os.kill(engine._process.pid, signal.SIGKILL)
+    with pytest.raises(RolloutEngineError, match="exit code -9"):
+        engine.generate(PROMPTS, sampling())
