@@ -89,7 +89,7 @@ class SendingBucket:
             flat, start = tensor.detach().reshape(-1), 0
             while start < len(flat):
                 if used == size:
-                    self._synchronize()
+                    _synchronize(self._buffer)
                     yield pieces
                     half, used, pieces = 1 - half, 0, []
                 count = min(len(flat) - start, size - used)
@@ -106,13 +106,8 @@ class SendingBucket:
                     )
                 )
                 start, used = start + count, used + count
-        self._synchronize()
+        _synchronize(self._buffer)
         yield pieces
-
-    def _synchronize(self) -> None:
-        """Waits for the copies: the other process does not share this one's stream."""
-        if self._buffer.is_cuda:
-            torch.cuda.synchronize()
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -136,7 +131,10 @@ class ReceivingBucket:
         self._unfinished: dict[str, tuple[Tensor, int]] = {}
 
     def take(self, pieces: Sequence[Piece]) -> Iterator[tuple[str, Tensor]]:
-        """Copies one filling out of the buffer; yields every tensor that is then whole."""
+        """Copies one filling out of the buffer; yields every tensor that is then whole.
+
+        At its end the filling may be overwritten.
+        """
         for piece in pieces:
             count = prod(piece.shape)
             tensor, have = self._unfinished.pop(piece.name, (None, 0))
@@ -149,6 +147,13 @@ class ReceivingBucket:
                 yield piece.name, tensor.view(piece.shape)
             else:
                 self._unfinished[piece.name] = tensor, piece.start + piece.count
+        _synchronize(self._buffer)
+
+
+def _synchronize(buffer: Tensor) -> None:
+    """Waits for copies: the other process does not share this one's stream."""
+    if buffer.is_cuda:
+        torch.cuda.synchronize()
 
 
 def keep_freed_memory() -> None:
