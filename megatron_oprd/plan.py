@@ -60,6 +60,11 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> None:
             f"{what}: a plan is for one teacher that reads what the student does; leave it out to "
             "see the run without it"
         )
+    if config.rollout.engine != "hf":
+        raise UserError(
+            f"rollout.engine = {config.rollout.engine}: a plan counts the memory and time of "
+            "rollout.engine = hf; give that to see the rest of the run"
+        )
     for option in (
         "gpus", "gpu_memory", "gpu_tflops", "gpu_bandwidth", "mfu", "prompt_tokens",
         "response_tokens",

@@ -91,6 +91,7 @@ def test_does_not_fit(tmp_path: Path) -> None:
         (["model.teacher=nowhere"], "nowhere: it does not exist"),
         (["extra_teachers=[{model: a}]"], "extra_teachers: a plan is for one teacher"),
         (["teacher_prompt.tokenizer=own"], "teacher_prompt: a plan is for one teacher"),
+        (["rollout.engine=vllm"], "rollout.engine = vllm: a plan counts the memory"),
         (["optimizer.learning_rate=1"], "unknown setting"),
     ],
 )  # fmt: skip
