@@ -1,20 +1,23 @@
 # make demo    sets everything up and distils a real language model on two processes, on the CPU
 # make test    sets everything up and runs lint, type checks and all tests
 # make test-vllm   runs the tests with vLLM rollouts, in an environment of their own, .venv-vllm
-# The first two install into .venv on first use. PYTHON chooses the interpreter (3.11 or newer).
+# make reproduce-small    compares the methods on a task that a small model learns on the CPU
+# All but test-vllm install into .venv on first use. PYTHON chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
 VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 DEMO := .demo
+REPRODUCTION := runs/reproduce_small
+SEEDS ?= 3
 # Files of the real model that the demo and some tests use; any other run needs none of it.
 SMOLLM2 := .cache/smollm2
 TEACHER := $(SMOLLM2)/SmolLM2-135M-Instruct
 # Python sources of Transformer Engine, with which a test compares names; nothing is installed.
 ENGINE := .cache/transformer_engine/transformer_engine-2.11.0-py3-none-any.whl
 
-.PHONY: demo test test-vllm lint format install clean help transformer-engine
+.PHONY: demo reproduce-small test test-vllm lint format install clean help transformer-engine
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -62,6 +65,12 @@ demo: $(DEMO)/student/config.json
 	$(BIN)/python -m megatron_oprd.report --metrics $(DEMO)/run/metrics.jsonl \
 		--evaluation $(DEMO)/run/evaluation.json --output $(DEMO)/run/report.png
 	@echo "the distilled student: $(DEMO)/run/student   the picture: $(DEMO)/run/report.png"
+
+# Compares the methods on additions; examples/reproduce_small/README.md says what comes out.
+reproduce-small: $(INSTALLED)
+	$(BIN)/python examples/reproduce_small/pretrain.py --out $(REPRODUCTION)/models
+	$(BIN)/python examples/reproduce_small/compare.py --models $(REPRODUCTION)/models \
+		--out $(REPRODUCTION)/comparison --seeds $(SEEDS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,190 @@
+"""Trains the teacher from scratch; the student is an earlier checkpoint of the same run.
+
+python examples/reproduce_small/pretrain.py --out runs/reproduce_small/models [--small]
+
+It writes ``teacher`` and ``student`` (Hugging Face folders with tokenizer), ``train.jsonl``,
+``validation.jsonl`` and ``test.jsonl`` (problems that no part shares) and ``pretrain.json``.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from task import Problem, accuracy, make_split, make_tokenizer, write_problems
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from megatron_oprd.errors import UserError, run_entry_point
+
+MODELS_RECORD = "pretrain.json"
+_IGNORED = -100  # what cross_entropy leaves out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the teacher is made.
+
+    Attributes:
+        layers: Layers of both models.
+        hidden_size: Their width; the feed-forward width is three times that.
+        heads: Attention heads.
+        steps: Optimizer steps of the teacher.
+        batch_size: Problems in a step.
+        lr: Peak learning rate; warm-up over 5% of the steps, then cosine down to a tenth.
+        interval: Steps between evaluations.
+        student_accuracy: The student is the first checkpoint, of those at an evaluation, that
+            solves at least this share of the validation problems.
+        num_train: Problems to learn from.
+        num_held_out: Problems of validation and test each.
+        seed: Seed of weights and of the order of problems.
+    """
+
+    layers: int = 4
+    hidden_size: int = 128
+    heads: int = 4
+    steps: int = 2500
+    batch_size: int = 128
+    lr: float = 1e-3
+    interval: int = 50
+    student_accuracy: float = 0.3
+    num_train: int = 100_000
+    num_held_out: int = 400
+    seed: int = 0
+
+
+# Learns nothing worth measuring; it is for the tests.
+SMALL = Settings(
+    layers=2,
+    hidden_size=32,
+    heads=2,
+    steps=20,
+    batch_size=32,
+    interval=10,
+    student_accuracy=0.0,
+    num_train=1000,
+    num_held_out=16,
+)
+
+
+def main() -> int:
+    """Parses the command line, trains and writes everything."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the models")
+    parser.add_argument("--small", action="store_true", help="seconds, for the tests")
+    arguments = parser.parse_args()
+    pretrain(arguments.out, SMALL if arguments.small else Settings())
+    return 0
+
+
+def pretrain(out: Path, settings: Settings) -> None:
+    """Trains the teacher and writes both models, the problems and ``pretrain.json``.
+
+    Raises:
+        UserError: No checkpoint before the last one is good enough for a student.
+    """
+    split = make_split(num_train=settings.num_train, num_held_out=settings.num_held_out)
+    for name, problems in vars(split).items():
+        write_problems(out / f"{name}.jsonl", problems)
+    tokenizer = make_tokenizer()
+    torch.manual_seed(settings.seed)
+    model = LlamaForCausalLM(_config(settings, tokenizer))
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    inputs, targets = _encode(split.train, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _lr_factor(step, settings.steps)
+    )
+    started, curve, student = time.perf_counter(), [], None
+    order: list[Tensor] = []
+    for step in range(1, settings.steps + 1):
+        if not order:
+            order = list(torch.randperm(len(inputs)).split(settings.batch_size))
+        batch = order.pop()
+        logits = model(input_ids=inputs[batch]).logits
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), targets[batch].flatten(), ignore_index=_IGNORED
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % settings.interval and step != settings.steps:
+            continue
+        solved = accuracy(model, tokenizer, split.validation)
+        curve.append({"step": step, "loss": loss.item(), "accuracy": solved})
+        print(f"step {step}  loss {loss.item():.3f}  accuracy {solved:.3f}", flush=True)
+        if student is None and solved >= settings.student_accuracy and step < settings.steps:
+            student = step
+            _save(model, tokenizer, out / "student")
+    if student is None:
+        raise UserError(
+            f"no checkpoint before step {settings.steps} solved {settings.student_accuracy:.0%} of "
+            "the validation problems; give the teacher more steps"
+        )
+    _save(model, tokenizer, out / "teacher")
+    record = {
+        "settings": asdict(settings),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "student_step": student,
+        "curve": curve,
+        "seconds": time.perf_counter() - started,
+    }
+    (out / MODELS_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    print(f"teacher after {settings.steps} steps, student after {student}: {out}")
+
+
+def _config(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=3 * settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _encode(problems: list[Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Token ids [n, s] and next tokens [n, s], which count behind the prompt only."""
+    rows = tokenizer(
+        [p.prompt + p.response + tokenizer.eos_token for p in problems],
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    ).input_ids
+    targets = rows[:, 1:].clone()
+    targets[targets == tokenizer.pad_token_id] = _IGNORED
+    targets[:, : len(problems[0].prompt) - 1] = _IGNORED
+    return rows[:, :-1], targets
+
+
+def _lr_factor(step: int, steps: int) -> float:
+    """Warm-up over 5% of the steps, then cosine from 1 to 0.1."""
+    warm_up = max(1, steps // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    done = (step - warm_up) / max(1, steps - warm_up)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
