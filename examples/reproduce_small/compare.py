@@ -56,7 +56,10 @@ def main() -> int:
             f"--models: {arguments.models} has no {MODELS_RECORD}; run pretrain.py with --out "
             f"{arguments.models} first"
         )
-    seeds = arguments.seeds or (1 if arguments.small else 3)
+    seeds = (1 if arguments.small else 3) if arguments.seeds is None else arguments.seeds
+    for setting, value in (("--seeds", seeds), ("--jobs", arguments.jobs)):
+        if value < 1:
+            raise UserError(f"{setting} = {value}: has to be 1 or more")
     budget = SMALL if arguments.small else BUDGET
     if arguments.sweep:
         short = dataclasses.replace(budget, steps=budget.steps // 4, interval=budget.interval // 2)

@@ -54,7 +54,7 @@ def comparison_table(comparison: Comparison) -> Table:
             "that of a process that only imports the program"
         ),
     )
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for name in (
         "lr",
         "accuracy",

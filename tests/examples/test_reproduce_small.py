@@ -22,7 +22,7 @@ _METHODS = ["oprd", "top1", "top16", "full", "top1_oprd"]
 def _start(script: str, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, str(_EXAMPLE / script), *arguments],
-        env=os.environ | {"COLUMNS": "140", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"COLUMNS": "140", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)},
         capture_output=True,
         text=True,
     )
