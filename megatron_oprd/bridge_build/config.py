@@ -15,7 +15,8 @@ from megatron_oprd.config import (
     RunConfig,
     TapConfig,
 )
-from megatron_oprd.config_file import check_values, load_settings
+from megatron_oprd.config_checks import check_values
+from megatron_oprd.config_file import load_settings
 from megatron_oprd.config_teacher import TeacherConfig, TeacherPromptConfig
 from megatron_oprd.errors import UserError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_oprd.config import RunConfig
-from megatron_oprd.config_file import check_values
+from megatron_oprd.config_checks import check_values
 from megatron_oprd.errors import UserError
 from megatron_oprd.planning.activations import Kernels
 from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory
