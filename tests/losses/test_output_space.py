@@ -102,19 +102,19 @@ def formula(
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the results of every case."""
+    """The folder with the results of every loss."""
     root = tmp_path_factory.mktemp("output_space")
-    cases = [
+    losses = [
         {"name": name, "settings": settings, "vocab_size": VOCAB_SIZE}
         for name, settings in SETTINGS.items()
     ]
-    cases += [
+    losses += [
         {"name": name, "settings": settings, "vocab_size": SMALL_VOCAB}
         for name, settings in SMALL.items()
     ]
-    cases.append(cases[0] | {"name": "bf16", "dtype": "bfloat16"})
+    losses.append(losses[0] | {"name": "bf16", "dtype": "bfloat16"})
     for ranks in (1, 2, 4):
-        run_ranks("output_space", cases, ranks, root / str(ranks))
+        run_ranks("output_space", [{"losses": losses}], ranks, root / str(ranks))
     return root
 
 
