@@ -271,10 +271,10 @@ def describe(plan: RunPlan) -> str:
     for name, model in (("student", plan.student), ("teacher", plan.teacher)):
         if model.architecture.moe is not None:
             num_experts = model.architecture.moe.num_experts
-            ranks = config.parallel.expert_model_parallel_size
+            ranks = model.parallel.expert_model_parallel_size
             lines.append(
                 f"{name}: {num_experts} experts a layer, {num_experts // ranks} of them on each of "
-                f"{ranks} ranks, each over {config.parallel.expert_tensor_size} ranks"
+                f"{ranks} ranks, each over {model.parallel.expert_tensor_size} ranks"
             )
     if plan.teacher_reader is not None:
         settings = config.teacher_prompt

@@ -343,3 +343,10 @@ def test_benchmarks_are_read_and_checked_before_the_run(pair: Path, tmp_path: Pa
         plan(pair, *overrides, "evaluation.max_new_tokens=300")
     with pytest.raises(UserError, match=r"evaluation\.data: .*none\.jsonl does not exist"):
         plan(pair, "evaluation.interval=1", f"evaluation.data=[{tmp_path}/none.jsonl]")
+
+
+def test_the_description_has_each_models_division_of_experts(tmp_path: Path) -> None:
+    moe = save_pair(tmp_path / "moe", "qwen3_moe")
+    found = describe(plan(moe, "teacher.expert_model_parallel_size=4", world_size=4))
+    assert "student: 8 experts a layer, 8 of them on each of 1 ranks, each over 1 ranks" in found
+    assert "teacher: 8 experts a layer, 2 of them on each of 4 ranks, each over 1 ranks" in found
