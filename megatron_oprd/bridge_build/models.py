@@ -17,10 +17,10 @@ from megatron_oprd.models.offload import OffloadedWeights
 from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.taps.layer_map import LayerPair
+from megatron_oprd.taps.schedule import run_schedule
 from megatron_oprd.taps.selection import RankSelector
 from megatron_oprd.taps.tap import PairTaps
 from megatron_oprd.training.plan import ModelPlan, RunPlan
-from megatron_oprd.training.schedule import run_schedule
 
 # Takes (the pair's number, the rows' marks [n], h_S [n, d_S], h_T [n, d_T]).
 Consumer = Callable[[int, Tensor, Tensor, Tensor], None]

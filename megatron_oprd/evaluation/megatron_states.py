@@ -1,13 +1,11 @@
 """Hidden states and logits of a model that runs in Megatron, in any layout."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_oprd.config import ModelConfig, ParallelConfig, RecomputeConfig
@@ -17,6 +15,7 @@ from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import Extent, build_model, padded_vocab_size, transformer_config
 from megatron_oprd.models.families.decoder import mapping_table
 from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.taps.schedule import run_schedule
 from megatron_oprd.weights.load import load_weights
 from megatron_oprd.weights.mapping import Mapping
 from megatron_oprd.weights.parameters import named_parameters
@@ -160,19 +159,7 @@ def _forward(chunks: Sequence[GPTModel], batches: Sequence[MicroBatch]) -> Outpu
                 )
             )
 
-    def forward_step(data: Any, model: Any) -> tuple[Tensor, Callable]:
-        batch = next(data)
-        return model(batch.tokens, batch.position_ids, None), lambda hidden: (hidden.sum(), {})
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(batches),
-        seq_length=batches[0].tokens.shape[1],
-        micro_batch_size=batches[0].tokens.shape[0],
-        forward_only=True,
-    )
+    run_schedule(chunks, batches, forward_only=True, begin=lambda batch: batch)
     for hook in hooks:
         hook.remove()
     for chunk in chunks:

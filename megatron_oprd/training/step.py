@@ -20,10 +20,10 @@ from megatron_oprd.models.refresh import TeacherRefresh
 from megatron_oprd.models.student import freeze_past_deepest_tap
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.taps.head import HeadTap, head_weight
+from megatron_oprd.taps.schedule import run_schedule
 from megatron_oprd.training.batches import make_micro_batches
 from megatron_oprd.training.optimizer import make_train_state
 from megatron_oprd.training.plan import ModelPlan, RunPlan
-from megatron_oprd.training.schedule import run_schedule
 from megatron_oprd.training.teachers import Teacher
 from megatron_oprd.weights.load import load_weights
 

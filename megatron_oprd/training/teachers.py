@@ -12,10 +12,10 @@ from megatron_oprd.data.batching import MicroBatch
 from megatron_oprd.models.offload import OffloadedWeights
 from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.taps.schedule import run_schedule
 from megatron_oprd.taps.selection import RankSelector
 from megatron_oprd.taps.tap import Taps
 from megatron_oprd.training.plan import RunPlan
-from megatron_oprd.training.schedule import run_schedule
 
 
 class Teacher:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.parallel import parallel_run
-from megatron_oprd.training import schedule
+from megatron_oprd.taps import schedule
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
