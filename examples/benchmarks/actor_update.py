@@ -2,6 +2,7 @@
 
     python examples/benchmarks/actor_update.py
     python examples/benchmarks/actor_update.py --hidden-size 192 --tokens 512 --repeats 5
+    python examples/benchmarks/actor_update.py --hidden-size 1536 --tokens 8192 --dtype bf16
 
 At the paper's proportions: 28 layers, V/d = 99, so that the LM head has 15% of the forward pass's
 FLOPs as in Qwen2.5-1.5B. A kind of update is the student's forward and backward pass and the
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import in_a_process, measure
+from measure import measure, time_and_memory
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from pair import NUM_SEQUENCES, Switch, make_run, micro_batches
 from torch import Tensor
@@ -98,44 +99,44 @@ def output_space_pass(
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures one kind of update in this process."""
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        config = make_run(
-            Path(folder),
-            layers=28,
-            hidden_size=args.hidden_size,
-            vocab_size=99 * args.hidden_size,
-            tokens=args.tokens,
-            overrides=[
-                *(FULL_RECOMPUTE if args.recompute == "full" else ()),
-                *(CHUNKED if args.kind == "top_16_chunked" else ()),
-            ],
-        )
-        with parallel_run(config.parallel, seed=config.seed) as context:
-            distiller = Distiller(make_plan(config, world_size=1), context)
-            group = micro_batches(distiller, args.tokens)
-            Switch(distiller).turn(on=args.kind == "oprd")
+    config = make_run(
+        args.models,
+        layers=28,
+        hidden_size=args.hidden_size,
+        vocab_size=99 * args.hidden_size,
+        tokens=args.tokens,
+        params_dtype=args.dtype,
+        overrides=[
+            *(FULL_RECOMPUTE if args.recompute == "full" else ()),
+            *(CHUNKED if args.kind == "top_16_chunked" else ()),
+        ],
+    )
+    with parallel_run(config.parallel, seed=config.seed) as context:
+        distiller = Distiller(make_plan(config, world_size=1), context)
+        group = micro_batches(distiller, args.tokens)
+        Switch(distiller).turn(on=args.kind == "oprd")
 
-            is_ours = args.kind in ("oprd", "top_16_chunked")
+        is_ours = args.kind in ("oprd", "top_16_chunked")
 
-            def update() -> None:
-                if is_ours:
-                    distiller.student_pass(group, is_last=True)
-                    distiller.end_step()
-                else:
-                    loss = cross_entropy if args.kind == "cross_entropy" else reverse_kl_on_top_k
-                    output_space_pass(distiller, group, loss)
-                distiller.update(loss_is_finite=True)
+        def update() -> None:
+            if is_ours:
+                distiller.student_pass(group, is_last=True)
+                distiller.end_step()
+            else:
+                loss = cross_entropy if args.kind == "cross_entropy" else reverse_kl_on_top_k
+                output_space_pass(distiller, group, loss)
+            distiller.update(loss_is_finite=True)
 
-            # They are there before the update begins.
-            plan = distiller.plan
-            bytes_per_row = plan.target_bytes_per_row + plan.output_target_bytes_per_row
-            targets = NUM_SEQUENCES * (args.tokens - 1) * bytes_per_row if is_ours else 0
-            for _ in range(args.repeats + 1):
-                if is_ours:
-                    distiller.teacher_pass(group)
-                distiller.state.clear_gradients()
-                seconds, peak = measure(update)
-                found.append((seconds, peak + targets))
+        # They are there before the update begins.
+        plan = distiller.plan
+        bytes_per_row = plan.target_bytes_per_row + plan.output_target_bytes_per_row
+        targets = NUM_SEQUENCES * (args.tokens - 1) * bytes_per_row if is_ours else 0
+        for _ in range(args.repeats + 1):
+            if is_ours:
+                distiller.teacher_pass(group)
+            distiller.state.clear_gradients()
+            seconds, peak = measure(update)
+            found.append((seconds, peak + targets))
     return {  # the first update warms up
         "seconds": statistics.median(seconds for seconds, _ in found[1:]),
         "bytes": statistics.median(peak for _, peak in found[1:]),
@@ -152,23 +153,19 @@ def main() -> None:
         "--recompute", choices=("full", "none"), default="full", help="of activations"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.kind:
         print(json.dumps(run(args)))
         return
     found = {}
-    for kind in KINDS:
-        timed, weighed = (
-            in_a_process(
-                __file__,
-                [*sys.argv[1:], "--kind", kind],
-                threads=args.threads,
-                returns_memory=returns_memory,
-            )
-            for returns_memory in (False, True)
-        )
-        found[kind] = timed["seconds"], weighed["bytes"]
+    with tempfile.TemporaryDirectory() as models:
+        for kind in KINDS:
+            arguments = [*sys.argv[1:], "--kind", kind, "--models", models]
+            timed, weighed = time_and_memory(__file__, arguments, threads=args.threads)
+            found[kind] = timed["seconds"], weighed["bytes"]
     print(f"4 sequences of {args.tokens} tokens, 28 layers, d = {args.hidden_size}, V = 99 d")
     print(f"{'':16}{'seconds':>10}{'MB transient':>16}{'time / oprd':>14}{'oprd / memory':>16}")
     seconds, size = found["oprd"]

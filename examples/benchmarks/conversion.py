@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import in_a_process, measure
+from measure import in_a_process, measure_on_host
 from synthetic import save_random_model
 from transformers import Qwen2Config
 
@@ -87,7 +87,7 @@ def run_one(kind: str, folder: Path, source: Path) -> dict[str, float]:
     size = warm(targets["megatron"] if kind == "hf" else source)
     os.sync()
     time.sleep(1)
-    seconds, peak = measure(work[kind])
+    seconds, peak = measure_on_host(work[kind])
     if kind.startswith("cp"):
         shutil.rmtree(target)
     return {"seconds": seconds, "bytes": size, "peak": peak}
@@ -112,9 +112,7 @@ def main() -> None:
         for kind in kinds:
             arguments = [*sys.argv[1:], "--kind", kind]
             threads = os.cpu_count() or 1
-            found[kind].append(
-                in_a_process(__file__, arguments, threads=threads, returns_memory=False)
-            )
+            found[kind].append(in_a_process(__file__, arguments, threads=threads))
     speed = {
         kind: statistics.median(run["bytes"] / run["seconds"] for run in runs) / 1e9
         for kind, runs in found.items()

@@ -22,9 +22,10 @@ def make_run(
     hidden_size: int,
     vocab_size: int,
     tokens: int,
+    params_dtype: str = "fp32",
     overrides: Sequence[str] = (),
 ) -> RunConfig:
-    """Writes both models to a folder and returns the configuration of the run.
+    """Writes both models to a folder, unless they are there, and returns the run's configuration.
 
     The models have the proportions of Qwen2.5-1.5B (d = 1536): 12 query heads, 2 key/value heads,
     a feed-forward width of 5.83 d, a tied head. A micro-batch is one sequence of ``tokens``.
@@ -41,12 +42,16 @@ def make_run(
         tie_word_embeddings=True,
     )
     for seed, name in enumerate(("student", "teacher")):
-        save_random_model(folder / name, config, dtype=torch.bfloat16, seed=seed)
+        if not (folder / name).exists():
+            save_random_model(folder / name, config, dtype=torch.bfloat16, seed=seed)
     (folder / "prompts.jsonl").write_text('{"prompt": "?"}\n')
     (folder / "run.yaml").write_text(
         f"""
 output_dir: {folder / "run"}
-model: {{student: {folder / "student"}, teacher: {folder / "teacher"}, params_dtype: fp32}}
+model:
+  student: {folder / "student"}
+  teacher: {folder / "teacher"}
+  params_dtype: {params_dtype}
 data: {{prompts: [{folder / "prompts.jsonl"}], max_prompt_tokens: 1}}
 rollout: {{max_new_tokens: {tokens - 1}}}
 batch: {{max_tokens: {tokens}}}

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/taps.py
     python examples/benchmarks/taps.py --layers 28 --hidden-size 384 --tokens 512 --repeats 7
+    python examples/benchmarks/taps.py --hidden-size 1536 --tokens 8192 --dtype bf16
 
 Without taps the same layers run forward and backward, on a loss that is zero. Both kinds of pass
 take turns in one process; the table has the medians. Goal: at most 3% of the time, and no more
@@ -17,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import in_a_process, measure
+from measure import measure, time_and_memory
 from pair import NUM_SEQUENCES, Switch, make_run, micro_batches
 
 from megatron_oprd.parallel import parallel_run
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             hidden_size=args.hidden_size,
             vocab_size=512,
             tokens=args.tokens,
+            params_dtype=args.dtype,
         )
         with parallel_run(config.parallel, seed=config.seed) as context:
             distiller = Distiller(make_plan(config, world_size=1), context)
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=384)
     parser.add_argument("--tokens", type=int, default=512, help="of each of the four sequences")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -77,10 +80,7 @@ def main() -> None:
         print(json.dumps(run(args)))
         return
     arguments = [*sys.argv[1:], "--in-this-process"]
-    timed, weighed = (
-        in_a_process(__file__, arguments, threads=args.threads, returns_memory=returns_memory)
-        for returns_memory in (False, True)
-    )
+    timed, weighed = time_and_memory(__file__, arguments, threads=args.threads)
     seconds, targets = timed["seconds"], weighed["bytes_of_targets"]
     without, with_taps = weighed["bytes"]
     with_taps += targets  # they are there before the pass begins
