@@ -22,7 +22,8 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     pair = save_pair(root / "pair", request.param, teacher_layers=7)
     for device, visible in (("cpu", ""), ("gpu", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))):
         case = {"name": device, "pair": str(pair), "overrides": ["optimizer.lr=0"]}
-        run_ranks("step", [case], 1, root, environment={"CUDA_VISIBLE_DEVICES": visible})
+        variables = {"CUDA_VISIBLE_DEVICES": visible, "NVIDIA_TF32_OVERRIDE": "0"}
+        run_ranks("step", [case], 1, root, environment=variables)
     return root
 
 
