@@ -164,6 +164,11 @@ class RolloutConfig:
             end-of-sequence tokens.
         max_batch_size: Sequences that are generated at once; None takes a replica's whole share
             (vLLM: what it takes by itself).
+        logprob_check_interval: Steps from one comparison of the engine's log-probabilities with the
+            student's, on the rollouts' tokens before the update, to the next; the first is in step
+            0. The whole student runs forward once more for it. None never compares.
+        logprob_warning_threshold: A mean absolute difference above this, in nats a token, gives a
+            warning. bf16 alone makes one of 0.04 in a model of 135M parameters.
         vllm: For ``engine = vllm``.
     """
 
@@ -177,6 +182,8 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)
     stop_token_ids: list[int] = field(default_factory=list)
     max_batch_size: int | None = None
+    logprob_check_interval: int | None = None
+    logprob_warning_threshold: float = 0.1
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 

@@ -7,6 +7,7 @@ import math
 from typing import Any, get_args
 
 from megatron_oprd.config import ParallelConfig, RunConfig
+from megatron_oprd.config_checks_rollout import check_rollout
 from megatron_oprd.config_checks_vllm import check_vllm
 from megatron_oprd.config_losses import OutputLoss, OutputLossConfig
 from megatron_oprd.config_teacher import TeacherConfig, TeacherPromptConfig
@@ -38,8 +39,7 @@ def check_values(config: RunConfig) -> None:
             f"{config.parallel.context_parallel_size}: packed sequences are not divided; use one "
             "of the two"
         )
-    if "" in config.rollout.stop:
-        raise UserError("rollout.stop has an empty text, which every response would end with")
+    check_rollout(config.rollout)
     evaluation = config.evaluation
     if (evaluation.interval is None) != (not evaluation.data):
         raise UserError(
@@ -302,6 +302,7 @@ def _check_numbers(config: RunConfig) -> None:
         "rollout.samples_per_prompt",
         "rollout.max_new_tokens",
         "rollout.max_batch_size",
+        "rollout.logprob_check_interval",
         "rollout.vllm.max_model_len",
         "rollout.vllm.sync_bucket_mb",
         "rollout.vllm.check_weights_interval",

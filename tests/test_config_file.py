@@ -174,6 +174,7 @@ AT_LEAST_ONE = [
     "rollout.samples_per_prompt",
     "rollout.max_new_tokens",
     "rollout.max_batch_size",
+    "rollout.logprob_check_interval",
     "batch.max_tokens",
     "batch.micro_batch_size",
     "optimizer.max_skipped_in_a_row",
@@ -284,6 +285,14 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
         (["evaluation.interval=5"], r"evaluation.interval = 5 with evaluation.data = \[\]"),
         (["evaluation.data=[a.parquet]"], "evaluation.interval = None with evaluation.data"),
         (["rollout.stop=[x,'']"], "rollout.stop has an empty text"),
+        (
+            ["rollout.logprob_warning_threshold=0.2"],
+            r"threshold = 0\.2 has no effect without rollout\.logprob_check_interval",
+        ),
+        (
+            ["rollout.logprob_check_interval=1", "rollout.logprob_warning_threshold=0"],
+            r"logprob_warning_threshold = 0\.0: has to be above 0",
+        ),
         (["evaluation.top_p=0"], r"evaluation\.top_p = 0\.0: has to be in \(0, 1\]"),
         (["rollout.vllm.enforce_eager=true"], r"no effect with rollout\.engine = hf; use vllm"),
         (

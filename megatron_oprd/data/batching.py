@@ -49,6 +49,9 @@ class MicroBatch:
         pairs: Then, on both sides, which positions' hidden states are compared.
         output_pairs: The same for the output-space loss; None without one.
         others: The same tokens as each of the extra teachers teaches them.
+        response_tokens: The response token that each position predicts, by its number among those
+            of all of the step's responses, from 1, [b, s], int64, on the CPU; 0 predicts none. None
+            where nobody asks for it.
     """
 
     index: int
@@ -63,6 +66,7 @@ class MicroBatch:
     pairs: Pairs | None = None
     output_pairs: Pairs | None = None
     others: "tuple[MicroBatch, ...]" = ()
+    response_tokens: Tensor | None = None
 
 
 def pack(
@@ -138,6 +142,7 @@ def collate(
     weights: Sequence[Tensor],
     output_weights: Sequence[Tensor] | None = None,
     *,
+    response_tokens: Sequence[Tensor] | None = None,
     is_packed: bool = False,
     pad_to_multiple_of: int,
     device: torch.device,
@@ -149,6 +154,7 @@ def collate(
         sequences: Token ids of every sequence of the step.
         weights: Their position weights, each [length].
         output_weights: Those of the output-space loss, likewise; None without one.
+        response_tokens: The number of the response token that each position predicts, likewise.
         is_packed: Whether the sequences of a micro-batch lie in one row.
         pad_to_multiple_of: Micro-batches are padded to a multiple of this many tokens (the
             tensor-parallel size under sequence parallelism).
@@ -173,6 +179,9 @@ def collate(
                 labels=rows.fill([_followers(sequences[i]) for i in batch]),
                 num_tokens=sum(lengths),
                 packed_lengths=rows.packed_lengths,
+                response_tokens=None
+                if response_tokens is None
+                else rows.fill([response_tokens[i] for i in batch]),
             )
         )
     return micro_batches

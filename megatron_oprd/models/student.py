@@ -1,7 +1,9 @@
 """The trained student: what of it trains, and what is frozen and not run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from megatron.core.models.gpt import GPTModel
 
 
@@ -25,3 +27,24 @@ def freeze_past_deepest_tap(
                 layer.requires_grad_(False)
         if chunk.decoder.final_layernorm is not None and not trains_final_norm:
             chunk.decoder.final_layernorm.requires_grad_(False)
+
+
+@contextmanager
+def whole_model(chunks: Sequence[GPTModel]) -> Iterator[None]:
+    """Has all layers run inside the block, frozen ones as well, without gradients or recompute.
+
+    Args:
+        chunks: This rank's chunks, not wrapped.
+    """
+    layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
+    ran = [layer.runs for layer in layers]
+    for chunk in chunks:
+        chunk.eval()
+    for layer in layers:
+        layer.runs = True
+    with torch.no_grad():
+        yield
+    for layer, runs in zip(layers, ran, strict=True):
+        layer.runs = runs
+    for chunk in chunks:
+        chunk.train()

@@ -235,6 +235,21 @@ def head_workspace(
     return of_rows + of_head + chunk * columns * (2 * shape.itemsize + 6 * _FP32)
 
 
+def logprob_workspace(shape: LayerShape, rows: int, *, vocab_size: int) -> int:
+    """Bytes that log-probabilities of tokens need at the LM head.
+
+    Args:
+        shape: A layer of the model.
+        rows: Positions whose logits exist at a time.
+        vocab_size: Rows of the head, over all ranks.
+    """
+    columns, width = vocab_size // shape.tp, shape.architecture.hidden_size
+    gathered = shape.gathered_bytes if shape.parallel.sequence_parallel else 0
+    # The logits, centred, and their exponentials.
+    of_rows = rows * (width * shape.itemsize + 3 * columns * _FP32)
+    return shape.hidden_bytes + gathered + of_rows
+
+
 def forward_workspace(shape: LayerShape) -> int:
     """Bytes that a forward pass that saves nothing needs, at the end of the gated MLP."""
     is_dense = shape.architecture.moe is None

@@ -10,7 +10,12 @@ from megatron_oprd.planning.parameters import (
     gradient_bytes,
     optimizer_bytes,
 )
-from megatron_oprd.planning.passes import kept_target_bytes, student_peak, teacher_workspace
+from megatron_oprd.planning.passes import (
+    kept_target_bytes,
+    logprob_check_workspace,
+    student_peak,
+    teacher_workspace,
+)
 from megatron_oprd.planning.rollout import engine_bytes
 from megatron_oprd.planning.teacher import teacher_bytes
 from megatron_oprd.planning.workload import Workload
@@ -120,6 +125,13 @@ def _rank_memory(
         else:
             phases["rollout"]["KV cache"] = engine.kv_cache
             phases["rollout"]["workspace"] = engine.workspace
+    if config.rollout.logprob_check_interval is not None:
+        # Behind the rollout, when neither engine nor gradients are at work.
+        check = logprob_check_workspace(layout, workload, kernels, pp_rank=pp_rank)
+        rollout = phases["rollout"]
+        if check > rollout.get("workspace", 0) + rollout.get("KV cache", 0):
+            rollout.pop("KV cache", None)
+            rollout["workspace"] = check
     host = teacher.weights - teacher.head if config.teacher.offload == "cpu" else 0
     host += states if config.optimizer.offload_states else 0
     return RankMemory(pp_rank=pp_rank, is_leader=is_leader, phases=phases, host_bytes=host)

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import torch
+
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.teacher import uses_engine
 from megatron_oprd.planning.activations import (
@@ -11,6 +13,7 @@ from megatron_oprd.planning.activations import (
     embedding_workspace,
     forward_workspace,
     head_workspace,
+    logprob_workspace,
     saved_by_head,
     saved_by_layer,
     saved_by_norm,
@@ -27,6 +30,7 @@ from megatron_oprd.planning.layers import (
 )
 from megatron_oprd.planning.schedule import ChunkBytes, Peak, peak_of_student_pass
 from megatron_oprd.planning.workload import Workload
+from megatron_oprd.taps.logprobs import CHUNK_TOKENS
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 
 
@@ -57,6 +61,24 @@ def teacher_workspace(layout: RunLayout, workload: Workload, kernels: Kernels) -
     if teacher.precision == "fp8" and not uses_engine(teacher):
         kernels = replace(kernels, fused_swiglu=False)  # made of Megatron's local layers
     return forward_workspace(layer_shape(layout, layout.teacher, workload, kernels))
+
+
+def logprob_check_workspace(
+    layout: RunLayout, workload: Workload, kernels: Kernels, *, pp_rank: int
+) -> int:
+    """Bytes that comparing log-probabilities with the rollout engine's needs for a while."""
+    shape = layer_shape(layout, layout.student, workload, kernels)
+    needed = forward_workspace(shape) + shape.hidden_bytes  # what went into the chunk
+    vocab_size, student = layout.student.padded_vocab_size, layout.student.architecture
+    if any(is_last_stage(layout, stage) for stage in stages_of_rank(layout, pp_rank)):
+        positions = workload.micro_batch_size * workload.response_tokens
+        rows = min(CHUNK_TOKENS, positions // layout.config.parallel.context_parallel_size)
+        needed = max(needed, logprob_workspace(shape, rows, vocab_size=vocab_size))
+        if student.tied and pp_rank > 0 and not layout.compares_outputs:
+            # The first stage's, sent for this once.
+            needed += vocab_size // shape.tp * student.hidden_size * shape.itemsize
+    tokens = workload.num_sequences * layout.data_parallel_size * workload.response_tokens
+    return needed + tokens * torch.float32.itemsize
 
 
 def kept_target_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> int:

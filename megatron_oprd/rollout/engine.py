@@ -1,7 +1,7 @@
 """What the training loop asks of a rollout engine, and what it gets back."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -51,7 +51,10 @@ class Rollout:
         teacher: What the teacher reads in its place, if that is something else.
         weights_version: The number that came with the weights (`RolloutEngine.load_weights`).
         logprobs: Log-probability of each response token by the model's logits as they are, before
-            temperature, top-k and top-p; None from an engine that does not report them.
+            temperature, top-k and top-p, over the whole vocabulary but for ids that mean nothing.
+            They are not those that it was sampled with, unless these three are off. None from an
+            engine that does not report them. Rollouts are compared without them, since the batch
+            that a response is in changes their rounding.
     """
 
     prompt_index: int
@@ -61,7 +64,7 @@ class Rollout:
     finished: bool
     teacher: TeacherSequence | None = None
     weights_version: int = 0
-    logprobs: tuple[float, ...] | None = None
+    logprobs: tuple[float, ...] | None = field(default=None, compare=False)
 
 
 def teacher_sequences_of(rollouts: Sequence[Rollout]) -> list[TeacherSequence] | None:

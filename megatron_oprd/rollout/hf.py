@@ -163,6 +163,9 @@ class HFEngine:
             stop_texts = StopTexts(
                 sampling.stop, self._decode, prompt_width=width, num_rows=len(requests)
             )
+        processors, logprobs = logits_processors(
+            sampling, seeds, self._device, never=self._meaningless_ids
+        )
         sequences = self._model.generate(
             input_ids.to(self._device),
             attention_mask=attention_mask.to(self._device),
@@ -174,14 +177,14 @@ class HFEngine:
                 eos_token_id=sorted(end_ids) or None,
                 pad_token_id=self._pad_token_id,
             ),
-            logits_processor=logits_processors(
-                sampling, seeds, self._device, never=self._meaningless_ids
-            ),
+            logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([] if stop_texts is None else [stop_texts]),
         )
         rollouts = []
-        responses = sequences[:, width:].tolist()
-        for row, ((prompt, sample), response) in enumerate(zip(requests, responses, strict=True)):
+        responses = zip(sequences[:, width:].tolist(), logprobs.rows(), strict=True)
+        for row, ((prompt, sample), (response, of_response)) in enumerate(
+            zip(requests, responses, strict=True)
+        ):
             length = next((i + 1 for i, token in enumerate(response) if token in end_ids), None)
             if stop_texts is not None and (stopped := stop_texts.lengths[row]) is not None:
                 # What follows is padding, which may be an end-of-sequence token.
@@ -194,6 +197,7 @@ class HFEngine:
                     response_ids=tuple(response[:length]),
                     finished=length is not None,
                     weights_version=self._version,
+                    logprobs=tuple(of_response[:length]),
                 )
             )
         return rollouts

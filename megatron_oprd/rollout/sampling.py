@@ -43,6 +43,46 @@ class GumbelNoise(LogitsProcessor):
         return scores - self._exponential.log().to(scores.dtype)
 
 
+class RawLogits(LogitsProcessor):
+    """Keeps the logits of the step under way, as they are before what follows it.
+
+    Attributes:
+        scores: [b, vocabulary], float32; None before the first step.
+    """
+
+    def __init__(self) -> None:
+        self.scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns ``scores`` as they are."""
+        self.scores = scores
+        return scores
+
+
+class SampledLogprobs(LogitsProcessor):
+    """The last processor: log-probability, by the raw logits, of what greedy decoding then takes.
+
+    Args:
+        raw: The processor that sees the raw logits.
+    """
+
+    def __init__(self, raw: RawLogits) -> None:
+        self._raw = raw
+        self._steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns ``scores`` as they are."""
+        raw = self._raw.scores
+        assert raw is not None
+        chosen = raw.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
+        self._steps.append(chosen - raw.logsumexp(dim=1))
+        return scores
+
+    def rows(self) -> list[list[float]]:
+        """For each row of the batch one value a step, those behind its end included."""
+        return torch.stack(self._steps, dim=1).tolist()
+
+
 def sample_seed(seed: int, prompt_index: int, sample_index: int) -> int:
     """A 63-bit seed for one sample, the same on every machine and in every process."""
     text = f"{seed}/{prompt_index}/{sample_index}"
@@ -55,26 +95,33 @@ def logits_processors(
     device: torch.device,
     *,
     never: Sequence[int] = (),
-) -> LogitsProcessorList:
+) -> tuple[LogitsProcessorList, SampledLogprobs]:
     """What turns greedy decoding into sampling as ``sampling`` says: nothing at temperature 0.
 
-    Temperature first, then top-k, then top-p of what is left, then the noise.
+    Temperature first, then top-k, then top-p of what is left, then the noise. Log-probabilities
+    are those before all of them, without the ids that are never sampled.
 
     Args:
         sampling: How to sample.
         seeds: One seed (`sample_seed`) for each row of the batch.
         device: Where the logits are.
         never: Token ids that are not sampled, at no temperature.
+
+    Returns:
+        The processors, and the one of them that has the samples' log-probabilities.
     """
     processors = LogitsProcessorList()
     if never:
         processors.append(SuppressTokensLogitsProcessor(list(never), device=device.type))
-    if sampling.temperature == 0:
-        return processors
-    processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.top_k > 0:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        processors.append(TopPLogitsWarper(sampling.top_p))
-    processors.append(GumbelNoise(seeds, device))
-    return processors
+    raw = RawLogits()
+    processors.append(raw)
+    if sampling.temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k > 0:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(GumbelNoise(seeds, device))
+    logprobs = SampledLogprobs(raw)
+    processors.append(logprobs)
+    return processors, logprobs

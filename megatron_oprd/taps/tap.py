@@ -6,7 +6,8 @@ state leaves its stage.
 """
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class PairTaps:
         self._post_norm = post_norm
         self._projectors = projectors
         self._current: Selection | None = None
+        self._is_paused = False
         self._users = Counter(pair.teacher for pair in self._pairs)
         # (teacher layer, micro-batch): the target, and how many student layers still want it
         self._targets: dict[tuple[int, int], tuple[Tensor, int]] = {}
@@ -70,6 +72,13 @@ class PairTaps:
     def begin(self, selection: Selection) -> None:
         """Says which micro-batch the next forward pass is of."""
         self._current = selection
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Has the student's taps do nothing inside the block: for a pass without a loss."""
+        self._is_paused = True
+        yield
+        self._is_paused = False
 
     def _student_tap(self, number: int, pair: LayerPair) -> Tap:
         """The tap on the student's layer of the ``number``-th pair."""
@@ -167,6 +176,8 @@ class Taps(PairTaps):
         projectors, layer = self._projectors, pair.student
 
         def attach(hidden: Tensor) -> Tensor:
+            if self._is_paused:
+                return hidden
             assert self._current is not None
             if not torch.is_grad_enabled():
                 pending.append(self._current)

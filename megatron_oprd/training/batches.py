@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_oprd.config import Alignment
@@ -27,7 +28,6 @@ def make_micro_batches(
 ) -> list[list[MicroBatch]]:
     """This replica's micro-batches of the global batch; see `Distiller.micro_batches`."""
     config = plan.config
-    parallel = config.parallel
     sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     plans = [plan, *plan.others]
     taught = [None] * len(plans) if taught_by is None else list(taught_by)
@@ -38,23 +38,9 @@ def make_micro_batches(
         _supervision(one, prompts, responses, None, is_taught)[0]
         for one, is_taught in zip(plan.others, taught[1:], strict=True)
     ]
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    multiple = context.pp_size if interleaved else 1
     split, is_packed = plan.sequence_split, config.batch.sequence_packing
-    replicas = pack(
-        [len(sequence) for sequence in sequences],
-        max_tokens=config.batch.max_tokens,
-        micro_batch_size=config.batch.micro_batch_size,
-        num_replicas=context.dp_size,
-        multiple=multiple,
-        is_padded=not is_packed,
-    )
-    batches = replicas[context.dp_rank]
-    rows: dict[str, Any] = {
-        "is_packed": is_packed,
-        "pad_to_multiple_of": split.pad_to_multiple_of,
-        "device": context.device,
-    }
+    replicas, multiple = _replicas(plan, context, sequences), _multiple(plan, context)
+    batches, rows = replicas[context.dp_rank], _row_options(plan, context)
     micro_batches = collate(batches, sequences, weights, output_weights, **rows)
     if reading is not None:
         micro_batches = with_teacher(micro_batches, batches, reading, **rows)
@@ -83,11 +69,80 @@ def make_micro_batches(
         max_bytes=None if budget is None else budget * 1e9,
         multiple=multiple,
     )
-    shares = [
+    shares = _shares(micro_batches, context)
+    return [[shares[i] for i in group] for group in groups]
+
+
+def make_response_micro_batches(
+    plan: RunPlan,
+    context: ParallelContext,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+) -> list[MicroBatch]:
+    """This replica's micro-batches of a pass that is about response tokens alone, without a loss.
+
+    They are divided as those of training, and have ``response_tokens``.
+
+    Args:
+        plan: The run.
+        context: This rank's place.
+        prompts: Token ids of the prompt of every sequence of the global batch.
+        responses: Token ids of the responses.
+    """
+    sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    numbers, first = [], 1
+    for prompt, response in zip(prompts, responses, strict=True):
+        predicted = torch.zeros(len(prompt) + len(response), dtype=torch.int64)
+        start = len(prompt) - 1
+        predicted[start : start + len(response)] = torch.arange(first, first + len(response))
+        numbers.append(predicted)
+        first += len(response)
+    micro_batches = collate(
+        _replicas(plan, context, sequences)[context.dp_rank],
+        sequences,
+        [torch.zeros(len(sequence)) for sequence in sequences],
+        response_tokens=numbers,
+        **_row_options(plan, context),
+    )
+    return _shares(micro_batches, context)
+
+
+def _multiple(plan: RunPlan, context: ParallelContext) -> int:
+    """What the number of a replica's micro-batches is a multiple of."""
+    interleaved = plan.config.parallel.virtual_pipeline_model_parallel_size is not None
+    return context.pp_size if interleaved else 1
+
+
+def _replicas(
+    plan: RunPlan, context: ParallelContext, sequences: Sequence[Sequence[int]]
+) -> list[list[list[int]]]:
+    """See `pack`."""
+    batch = plan.config.batch
+    return pack(
+        [len(sequence) for sequence in sequences],
+        max_tokens=batch.max_tokens,
+        micro_batch_size=batch.micro_batch_size,
+        num_replicas=context.dp_size,
+        multiple=_multiple(plan, context),
+        is_padded=not batch.sequence_packing,
+    )
+
+
+def _row_options(plan: RunPlan, context: ParallelContext) -> dict[str, Any]:
+    """How sequences lie in a micro-batch's rows, as `collate` takes it."""
+    return {
+        "is_packed": plan.config.batch.sequence_packing,
+        "pad_to_multiple_of": plan.sequence_split.pad_to_multiple_of,
+        "device": context.device,
+    }
+
+
+def _shares(micro_batches: Sequence[MicroBatch], context: ParallelContext) -> list[MicroBatch]:
+    """What this context-parallel rank has of each micro-batch."""
+    return [
         context_parallel_share(one, rank=context.cp_rank, size=context.cp_size)
         for one in micro_batches
     ]
-    return [[shares[i] for i in group] for group in groups]
 
 
 def _supervision(

@@ -20,6 +20,7 @@ from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.evaluation import BenchmarkEvaluator
 from megatron_oprd.training.loggers import Loggers
+from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import RunPlan, export_folder
 from megatron_oprd.training.prompt_shares import taught_by
 from megatron_oprd.training.resume import checkpoint_to_resume
@@ -63,6 +64,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             resume_from, plan, distiller.state, context=context, refresh=distiller.refresh
         )
     evaluator = BenchmarkEvaluator(plan, context)
+    logprob_check = LogprobCheck(distiller)
     skipped_steps, skipped_in_a_row = done.skipped_steps, 0
     with (
         _loggers(config, context, first_step=done.step) as loggers,
@@ -86,6 +88,9 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             if engine is not None:
                 engine.sleep()
             rolled_out = time.perf_counter()
+            compared: dict[str, Any] = {}
+            if logprob_check.is_due(step):
+                compared = logprob_check.compare(rollouts, step=step)
             result = distiller.step(
                 [rollout.prompt_ids for rollout in rollouts],
                 [rollout.response_ids for rollout in rollouts],
@@ -103,6 +108,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
                 "step": step,
                 **_step_metrics(result, plan),
                 **_rollout_metrics(rollouts),
+                **compared,
                 "skipped_steps": skipped_steps,
                 "seconds_weight_sync": synced - started,
                 "seconds_rollout": rolled_out - synced,

@@ -268,6 +268,12 @@ def describe(plan: RunPlan) -> str:
             f"student: {not_run} layers past the deepest tap and the LM head are frozen and not "
             f"run; teacher: {not_built} layers and the LM head are not built"
         )
+    if config.rollout.logprob_check_interval is not None:
+        lines.append(
+            f"every {config.rollout.logprob_check_interval} steps the whole student, LM head "
+            "included, runs forward once more, to compare its log-probabilities with the rollout "
+            "engine's"
+        )
     for name, model in (("student", plan.student), ("teacher", plan.teacher)):
         if model.architecture.moe is not None:
             num_experts = model.architecture.moe.num_experts

@@ -21,6 +21,7 @@ _MAY_CHANGE = (
     "recompute.",
     "checkpoint.",
     "rollout.max_batch_size",
+    "rollout.logprob_",
     "rollout.vllm.",
     "optimizer.overlap_",
     "optimizer.offload_states",

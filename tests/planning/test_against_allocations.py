@@ -17,7 +17,11 @@ from megatron_oprd.planning.flops import attention_flops, stage_flops
 from megatron_oprd.planning.layers import num_recomputed, num_running, stages_of_rank
 from megatron_oprd.planning.models import read_models
 from megatron_oprd.planning.parameters import count_parameters, gradient_bytes, optimizer_bytes
-from megatron_oprd.planning.passes import kept_target_bytes, student_chunks
+from megatron_oprd.planning.passes import (
+    kept_target_bytes,
+    logprob_check_workspace,
+    student_chunks,
+)
 from megatron_oprd.planning.schedule import peak_of_student_pass
 from megatron_oprd.planning.teacher import teacher_bytes
 from tests.pairs import config_of, save_pair
@@ -190,6 +194,22 @@ def test_activations(cases: dict[str, Case], name: str) -> None:
         assert saved == pytest.approx(largest, rel=LOOSE.get(name, 0.005))
         largest = max(measured["allocated"] for measured in ranks)
         assert allocated == pytest.approx(largest, rel=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "ep" not in name])
+def test_the_check_of_logprobs(cases: dict[str, Case], name: str) -> None:
+    """Beside token ids and the like, about 112 bytes a token, which are nothing at real widths.
+
+    Not where ranks share experts, since these tiny routers share tokens out unevenly.
+    """
+    case = cases[name]
+    layout, workload = case.memory.layout, case.memory.largest
+    for rank, measured in enumerate(case.measured):
+        expected = logprob_check_workspace(
+            layout, workload, KERNELS["cpu"], pp_rank=case.pp_rank(rank)
+        )
+        expected += 112 * workload.tokens
+        assert measured["checked"] == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("name", CASES)

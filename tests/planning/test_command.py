@@ -102,6 +102,23 @@ def test_mistakes(
         run(monkeypatch, tmp_path, *arguments)
 
 
+def test_the_check_of_logprobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted behind the rollout, and less than the student's pass needs on every rank."""
+    phases: list[list[dict[str, dict[str, int]]]] = []
+    for overrides in ([], ["rollout.logprob_check_interval=10"]):
+        file = tmp_path / f"{len(overrides)}.json"
+        assert run(monkeypatch, tmp_path, "--gpus", "16", "--json", str(file), *overrides) == 0
+        phases.append([rank["phases"] for rank in json.loads(file.read_text())["ranks"]])
+    for without, with_check in zip(*phases, strict=True):
+        workspace = with_check["rollout"]["workspace"]
+        assert workspace >= without["rollout"].get("workspace", 0)
+        assert sum(with_check["rollout"].values()) < sum(with_check["student"].values()) or (
+            with_check["rollout"] == without["rollout"]
+        )
+        with_check["rollout"], without["rollout"] = {}, {}
+        assert with_check == without
+
+
 def test_targets_behind_a_bridge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

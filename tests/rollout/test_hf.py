@@ -236,6 +236,32 @@ def test_ids_the_tokenizer_lacks_are_never_sampled(
     assert not ids(everything - forbidden) & forbidden
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0},
+        {"temperature": 1.5, "top_k": 6, "top_p": 0.9},
+        {"temperature": 2.0, "stop": ("g",)},
+    ],
+)
+def test_logprobs_are_those_of_the_raw_logits(
+    small_vocabulary: Path, settings: dict[str, Any]
+) -> None:
+    """In fp64, over the ids that mean something, whatever the responses are sampled with."""
+    known = [token for token in range(12) if token != 8]
+    engine = engine_with_weights(small_vocabulary, known_ids=known, decode=letters)
+    rollouts = engine.generate(SMALL_PROMPTS, sampling(samples_per_prompt=4, **settings))
+    assert len({len(rollout.response_ids) for rollout in rollouts}) > 1
+    model = reference(small_vocabulary).double()
+    for rollout in rollouts:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*rollout.prompt_ids, *rollout.response_ids]])).logits[0]
+        logits[:, 8] = -torch.inf
+        logprobs = logits[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(rollout.response_ids)[:, None]).squeeze(1)
+        assert rollout.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 def test_generate_before_load_weights(small_vocabulary: Path) -> None:
     with pytest.raises(RuntimeError, match="before load_weights"):
         build(small_vocabulary).generate(SMALL_PROMPTS, sampling())

@@ -18,7 +18,7 @@ def sampling(**fields: Any) -> SamplingParams:
 def draw(params: SamplingParams, rows: int, times: int, seed: int = 0) -> Tensor:
     """[rows, times] tokens, sampled from LOGITS in every row."""
     seeds = [sample_seed(seed, 0, row) for row in range(rows)]
-    processors = logits_processors(params, seeds, CPU)
+    processors, _ = logits_processors(params, seeds, CPU)
     scores = LOGITS.expand(rows, -1)
     tokens = [processors(torch.zeros(rows, 1), scores).argmax(-1) for _ in range(times)]
     return torch.stack(tokens, dim=1)

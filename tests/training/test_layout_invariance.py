@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from megatron_oprd.rollout.hf import checkpoint_tensors
 from tests.bridges import save_random_bridge
-from tests.pairs import save_pair
+from tests.pairs import fixed_rollouts, save_pair
 from tests.ranks import run_ranks
 
 TP2 = "parallel.tensor_model_parallel_size=2"
@@ -190,6 +192,13 @@ METHODS[SEVERAL] = [
     "extra_teachers=[{model: TEACHERS/qwen3_equal/teacher, prompt_share: 0.5, coefficient: 2},"
     " {model: TEACHERS/llama_equal/teacher, layers: [0, 2], layer_map: [1, 3], prompt_share: 0.5}]",
 ]
+# The student's log-probabilities are taken on the way, the last layer and the head being frozen, or
+# not. The reference goes without.
+LOGPROB_METHODS = {
+    "logprobs": ["taps.layers=[0,2]"],
+    "logprobs_and_head": [OUTPUT + "reverse_kl", "taps.layers=none"],
+}
+METHODS |= LOGPROB_METHODS
 METHODS["shallow_first_teacher"] = [
     "taps.layers=[0]",
     "extra_teachers=[{model: TEACHERS/llama_equal/teacher, layers: [1, 2]}]",
@@ -265,6 +274,16 @@ CASES = [
         ("qwen3_deeper", "shallow_first_teacher", layout)
         for layout in ("pp2", "pp2_vpp2_full", "tp2_sp_pp2_full")
     ),
+    *(
+        ("llama_tied_deeper", "logprobs", layout)
+        for layout in ("tp2", "pp2", "cp2_full", "dp2_overlap_target_groups", "tp2_sp_pp2_full")
+    ),
+    *(
+        ("qwen3_equal", "logprobs", layout)
+        for layout in ("packed", "tp2_sp_packed", "pp2_vpp2_full")
+    ),
+    ("llama_tied_deeper", "logprobs_and_head", "tp2_pp2"),
+    ("moe", "logprobs", "ep2_pp2"),
     *(("moe", "reverse_kl", layout) for layout in ("ep2_pp2", "tp2_sp_etp1_ep2")),
     *(
         ("bridge", "default", layout)
@@ -318,6 +337,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "overrides": [*UPDATE, *_with_folders(METHODS[method], root), *overrides],
                 "reading": READINGS.get(method),
                 "taught_by": TAUGHT_BY.get(method),
+                "logprobs": method in LOGPROB_METHODS,
             }
         )
     for ranks, of_ranks in cases.items():
@@ -341,6 +361,37 @@ def test_layout_changes_nothing(results: Path, pair: str, method: str, layout: s
     if ALL_LAYOUTS[layout][2]:
         _assert_same_tensors(found["gradients"], reference["gradients"])
     _assert_same_tensors(found["weights"], reference["weights"])
+
+
+@pytest.mark.parametrize(
+    ("pair", "method", "layout"), [case for case in CASES if case[1] in LOGPROB_METHODS]
+)
+def test_logprobs_are_those_of_transformers(
+    results: Path, pair: str, method: str, layout: str
+) -> None:
+    """Of all response tokens, by the whole student, before the first step and after the second."""
+    found = torch.load(results / f"{pair}.{method}.{layout}.pt")
+    model = AutoModelForCausalLM.from_pretrained(
+        results / pair / "student", dtype=torch.float32
+    ).eval()
+    before = _logprobs(model)
+    torch.testing.assert_close(found["logprobs"][0].double(), before, atol=2e-5, rtol=0)
+    destinations = checkpoint_tensors(model.state_dict())
+    for name, value in found["weights"].items():
+        destinations[name].copy_(value)
+    after = _logprobs(model)
+    assert float((after - before).abs().max()) > 1e-2
+    torch.testing.assert_close(found["logprobs"][1].double(), after, atol=2e-5, rtol=0)
+
+
+def _logprobs(model: torch.nn.Module) -> torch.Tensor:
+    found = []
+    for prompt, response in zip(*fixed_rollouts(), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *response]])).logits[0].double()
+        logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        found.append(logprobs.gather(1, torch.tensor(response)[:, None]).squeeze(1))
+    return torch.cat(found)
 
 
 def test_cases_differ_in_micro_batches(results: Path) -> None:

@@ -16,9 +16,11 @@ from megatron_oprd.weights.hf_files import HFCheckpoint
 from tests.data.test_benchmarks import row, write
 from tests.pairs import save_pair
 from tests.ranks import run_ranks
+from tests.tiny import tiny_tokenizer
 
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
+KNOWN = 90  # tokens of a tokenizer that is smaller than the embedding
 STEPS = ["train_iters=2"]
 LAYOUTS = {
     "one": (1, []),
@@ -66,6 +68,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, "evaluated_dp2", evaluated),
     ):
         cases[ranks].append({"name": name, "pair": str(pair), "overrides": overrides})
+    small = save_pair(root / "small_tokenizer", "llama", tied=True)
+    for model in ("student", "teacher"):
+        tiny_tokenizer(KNOWN).save_pretrained(small / model)
+    # The update moves the student by more than the threshold.
+    compared = ["train_iters=3", "rollout.logprob_check_interval=2", "optimizer.lr=0.02"]
+    sharp = ["rollout.temperature=0.5", "rollout.top_p=0.9"]
+    for name, overrides, stale in (
+        ("compared", compared, False),
+        ("compared_sharp", [*compared, *sharp, *PP2], False),
+        ("compared_stale", compared, True),
+    ):
+        cases[2].append({"name": name, "pair": str(small), "overrides": overrides, "stale": stale})
     for ranks, of_ranks in cases.items():
         run_ranks("loop", of_ranks, ranks, root)
     return root
@@ -194,3 +208,27 @@ def test_evaluation_is_the_same_with_two_replicas_and_leaves_training_alone(root
         for name in ("evaluated", "not_evaluated")
     )
     assert losses == plain
+
+
+@pytest.mark.parametrize("name", ["compared", "compared_sharp"])
+def test_engine_and_trainer_with_the_same_weights(root: Path, name: str) -> None:
+    """However responses are sampled, the raw distributions are compared."""
+    first, second, third = records(root, name)
+    assert not any("logprob" in key or "_kl" in key for key in second)
+    for record in (first, third):
+        assert 0 < record["rollout_logprob_diff_mean"] < 1e-5
+        assert record["rollout_logprob_diff_mean"] < record["rollout_logprob_diff_max"] < 1e-4
+        assert abs(record["rollout_kl"]) < 1e-5
+        assert 0 <= record["rollout_k3_kl"] < 1e-8
+    assert torch.load(root / f"{name}.pt", weights_only=False)["warnings"] == []
+
+
+def test_an_engine_with_old_weights_gives_a_warning(root: Path) -> None:
+    first, _, third = records(root, "compared_stale")
+    assert first["rollout_logprob_diff_mean"] < 1e-5
+    mean = third["rollout_logprob_diff_mean"]
+    assert mean > 0.1
+    assert third["rollout_k3_kl"] > 1e-3
+    (warning,) = torch.load(root / "compared_stale.pt", weights_only=False)["warnings"]
+    assert warning.startswith("step 2: the rollout engine's log-probabilities differ from the")
+    assert f"{mean:.3g} nats" in warning

@@ -286,6 +286,14 @@ def test_description(pair: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_description_of_the_check_of_logprobs(pair: Path) -> None:
+    found = describe(plan(pair, "rollout.logprob_check_interval=7"))
+    assert found.endswith(
+        "every 7 steps the whole student, LM head included, runs forward once more, to compare its "
+        "log-probabilities with the rollout engine's"
+    )
+
+
 def test_description_without_a_pipeline(pair: Path) -> None:
     stages = describe(plan(pair)).split("\n\n# ")[2].splitlines()
     assert stages[1] == "rank 0: student layers 0-3; teacher layers 0-6"

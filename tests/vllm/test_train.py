@@ -20,6 +20,7 @@ VLLM = [
     "rollout.vllm.enforce_eager=true",
     "rollout.vllm.kv_cache_gb=0.25",
     "rollout.vllm.check_weights_interval=1",
+    "rollout.logprob_check_interval=1",
     "train_iters=2",
 ]
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
@@ -76,6 +77,15 @@ def test_both_engines_follow_the_student(root: Path) -> None:
         for one in (*found[step], *expected[step]):
             assert one.weights_version == step
     assert found[0][0].logprobs != pytest.approx(found[1][0].logprobs, abs=1e-2)
+
+
+@pytest.mark.parametrize("name", ["tp2_sp", "dp2", "tp2_sp_pp2"])
+def test_log_probabilities_are_the_trainers(root: Path, name: str) -> None:
+    """Up to rounding; warnings would also be those of a failed sync."""
+    for record in records(root, name):
+        assert 0 < record["rollout_logprob_diff_mean"] < 1e-4
+        assert record["rollout_logprob_diff_max"] < 1e-3
+    assert torch.load(root / f"{name}.pt", weights_only=False)["warnings"] == []
 
 
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs the demo's model: make demo or make test")

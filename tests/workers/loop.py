@@ -1,5 +1,7 @@
 """A whole run of the training loop; rank 0 writes every step's rollouts, or what stopped it."""
 
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_oprd.parallel import parallel_run
+from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.training import loop
 from megatron_oprd.training.plan import make_plan
 from tests.pairs import config_of
 
 
 def run(case: dict[str, Any], directory: Path) -> None:
-    """Runs one case: {name, pair, overrides}."""
+    """Runs one case: {name, pair, overrides, stale: whether the engine keeps its first weights}."""
     overrides = [*case["overrides"], f"output_dir={directory / case['name']}"]
     config = config_of(Path(case["pair"]), overrides)
     rollouts: list[Any] = []
@@ -24,6 +27,13 @@ def run(case: dict[str, Any], directory: Path) -> None:
         return rollouts[-1]
 
     loop.collect = recording_collect
+    load_weights = HFEngine.load_weights
+    if case.get("stale"):
+        HFEngine.load_weights = _load_first_weights(load_weights)  # type: ignore[method-assign]
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_oprd").addHandler(handler)
     stopped = ""
     with parallel_run(config.parallel, seed=config.seed) as context:
         plan = make_plan(config, world_size=dist.get_world_size())
@@ -35,5 +45,23 @@ def run(case: dict[str, Any], directory: Path) -> None:
         dist.all_gather_object(everyone, rollouts)
         if context.rank == 0:
             assert all(one == rollouts for one in everyone), "ranks know different rollouts"
-            torch.save({"rollouts": rollouts, "stopped": stopped}, directory / f"{case['name']}.pt")
+            torch.save(
+                {"rollouts": rollouts, "stopped": stopped, "warnings": warnings},
+                directory / f"{case['name']}.pt",
+            )
     loop.collect = collect
+    HFEngine.load_weights = load_weights  # type: ignore[method-assign]
+    logging.getLogger("megatron_oprd").removeHandler(handler)
+
+
+def _load_first_weights(load_weights: Callable[..., None]) -> Callable[..., None]:
+    """An engine's `load_weights` that drops all weights but the first, and says nothing of it."""
+
+    def load(engine: HFEngine, stream: Iterable[Any], *, version: int = 0) -> None:
+        if version == 0:
+            load_weights(engine, stream, version=version)
+        for _ in stream:
+            pass
+        engine._version = version
+
+    return load

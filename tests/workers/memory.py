@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_oprd.parallel import ParallelContext, parallel_run
+from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
@@ -174,6 +175,12 @@ def run(case: dict[str, Any], directory: Path) -> None:
             distiller.student_pass(group, is_last=False)
         del known
 
+        check = LogprobCheck(distiller)
+        held = [t for module in state.modules for t in (*module.parameters(), *module.buffers())]
+        checked = Allocations([*held, check._is_meaningless])
+        with checked:
+            check.student_logprobs([[5] * prompt] * count, [[6] * response] * count)
+
         # Again, since a flop counter keeps tensors alive.
         messages = {name: Messages(context) for name in ("teacher", "student", "update", "sync")}
         flops = {name: FlopCounterMode(display=False) for name in ("teacher", "student")}
@@ -203,6 +210,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             "targets": target_bytes,
             "saved": saved.peak,
             "allocated": allocated.peak,
+            "checked": checked.peak,
             "flops": {name: counter.get_total_flops() for name, counter in flops.items()},
             "sent": {name: one.sent for name, one in messages.items()},
         }

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.parallel import parallel_run
+from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
@@ -20,9 +21,17 @@ def gradient(parameter: torch.nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter.data) if main_grad is None else main_grad
 
 
+def _same_everywhere(value: Tensor) -> Tensor:
+    everyone = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, value)
+    assert all(torch.equal(one, value) for one in everyone)
+    return value
+
+
 def run(case: dict[str, Any], directory: Path) -> None:
     """Runs one case: {name, pair, overrides, reading: None or a kind of other sequences,
-    taught_by: None or whether each teacher teaches each sequence}.
+    taught_by: None or whether each teacher teaches each sequence, logprobs: whether the student's
+    log-probabilities are taken, before the first step and after the second}.
     """
     config = config_of(Path(case["pair"]), case["overrides"])
     with parallel_run(config.parallel, seed=config.seed) as context:
@@ -35,11 +44,16 @@ def run(case: dict[str, Any], directory: Path) -> None:
             reading = fixed_teacher_sequences(case["reading"])
 
         taught_by = case.get("taught_by")
+        logprobs = []
+        if case.get("logprobs"):
+            logprobs.append(_same_everywhere(LogprobCheck(distiller).student_logprobs(*rollouts)))
         groups = distiller.micro_batches(*rollouts, reading, taught_by)
         first = distiller.compute_gradients(groups)
         gradients = dict(exporter.stream(gradient, dtype=torch.float32))
         grad_norm, _ = distiller.update(loss_is_finite=True)
         second = distiller.step(*rollouts, reading, taught_by)
+        if case.get("logprobs"):
+            logprobs.append(_same_everywhere(LogprobCheck(distiller).student_logprobs(*rollouts)))
         distiller.state.gather_parameters()
         weights = dict(exporter.stream())
         if context.rank == 0:
@@ -55,6 +69,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
                     "weights": weights,
                     "num_micro_batches": sum(len(group) for group in groups),
                     "num_groups": len(groups),
+                    "logprobs": logprobs,
                 },
                 directory / f"{case['name']}.pt",
             )

@@ -1,0 +1,27 @@
+"""What is checked of the group ``rollout``, whichever engine there is."""
+
+import math
+
+from megatron_oprd.config import RolloutConfig
+from megatron_oprd.errors import UserError
+
+
+def check_rollout(rollout: RolloutConfig) -> None:
+    """Refuses values that are wrong whatever the models are, and settings without effect.
+
+    Raises:
+        UserError: There is one.
+    """
+    if "" in rollout.stop:
+        raise UserError("rollout.stop has an empty text, which every response would end with")
+    threshold = rollout.logprob_warning_threshold
+    if not 0 < threshold < math.inf:
+        raise UserError(
+            f"rollout.logprob_warning_threshold = {threshold}: has to be above 0, and finite"
+        )
+    is_default = threshold == RolloutConfig().logprob_warning_threshold
+    if rollout.logprob_check_interval is None and not is_default:
+        raise UserError(
+            f"rollout.logprob_warning_threshold = {threshold} has no effect without "
+            "rollout.logprob_check_interval, the steps between two comparisons"
+        )

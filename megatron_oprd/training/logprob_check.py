@@ -1,0 +1,197 @@
+"""How far the rollout engine's distribution is from the trainer's, on the tokens it sampled."""
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.losses.vocabulary import VocabularyShard
+from megatron_oprd.models.student import whole_model
+from megatron_oprd.rollout.engine import Rollout
+from megatron_oprd.taps.head import head_weight
+from megatron_oprd.taps.logprobs import ResponseLogprobs
+from megatron_oprd.taps.schedule import run_schedule
+from megatron_oprd.training.batches import make_response_micro_batches
+from megatron_oprd.training.step import Distiller
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogprobDifference:
+    """The engine's log-probabilities against the trainer's, in nats a response token.
+
+    With log r = trainer's - engine's. Both are of the raw distribution, before temperature, top-k
+    and top-p. The two estimates of KL(engine || trainer) are unbiased where these are off; else
+    they are measures of the same difference, on tokens from a sharper or flatter distribution.
+
+    Attributes:
+        diff_mean: Mean of abs(log r).
+        diff_max: Its maximum.
+        kl: Mean of -log r (Schulman's k1).
+        k3_kl: Mean of r - 1 - log r (Schulman's k3), which is never negative and varies less.
+    """
+
+    diff_mean: float
+    diff_max: float
+    kl: float
+    k3_kl: float
+
+    @classmethod
+    def of(cls, of_engine: Tensor, of_trainer: Tensor) -> "LogprobDifference":
+        """From the log-probabilities of the same tokens, [tokens] each."""
+        log_ratio = of_trainer.double() - of_engine.double()
+        return cls(
+            diff_mean=float(log_ratio.abs().mean()),
+            diff_max=float(log_ratio.abs().max()),
+            kl=float(-log_ratio.mean()),
+            k3_kl=float((log_ratio.expm1() - log_ratio).mean()),
+        )
+
+
+class LogprobCheck:
+    """Compares the engine's log-probabilities of its rollouts with the student's.
+
+    The student runs forward once more, whole, layers past the deepest tap and LM head included,
+    with the weights that it has: before the update those that the engine generated with.
+
+    Args:
+        distiller: The run on this rank.
+    """
+
+    def __init__(self, distiller: Distiller) -> None:
+        self._distiller = distiller
+        plan, context = distiller.plan, distiller.context
+        self._shard = VocabularyShard.of(
+            vocab_size=plan.student.architecture.vocab_size,
+            padded_vocab_size=plan.student.padded_vocab_size,
+            group=context.groups.tp,
+        )
+        is_meaningless = torch.ones(plan.student.padded_vocab_size, dtype=torch.bool)
+        is_meaningless[list(plan.tokenizer.get_vocab().values())] = False
+        columns = slice(self._shard.start, self._shard.start + self._shard.size)
+        self._is_meaningless = is_meaningless[columns].to(context.device)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the rollouts of a step are compared."""
+        interval = self._distiller.plan.config.rollout.logprob_check_interval
+        return interval is not None and step % interval == 0
+
+    def compare(self, rollouts: Sequence[Rollout], *, step: int) -> dict[str, Any]:
+        """Compares a step's rollouts, and warns on rank 0 where the mean difference is too large.
+
+        Every rank has to call, with the same rollouts.
+
+        Args:
+            rollouts: Those of the global batch.
+            step: Which step they are of.
+
+        Returns:
+            The metrics, the same on every rank.
+        """
+        started = time.perf_counter()
+        of_engine = [rollout.logprobs for rollout in rollouts]
+        assert all(one is not None for one in of_engine), "an engine reports no log-probabilities"
+        of_trainer = self.student_logprobs(
+            [rollout.prompt_ids for rollout in rollouts],
+            [rollout.response_ids for rollout in rollouts],
+        )
+        found = LogprobDifference.of(
+            torch.tensor([value for one in of_engine for value in one or ()]), of_trainer.cpu()
+        )
+        threshold = self._distiller.plan.config.rollout.logprob_warning_threshold
+        if self._distiller.context.rank == 0 and not found.diff_mean <= threshold:
+            logger.warning(
+                "step %d: the rollout engine's log-probabilities differ from the student's by %.3g "
+                "nats a token on average, at most %.3g (rollout.logprob_warning_threshold = %g). "
+                "Either it has other weights, or it computes otherwise",
+                step,
+                found.diff_mean,
+                found.diff_max,
+                threshold,
+            )
+        return {
+            "rollout_logprob_diff_mean": found.diff_mean,
+            "rollout_logprob_diff_max": found.diff_max,
+            "rollout_kl": found.kl,
+            "rollout_k3_kl": found.k3_kl,
+            "seconds_logprob_check": time.perf_counter() - started,
+        }
+
+    def student_logprobs(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """The student's log-probability of every response token of the global batch.
+
+        Over the whole vocabulary but for ids that mean nothing, as the engines' are. Every rank
+        has to call.
+
+        Args:
+            prompts: Token ids of the prompt of every sequence.
+            responses: Token ids of the responses.
+
+        Returns:
+            [response tokens], fp32, in the order of the sequences, the same on every rank.
+        """
+        distiller = self._distiller
+        state, parallel = distiller.state, distiller.plan.config.parallel
+        state.gather_parameters()
+        logprobs = ResponseLogprobs(
+            self._head(),
+            shard=self._shard,
+            is_meaningless=self._is_meaningless,
+            num_tokens=len(list(chain(*responses))),
+            sequence_parallel=parallel.sequence_parallel,
+        )
+        modules = state.modules
+
+        def end(hidden: Tensor, micro_batch: MicroBatch, chunk: Any) -> Tensor:
+            if distiller.context.pp_rank == distiller.context.pp_size - 1 and chunk is modules[-1]:
+                logprobs.collect(hidden, micro_batch)
+            return hidden
+
+        with ExitStack() as stack:
+            for one in distiller.teachers:
+                stack.enter_context(one.taps.paused())
+            stack.enter_context(whole_model(modules))
+            run_schedule(
+                modules,
+                make_response_micro_batches(distiller.plan, distiller.context, prompts, responses),
+                forward_only=True,
+                begin=lambda micro_batch: micro_batch,
+                end=end,
+            )
+        return logprobs.all()
+
+    def _head(self) -> Tensor | None:
+        """This rank's rows of the LM head, on the last stage; None on the others.
+
+        A tied head that the last stage has no copy of comes from the first, for this once.
+        """
+        plan, pp = self._distiller.plan.student, self._distiller.context.groups.pp
+        chunks, last = self._distiller.state.modules, pp.size() - 1
+        if not plan.architecture.tied or plan.extent.uses_lm_head:
+            return head_weight(chunks[-1]).data if pp.rank() == last else None
+        if pp.rank() == 0:
+            embedding = chunks[0].embedding.word_embeddings.weight.data
+            if last == 0:
+                return embedding
+            dist.send(embedding, group=pp, group_dst=last)
+        elif pp.rank() == last:
+            received = torch.empty(
+                plan.padded_vocab_size // self._shard.group.size(),
+                plan.architecture.hidden_size,
+                dtype=next(chunks[-1].parameters()).dtype,
+                device=self._distiller.context.device,
+            )
+            dist.recv(received, group=pp, group_src=0)
+            return received
+        return None
