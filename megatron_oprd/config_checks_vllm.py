@@ -43,10 +43,21 @@ def check_vllm(config: RunConfig) -> None:
             )
     if vllm.sleep_level not in (0, 1, 2):
         raise UserError(f"rollout.vllm.sleep_level = {vllm.sleep_level}: has to be 0, 1 or 2")
-    for key in ("kv_cache_gb", "timeout_minutes"):
+    for key in ("kv_cache_gb", "timeout_minutes", "sync_timeout_minutes"):
         value = getattr(vllm, key)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"rollout.vllm.{key} = {value}: has to be above 0, and finite")
+    of_collectives = config.parallel.distributed_timeout_minutes
+    if vllm.sync_timeout_minutes >= of_collectives:
+        raise UserError(
+            f"rollout.vllm.sync_timeout_minutes = {vllm.sync_timeout_minutes}: has to be below "
+            f"parallel.distributed_timeout_minutes = {of_collectives}, after which the ranks that "
+            "wait for the engine give up"
+        )
+    if vllm.max_restarts < 0:
+        raise UserError(
+            f"rollout.vllm.max_restarts = {vllm.max_restarts}: has to be 0 (never) or above"
+        )
     needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if vllm.max_model_len is not None and vllm.max_model_len < needed:
         raise UserError(

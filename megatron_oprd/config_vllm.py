@@ -24,8 +24,12 @@ class VLLMConfig:
             enough for the processor's cache is fastest on a CPU.
         check_weights_interval: Weight syncs from one check that the engine has the weights that
             were sent to the next, by a checksum of each tensor. None never checks.
-        timeout_minutes: An engine that takes longer to start, for a rollout, or for a part of a
-            weight sync ends the run.
+        timeout_minutes: An engine that takes longer to start, or for a rollout, counts as hanging.
+        sync_timeout_minutes: Likewise for a part of a weight sync. The replica's other ranks wait
+            for it in a collective, so it has to be below ``parallel.distributed_timeout_minutes``.
+        max_restarts: How often an engine that ended or hangs is started again in one step; it gets
+            the weights anew and repeats what it was asked for. After that the run ends, with a
+            checkpoint of the last whole step (unless ``checkpoint.save_interval`` is None).
     """
 
     gpu_memory_utilization: float = 0.4
@@ -37,3 +41,5 @@ class VLLMConfig:
     sync_bucket_mb: int = 16
     check_weights_interval: int | None = None
     timeout_minutes: float = 120.0
+    sync_timeout_minutes: float = 10.0
+    max_restarts: int = 2

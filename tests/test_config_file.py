@@ -303,6 +303,8 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
         ([VLLM, "rollout.vllm.sleep_level=3"], r"sleep_level = 3: has to be 0, 1 or 2"),
         ([VLLM, "rollout.vllm.kv_cache_gb=0"], r"kv_cache_gb = 0\.0: has to be above 0"),
         ([VLLM, "rollout.vllm.timeout_minutes=0"], r"timeout_minutes = 0\.0: has to be above"),
+        ([VLLM, "rollout.vllm.sync_timeout_minutes=30"], r"below parallel\.distributed_timeout_m"),
+        ([VLLM, "rollout.vllm.max_restarts=-1"], r"max_restarts = -1: has to be 0 \(never\)"),
         ([VLLM, "rollout.temperature=2.5"], r"vLLM takes at most 2\.0"),
         (
             [VLLM, "rollout.vllm.max_model_len=2047"],

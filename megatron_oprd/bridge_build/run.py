@@ -33,7 +33,7 @@ from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training.plan import ModelPlan, RunPlan
 from megatron_oprd.training.rollouts import (
     load_run_prompts,
-    open_engine,
+    open_engines,
     prompts_of_step,
     sampling_of_step,
 )
@@ -112,15 +112,15 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
     """Stage 0: responses of the student as it is on disk, the same on every rank."""
     prompts = load_run_prompts(plan) if context.is_leader else []
     rollouts: list[Rollout] = []
-    with open_engine(plan, context) as engine:
-        if engine is not None:
-            source = plan.student.checkpoint
-            engine.load_weights((name, source.read(name)) for name in source.names())
+    source = plan.student.checkpoint
+    names = source.names() if context.is_leader else []
+    with open_engines(plan, context, lambda: ((n, source.read(n)) for n in names)) as engines:
+        engines.sync()
         for step in range(config.num_steps):
             of_step = prompts_of_step(step, prompts, plan.config)
             sampling = sampling_of_step(step, plan.config)
             rollouts += collect(
-                engine, of_step, sampling, context=context, reader=plan.teacher_reader
+                engines, of_step, sampling, context=context, reader=plan.teacher_reader
             )
     return rollouts
 

@@ -110,10 +110,11 @@ class SendingBucket:
         yield pieces
 
     def close(self) -> None:
-        """Gives the memory back."""
-        del self._buffer
+        """Gives the memory back. A second call does nothing."""
+        self._buffer = self._buffer.new_empty(0)
         if self._file is not None:
             os.close(self._file)
+            self._file = None
 
 
 class ReceivingBucket:

@@ -8,11 +8,12 @@ import torch.distributed as dist
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.data.teacher_reader import TeacherReader
 from megatron_oprd.parallel import ParallelContext
-from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
+from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.rollout.replicas import ReplicaEngines
 
 
 def collect(
-    engine: RolloutEngine | None,
+    engines: ReplicaEngines,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
     *,
@@ -26,7 +27,7 @@ def collect(
     over the replicas, on the context's control groups.
 
     Args:
-        engine: The engine, on leaders; None on other ranks.
+        engines: The replicas' engines, with the weights.
         prompts: The step's prompts, the same on every leader; not looked at on other ranks.
         sampling: How to sample.
         weights_version: The version of the weights that the rollouts have to come from.
@@ -38,18 +39,17 @@ def collect(
 
     Raises:
         RuntimeError: A rollout comes from other weights; on every rank.
+        RolloutEngineError: An engine failed too often; on every rank.
     """
-    own: list[list[Rollout] | None] = [None]
-    if engine is not None:
-        share_of_prompts = prompts[context.dp_rank :: context.dp_size]
-        generated = engine.generate(share_of_prompts, sampling)
-        if reader is not None:
-            repeated = [p for p in share_of_prompts for _ in range(sampling.samples_per_prompt)]
-            generated = [
-                replace(rollout, teacher=reader.read(prompt, rollout.response_ids))
-                for prompt, rollout in zip(repeated, generated, strict=True)
-            ]
-        own = [generated]
+    share_of_prompts = prompts[context.dp_rank :: context.dp_size]
+    generated = engines.generate(share_of_prompts, sampling)
+    if reader is not None and generated is not None:
+        repeated = [p for p in share_of_prompts for _ in range(sampling.samples_per_prompt)]
+        generated = [
+            replace(rollout, teacher=reader.read(prompt, rollout.response_ids))
+            for prompt, rollout in zip(repeated, generated, strict=True)
+        ]
+    own = [generated]
     dist.broadcast_object_list(own, src=context.leader, group=context.replica_control)
     shares: list[list[Rollout] | None] = [None] * context.dp_size
     dist.all_gather_object(shares, own[0], group=context.leaders_control)

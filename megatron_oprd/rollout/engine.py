@@ -10,6 +10,14 @@ from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.data.teacher_sequences import TeacherSequence
 
 
+class RolloutEngineError(RuntimeError):
+    """An engine ended, does not answer or failed. It is of no further use; another one may be."""
+
+
+class WrongWeightsError(RolloutEngineError):
+    """An engine has other weights than were sent."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How responses are sampled.
@@ -77,7 +85,10 @@ def teacher_sequences_of(rollouts: Sequence[Rollout]) -> list[TeacherSequence] |
 
 
 class RolloutEngine(Protocol):
-    """Generates responses with the student's current weights."""
+    """Generates responses with the student's current weights.
+
+    Any call may raise `RolloutEngineError`; `load_weights` also in the middle of its stream.
+    """
 
     def load_weights(self, stream: Iterable[tuple[str, Tensor]], *, version: int = 0) -> None:
         """Replaces every weight by the stream's (full tensors under Hugging Face names).

@@ -3,11 +3,7 @@
 import importlib.util
 import logging
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,13 @@ from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.bucket import Piece, SendingBucket
-from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.rollout.engine import (
+    Rollout,
+    RolloutEngineError,
+    SamplingParams,
+    WrongWeightsError,
+)
+from megatron_oprd.rollout.engine_process import EngineProcess
 from megatron_oprd.rollout.hf import checkpoint_tensors
 from megatron_oprd.rollout.sampling import sample_seed
 from megatron_oprd.rollout.stopping import stopped_length
@@ -34,11 +36,8 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _OF_TORCHRUN = frozenset(
     ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 )
-_SECONDS_TO_END = 10
-
-
-class RolloutEngineError(RuntimeError):
-    """The engine's process ended, does not answer, failed, or has other weights than were sent."""
+# The settings of how long the engine may take, for all of a call and for a part of a weight sync.
+_WHOLE, _PART = "timeout_minutes", "sync_timeout_minutes"
 
 
 def check_vllm_is_there() -> None:
@@ -123,16 +122,12 @@ class VLLMEngine:
             meaningless_ids=tuple(sorted(set(range(model.vocab_size)) - set(known_ids))),
             sleep_level=config.sleep_level if device.type == "cuda" else 0,
         )
-        self._connection, theirs = Pipe()
-        inherited = [theirs.fileno()]
-        if self._bucket.handle.file is not None:
-            inherited.append(self._bucket.handle.file)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_oprd.rollout.vllm_process", str(theirs.fileno())],
-            env=_environment(device),
-            pass_fds=inherited,
+        file = self._bucket.handle.file
+        self._process = EngineProcess(
+            "megatron_oprd.rollout.vllm_process",
+            environment=_environment(device),
+            inherited=[] if file is None else [file],
         )
-        theirs.close()
         try:
             self._call("build", settings)
         except RolloutEngineError:
@@ -150,7 +145,8 @@ class VLLMEngine:
         Raises:
             ValueError: A name that the model lacks, a wrong shape, a weight that came twice or not
                 at all.
-            RolloutEngineError: The engine failed, or a check found other weights than were sent.
+            RolloutEngineError: The engine failed. The stream may not have come to its end.
+            WrongWeightsError: A check found other weights than were sent.
 
         After an error the engine is of no further use.
         """
@@ -160,12 +156,12 @@ class VLLMEngine:
         if self._bucket.handle.cuda is not None:
             torch.cuda.empty_cache()  # what torch holds back the waking engine cannot have
         sent: dict[str, str] = {}
-        self._send(("load_weights", (version, check)))
         fillings = self._bucket.fill(self._checked(stream, sent if check else None))
         try:
+            self._send(("load_weights", (version, check)), _PART)
             filling: list[Piece] | None = next(fillings)
-            while (answer := self._receive()) == "next":
-                self._send(filling)
+            while (answer := self._receive(_PART)) == "next":
+                self._send(filling, _PART)
                 # While the process takes this one; None says that there is no more.
                 filling = next(fillings, None)
         except BaseException:
@@ -180,7 +176,7 @@ class VLLMEngine:
             sent[_HEAD] = sent[_EMBEDDING]
         wrong = sorted(name for name, value in found.items() if sent[name] != value)
         if wrong:
-            raise RolloutEngineError(
+            raise WrongWeightsError(
                 f"after weight sync {version} the engine has other values than were sent in "
                 f"{len(wrong)} of {len(found)} tensors, the first {wrong[0]!r}"
             )
@@ -261,55 +257,21 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Ends the engine's process. A second call does nothing."""
-        if not self._connection.closed:
-            self._connection.close()
-            self._exit_code()
-            self._bucket.close()
-
-    def _exit_code(self) -> int:
-        """Waits for the process to end by itself, then ends it."""
-        try:
-            return self._process.wait(timeout=_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+        self._process.close()
+        self._bucket.close()
 
     def _call(self, method: str, *arguments: Any) -> Any:
         self._send((method, arguments))
         return self._receive()
 
-    def _send(self, message: Any) -> None:
-        try:
-            self._connection.send(message)
-        except BrokenPipeError as error:
-            raise self._ended() from error
+    def _send(self, message: Any, timeout: str = _WHOLE) -> None:
+        self._process.send(message, seconds=getattr(self._config, timeout) * 60)
 
-    def _receive(self) -> Any:
-        """The engine's next word."""
-        seconds = self._config.timeout_minutes * 60
-        started = time.monotonic()
-        try:
-            if not self._connection.poll(seconds):
-                raise RolloutEngineError(
-                    f"the vLLM process {self._process.pid} has not answered for "
-                    f"{time.monotonic() - started:.0f} s (rollout.vllm.timeout_minutes = "
-                    f"{self._config.timeout_minutes})"
-                )
-            message = self._connection.recv()
-        except (EOFError, ConnectionResetError) as error:
-            raise self._ended() from error
-        if message == "next":
-            return message
-        succeeded, answer = message
-        if not succeeded:
-            raise RolloutEngineError(f"the vLLM process failed:\n{answer}")
-        return answer
-
-    def _ended(self) -> RolloutEngineError:
-        return RolloutEngineError(
-            f"the vLLM process ended with exit code {self._exit_code()}; what it said last is in "
-            "the output above (a negative code is a signal, -9 often too little memory)"
-        )
+    def _receive(self, timeout: str = _WHOLE) -> Any:
+        """The engine's next word, within a setting's time."""
+        minutes = getattr(self._config, timeout)
+        setting = f"rollout.vllm.{timeout} = {minutes}"
+        return self._process.receive(seconds=minutes * 60, setting=setting)
 
 
 def _checkpoint_shapes(config: PretrainedConfig, *, tied: bool) -> dict[str, tuple[int, ...]]:

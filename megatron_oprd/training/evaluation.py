@@ -13,7 +13,8 @@ from megatron_oprd.evaluation.samples_file import Sample
 from megatron_oprd.evaluation.sampling_metrics import SamplingMetrics, sampling_metrics
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.collect import collect
-from megatron_oprd.rollout.engine import RolloutEngine, SamplingParams
+from megatron_oprd.rollout.engine import SamplingParams
+from megatron_oprd.rollout.replicas import ReplicaEngines
 from megatron_oprd.training.plan import RunPlan
 
 
@@ -37,14 +38,14 @@ class BenchmarkEvaluator:
         at_end = steps_done == self._plan.config.train_iters
         return interval is not None and (at_end or steps_done % interval == 0)
 
-    def evaluate(self, engine: RolloutEngine | None, steps_done: int) -> dict[str, Any]:
+    def evaluate(self, engines: ReplicaEngines, steps_done: int) -> dict[str, Any]:
         """Evaluates on all benchmarks; every rank has to call.
 
         Every replica's leader generates for its share of the problems. The first rank grades, and
         writes the samples to ``output_dir/evaluation/step_N``, anew where they are there.
 
         Args:
-            engine: The engine with the student's weights, on leaders; None on other ranks.
+            engines: The replicas' engines, with the student's weights.
             steps_done: Steps that the student was trained for; the weights' version.
 
         Returns:
@@ -59,7 +60,7 @@ class BenchmarkEvaluator:
         metrics: dict[str, Any] = {}
         with Grader(timeout=GRADING_SECONDS) as grader:
             for number, benchmark in enumerate(self._plan.benchmarks):
-                samples = self._sample(engine, number, folder, grader, steps_done)
+                samples = self._sample(engines, number, folder, grader, steps_done)
                 if self._context.rank == 0:
                     n = self._plan.config.evaluation.n
                     metrics[f"eval/{benchmark.name}"] = _flat(sampling_metrics(samples, n))
@@ -67,7 +68,7 @@ class BenchmarkEvaluator:
 
     def _sample(
         self,
-        engine: RolloutEngine | None,
+        engines: ReplicaEngines,
         number: int,
         folder: Path,
         grader: Grader,
@@ -80,7 +81,7 @@ class BenchmarkEvaluator:
         samples: list[Sample] = []
         for start in range(0, len(prompts), at_once):
             rollouts = collect(
-                engine,
+                engines,
                 prompts[start : start + at_once],
                 SamplingParams(
                     temperature=config.evaluation.temperature,

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from megatron_oprd.config import RunConfig
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.collect import collect
-from megatron_oprd.rollout.engine import Rollout, RolloutEngine, teacher_sequences_of
+from megatron_oprd.rollout.engine import Rollout, RolloutEngineError, teacher_sequences_of
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.evaluation import BenchmarkEvaluator
@@ -26,7 +25,7 @@ from megatron_oprd.training.prompt_shares import taught_by
 from megatron_oprd.training.resume import checkpoint_to_resume
 from megatron_oprd.training.rollouts import (
     load_run_prompts,
-    open_engine,
+    open_engines,
     prompts_of_step,
     sampling_of_step,
 )
@@ -66,27 +65,46 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
     evaluator = BenchmarkEvaluator(plan, context)
     logprob_check = LogprobCheck(distiller)
     skipped_steps, skipped_in_a_row = done.skipped_steps, 0
+    reached = done
+
+    def stream_weights() -> Iterator[tuple[str, Tensor | None]]:
+        distiller.state.gather_parameters()
+        return exporter.stream()
+
+    def save() -> None:
+        nonlocal done
+        done = reached
+        checkpoints.save(plan, distiller.state, done, context=context, refresh=distiller.refresh)
+
+    def save_before_failing() -> str:
+        if config.checkpoint.save_interval is None:
+            return "checkpoint.save_interval is None, so that there is no checkpoint"
+        if reached != done:
+            save()
+        elif not reached.step:
+            return "no step was done, so that there is no checkpoint"
+        return f"the newest checkpoint is of step {done.step}, from which the same command goes on"
+
     with (
         _loggers(config, context, first_step=done.step) as loggers,
-        open_engine(plan, context) as engine,
+        _saved_when_engines_fail(save_before_failing),
+        open_engines(plan, context, stream_weights) as engines,
     ):
         for step in range(done.step, config.train_iters):
             started = time.perf_counter()
             torch.cuda.reset_peak_memory_stats()
-            distiller.state.gather_parameters()
-            _sync(exporter, engine, version=step)
+            engines.sync(version=step)
             synced = time.perf_counter()
             of_step = prompts_of_step(step, prompts, config)
             rollouts = collect(
-                engine,
+                engines,
                 of_step,
                 sampling_of_step(step, config),
                 weights_version=step,
                 context=context,
                 reader=plan.teacher_reader,
             )
-            if engine is not None:
-                engine.sleep()
+            engines.sleep()
             rolled_out = time.perf_counter()
             compared: dict[str, Any] = {}
             if logprob_check.is_due(step):
@@ -104,6 +122,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             distiller.refresh_teacher(step + 1)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             skipped_steps += result.skipped
+            reached = Progress(step=step + 1, skipped_steps=skipped_steps)
             metrics = {
                 "step": step,
                 **_step_metrics(result, plan),
@@ -117,11 +136,10 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             metrics["seconds_step"] = seconds = time.perf_counter() - started
             metrics["tokens_per_second"] = metrics["num_tokens"] / seconds
             if evaluator.is_due(step + 1):
-                distiller.state.gather_parameters()
-                _sync(exporter, engine, version=step + 1)
-                metrics.update(evaluator.evaluate(engine, step + 1))
-                if engine is not None:
-                    engine.sleep()
+                engines.sync(version=step + 1)
+                metrics.update(evaluator.evaluate(engines, step + 1))
+                engines.sleep()
+            metrics["rollout_engine_restarts"] = engines.take_restarts()
             if loggers is not None:
                 loggers.log(metrics)
             if skipped_in_a_row == config.optimizer.max_skipped_in_a_row:
@@ -133,10 +151,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             interval = config.checkpoint.save_interval
             at_end = step + 1 == config.train_iters
             if interval is not None and (at_end or (step + 1) % interval == 0):
-                done = Progress(step=step + 1, skipped_steps=skipped_steps)
-                checkpoints.save(
-                    plan, distiller.state, done, context=context, refresh=distiller.refresh
-                )
+                save()
     distiller.state.gather_parameters()
     return _export(plan, exporter, context)
 
@@ -156,26 +171,13 @@ def _loggers(
     return contextlib.closing(loggers)
 
 
-def _sync(exporter: Exporter, engine: RolloutEngine | None, *, version: int) -> None:
-    """Sends the student's weights to the engines; every rank has to call."""
-    _send_weights(
-        exporter, None if engine is None else partial(engine.load_weights, version=version)
-    )
-
-
-def _send_weights(
-    exporter: Exporter, consume: Callable[[Iterator[tuple[str, Tensor]]], object] | None
-) -> None:
-    """Streams the student's weights to ``consume`` on leaders.
-
-    Other ranks, and leaders that want no weights, pass None; they take part all the same.
-    """
-    stream = exporter.stream()
-    if consume is not None:
-        consume((name, tensor) for name, tensor in stream if tensor is not None)
-    else:
-        for _ in stream:
-            pass
+@contextlib.contextmanager
+def _saved_when_engines_fail(save: Callable[[], str]) -> Iterator[None]:
+    """Saves what was reached when the engines fail for good, on all ranks; says where."""
+    try:
+        yield
+    except RolloutEngineError as error:
+        raise RolloutEngineError(f"{error}\n{save()}") from error
 
 
 def _step_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
@@ -254,6 +256,11 @@ def _export(plan: RunPlan, exporter: Exporter, context: ParallelContext) -> Path
             "train_iters": plan.config.train_iters,
         },
     )
-    write = partial(write_hf_folder, out, content, force=True)
-    _send_weights(exporter, write if context.rank == 0 else None)
+    stream = exporter.stream()
+    if context.rank == 0:
+        whole = ((name, tensor) for name, tensor in stream if tensor is not None)
+        write_hf_folder(out, content, whole, force=True)
+    else:
+        for _ in stream:
+            pass
     return out

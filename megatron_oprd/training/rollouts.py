@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from torch import Tensor
 
 from megatron_oprd.config import RunConfig
 from megatron_oprd.data.benchmarks import tokenized
@@ -12,31 +14,42 @@ from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.create import create_engine
 from megatron_oprd.rollout.engine import RolloutEngine, SamplingParams
+from megatron_oprd.rollout.replicas import ReplicaEngines
 from megatron_oprd.training.plan import RunPlan
 
 
 @contextlib.contextmanager
-def open_engine(plan: RunPlan, context: ParallelContext) -> Iterator[RolloutEngine | None]:
-    """The run's rollout engine on each replica's leader, None elsewhere; ended at the end.
+def open_engines(
+    plan: RunPlan,
+    context: ParallelContext,
+    stream: Callable[[], Iterator[tuple[str, Tensor | None]]],
+) -> Iterator[ReplicaEngines]:
+    """The run's rollout engines, without weights; ended at the end. Every rank has to call.
 
-    It has no weights yet.
+    Args:
+        plan: The run.
+        context: This rank's place.
+        stream: Where every weight sync gets the weights from, see `ReplicaEngines`.
     """
-    if not context.is_leader:
-        yield None
-        return
-    config = plan.config
-    engine = create_engine(
-        config.rollout.engine,
-        plan.student.checkpoint.hf_folder,
-        plan.tokenizer,
-        dtype=DTYPES[config.model.params_dtype],
-        device=context.device,
-        max_batch_size=config.rollout.max_batch_size,
-        max_model_len=config.rollout.vllm.max_model_len or _longest_sequence(plan),
-        vllm=config.rollout.vllm,
+
+    def create() -> RolloutEngine:
+        config = plan.config
+        return create_engine(
+            config.rollout.engine,
+            plan.student.checkpoint.hf_folder,
+            plan.tokenizer,
+            dtype=DTYPES[config.model.params_dtype],
+            device=context.device,
+            max_batch_size=config.rollout.max_batch_size,
+            max_model_len=config.rollout.vllm.max_model_len or _longest_sequence(plan),
+            vllm=config.rollout.vllm,
+        )
+
+    engines = ReplicaEngines(
+        create, stream, max_restarts=plan.config.rollout.vllm.max_restarts, context=context
     )
-    with contextlib.closing(engine):
-        yield engine
+    with contextlib.closing(engines):
+        yield engines
 
 
 def _longest_sequence(plan: RunPlan) -> int:

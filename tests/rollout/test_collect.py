@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
+from megatron_oprd.rollout.replicas import ReplicaEngines
 
 PROMPTS = [Prompt(index=index, token_ids=(1,)) for index in (4, 2)]
 
@@ -19,12 +20,18 @@ def context() -> Iterator[Any]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     world = dist.group.WORLD
     yield SimpleNamespace(
-        dp_rank=0, dp_size=1, leader=0, replica_control=world, leaders_control=world
+        dp_rank=0,
+        dp_size=1,
+        rank=0,
+        leader=0,
+        is_leader=True,
+        replica_control=world,
+        leaders_control=world,
     )
     dist.destroy_process_group()
 
 
-def engine(versions: list[int]) -> RolloutEngine:
+def engines(versions: list[int], context: Any) -> ReplicaEngines:
     def generate(prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
         return [
             Rollout(
@@ -38,12 +45,15 @@ def engine(versions: list[int]) -> RolloutEngine:
             for prompt, version in zip(prompts, versions, strict=True)
         ]
 
-    return cast(RolloutEngine, SimpleNamespace(generate=generate))
+    def create() -> RolloutEngine:
+        return cast(RolloutEngine, SimpleNamespace(generate=generate))
+
+    return ReplicaEngines(create, lambda: iter(()), max_restarts=0, context=context)
 
 
 def test_versions(context: Any) -> None:
     sampling = SamplingParams(max_new_tokens=1, seed=0)
-    found = collect(engine([7, 7]), PROMPTS, sampling, weights_version=7, context=context)
+    found = collect(engines([7, 7], context), PROMPTS, sampling, weights_version=7, context=context)
     assert [rollout.prompt_index for rollout in found] == [4, 2]
     with pytest.raises(RuntimeError, match=r"prompt 2 comes from weights of version 6, .* 7"):
-        collect(engine([7, 6]), PROMPTS, sampling, weights_version=7, context=context)
+        collect(engines([7, 6], context), PROMPTS, sampling, weights_version=7, context=context)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_oprd.rollout.bucket import Piece
+from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
 from megatron_oprd.rollout.hf import HFEngine
-from megatron_oprd.rollout.vllm import RolloutEngineError, VLLMEngine
+from megatron_oprd.rollout.vllm import VLLMEngine
 from tests.rollout.test_sampling import chi_square
 from tests.tiny import EOS_ID, PAD_ID, random_weight, save_tiny_model, tiny_tokenizer
 from tests.vllm.engines import (
@@ -217,7 +218,7 @@ def test_check_finds_what_was_changed_on_the_way(
             yield pieces
 
     monkeypatch.setattr(engine._bucket, "fill", changing)
-    with pytest.raises(RolloutEngineError, match=rf"in 1 of \d+ tensors, the first '{name}'"):
+    with pytest.raises(WrongWeightsError, match=rf"in 1 of \d+ tensors, the first '{name}'"):
         engine.load_weights(weights.items())
 
 
@@ -229,7 +230,7 @@ def test_weights_that_do_not_come(folder: Path, weights: Weights) -> None:
     missing = dict(list(weights.items())[:-1])
     with pytest.raises(ValueError, match="1 weights were not delivered"):
         engine.load_weights(missing.items())
-    assert engine._process.poll() is not None
+    assert engine._process._process.poll() is not None
 
 
 def test_an_engine_that_is_killed(engine: VLLMEngine) -> None:

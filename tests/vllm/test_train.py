@@ -30,8 +30,12 @@ CASES = {
     "hf": (2, ["train_iters=2", *GREEDY]),
     "tp2_sp": (2, [*VLLM, *GREEDY, *TP2_SP]),
     "dp2": (2, VLLM),
+    "dp2_killed": (2, VLLM),
     "tp2_sp_pp2": (4, [*VLLM, *TP2_SP, *PP2]),
 }
+
+# Both engines, before the second step's rollouts.
+KILLED = {"dp2_killed": {"kill_engine_before": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pair = save_pair(root / "pair", "llama", tied=True, hidden_size=128, intermediate_size=192)
     for ranks in (2, 4):
         cases = [
-            {"name": name, "pair": str(pair), "overrides": overrides}
+            {"name": name, "pair": str(pair), "overrides": overrides, **KILLED.get(name, {})}
             for name, (of, overrides) in CASES.items()
             if of == ranks
         ]
@@ -68,6 +72,14 @@ def test_layout_changes_no_rollout(root: Path) -> None:
     assert [tokens(of_step) for of_step in found] == [tokens(of_step) for of_step in expected]
     for ours, theirs in zip(records(root, "tp2_sp_pp2"), records(root, "dp2"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_killed_engines(root: Path) -> None:
+    """The run is the one that would have been."""
+    assert rollouts_of(root, "dp2_killed") == rollouts_of(root, "dp2")
+    for ours, theirs in zip(records(root, "dp2_killed"), records(root, "dp2"), strict=True):
+        assert ours["loss"] == theirs["loss"]
+    assert [one["rollout_engine_restarts"] for one in records(root, "dp2_killed")] == [0, 2]
 
 
 def test_both_engines_follow_the_student(root: Path) -> None:

@@ -1,6 +1,7 @@
 """A whole run of the training loop; rank 0 writes every step's rollouts, or what stopped it."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_oprd.parallel import parallel_run
+from megatron_oprd.rollout.engine import RolloutEngineError
 from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.training import loop
 from megatron_oprd.training.plan import make_plan
@@ -16,14 +18,21 @@ from tests.pairs import config_of
 
 
 def run(case: dict[str, Any], directory: Path) -> None:
-    """Runs one case: {name, pair, overrides, stale: whether the engine keeps its first weights}."""
-    overrides = [*case["overrides"], f"output_dir={directory / case['name']}"]
-    config = config_of(Path(case["pair"]), overrides)
+    """Runs one case: {name, pair, overrides}, with optional entries:
+
+    folder: The run's, if not that of its name. faults: Of the fake vLLM, see tests/fakes/vllm.
+    kill_engine_before: A step whose rollouts the leader's vLLM process is killed before.
+    stale: Whether the hf engine keeps its first weights.
+    """
+    folder = directory / case.get("folder", case["name"])
+    config = config_of(Path(case["pair"]), [*case["overrides"], f"output_dir={folder}"])
     rollouts: list[Any] = []
     collect = loop.collect
 
-    def recording_collect(*args: Any, **kwargs: Any) -> Any:
-        rollouts.append(collect(*args, **kwargs))
+    def recording_collect(engines: Any, *args: Any, **kwargs: Any) -> Any:
+        if engines._engine is not None and case.get("kill_engine_before") == len(rollouts):
+            os.kill(engines._engine._process.pid, 9)
+        rollouts.append(collect(engines, *args, **kwargs))
         return rollouts[-1]
 
     loop.collect = recording_collect
@@ -34,17 +43,23 @@ def run(case: dict[str, Any], directory: Path) -> None:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("megatron_oprd").addHandler(handler)
+    if "faults" in case:
+        faults = directory / f"{case['name']}.faults"
+        faults.mkdir(exist_ok=True)
+        for fault in case["faults"]:
+            (faults / fault).touch()
+        os.environ["FAKE_VLLM_FAULTS"] = str(faults)
     stopped = ""
     with parallel_run(config.parallel, seed=config.seed) as context:
         plan = make_plan(config, world_size=dist.get_world_size())
         try:
             loop.train(plan, context)
-        except loop.TrainingDivergedError as error:
+        except (loop.TrainingDivergedError, RolloutEngineError) as error:
             stopped = str(error)
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, rollouts)
+        dist.all_gather_object(everyone, (rollouts, stopped))
         if context.rank == 0:
-            assert all(one == rollouts for one in everyone), "ranks know different rollouts"
+            assert all(one == everyone[0] for one in everyone), "ranks know different things"
             torch.save(
                 {"rollouts": rollouts, "stopped": stopped, "warnings": warnings},
                 directory / f"{case['name']}.pt",

@@ -1,0 +1,204 @@
+"""The rollout engines of all data-parallel replicas, and what is done when one of them fails."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.rollout.engine import (
+    Rollout,
+    RolloutEngine,
+    RolloutEngineError,
+    SamplingParams,
+    WrongWeightsError,
+)
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failure:
+    """What the other ranks are told of an engine that failed."""
+
+    message: str
+    is_final: bool
+
+
+class ReplicaEngines:
+    """One rollout engine for each replica, on its leader.
+
+    An engine that fails is started again, gets the weights of the last `sync`, and repeats what it
+    was asked for: with the same seeds it gives the same rollouts. Engines of other replicas keep
+    what they have done. Every rank has to make every call, since the weights come from all of them
+    and a failure has to be known to all; they talk on the context's control groups.
+    """
+
+    def __init__(
+        self,
+        create: Callable[[], RolloutEngine],
+        stream: Callable[[], Iterator[tuple[str, Tensor | None]]],
+        *,
+        max_restarts: int,
+        context: ParallelContext,
+    ) -> None:
+        """Starts the engines.
+
+        Args:
+            create: Starts an engine; called on leaders.
+            stream: The weights as they are. All ranks exhaust it together, and leaders get the
+                tensors (`Exporter.stream`).
+            max_restarts: How often one engine is started again, from one `take_restarts` to the
+                next.
+            context: This rank's place.
+
+        Raises:
+            RolloutEngineError: An engine did not start.
+        """
+        self._create = create
+        self._stream = stream
+        self._max_restarts = max_restarts
+        self._context = context
+        self._version = 0
+        self._restarts = [0] * context.dp_size
+        self._engine: RolloutEngine | None = None
+        for replica, failure in enumerate(self._told(self._start())):
+            if failure is not None:
+                self.close()
+                raise RolloutEngineError(
+                    f"the rollout engine of replica {replica} did not start: {failure.message}"
+                )
+
+    def sync(self, *, version: int = 0) -> None:
+        """Gives every engine the weights.
+
+        Args:
+            version: The number that rollouts with these weights come back with.
+
+        Raises:
+            RolloutEngineError: An engine failed too often.
+        """
+        self._version = version
+        self._recover(self._told(self._send_weights(take=True)))
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout] | None:
+        """What the replica's engine answers to its leader's prompts, on leaders; None elsewhere.
+
+        Raises:
+            RolloutEngineError: An engine failed too often.
+        """
+        return self._run(lambda engine: engine.generate(prompts, sampling))
+
+    def sleep(self) -> None:
+        """Has the engines give up the memory that they do not need until the next `sync`.
+
+        Raises:
+            RolloutEngineError: An engine failed too often.
+        """
+        self._run(lambda engine: engine.sleep())
+
+    def take_restarts(self) -> int:
+        """How often engines were started again, all together, since the last time."""
+        count = sum(self._restarts)
+        self._restarts = [0] * self._context.dp_size
+        return count
+
+    def close(self) -> None:
+        """Ends this rank's engine."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _run(self, action: Callable[[RolloutEngine], Result]) -> Result | None:
+        """Runs the action on every engine once with success; the result, on leaders."""
+        is_due, result = self._context.is_leader, None
+        while True:
+            failure = None
+            if is_due:
+                assert self._engine is not None
+                try:
+                    result = action(self._engine)
+                    is_due = False
+                except RolloutEngineError as error:
+                    failure = _failure(error)
+            failures = self._told(failure)
+            if not any(failures):
+                return result
+            self._recover(failures)
+
+    def _recover(self, failures: list[_Failure | None]) -> None:
+        """Starts the failed engines again and gives them the weights, until all have them."""
+        while any(failures):
+            self._count(failures)
+            must_take = failures[self._context.dp_rank] is not None
+            failure = None
+            if must_take and self._context.is_leader:
+                self.close()
+                failure = self._start()
+            # Starting takes long, and nobody may wait for it in a collective of the weight stream.
+            failures = self._told(failure)
+            if not any(failures):
+                failures = self._told(self._send_weights(take=must_take))
+
+    def _count(self, failures: list[_Failure | None]) -> None:
+        for replica, failure in enumerate(failures):
+            if failure is None:
+                continue
+            if failure.is_final or self._restarts[replica] == self._max_restarts:
+                raise RolloutEngineError(
+                    f"the rollout engine of replica {replica} failed and was not started again "
+                    f"({self._restarts[replica]} restarts in this step, "
+                    f"rollout.vllm.max_restarts = {self._max_restarts}): {failure.message}"
+                )
+            self._restarts[replica] += 1
+            if self._context.rank == 0:
+                logger.warning(
+                    "the rollout engine of replica %d is started again: %s",
+                    replica,
+                    failure.message,
+                )
+
+    def _start(self) -> _Failure | None:
+        """Starts this rank's engine, if it is a leader."""
+        if self._context.is_leader:
+            try:
+                self._engine = self._create()
+            except RolloutEngineError as error:
+                return _failure(error)
+        return None
+
+    def _send_weights(self, *, take: bool) -> _Failure | None:
+        """Streams the weights, with ``take`` into this rank's engine, if it has one."""
+        stream, failure = self._stream(), None
+        if take and self._engine is not None:
+            try:
+                self._engine.load_weights(
+                    ((name, tensor) for name, tensor in stream if tensor is not None),
+                    version=self._version,
+                )
+            except RolloutEngineError as error:
+                failure = _failure(error)
+        # Where no engine took it, or one failed on the way: the other ranks count on this one.
+        for _ in stream:
+            pass
+        return failure
+
+    def _told(self, failure: _Failure | None) -> list[_Failure | None]:
+        """The failure of each replica's leader, known on every rank afterwards."""
+        own = [failure]
+        dist.broadcast_object_list(
+            own, src=self._context.leader, group=self._context.replica_control
+        )
+        everyone: list[_Failure | None] = [None] * self._context.dp_size
+        dist.all_gather_object(everyone, own[0], group=self._context.leaders_control)
+        return everyone
+
+
+def _failure(error: RolloutEngineError) -> _Failure:
+    return _Failure(message=str(error), is_final=isinstance(error, WrongWeightsError))

@@ -1,0 +1,84 @@
+"""What `megatron_oprd.rollout.vllm_process` calls of vLLM, without a model, and failing on demand.
+
+Tokens are drawn from the weights and the seed, so that the same of both give the same response.
+
+``FAKE_VLLM_FAULTS`` names a folder with an empty file for every fault, PROCESS.METHOD.CALL.KIND:
+the engine that was started as the PROCESS-th in this folder fails in the CALL-th call of METHOD
+(``build``, ``weights`` or ``generate``); KIND is ``kill`` or ``hang``.
+"""
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+
+class SamplingParams(SimpleNamespace):
+    """Has every argument as an attribute."""
+
+
+class LLM:
+    """Remembers a number for its weights."""
+
+    def __init__(self, folder: str, **options: Any) -> None:
+        self._faults = Path(os.environ["FAKE_VLLM_FAULTS"])
+        self._number = _next_number(self._faults)
+        self._calls: Counter[str] = Counter()
+        self._weights = 0.0
+        self._fail("build")
+
+    def _fail(self, method: str) -> None:
+        self._calls[method] += 1
+        name = self._faults / f"{self._number}.{method}.{self._calls[method]}"
+        if name.with_name(f"{name.name}.kill").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name.with_name(f"{name.name}.hang").exists():
+            time.sleep(3600)
+
+    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
+        return []
+
+    def reset_prefix_cache(self) -> bool:
+        return True
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        assert method == "reload_weights"
+        self._weights = 0.0
+        weights: Iterator[tuple[str, Tensor]] = kwargs["weights_iterator"]
+        for number, (_, tensor) in enumerate(weights):
+            if number == 5:
+                self._fail("weights")
+            self._weights += float(tensor.double().sum()) * (number + 1)
+
+    def generate(
+        self, prompts: list[dict[str, Any]], params: list[Any], use_tqdm: bool
+    ) -> list[Any]:
+        self._fail("generate")
+        outputs = []
+        for prompt, of in zip(prompts, params, strict=True):
+            draw = random.Random(f"{self._weights!r} {of.seed} {prompt['prompt_token_ids']}")
+            tokens = [draw.randrange(5, 97) for _ in range(of.max_tokens)]
+            logprobs = [{token: SimpleNamespace(logprob=-1.0)} for token in tokens]
+            completion = SimpleNamespace(
+                token_ids=tokens, logprobs=logprobs, finish_reason="length"
+            )
+            outputs.append(SimpleNamespace(outputs=[completion]))
+        return outputs
+
+
+def _next_number(folder: Path) -> int:
+    number = 1
+    while True:
+        try:
+            (folder / f"process_{number}").mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return number

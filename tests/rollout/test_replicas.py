@@ -1,0 +1,115 @@
+"""Engines that fail again and again, on a world of one; tests/training has those of several."""
+
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch import Tensor, tensor
+
+from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.rollout.engine import (
+    Rollout,
+    RolloutEngineError,
+    SamplingParams,
+    WrongWeightsError,
+)
+from megatron_oprd.rollout.replicas import ReplicaEngines
+
+SAMPLING = SamplingParams(max_new_tokens=1, seed=0)
+
+
+@pytest.fixture
+def context() -> Iterator[Any]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    world = dist.group.WORLD
+    yield SimpleNamespace(
+        dp_rank=0,
+        dp_size=1,
+        rank=0,
+        leader=0,
+        is_leader=True,
+        replica_control=world,
+        leaders_control=world,
+    )
+    dist.destroy_process_group()
+
+
+class Script:
+    """Engines that do what the script says next: "ok", or the error that they fail with."""
+
+    def __init__(self, *script: str | RolloutEngineError) -> None:
+        self.calls: list[str] = []
+        self._script = list(script)
+
+    def _next(self, call: str) -> None:
+        self.calls.append(call)
+        what = self._script.pop(0)
+        if isinstance(what, RolloutEngineError):
+            raise what
+
+    def create(self) -> "Script":
+        self._next("create")
+        return self
+
+    def load_weights(self, stream: Iterable[tuple[str, Tensor]], *, version: int = 0) -> None:
+        (_,) = stream
+        self._next(f"load {version}")
+
+    def generate(self, prompts: Any, sampling: SamplingParams) -> list[Rollout]:
+        self._next("generate")
+        return []
+
+    def sleep(self) -> None:
+        self._next("sleep")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def engines(script: Script, context: Any, max_restarts: int = 2) -> ReplicaEngines:
+    def stream() -> Iterator[tuple[str, Tensor | None]]:
+        yield "a", None
+        yield "b", tensor(1.0)
+
+    return ReplicaEngines(script.create, stream, max_restarts=max_restarts, context=context)
+
+
+LOST = RolloutEngineError("lost")
+
+
+def test_everything_is_repeated(context: Any) -> None:
+    script = Script("ok", LOST, LOST, "ok", "ok", LOST, "ok", "ok", "ok", LOST, "ok", "ok", "ok")
+    them = engines(script, context, max_restarts=9)
+    them.sync(version=4)
+    assert them.generate([Prompt(index=0, token_ids=(1,))], SAMPLING) == []
+    them.sleep()
+    assert script.calls == [
+        *("create", "load 4", "close", "create", "create", "load 4"),
+        *("generate", "close", "create", "load 4", "generate"),
+        *("sleep", "close", "create", "load 4", "sleep"),
+    ]
+    assert them.take_restarts() == 4
+    assert them.take_restarts() == 0
+
+
+def test_the_limit_is_of_one_step(context: Any) -> None:
+    again: list[str | RolloutEngineError] = [LOST, "ok", "ok"] * 2
+    them = engines(Script("ok", "ok", *again, "ok", *again, LOST), context)
+    them.sync()
+    them.generate([], SAMPLING)
+    assert them.take_restarts() == 2
+    with pytest.raises(RolloutEngineError, match=r"2 restarts in this step, .* = 2\): lost"):
+        them.generate([], SAMPLING)
+
+
+def test_no_start(context: Any) -> None:
+    with pytest.raises(RolloutEngineError, match="replica 0 did not start: lost"):
+        engines(Script(LOST), context)
+
+
+def test_wrong_weights_are_not_repeated(context: Any) -> None:
+    them = engines(Script("ok", WrongWeightsError("wrong")), context)
+    with pytest.raises(RolloutEngineError, match=r"not started again \(0 restarts .*wrong"):
+        them.sync()

@@ -1,0 +1,93 @@
+"""Runs whose rollout engines are killed or hang, with a stand-in for vLLM."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pairs import save_pair
+from tests.ranks import ROOT, run_ranks
+
+# The smallest bucket takes a part of the model only.
+VLLM = [
+    *("rollout.engine=vllm", "rollout.vllm.sync_bucket_mb=1"),
+    *("train_iters=2", "optimizer.lr=0.01"),
+]
+TP2 = [*VLLM, "parallel.tensor_model_parallel_size=2"]
+NEVER_AGAIN = ["rollout.vllm.max_restarts=0"]
+# Name -> (settings, faults, folder). Process 1 is that of the start, or both of DP2.
+CASES: dict[str, tuple[list[str], list[str], str]] = {
+    "tp2": (TP2, [], "tp2"),
+    "tp2_fails": (
+        # Hangs in the second step's sync. Its successor is killed in the sync after the start, the
+        # third in the rollout.
+        [*TP2, "rollout.vllm.max_restarts=3", "rollout.vllm.sync_timeout_minutes=0.02"],
+        ["1.weights.2.hang", "2.weights.1.kill", "3.generate.1.kill"],
+        "tp2_fails",
+    ),
+    "tp2_used_up": ([*TP2, *NEVER_AGAIN], ["1.generate.2.kill"], "tp2_used_up"),
+    "tp2_resumed": (TP2, [], "tp2_used_up"),
+    "dp2": (VLLM, [], "dp2"),
+    # One of two engines, which does not start at first either.
+    "dp2_fails": (VLLM, ["1.generate.2.kill", "3.build.1.kill"], "dp2_fails"),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("engine_failures")
+    pair = save_pair(root / "pair", "llama", tied=True, hidden_size=128, intermediate_size=192)
+    cases = [
+        {
+            "name": name,
+            "pair": str(pair),
+            "overrides": overrides,
+            "faults": faults,
+            "folder": folder,
+        }
+        for name, (overrides, faults, folder) in CASES.items()
+    ]
+    fakes = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fakes'}"}
+    run_ranks("loop", cases, 2, root, environment=fakes)
+    return root
+
+
+def result(root: Path, name: str) -> dict[str, Any]:
+    return torch.load(root / f"{name}.pt", weights_only=False)
+
+
+def records(root: Path, name: str) -> list[dict[str, Any]]:
+    lines = (root / CASES[name][2] / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    others = ("seconds", "tokens_per_second", "peak_memory", "rollout_engine_restarts")
+    return [{k: v for k, v in one.items() if not k.startswith(others)} for one in records]
+
+
+def restarts(root: Path, name: str) -> list[int]:
+    lines = (root / CASES[name][2] / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["rollout_engine_restarts"] for line in lines]
+
+
+@pytest.mark.parametrize(("layout", "count"), [("tp2", 3), ("dp2", 2)])
+def test_the_run_is_the_same(root: Path, layout: str, count: int) -> None:
+    name = f"{layout}_fails"
+    found, expected = result(root, name)["rollouts"], result(root, layout)["rollouts"]
+    assert [len(of_step) for of_step in expected] == [8, 8]
+    assert expected[0] != expected[1]
+    assert found == expected
+    assert records(root, name) == records(root, layout)
+    assert restarts(root, layout) == [0, 0]
+    assert restarts(root, name) == [0, count]
+
+
+def test_used_up(root: Path) -> None:
+    """The state before the step is saved, and the run goes on from there as if nothing had been."""
+    stopped = result(root, "tp2_used_up")["stopped"]
+    assert "replica 0 failed and was not started again (0 restarts in this step" in stopped
+    assert "rollout.vllm.max_restarts = 0): the vLLM process ended with exit code -9" in stopped
+    assert "the newest checkpoint is of step 1" in stopped
+    (second,) = result(root, "tp2_resumed")["rollouts"]
+    assert second == result(root, "tp2")["rollouts"][1]
+    assert records(root, "tp2_resumed") == records(root, "tp2")
