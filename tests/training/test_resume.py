@@ -14,7 +14,7 @@ import torch
 
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from tests.pairs import save_pair
-from tests.ranks import ROOT, rank_environment
+from tests.ranks import ROOT, StartedRanks, rank_environment
 
 STEPS = 6
 SETTINGS = [f"train_iters={STEPS}", "checkpoint.save_interval=2", "optimizer.lr=1e-3"]
@@ -22,14 +22,31 @@ PP2 = ["parallel.pipeline_model_parallel_size=2"]
 BF16_DP2 = ["model.params_dtype=bf16"]
 
 
-def start(pair: Path, out: Path, overrides: list[str]) -> subprocess.Popen:
+def arguments(pair: Path, out: Path, overrides: list[str]) -> list[str]:
+    """The command line of a run, without the program."""
+    return ["--config", str(pair / "run.yaml"), f"output_dir={out}", *SETTINGS, *overrides]
+
+
+def start(pair: Path, out: Path, overrides: list[str]) -> StartedRanks:
+    """Starts a run on two processes."""
+    case = {"arguments": arguments(pair, out, overrides)}
+    return StartedRanks("train", [case], 2, out.with_suffix(".ranks"))
+
+
+def finish(pair: Path, out: Path, overrides: list[str]) -> None:
+    """Runs to the end."""
+    with start(pair, out, overrides) as ranks:
+        ranks.finish()
+
+
+def start_torchrun(pair: Path, out: Path, overrides: list[str]) -> subprocess.Popen:
     """Starts a run on two processes under torchrun."""
     log = out.with_suffix(".log").open("a")
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", "2", "-m", "megatron_oprd.train"),
-            *("--config", str(pair / "run.yaml"), f"output_dir={out}", *SETTINGS, *overrides),
+            *arguments(pair, out, overrides),
         ],
         cwd=ROOT,
         env=rank_environment(),
@@ -38,22 +55,13 @@ def start(pair: Path, out: Path, overrides: list[str]) -> subprocess.Popen:
     )
 
 
-def finish(pair: Path, out: Path, overrides: list[str]) -> None:
-    """Runs to the end."""
-    code = start(pair, out, overrides).wait(timeout=300)
-    assert code == 0, out.with_suffix(".log").read_text()[-3000:]
-
-
-def kill_when(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    """Kills a run and all its processes with SIGKILL as soon as the condition holds."""
+def wait_until(condition: Callable[[], bool], still_runs: Callable[[], bool]) -> None:
+    """Returns when the condition holds, for a run that has to be killed then."""
     end = time.monotonic() + 300
     while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert still_runs(), "the run ended before it could be killed"
         assert time.monotonic() < end
         time.sleep(0.002)
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        one.kill()
-    process.wait()
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -89,7 +97,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_between_checkpoints(pair: Path, tmp_path: Path) -> None:
-    """bf16 weights, fp32 main parameters, the distributed optimizer over two replicas."""
+    """bf16 weights, fp32 main parameters, the distributed optimizer over two replicas.
+
+    The killed run and the one that goes on are torchrun's.
+    """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(pair, whole, BF16_DP2)
 
@@ -97,10 +108,15 @@ def test_killed_between_checkpoints(pair: Path, tmp_path: Path) -> None:
         metrics = killed / "metrics.jsonl"
         return metrics.exists() and '"step": 2' in metrics.read_text()
 
-    kill_when(after_step_2, start(pair, killed, BF16_DP2))
+    process = start_torchrun(pair, killed, BF16_DP2)
+    wait_until(after_step_2, lambda: process.poll() is None)
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
+    process.wait()
     assert checkpoint_names(killed)[0] == "step_0000002"
     assert not (killed / "student").exists()
-    finish(pair, killed, BF16_DP2)
+    code = start_torchrun(pair, killed, BF16_DP2).wait(timeout=300)
+    assert code == 0, killed.with_suffix(".log").read_text()[-3000:]
     assert_equal_runs(killed, whole)
     before = HFCheckpoint(pair / "student")
     moved = [not torch.equal(t, before.read(name).bfloat16()) for name, t in weights(whole).items()]
@@ -113,7 +129,9 @@ def test_killed_while_writing(pair: Path, tmp_path: Path) -> None:
     assert checkpoint_names(whole) == ["step_0000004", "step_0000006"], "the newest two are kept"
 
     unfinished = killed / "checkpoints" / ".step_0000004.tmp"
-    kill_when(lambda: unfinished.is_dir(), start(pair, killed, PP2))
+    with start(pair, killed, PP2) as ranks:
+        wait_until(unfinished.is_dir, ranks.poll)
+        ranks.kill()
     assert checkpoint_names(killed) == [".step_0000004.tmp", "step_0000002"]
     shutil.copytree(killed, other)
 
