@@ -7,6 +7,7 @@ whatever then still runs is killed. When the connection's other end closes, the 
 ranks and ends.
 """
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -26,11 +27,13 @@ _PR_SET_PDEATHSIG = 1
 def serve(connection: Connection, modules: Sequence[str]) -> None:
     """Takes starts until the connection closes. In a forked rank, runs the job and returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # pytest decides what ends the ranks
+    gc.disable()
     for module in modules:
         importlib.import_module(module)
     threads = list(Path("/proc/self/task").iterdir())
     assert len(threads) == 1, "a lock that another thread holds would stay locked in a fork"
-    gc.freeze()
+    gc.freeze()  # what is imported stays, and stays shared between the ranks
+    gc.enable()
     while True:
         try:
             message = connection.recv()
@@ -47,6 +50,7 @@ def serve(connection: Connection, modules: Sequence[str]) -> None:
                 _become_rank(environment, log)
                 run_job(Path(job_file))
                 return
+            _group(child)
             children.append(child)
         try:
             codes = _wait(children, connection)
@@ -56,7 +60,7 @@ def serve(connection: Connection, modules: Sequence[str]) -> None:
 
 
 def run_job(job_file: Path) -> None:
-    """Runs all cases of a job in this rank, each with a port of its own."""
+    """Runs all cases of a job in this rank; each has a port at which its ranks meet."""
     job = json.loads(job_file.read_text())
     worker = importlib.import_module(f"tests.workers.{job['worker']}")
     for case, port in zip(job["cases"], job["ports"], strict=True):
@@ -65,6 +69,7 @@ def run_job(job_file: Path) -> None:
 
 
 def _become_rank(environment: dict[str, str], log: str) -> None:
+    _group(0)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.clear()
     os.environ.update(environment)
@@ -76,8 +81,16 @@ def _become_rank(environment: dict[str, str], log: str) -> None:
         sys.modules["numpy"].random.seed()
 
 
+def _group(process: int) -> None:
+    """Makes a rank a group with the processes it starts, as Megatron does to write checkpoints.
+
+    Called on either side of a fork, so that it is done whichever goes on first.
+    """
+    os.setpgid(process, process)
+
+
 def _wait(children: list[int], connection: Connection) -> list[int | None]:
-    """The exit codes, None for a rank that still ran in the end; leaves none running."""
+    """The exit codes, None for a rank that still ran in the end; leaves no process of any."""
     codes: dict[int, int | None] = dict.fromkeys(children)
     try:
         while None in codes.values() and not any(codes.values()):
@@ -89,9 +102,11 @@ def _wait(children: list[int], connection: Connection) -> list[int | None]:
                 if found:
                     codes[child] = os.waitstatus_to_exitcode(status)
     finally:
-        for child in [child for child, code in codes.items() if code is None]:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        for child, code in codes.items():
+            with contextlib.suppress(ProcessLookupError):  # a group that has ended by itself
+                os.killpg(child, signal.SIGKILL)
+            if code is None:
+                os.waitpid(child, 0)
     return list(codes.values())
 
 

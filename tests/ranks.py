@@ -8,8 +8,6 @@ import atexit
 import functools
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +16,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
+
+from torch.distributed import TCPStore
 
 from tests.rank_server import STOP
 
@@ -72,7 +72,11 @@ class StartedRanks:
         self._name = f"{worker} on {num_ranks} ranks"
         self._end = time.monotonic() + TIMEOUT
         directory.mkdir(parents=True, exist_ok=True)
-        job = {"worker": worker, "cases": list(cases), "ports": _free_ports(len(cases))}
+        # As torchrun's agent does, this process has the store through which ranks meet, one for
+        # each case: no port is chosen before it is listened on.
+        self._stores = [TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False) for _ in cases]
+        ports = [store.port for store in self._stores]
+        job = {"worker": worker, "cases": list(cases), "ports": ports}
         job_file = directory / f"job_{num_ranks}.json"
         job_file.write_text(json.dumps(job))
         self._logs = [(directory / f"rank_{rank}_of_{num_ranks}.log") for rank in range(num_ranks)]
@@ -85,6 +89,7 @@ class StartedRanks:
                     "LOCAL_RANK": str(rank),
                     "WORLD_SIZE": str(num_ranks),
                     "MASTER_ADDR": "127.0.0.1",
+                    "TORCHELASTIC_USE_AGENT_STORE": "True",
                 },
                 str(log),
             )
@@ -172,15 +177,3 @@ def rank_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports outside the range that outgoing connections get theirs from (32768 and up)."""
-    ports: list[int] = []
-    for port in random.sample(range(10_000, 32_000), 10 * count):
-        with socket.socket() as one:
-            if one.connect_ex(("127.0.0.1", port)) != 0:
-                ports.append(port)
-        if len(ports) == count:
-            break
-    return ports

@@ -16,8 +16,8 @@ def said(directory: Path, rank: int, num_ranks: int) -> list[str]:
 
 
 def pids(directory: Path, num_ranks: int) -> list[int]:
-    """The ranks' process ids, as soon as all are at work."""
-    files = [directory / f"pid_{rank}" for rank in range(num_ranks)]
+    """Ids of the ranks and of the process that each has started, as soon as all are at work."""
+    files = [directory / f"{of}_{rank}" for of in ("pid", "helper") for rank in range(num_ranks)]
     end = time.monotonic() + 60
     while not all(file.exists() and file.read_text() for file in files):
         assert time.monotonic() < end
@@ -25,9 +25,17 @@ def pids(directory: Path, num_ranks: int) -> list[int]:
     return [int(file.read_text()) for file in files]
 
 
+def runs(process: int) -> bool:
+    """Whether it is there, and not only waits for a parent to ask how it ended."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def assert_gone(processes: list[int]) -> None:
     end = time.monotonic() + 20
-    while any(map(psutil.pid_exists, processes)):
+    while any(map(runs, processes)):
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -64,8 +72,8 @@ def test_ranks_can_be_killed(tmp_path: Path) -> None:
         processes = pids(tmp_path, 2)
         assert ranks.poll()
         ranks.kill()
-        assert not any(map(psutil.pid_exists, processes))
         assert not ranks.poll()
+    assert_gone(processes)
 
 
 def test_nothing_outlives_a_killed_pytest(tmp_path: Path) -> None:
@@ -77,8 +85,10 @@ def test_nothing_outlives_a_killed_pytest(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=rank_environment()
     )
     processes = pids(tmp_path, 2)
-    processes += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    assert len(set(processes)) == 3, "two ranks and their server"
+    assert {*processes} < {child.pid for child in children}
+    processes = [child.pid for child in children]
+    assert len(processes) == 5, "two ranks, the process of each, and the ranks' server"
     assert_gone(processes)

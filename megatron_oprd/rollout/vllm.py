@@ -284,7 +284,12 @@ def _checkpoint_shapes(config: PretrainedConfig, *, tied: bool) -> dict[str, tup
 
 def _environment(device: torch.device) -> dict[str, str]:
     """The engine's environment: this process's device and no other, and no rank."""
-    environment = {k: v for k, v in os.environ.items() if k not in _OF_TORCHRUN}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        # With torchrun's store vLLM would look for a store at its own address instead of making it.
+        if name not in _OF_TORCHRUN and not name.startswith("TORCHELASTIC_")
+    }
     if device.type == "cuda":
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         index = device.index or 0
