@@ -5,7 +5,8 @@ On benchmarks, with answers that are sampled and graded:
 python -m megatron_oprd.evaluate --model student=DIR teacher=DIR --data math-500.parquet \
     --n 16 --temperature 0.7 --top-p 0.95 --output DIR
 
-Against the teacher, on held-out prompts that it continues, without sampling:
+Against the teacher, on held-out prompts that it continues, without sampling (the cosine of hidden
+states is for students as wide as the teacher):
 
 python -m megatron_oprd.evaluate --teacher TEACHER --student before=PRUNED after=TRAINED \
     --prompts heldout.jsonl --output eval.json

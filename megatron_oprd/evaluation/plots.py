@@ -70,8 +70,8 @@ def report_figure(records: Sequence[Record], evaluation: Evaluation | None = Non
 
     Args:
         records: See `read_metrics`; at least one.
-        evaluation: Its students' cosine by layer is drawn. Without one, the training's own at its
-            first and last step is.
+        evaluation: Its students' cosine by layer is drawn. Without one, or where no student has a
+            cosine, the training's own at its first and last step is.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
     figure = Figure(figsize=(14, 7.6), dpi=120, layout=layout)
@@ -173,9 +173,10 @@ def _log_scale_where_fit(axis: Axes, records: Sequence[Record], key: str) -> Non
 
 
 def _layers(axis: Axes, records: Sequence[Record], evaluation: Evaluation | None) -> None:
-    if evaluation is not None:
+    students = evaluation.students if evaluation else []
+    curves = {s.name: s.measures.cosine_per_layer for s in students if s.measures.cosine_per_layer}
+    if curves:
         tokens = "the teacher's tokens"
-        curves = {s.name: s.measures.cosine_per_layer for s in evaluation.students}
     else:
         tokens = "the rollouts' tokens"
         measured = [r for r in records if r.get("cosine_per_layer")]

@@ -32,7 +32,8 @@ class StudentResult:
         name: What tables and pictures call it.
         folder: The Hugging Face model folder.
         num_layers: Its number of layers.
-        layer_map: For each of its layers, the teacher layer it was compared with, from 0.
+        layer_map: For each of its layers, the teacher layer it was compared with, from 0. Empty
+            where the student is not as wide as the teacher: no layers were compared.
         measures: The measures.
     """
 
@@ -75,8 +76,9 @@ def evaluate_students(
 ) -> Evaluation:
     """Lets the teacher continue the prompts and compares each student with it on that.
 
-    All layers of a student are compared, under the proportional map. One student is in memory at
-    a time, beside the teacher.
+    All layers of a student that is as wide as the teacher are compared, under the proportional
+    map; of any student the distributions of the next token. One student is in memory at a time,
+    beside the teacher.
 
     Args:
         teacher_folder: The teacher's Hugging Face model folder; its tokenizer reads the prompts.
@@ -89,8 +91,8 @@ def evaluate_students(
         device: Where both models are.
 
     Raises:
-        UserError: A folder or a prompt file is not usable, or a student's tokenizer or width is
-            not the teacher's.
+        UserError: A folder or a prompt file is not usable, or a student's tokenizer or vocabulary
+            size is not the teacher's.
     """
     for folder in students.values():
         _check_comparable(folder, teacher_folder)
@@ -115,12 +117,22 @@ def evaluate_students(
     for name, folder in students.items():
         begin = time.perf_counter()
         student = _load_model(folder, dtype, device)
-        pairs = layer_pairs(
-            "all",
-            "proportional",
-            num_student_layers=student.config.num_hidden_layers,
-            num_teacher_layers=teacher.config.num_hidden_layers,
-        )
+        num_layers = student.config.num_hidden_layers
+        pairs = []
+        if student.config.hidden_size == teacher.config.hidden_size:
+            pairs = layer_pairs(
+                "all",
+                "proportional",
+                num_student_layers=num_layers,
+                num_teacher_layers=teacher.config.num_hidden_layers,
+            )
+        else:
+            logger.info(
+                "%s is %d wide, the teacher %d: no cosine of their hidden states",
+                name,
+                student.config.hidden_size,
+                teacher.config.hidden_size,
+            )
         measures = teacher_forced_measures(
             student, teacher, continuations, pairs, batch_size=batch_size
         )
@@ -128,7 +140,7 @@ def evaluate_students(
             StudentResult(
                 name=name,
                 folder=str(folder),
-                num_layers=len(pairs),
+                num_layers=num_layers,
                 layer_map=[pair.teacher for pair in pairs],
                 measures=measures,
             )
@@ -176,12 +188,11 @@ def _check_comparable(student_folder: Path, teacher_folder: Path) -> None:
     """Raises a UserError where two folders cannot be compared, before any weight is read."""
     student, teacher = _config(student_folder), _config(teacher_folder)
     check_same_tokenizer(student_folder, teacher_folder)
-    for field in ("hidden_size", "vocab_size"):
-        if student.get(field) != teacher.get(field):
-            raise UserError(
-                f"--student {student_folder} has {field} {student.get(field)}, --teacher "
-                f"{teacher_folder} has {teacher.get(field)}; they must be equal to be compared"
-            )
+    if student.get("vocab_size") != teacher.get("vocab_size"):
+        raise UserError(
+            f"--student {student_folder} has vocab_size {student.get('vocab_size')}, --teacher "
+            f"{teacher_folder} has {teacher.get('vocab_size')}; they must be equal to be compared"
+        )
 
 
 def _config(folder: Path) -> dict[str, object]:

@@ -19,8 +19,12 @@ class _Measure:
     number: str
     more_is_better: bool
 
-    def of(self, measures: TeacherForcedMeasures) -> float:
+    def of(self, measures: TeacherForcedMeasures) -> float | None:
         return getattr(measures, self.field)
+
+    def shown(self, measures: TeacherForcedMeasures) -> str:
+        value = self.of(measures)
+        return "-" if value is None else format(value, self.number)
 
 
 _MEASURES = (
@@ -42,7 +46,7 @@ def students_table(evaluation: Evaluation) -> Table:
         title = measure.title.replace(" ", "\n", 1)
         table.add_column(f"{title}, {measure.unit}" if measure.unit else title, justify="right")
     for student in evaluation.students:
-        values = [format(m.of(student.measures), m.number) for m in _MEASURES]
+        values = [measure.shown(student.measures) for measure in _MEASURES]
         table.add_row(student.name, str(student.num_layers), *values)
     return table
 
@@ -55,11 +59,12 @@ def changes_table(evaluation: Evaluation) -> Table:
         table.add_column(student.name, justify="right")
     table.add_column("change", justify="right")
     for measure in _MEASURES:
-        values = [measure.of(student.measures) for student in evaluation.students]
+        of = [student.measures for student in evaluation.students]
+        first, last = measure.of(of[0]), measure.of(of[-1])
         table.add_row(
             f"{measure.title}, {measure.unit}" if measure.unit else measure.title,
-            *(format(value, measure.number) for value in values),
-            _change(measure, values[-1] - values[0]),
+            *map(measure.shown, of),
+            "-" if first is None or last is None else _change(measure, last - first),
         )
     return table
 

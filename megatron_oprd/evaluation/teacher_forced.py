@@ -39,7 +39,7 @@ class TeacherForcedMeasures:
     Attributes:
         num_sequences: Continuations compared.
         num_positions: Response tokens in them.
-        cosine: Mean of ``cosine_per_layer`` over the layers.
+        cosine: Mean of ``cosine_per_layer`` over the layers; None where none were compared.
         cosine_per_layer: Student layer (counted from 0, as text) -> mean cosine of the hidden
             states that hold the response tokens. The last layer's are those after the final norm.
         top1_agreement: Share of response tokens for which both models' most likely token is the
@@ -52,7 +52,7 @@ class TeacherForcedMeasures:
 
     num_sequences: int
     num_positions: int
-    cosine: float
+    cosine: float | None
     cosine_per_layer: dict[str, float]
     top1_agreement: float
     reverse_kl: float
@@ -124,21 +124,22 @@ def teacher_forced_measures(
 
     Args:
         student: In evaluation mode.
-        teacher: In evaluation mode; as wide as the student and with its vocabulary size. The two
-            may be one object.
+        teacher: In evaluation mode, with the student's vocabulary size. The two may be one object.
         sequences: What is read, at least one.
-        pairs: The layers that are compared, at least one.
+        pairs: The layers whose hidden states are compared, which takes models of one width; none
+            compares the distributions only.
         batch_size: Sequences that are read at a time.
 
     Returns:
         The measures; batching and padding do not change them beyond rounding.
 
     Raises:
-        ValueError: Nothing to compare, or the models' widths or vocabulary sizes differ.
+        ValueError: No sequences, or the models' vocabulary sizes differ, or their widths where
+            layers are to be compared.
     """
-    if not sequences or not pairs:
-        raise ValueError(f"nothing to compare: {len(sequences)} sequences, {len(pairs)} layers")
-    for field in ("hidden_size", "vocab_size"):
+    if not sequences:
+        raise ValueError("nothing to compare: no sequences")
+    for field in ("hidden_size", "vocab_size") if pairs else ("vocab_size",):
         if (ours := getattr(student.config, field)) != (theirs := getattr(teacher.config, field)):
             raise ValueError(f"the student's {field} is {ours}, the teacher's {theirs}")
 
@@ -161,7 +162,7 @@ def teacher_forced_measures(
     return TeacherForcedMeasures(
         num_sequences=len(sequences),
         num_positions=n,
-        cosine=sum(cosine_per_layer.values()) / len(pairs),
+        cosine=sum(cosine_per_layer.values()) / len(pairs) if pairs else None,
         cosine_per_layer=cosine_per_layer,
         top1_agreement=sums.agreements / n,
         reverse_kl=sums.reverse_kl / n,

@@ -12,7 +12,7 @@ import torch
 from megatron_oprd import evaluate, report
 from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation.students import evaluate_students, read_evaluation, write_evaluation
-from tests.tiny import save_tiny_model, tiny_config
+from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(root / "teacher", tiny_config("llama"), seed=1)
     save_tiny_model(root / "short", tiny_config("llama", num_hidden_layers=2), seed=2)
     save_tiny_model(root / "wide", tiny_config("llama", hidden_size=64), seed=3)
+    padded = tiny_config("llama", vocab_size=104)
+    save_tiny_model(root / "padded", padded, seed=4)
+    tiny_tokenizer().save_pretrained(root / "padded")
     questions = ["1+1?", "what is 2*3", "12-7=?"]
     (root / "held.jsonl").write_text(
         "".join(
@@ -62,6 +65,7 @@ def test_evaluate_then_report(
     assert before.folder == str(folders / "short")
     assert before.measures.num_sequences == 3
     assert 3 <= before.measures.num_positions <= 18
+    assert before.measures.cosine is not None
     assert before.measures.cosine < 0.9
     assert after.measures.reverse_kl == 0
 
@@ -76,6 +80,36 @@ def test_evaluate_then_report(
 
     write_evaluation(read_evaluation(output), tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == output.read_text()
+
+
+def test_students_of_another_width(
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All but the cosine is measured; the report draws the training's own cosine."""
+    monkeypatch.setenv("COLUMNS", "120")
+    output = tmp_path / "eval.json"
+    run(
+        monkeypatch,
+        evaluate.main,
+        f"--teacher {folders}/teacher --student {folders}/wide {folders}/teacher "
+        f"--prompts {folders}/held.jsonl --output {output} --max-new-tokens 6 --device cpu",
+    )
+    rows = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [cell.strip() for cell in rows[0].split("│")[1:4]] == ["wide", "4", "-"]
+    wide, same = read_evaluation(output).students
+    assert (wide.num_layers, wide.layer_map, wide.measures.cosine) == (4, [], None)
+    assert wide.measures.reverse_kl > 0.1
+    assert same.measures.cosine == pytest.approx(1)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 0.5, "cosine_per_layer": {"0": 0.5}}\n')
+    run(
+        monkeypatch, report.main, f"--metrics {metrics} --evaluation {output} --output {output}.png"
+    )
+    rows = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [cell.strip() for cell in rows[0].split("│")[1:5]] == ["mean cosine", "-", "1.0000", "-"]
 
 
 def test_changes_for_the_worse_are_called_worse(
@@ -111,7 +145,7 @@ def test_changes_for_the_worse_are_called_worse(
     ("students", "message"),
     [
         ("{root}/nowhere", "cannot read .*nowhere/config.json: No such file"),
-        ("{root}/wide", "has hidden_size 64, --teacher .* has 32"),
+        ("{root}/padded", "has vocab_size 104, --teacher .* has 97"),
         ("{root}/short short={root}/teacher", "two students are called 'short'; give NAME="),
     ],
 )

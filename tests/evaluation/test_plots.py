@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,16 @@ def test_cosine_by_layer_before_and_after() -> None:
     legend = axis.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["before", "after"]
+
+
+def test_cosine_by_layer_of_the_training_where_students_have_none() -> None:
+    evaluation = an_evaluation()
+    students = [
+        replace(student, measures=replace(student.measures, cosine=None, cosine_per_layer={}))
+        for student in evaluation.students
+    ]
+    figure = report_figure([record(1)], replace(evaluation, students=students))
+    assert drawn(axis_titled(figure, "Cosine by layer"), 0)[0] == list(range(12))
 
 
 def test_cosine_by_layer_of_the_training_without_an_evaluation() -> None:

@@ -82,7 +82,7 @@ def one_by_one(
             teacher_nll.append(-math.log(q[ids[position]]))
 
     def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
+        return sum(values) / max(1, len(values))
 
     per_layer = {f"cosine {layer}": mean(values) for layer, values in cosines.items()}
     return per_layer | {
@@ -155,6 +155,17 @@ def test_both_divergences_are_positive_and_differ(tmp_path: Path) -> None:
     assert there.reverse_kl != pytest.approx(there.forward_kl, rel=1e-3)
 
 
+def test_models_of_two_widths(tmp_path: Path) -> None:
+    """Distributions are compared as those of models of one width; hidden states are not."""
+    narrow = tiny_model(tmp_path / "a", "llama", seed=1, num_layers=3)
+    save_tiny_model(tmp_path / "b", tiny_config("llama", hidden_size=64), seed=2)
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float64)
+    measures = flat(teacher_forced_measures(narrow, wide, SEQUENCES, []))
+    assert measures.pop("cosine") is None
+    expected = one_by_one(narrow, wide, SEQUENCES, [])
+    assert measures == pytest.approx({name: expected[name] for name in measures}, rel=1e-9)
+
+
 def test_measures_become_json(tmp_path: Path) -> None:
     student = tiny_model(tmp_path / "student", "llama", seed=1, num_layers=3)
     teacher = tiny_model(tmp_path / "teacher", "llama", seed=2, num_layers=4)
@@ -201,7 +212,7 @@ def test_mistakes(tmp_path: Path) -> None:
     wide = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     with pytest.raises(ValueError, match="student's hidden_size is 32, the teacher's 64"):
         teacher_forced_measures(narrow, wide, SEQUENCES, PAIRS)
-    with pytest.raises(ValueError, match="nothing to compare: 0 sequences, 3 layers"):
+    with pytest.raises(ValueError, match="nothing to compare: no sequences"):
         teacher_forced_measures(narrow, narrow, [], PAIRS)
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         teacher_continuations(narrow, [[5]], eos_token_ids=[], max_new_tokens=0)
