@@ -1,8 +1,15 @@
 """On-policy representation distillation (OPRD, arXiv:2606.06021) on Megatron-Core."""
 
+import importlib.util
 import warnings
 
 __version__ = "0.1.0"
+
+# Before anything imports megatron-core.
+if any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex", "amp_C")):
+    from megatron_oprd import cpu
+
+    cpu.hide_kernel_packages()
 
 # What megatron-core and the way it uses torch say at every start, and no user can act on.
 for _message in (

@@ -1,5 +1,8 @@
 """megatron-core on a machine without CUDA.
 
+megatron-core takes its optimizer from packages of CUDA kernels if they are installed, device or no
+device: `hide_kernel_packages` keeps it from finding them.
+
 megatron-core 0.16 to 0.19 names CUDA literally (``torch.cuda.current_device()``,
 ``device="cuda"``, CUDA generators and streams). `enter` maps those names to the CPU, once, for the
 whole process; `megatron_oprd.parallel` calls it where CUDA is absent, and no other module asks
@@ -8,6 +11,7 @@ whether CUDA is there.
 
 import contextlib
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +20,13 @@ from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _active: "_CudaNamesOnCpu | None" = None
+
+
+def hide_kernel_packages() -> None:
+    """Makes the import of packages of CUDA kernels fail where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for name in ("transformer_engine", "apex", "amp_C"):
+            sys.modules[name] = None  # type: ignore[assignment]
 
 
 class _CudaNamesOnCpu(TorchFunctionMode):

@@ -26,6 +26,7 @@ TIMEOUT = 600
 # What takes long to import and starts no threads. pyarrow does start one, so what imports pyarrow
 # is left to the ranks.
 PRELOADED = (
+    "megatron_oprd",
     "megatron.core.models.gpt",
     "megatron.core.optimizer",
     "megatron.core.dist_checkpointing",
