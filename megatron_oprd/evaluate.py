@@ -32,6 +32,7 @@ from megatron_oprd.evaluation.benchmarks import (
 from megatron_oprd.evaluation.students import evaluate_students, write_evaluation
 from megatron_oprd.evaluation.tables import students_table
 from megatron_oprd.rollout.engine import SamplingParams
+from megatron_oprd.rollout.vllm import check_vllm_is_there
 
 BENCHMARK_OPTIONS: dict[str, Any] = {
     "data": None,
@@ -101,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     benchmarks.add_argument(
         "--instruction", metavar="TEXT", help="is put behind each problem; default: nothing"
     )
-    benchmarks.add_argument("--engine", choices=("hf",), help=f"default: {defaults['engine']}")
+    benchmarks.add_argument(
+        "--engine",
+        choices=("hf", "vllm"),
+        help=f"what generates, default: {defaults['engine']}",
+    )
     teacher = parser.add_argument_group("against the teacher")
     teacher.add_argument("--teacher", type=Path, metavar="DIR")
     _add_models(teacher, "--student", "a Hugging Face model folder")
@@ -174,6 +179,8 @@ def _on_benchmarks(args: argparse.Namespace) -> int:
         raise UserError(f"--top-k {args.top_k}: has to be 0 (off) or more")
     if "" in args.stop:
         raise UserError("--stop has an empty text, which every response would end with")
+    if args.engine == "vllm":
+        check_vllm_is_there()
     evaluation = evaluate_on_benchmarks(
         _named_folders(args.model, "--model"),
         load_benchmarks(args.data, limit=args.limit, instruction=args.instruction),

@@ -1,5 +1,6 @@
 """Evaluates models on benchmarks: samples responses, grades them, and measures."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.data.benchmarks import Benchmark, check_length, tokenized
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.data.tokenizers import load_tokenizer
@@ -21,7 +23,7 @@ from megatron_oprd.evaluation.samples_file import Sample, SamplesFile, check_set
 from megatron_oprd.evaluation.sampling_metrics import SamplingMetrics, sampling_metrics
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.rollout.create import EngineName, create_engine
-from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.source import WeightSource
 
@@ -197,6 +199,7 @@ def _evaluate_model(
     grader: Grader,
     device: torch.device,
 ) -> dict[str, SamplingMetrics]:
+    longest = max(len(p.token_ids) for prompts in model.prompts.values() for p in prompts)
     engine = create_engine(
         settings.engine,
         model.opened.source.hf_folder,
@@ -204,40 +207,55 @@ def _evaluate_model(
         dtype=getattr(torch, settings.dtype),
         device=device,
         max_batch_size=settings.batch_size,
+        max_model_len=longest + settings.sampling.max_new_tokens,
+        vllm=VLLMConfig(),
     )
-    noted = xxhash.xxh3_128()
-    engine.load_weights(_noting(model.opened.source, noted))
+    with contextlib.closing(engine):
+        noted = xxhash.xxh3_128()
+        engine.load_weights(_noting(model.opened.source, noted))
+        return {
+            benchmark.name: _evaluate_benchmark(
+                model, benchmark, settings, output, engine, noted.hexdigest(), grader=grader
+            )
+            for benchmark in benchmarks
+        }
+
+
+def _evaluate_benchmark(
+    model: _Model,
+    benchmark: Benchmark,
+    settings: GenerationSettings,
+    output: Path,
+    engine: RolloutEngine,
+    weights: str,
+    *,
+    grader: Grader,
+) -> SamplingMetrics:
     n = settings.sampling.samples_per_prompt
     # Whole problems, so that a batch's samples are the same whenever it is generated.
     num_prompts = max(1, settings.batch_size // n)
-    results = {}
-    for benchmark in benchmarks:
-        prompts = model.prompts[benchmark.name]
-        batches = [prompts[i : i + num_prompts] for i in range(0, len(prompts), num_prompts)]
-        file = SamplesFile(
-            _samples_path(output, model, benchmark),
-            {**_comparable(settings, benchmark), "weights": noted.hexdigest()},
-            [len(batch) * n for batch in batches],
+    prompts = model.prompts[benchmark.name]
+    batches = [prompts[i : i + num_prompts] for i in range(0, len(prompts), num_prompts)]
+    file = SamplesFile(
+        _samples_path(output, model, benchmark),
+        {**_comparable(settings, benchmark), "weights": weights},
+        [len(batch) * n for batch in batches],
+    )
+    if file.samples:
+        logger.info(
+            "%s, %s: %d samples are there already", model.name, benchmark.name, len(file.samples)
         )
-        if file.samples:
-            logger.info(
-                "%s, %s: %d samples are there already",
-                model.name,
-                benchmark.name,
-                len(file.samples),
-            )
-        with tqdm(
-            total=len(prompts) * n,
-            initial=len(file.samples),
-            desc=f"{model.name}, {benchmark.name}",
-            unit="sample",
-        ) as progress:
-            for batch in batches[file.num_batches :]:
-                rollouts = engine.generate(batch, settings.sampling)
-                file.append(grade_rollouts(rollouts, benchmark, model.tokenizer, grader))
-                progress.update(len(rollouts))
-        results[benchmark.name] = sampling_metrics(file.samples, n)
-    return results
+    with tqdm(
+        total=len(prompts) * n,
+        initial=len(file.samples),
+        desc=f"{model.name}, {benchmark.name}",
+        unit="sample",
+    ) as progress:
+        for batch in batches[file.num_batches :]:
+            rollouts = engine.generate(batch, settings.sampling)
+            file.append(grade_rollouts(rollouts, benchmark, model.tokenizer, grader))
+            progress.update(len(rollouts))
+    return sampling_metrics(file.samples, n)
 
 
 def _noting(source: WeightSource, noted: xxhash.xxh3_128) -> Iterator[tuple[str, Tensor]]:

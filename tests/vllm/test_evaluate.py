@@ -1,0 +1,41 @@
+"""The evaluation on benchmarks with vLLM: as with transformers where nothing is drawn."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_oprd import evaluate
+from megatron_oprd.errors import UserError
+from tests.data.test_benchmarks import row, write
+from tests.tiny import save_tiny_model, tiny_config
+
+
+def run(monkeypatch: pytest.MonkeyPatch, root: Path, output: str, options: str) -> dict[str, Any]:
+    arguments = (
+        f"--model {root}/model --data {root}/sums.jsonl --n 1 --temperature 0 --max-new-tokens 8 "
+        f"--batch-size 4 --device cpu --output {root / output} {options}"
+    )
+    monkeypatch.setattr(sys, "argv", ["evaluate", *shlex.split(arguments)])
+    assert evaluate.main() == 0
+    return json.loads((root / output / "evaluation.json").read_text())
+
+
+def test_greedy_responses_are_those_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+    save_tiny_model(tmp_path / "model", tiny_config("llama", **fields), seed=1)
+    write(tmp_path / "sums.jsonl", [row(f"{a}+{a}", str(2 * a)) for a in range(6)])
+    found = {engine: run(monkeypatch, tmp_path, engine, f"--engine {engine}") for engine in
+             ("hf", "vllm")}  # fmt: skip
+    assert found["vllm"]["results"] == found["hf"]["results"]
+    samples = {
+        engine: (tmp_path / engine / "samples/model/sums.jsonl").read_text() for engine in found
+    }
+    assert samples["vllm"] == samples["hf"]
+    with pytest.raises(UserError, match="engine"):
+        run(monkeypatch, tmp_path, "hf", "--engine vllm")
