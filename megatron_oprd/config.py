@@ -164,6 +164,10 @@ class RolloutConfig:
             end-of-sequence tokens.
         max_batch_size: Sequences that are generated at once; None takes a replica's whole share
             (vLLM: what it takes by itself).
+        one_step_off_policy: Whether a step's rollouts are generated while the step before is
+            computed, with the weights from before its update. For an engine beside the trainer,
+            which then does not sleep. The first step and the one after each checkpoint have
+            rollouts of their own weights.
         logprob_check_interval: Steps from one comparison of the engine's log-probabilities with the
             student's, on the rollouts' tokens before the update, to the next; the first is in step
             0. The whole student runs forward once more for it. None never compares.
@@ -182,6 +186,7 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)
     stop_token_ids: list[int] = field(default_factory=list)
     max_batch_size: int | None = None
+    one_step_off_policy: bool = False
     logprob_check_interval: int | None = None
     logprob_warning_threshold: float = 0.1
     vllm: VLLMConfig = field(default_factory=VLLMConfig)

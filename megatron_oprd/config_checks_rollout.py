@@ -14,6 +14,12 @@ def check_rollout(rollout: RolloutConfig) -> None:
     """
     if "" in rollout.stop:
         raise UserError("rollout.stop has an empty text, which every response would end with")
+    if rollout.one_step_off_policy and rollout.engine == "hf":
+        raise UserError(
+            "rollout.one_step_off_policy = true with rollout.engine = hf, which generates in the "
+            "trainer's own process and so not beside an update; use rollout.engine = vllm, or "
+            "one_step_off_policy = false"
+        )
     threshold = rollout.logprob_warning_threshold
     if not 0 < threshold < math.inf:
         raise UserError(

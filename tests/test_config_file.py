@@ -286,6 +286,10 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
         (["evaluation.data=[a.parquet]"], "evaluation.interval = None with evaluation.data"),
         (["rollout.stop=[x,'']"], "rollout.stop has an empty text"),
         (
+            ["rollout.one_step_off_policy=true"],
+            r"one_step_off_policy = true with rollout\.engine = hf, which",
+        ),
+        (
             ["rollout.logprob_warning_threshold=0.2"],
             r"threshold = 0\.2 has no effect without rollout\.logprob_check_interval",
         ),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -104,3 +104,14 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Ends the engine."""
+
+
+@runtime_checkable
+class OverlappingEngine(RolloutEngine, Protocol):
+    """An engine that can generate while its caller does something else."""
+
+    def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
+        """Begins what `generate` does. No other call may come before `finish`."""
+
+    def finish(self) -> list[Rollout]:
+        """Waits for the rollouts, and returns them as `generate` does."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.engine import (
+    OverlappingEngine,
     Rollout,
     RolloutEngine,
     RolloutEngineError,
@@ -68,6 +69,7 @@ class ReplicaEngines:
         self._version = 0
         self._restarts = [0] * context.dp_size
         self._engine: RolloutEngine | None = None
+        self._under_way: tuple[RolloutEngine | None, Sequence[Prompt], SamplingParams] | None = None
         for replica, failure in enumerate(self._told(self._start())):
             if failure is not None:
                 self.close()
@@ -94,6 +96,42 @@ class ReplicaEngines:
             RolloutEngineError: An engine failed too often.
         """
         return self._run(lambda engine: engine.generate(prompts, sampling))
+
+    def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
+        """Begins what `generate` does, on engines that can; `finish` is the next call.
+
+        Raises:
+            RolloutEngineError: An engine failed too often.
+        """
+
+        def start(engine: RolloutEngine) -> None:
+            assert isinstance(engine, OverlappingEngine)
+            engine.start(prompts, sampling)
+
+        self._run(start)
+        self._under_way = self._engine, prompts, sampling
+
+    def finish(self, *, version: int) -> list[Rollout] | None:
+        """Waits for what was begun, and returns what `generate` does.
+
+        Args:
+            version: The version of the weights as they are. An engine that is started again here
+                gets these, and its rollouts come with this version.
+
+        Raises:
+            RolloutEngineError: An engine failed too often.
+        """
+        assert self._under_way is not None, "nothing was begun"
+        (started, prompts, sampling), self._under_way = self._under_way, None
+        self._version = version
+
+        def finish(engine: RolloutEngine) -> list[Rollout]:
+            if engine is not started:
+                return engine.generate(prompts, sampling)
+            assert isinstance(engine, OverlappingEngine)
+            return engine.finish()
+
+        return self._run(finish)
 
     def sleep(self) -> None:
         """Has the engines give up the memory that they do not need until the next `sync`.

@@ -100,6 +100,7 @@ class VLLMEngine:
         self._config = config
         self._decode = decode
         self._syncs = 0
+        self._under_way: tuple[list[tuple[Prompt, int]], SamplingParams] | None = None
         self._bucket = SendingBucket(
             num_bytes=config.sync_bucket_mb * 10**6, dtype=dtype, device=device
         )
@@ -221,6 +222,15 @@ class VLLMEngine:
         Raises:
             RolloutEngineError: The engine failed, or has no weights yet.
         """
+        self.start(prompts, sampling)
+        return self.finish()
+
+    def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
+        """Begins what `generate` does. No other call may come before `finish`.
+
+        Raises:
+            RolloutEngineError: The engine failed.
+        """
         n = sampling.samples_per_prompt
         samples = [(prompt, sample) for prompt in prompts for sample in range(n)]
         requests = [
@@ -230,7 +240,18 @@ class VLLMEngine:
             )
             for prompt, sample in samples
         ]
-        version, responses = self._call("generate", requests, sampling)
+        self._send(("generate", (requests, sampling)))
+        self._under_way = samples, sampling
+
+    def finish(self) -> list[Rollout]:
+        """Waits for what was begun, and returns what `generate` does.
+
+        Raises:
+            RolloutEngineError: The engine failed, or has no weights yet.
+        """
+        assert self._under_way is not None, "nothing was begun"
+        (samples, sampling), self._under_way = self._under_way, None
+        version, responses = self._receive()
         rollouts = []
         for (prompt, sample), response in zip(samples, responses, strict=True):
             length = None
@@ -265,6 +286,7 @@ class VLLMEngine:
         return self._receive()
 
     def _send(self, message: Any, timeout: str = _WHOLE) -> None:
+        assert self._under_way is None, "rollouts are under way"
         self._process.send(message, seconds=getattr(self._config, timeout) * 60)
 
     def _receive(self, timeout: str = _WHOLE) -> Any:

@@ -18,6 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megatron_oprd
+from megatron_oprd.config import RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.refresh import TeacherRefresh
 from megatron_oprd.parallel import ParallelContext
@@ -50,6 +51,13 @@ class Progress:
 
     step: int = 0
     skipped_steps: int = 0
+
+
+def is_due(steps_done: int, config: RunConfig) -> bool:
+    """Whether there is a checkpoint after so many steps."""
+    interval = config.checkpoint.save_interval
+    at_end = steps_done == config.train_iters
+    return interval is not None and (at_end or steps_done % interval == 0)
 
 
 def checkpoint_folder(output_dir: Path) -> Path:

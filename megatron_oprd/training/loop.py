@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_oprd.config import RunConfig
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
-from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import Rollout, RolloutEngineError, teacher_sequences_of
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
@@ -23,12 +22,8 @@ from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import RunPlan, export_folder
 from megatron_oprd.training.prompt_shares import taught_by
 from megatron_oprd.training.resume import checkpoint_to_resume
-from megatron_oprd.training.rollouts import (
-    load_run_prompts,
-    open_engines,
-    prompts_of_step,
-    sampling_of_step,
-)
+from megatron_oprd.training.rollout_source import RolloutSource
+from megatron_oprd.training.rollouts import load_run_prompts, open_engines
 from megatron_oprd.training.step import Distiller, StepResult
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.hf_writer import HFContent, write_hf_folder
@@ -90,22 +85,12 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
         _saved_when_engines_fail(save_before_failing),
         open_engines(plan, context, stream_weights) as engines,
     ):
+        source = RolloutSource(plan, context, engines, prompts)
         for step in range(done.step, config.train_iters):
             started = time.perf_counter()
             torch.cuda.reset_peak_memory_stats()
-            engines.sync(version=step)
-            synced = time.perf_counter()
-            of_step = prompts_of_step(step, prompts, config)
-            rollouts = collect(
-                engines,
-                of_step,
-                sampling_of_step(step, config),
-                weights_version=step,
-                context=context,
-                reader=plan.teacher_reader,
-            )
-            engines.sleep()
-            rolled_out = time.perf_counter()
+            of_step = source.of_step(step)
+            rollouts = of_step.rollouts
             compared: dict[str, Any] = {}
             if logprob_check.is_due(step):
                 compared = logprob_check.compare(rollouts, step=step)
@@ -126,16 +111,17 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             metrics = {
                 "step": step,
                 **_step_metrics(result, plan),
-                **_rollout_metrics(rollouts),
+                **_rollout_metrics(rollouts, step),
                 **compared,
                 "skipped_steps": skipped_steps,
-                "seconds_weight_sync": synced - started,
-                "seconds_rollout": rolled_out - synced,
+                "seconds_weight_sync": of_step.seconds_weight_sync,
+                "seconds_rollout": of_step.seconds_rollout,
                 "peak_memory_gb": _peak_memory_gb(context),
             }
             metrics["seconds_step"] = seconds = time.perf_counter() - started
             metrics["tokens_per_second"] = metrics["num_tokens"] / seconds
             if evaluator.is_due(step + 1):
+                source.finish(weights_version=step + 1)
                 engines.sync(version=step + 1)
                 metrics.update(evaluator.evaluate(engines, step + 1))
                 engines.sleep()
@@ -148,9 +134,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
                     f"gradient (last loss {result.loss}, gradient norm {result.grad_norm}); the "
                     f"newest checkpoint is of step {done.step}"
                 )
-            interval = config.checkpoint.save_interval
-            at_end = step + 1 == config.train_iters
-            if interval is not None and (at_end or (step + 1) % interval == 0):
+            if checkpoints.is_due(step + 1, config):
                 save()
     distiller.state.gather_parameters()
     return _export(plan, exporter, context)
@@ -209,13 +193,15 @@ def _extra_teacher_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
     return metrics
 
 
-def _rollout_metrics(rollouts: list[Rollout]) -> dict[str, Any]:
+def _rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Any]:
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     return {
         "response_length_mean": sum(lengths) / len(lengths),
         "response_length_max": max(lengths),
         "finished_share": sum(rollout.finished for rollout in rollouts) / len(rollouts),
         "paired_share": _paired_share(rollouts),
+        # Updates between the weights that a rollout is from and those that are trained on it.
+        "rollout_staleness": step - min(rollout.weights_version for rollout in rollouts),
         "num_tokens": sum(lengths) + sum(len(rollout.prompt_ids) for rollout in rollouts),
     }
 

@@ -268,6 +268,10 @@ def describe(plan: RunPlan) -> str:
             f"student: {not_run} layers past the deepest tap and the LM head are frozen and not "
             f"run; teacher: {not_built} layers and the LM head are not built"
         )
+    if config.rollout.one_step_off_policy:
+        lines.append(
+            "rollouts are drawn while the step before is computed, with weights one update behind"
+        )
     if config.rollout.logprob_check_interval is not None:
         lines.append(
             f"every {config.rollout.logprob_check_interval} steps the whole student, LM head "

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_oprd.data.prompts import Prompt
-from megatron_oprd.rollout.collect import collect
+from megatron_oprd.rollout.collect import collect, gather
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.replicas import ReplicaEngines
 
@@ -57,3 +57,16 @@ def test_versions(context: Any) -> None:
     assert [rollout.prompt_index for rollout in found] == [4, 2]
     with pytest.raises(RuntimeError, match=r"prompt 2 comes from weights of version 6, .* 7"):
         collect(engines([7, 6], context), PROMPTS, sampling, weights_version=7, context=context)
+
+
+def test_versions_of_rollouts_that_were_begun_before(context: Any) -> None:
+    """Those of the weights then, or, from an engine that was started again, of those now."""
+    sampling = SamplingParams(max_new_tokens=1, seed=0)
+
+    def gathered(versions: list[int]) -> list[Rollout]:
+        generated = engines(versions, context).generate(PROMPTS, sampling)
+        return gather(generated, PROMPTS, sampling, weights_versions=(6, 7), context=context)
+
+    assert [rollout.weights_version for rollout in gathered([6, 7])] == [6, 7]
+    with pytest.raises(RuntimeError, match=r"prompt 4 comes from weights of version 5, .* 6 or 7"):
+        gathered([5, 6])

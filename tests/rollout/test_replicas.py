@@ -61,6 +61,13 @@ class Script:
         self._next("generate")
         return []
 
+    def start(self, prompts: Any, sampling: SamplingParams) -> None:
+        self._next("start")
+
+    def finish(self) -> list[Rollout]:
+        self._next("finish")
+        return []
+
     def sleep(self) -> None:
         self._next("sleep")
 
@@ -92,6 +99,28 @@ def test_everything_is_repeated(context: Any) -> None:
     ]
     assert them.take_restarts() == 4
     assert them.take_restarts() == 0
+
+
+def test_what_was_begun_is_repeated_with_the_weights_that_there_are(context: Any) -> None:
+    """An engine that is lost has nothing under way when it is back; the student is further."""
+    made: list[Script] = []
+
+    def create() -> Script:
+        made.append(Script(*scripts.pop(0)))
+        return made[-1]
+
+    scripts: list[list[Any]] = [["ok", LOST], ["ok", "ok", LOST], ["ok", "ok"]]
+    them = ReplicaEngines(
+        create, lambda: iter([("a", tensor(1.0))]), max_restarts=2, context=context
+    )
+    them.sync(version=4)
+    them.start([], SAMPLING)
+    assert them.finish(version=5) == []
+    assert [one.calls for one in made] == [
+        ["load 4", "start", "close"],
+        ["load 4", "start", "finish", "close"],
+        ["load 5", "generate"],
+    ]
 
 
 def test_the_limit_is_of_one_step(context: Any) -> None:

@@ -138,6 +138,7 @@ def test_metrics_are_complete(root: Path) -> None:
     parts = [v for k, v in second.items() if k.startswith("seconds_") and k != "seconds_step"]
     assert sum(parts) <= second["seconds_step"]
     assert first["skipped_steps"] == 0
+    assert (first["rollout_staleness"], second["rollout_staleness"]) == (0, 0)
 
 
 def test_non_finite_steps_are_skipped_and_counted(root: Path) -> None:

@@ -29,6 +29,7 @@ GREEDY = ["rollout.temperature=0", "optimizer.lr=0.01"]
 CASES = {
     "hf": (2, ["train_iters=2", *GREEDY]),
     "tp2_sp": (2, [*VLLM, *GREEDY, *TP2_SP]),
+    "ahead": (2, [*VLLM, *GREEDY, *TP2_SP, "rollout.one_step_off_policy=true"]),
     "dp2": (2, VLLM),
     "dp2_killed": (2, VLLM),
     "tp2_sp_pp2": (4, [*VLLM, *TP2_SP, *PP2]),
@@ -98,6 +99,20 @@ def test_log_probabilities_are_the_trainers(root: Path, name: str) -> None:
         assert 0 < record["rollout_logprob_diff_mean"] < 1e-4
         assert record["rollout_logprob_diff_max"] < 1e-3
     assert torch.load(root / f"{name}.pt", weights_only=False)["warnings"] == []
+
+
+def test_one_step_off_policy(root: Path) -> None:
+    """The second step's rollouts are of the weights from before the first update."""
+    first, second = rollouts_of(root, "ahead")
+    checkpoint = HFCheckpoint(root / "pair" / "student")
+    weights = {name: checkpoint.read(name) for name in checkpoint.names()}
+    for of_step in (first, second):
+        assert {rollout.weights_version for rollout in of_step} == {0}
+        check_greedy(root / "pair" / "student", weights, of_step)
+    assert tokens(second) != tokens(rollouts_of(root, "tp2_sp")[1])
+    fresh, stale = records(root, "ahead")
+    assert (fresh["rollout_staleness"], stale["rollout_staleness"]) == (0, 1)
+    assert fresh["rollout_logprob_diff_mean"] < 1e-4 < 1e-2 < stale["rollout_logprob_diff_mean"]
 
 
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs the demo's model: make demo or make test")

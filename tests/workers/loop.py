@@ -14,6 +14,8 @@ from megatron_oprd.rollout.engine import RolloutEngineError
 from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.training import loop
 from megatron_oprd.training.plan import make_plan
+from megatron_oprd.training.rollout_source import RolloutSource, StepRollouts
+from megatron_oprd.training.step import Distiller
 from tests.pairs import config_of
 
 
@@ -27,15 +29,21 @@ def run(case: dict[str, Any], directory: Path) -> None:
     folder = directory / case.get("folder", case["name"])
     config = config_of(Path(case["pair"]), [*case["overrides"], f"output_dir={folder}"])
     rollouts: list[Any] = []
-    collect = loop.collect
+    of_step, distil = RolloutSource.of_step, Distiller.step
 
-    def recording_collect(engines: Any, *args: Any, **kwargs: Any) -> Any:
-        if engines._engine is not None and case.get("kill_engine_before") == len(rollouts):
-            os.kill(engines._engine._process.pid, 9)
-        rollouts.append(collect(engines, *args, **kwargs))
-        return rollouts[-1]
+    def recorded(source: RolloutSource, step: int) -> StepRollouts:
+        engine = source._engines._engine
+        if engine is not None and case.get("kill_engine_before") == len(rollouts):
+            os.kill(engine._process.pid, 9)  # type: ignore[attr-defined]
+        found = of_step(source, step)
+        rollouts.append(found.rollouts)
+        return found
 
-    loop.collect = recording_collect
+    def announced(distiller: Distiller, *args: Any) -> Any:
+        (directory / f"{case['name']}.faults" / "updating").touch()
+        return distil(distiller, *args)
+
+    RolloutSource.of_step = recorded  # type: ignore[method-assign,assignment]
     load_weights = HFEngine.load_weights
     if case.get("stale"):
         HFEngine.load_weights = _load_first_weights(load_weights)  # type: ignore[method-assign]
@@ -49,6 +57,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         for fault in case["faults"]:
             (faults / fault).touch()
         os.environ["FAKE_VLLM_FAULTS"] = str(faults)
+        Distiller.step = announced  # type: ignore[method-assign,assignment]
     stopped = ""
     with parallel_run(config.parallel, seed=config.seed) as context:
         plan = make_plan(config, world_size=dist.get_world_size())
@@ -64,7 +73,8 @@ def run(case: dict[str, Any], directory: Path) -> None:
                 {"rollouts": rollouts, "stopped": stopped, "warnings": warnings},
                 directory / f"{case['name']}.pt",
             )
-    loop.collect = collect
+    RolloutSource.of_step = of_step  # type: ignore[method-assign]
+    Distiller.step = distil  # type: ignore[method-assign]
     HFEngine.load_weights = load_weights  # type: ignore[method-assign]
     logging.getLogger("megatron_oprd").removeHandler(handler)
 

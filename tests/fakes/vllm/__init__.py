@@ -4,7 +4,8 @@ Tokens are drawn from the weights and the seed, so that the same of both give th
 
 ``FAKE_VLLM_FAULTS`` names a folder with an empty file for every fault, PROCESS.METHOD.CALL.KIND:
 the engine that was started as the PROCESS-th in this folder fails in the CALL-th call of METHOD
-(``build``, ``weights`` or ``generate``); KIND is ``kill`` or ``hang``.
+(``build``, ``weights`` or ``generate``); KIND is ``kill``, ``hang``, or ``wait``, which ends when
+there is a file ``updating``.
 """
 
 import os
@@ -41,6 +42,9 @@ class LLM:
             os.kill(os.getpid(), signal.SIGKILL)
         if name.with_name(f"{name.name}.hang").exists():
             time.sleep(3600)
+        if name.with_name(f"{name.name}.wait").exists():
+            while not (self._faults / "updating").exists():
+                time.sleep(0.01)
 
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
         return []

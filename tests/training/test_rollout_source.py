@@ -1,0 +1,132 @@
+"""Rollouts one step ahead, with a stand-in for vLLM in a process of its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.data.test_benchmarks import row, write
+from tests.pairs import save_pair
+from tests.ranks import ROOT, run_ranks
+
+# A checkpoint after step 2, and at the end.
+AHEAD = [
+    *(
+        "rollout.engine=vllm",
+        "rollout.one_step_off_policy=true",
+        "rollout.vllm.timeout_minutes=0.5",
+    ),
+    *("train_iters=5", "checkpoint.save_interval=3", "optimizer.lr=0.01"),
+]
+TP2 = [*AHEAD, "parallel.tensor_model_parallel_size=2"]
+NEVER_AGAIN = ["rollout.vllm.max_restarts=0"]
+# Name -> (settings, faults, folder). Of one engine's calls the second is for step 1, begun in step
+# 0; the fourth is for step 3, the fifth for step 4.
+CASES: dict[str, tuple[list[str], list[str], str]] = {
+    # Ends only when the update of step 0 has begun.
+    "ahead": (TP2, ["1.generate.2.wait"], "ahead"),
+    "stopped": ([*TP2, *NEVER_AGAIN], ["1.generate.4.kill"], "stopped"),
+    "resumed": (TP2, [], "stopped"),
+    # Stops in step 4, whose rollouts were under way; a checkpoint is written in front of it.
+    "lost": ([*TP2, *NEVER_AGAIN], ["1.generate.5.kill"], "lost"),
+    "drawn_again": (TP2, [], "lost"),
+    "evaluated": (TP2, [], "evaluated"),
+    "dp2_fails": (AHEAD, ["1.generate.2.kill"], "dp2_fails"),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("ahead")
+    pair = save_pair(root / "pair", "llama", hidden_size=128, intermediate_size=192)
+    write(root / "sums.jsonl", [row("1+1", "2")])
+    evaluated = [
+        *("evaluation.interval=2", f"evaluation.data=[{root}/sums.jsonl]"),
+        *("evaluation.n=1", "evaluation.max_new_tokens=6"),
+    ]
+    cases = [
+        {
+            "name": name,
+            "pair": str(pair),
+            "overrides": [*overrides, *(evaluated if name == "evaluated" else [])],
+            "faults": faults,
+            "folder": folder,
+        }
+        for name, (overrides, faults, folder) in CASES.items()
+    ]
+    fakes = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fakes'}"}
+    run_ranks("loop", cases, 2, root, environment=fakes)
+    return root
+
+
+def rollouts(root: Path, name: str) -> list[list[Any]]:
+    return torch.load(root / f"{name}.pt", weights_only=False)["rollouts"]
+
+
+def records(root: Path, name: str) -> list[dict[str, Any]]:
+    lines = (root / CASES[name][2] / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def versions(of_step: list[Any]) -> set[int]:
+    return {rollout.weights_version for rollout in of_step}
+
+
+def test_one_step_ahead_and_none_past_a_checkpoint(root: Path) -> None:
+    """An engine that did not work during the update would hang, and be started again."""
+    found = rollouts(root, "ahead")
+    assert [versions(of_step) for of_step in found] == [{0}, {0}, {1}, {3}, {3}]
+    assert [one["rollout_staleness"] for one in records(root, "ahead")] == [0, 1, 1, 0, 1]
+    assert [one["rollout_engine_restarts"] for one in records(root, "ahead")] == [0] * 5
+    assert len({of_step[0].response_ids for of_step in found}) == 5
+
+
+def test_prompts_are_those_of_their_step(root: Path) -> None:
+    found, other = rollouts(root, "ahead"), rollouts(root, "dp2_fails")
+    prompts = [[one.prompt_index for one in of_step] for of_step in found]
+    assert prompts == [[one.prompt_index for one in of_step] for of_step in other]
+    # An epoch of sixteen prompts takes four steps.
+    assert sorted({index for of_step in prompts[:4] for index in of_step}) == list(range(16))
+
+
+def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(root: Path) -> None:
+    assert (
+        "newest checkpoint is of step 3"
+        in torch.load(root / "stopped.pt", weights_only=False)["stopped"]
+    )
+    assert rollouts(root, "resumed") == rollouts(root, "ahead")[3:]
+    losses = [one["loss"] for one in records(root, "resumed")]
+    assert losses == [one["loss"] for one in records(root, "ahead")]
+
+
+def test_what_was_under_way_is_drawn_again(root: Path) -> None:
+    """From another checkpoint, with the weights that it has."""
+    assert (
+        "newest checkpoint is of step 4"
+        in torch.load(root / "lost.pt", weights_only=False)["stopped"]
+    )
+    (of_step,) = rollouts(root, "drawn_again")
+    assert versions(of_step) == {4}
+    expected = rollouts(root, "ahead")[4]
+    assert [one.prompt_ids for one in of_step] == [one.prompt_ids for one in expected]
+    assert [one["rollout_staleness"] for one in records(root, "drawn_again")] == [0, 1, 1, 0, 0]
+
+
+def test_an_evaluation_takes_nothing_from_what_is_under_way(root: Path) -> None:
+    assert rollouts(root, "evaluated") == rollouts(root, "ahead")
+    steps = [path.name for path in sorted((root / "evaluated" / "evaluation").iterdir())]
+    assert steps == ["step_2", "step_4", "step_5"]
+
+
+def test_an_engine_that_is_lost_on_the_way_repeats_with_its_new_weights(root: Path) -> None:
+    """The other replica's rollouts stay."""
+    found, expected = rollouts(root, "dp2_fails"), rollouts(root, "ahead")
+    assert found[0] == expected[0]
+    assert versions(found[1]) == {0, 1}
+    kept = [one for one in found[1] if one.weights_version == 0]
+    assert len(kept) == 4
+    assert all(one in expected[1] for one in kept)
+    assert [one["rollout_engine_restarts"] for one in records(root, "dp2_fails")] == [0, 1, 0, 0, 0]
+    assert [one["rollout_staleness"] for one in records(root, "dp2_fails")] == [0, 1, 1, 0, 1]
