@@ -61,7 +61,9 @@ class LogprobCheck:
     """Compares the engine's log-probabilities of its rollouts with the student's.
 
     The student runs forward once more, whole, layers past the deepest tap and LM head included,
-    with the weights that it has: before the update those that the engine generated with.
+    with the weights that it has before the update. The engine generated with the same, or, with
+    ``rollout.one_step_off_policy``, with those from one update before, whose difference is measured
+    as well.
 
     Args:
         distiller: The run on this rank.
@@ -109,14 +111,21 @@ class LogprobCheck:
         )
         threshold = self._distiller.plan.config.rollout.logprob_warning_threshold
         if self._distiller.context.rank == 0 and not found.diff_mean <= threshold:
+            reason = "Either it has other weights, or it computes otherwise"
+            if any(rollout.weights_version != step for rollout in rollouts):
+                reason = (
+                    "The rollouts are from weights one update behind "
+                    "(rollout.one_step_off_policy), and the update is part of the difference"
+                )
             logger.warning(
                 "step %d: the rollout engine's log-probabilities differ from the student's by %.3g "
                 "nats a token on average, at most %.3g (rollout.logprob_warning_threshold = %g). "
-                "Either it has other weights, or it computes otherwise",
+                "%s",
                 step,
                 found.diff_mean,
                 found.diff_max,
                 threshold,
+                reason,
             )
         return {
             "rollout_logprob_diff_mean": found.diff_mean,

@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "sums.jsonl", [row("1+1", "2")])
     evaluated = [
         *("evaluation.interval=2", f"evaluation.data=[{root}/sums.jsonl]"),
-        *("evaluation.n=1", "evaluation.max_new_tokens=6"),
+        *("evaluation.n=1", "evaluation.max_new_tokens=6", "rollout.logprob_check_interval=1"),
     ]
     cases = [
         {
@@ -118,6 +118,13 @@ def test_an_evaluation_takes_nothing_from_what_is_under_way(root: Path) -> None:
     assert rollouts(root, "evaluated") == rollouts(root, "ahead")
     steps = [path.name for path in sorted((root / "evaluated" / "evaluation").iterdir())]
     assert steps == ["step_2", "step_4", "step_5"]
+
+
+def test_a_large_difference_of_log_probabilities_is_explained(root: Path) -> None:
+    """The stand-in's are all -1."""
+    warnings = torch.load(root / "evaluated.pt", weights_only=False)["warnings"]
+    differ = [one for one in warnings if "log-probabilities differ" in one]
+    assert ["one update behind" in one for one in differ] == [False, True, True, False, True]
 
 
 def test_an_engine_that_is_lost_on_the_way_repeats_with_its_new_weights(root: Path) -> None:
