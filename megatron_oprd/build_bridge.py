@@ -19,6 +19,7 @@ from megatron_oprd.bridge_build.report import cosine_table
 from megatron_oprd.bridge_build.run import build_bridge
 from megatron_oprd.errors import run_entry_point
 from megatron_oprd.parallel import parallel_run
+from megatron_oprd.training.rollouts import check_rollout_server
 
 
 def main() -> int:
@@ -32,6 +33,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     config = load_build_config(arguments.config, arguments.overrides)
     plan = plan_build(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    check_rollout_server(plan)
     with parallel_run(config.parallel, seed=config.seed) as context:
         manifest = build_bridge(config, plan, context)
         first = context.rank == 0

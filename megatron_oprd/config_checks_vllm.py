@@ -1,12 +1,22 @@
 """What is checked of the settings for vLLM, the group ``rollout.vllm``."""
 
 import math
+from urllib.parse import urlsplit
 
 from megatron_oprd.config import RunConfig
 from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.errors import UserError
 
 _MAX_TEMPERATURE = 2.0
+# What an engine is started with, which a server is not by us.
+_OF_EMBEDDED = (
+    "gpu_memory_utilization",
+    "kv_cache_gb",
+    "enforce_eager",
+    "tensor_model_parallel_size",
+    "sleep_level",
+    "sync_bucket_mb",
+)
 
 
 def check_vllm(config: RunConfig) -> None:
@@ -24,6 +34,8 @@ def check_vllm(config: RunConfig) -> None:
                     f"rollout.engine = {config.rollout.engine}; use vllm"
                 )
         return
+    if vllm.server_url is not None:
+        _check_server(vllm)
     if (size := vllm.tensor_model_parallel_size) != 1:
         raise UserError(
             f"rollout.vllm.tensor_model_parallel_size = {size}: an engine runs on one GPU, that of "
@@ -65,3 +77,17 @@ def check_vllm(config: RunConfig) -> None:
             f"rollout.max_new_tokens = {needed}: responses to long prompts would be cut early; "
             f"give at least {needed}, or leave it out"
         )
+
+
+def _check_server(vllm: VLLMConfig) -> None:
+    parts = urlsplit(vllm.server_url)
+    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
+        raise UserError(
+            f"rollout.vllm.server_url = {vllm.server_url}: has to be as in http://127.0.0.1:8000"
+        )
+    for name in _OF_EMBEDDED:
+        if getattr(vllm, name) != getattr(VLLMConfig(), name):
+            raise UserError(
+                f"rollout.vllm.{name} = {getattr(vllm, name)} has no effect with "
+                "rollout.vllm.server_url; give it to vllm serve"
+            )

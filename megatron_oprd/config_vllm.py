@@ -7,7 +7,13 @@ from dataclasses import dataclass
 class VLLMConfig:
     """For ``rollout.engine = vllm``: one engine beside each data-parallel replica's first rank.
 
+    Or a server, with devices of its own, which all replicas use. Then only ``max_model_len``,
+    ``check_weights_interval`` and what is below it have an effect; what the engine takes and does
+    is up to whoever starts the server.
+
     Attributes:
+        server_url: A vLLM server that was started for this run, as in ``http://127.0.0.1:8000``;
+            None starts an engine beside each replica.
         gpu_memory_utilization: Share of the device's memory (of the host's, on a CPU) that the
             engine may take, its weights included.
         kv_cache_gb: Memory (10^9 bytes) of the KV cache; None is what ``gpu_memory_utilization``
@@ -28,10 +34,12 @@ class VLLMConfig:
         sync_timeout_minutes: Likewise for a part of a weight sync. The replica's other ranks wait
             for it in a collective, so it has to be below ``parallel.distributed_timeout_minutes``.
         max_restarts: How often an engine that ended or hangs is started again in one step; it gets
-            the weights anew and repeats what it was asked for. After that the run ends, with a
+            the weights anew and repeats what it was asked for. A server is not started, but waited
+            for, ``sync_timeout_minutes`` each time. After that the run ends, with a
             checkpoint of the last whole step (unless ``checkpoint.save_interval`` is None).
     """
 
+    server_url: str | None = None
     gpu_memory_utilization: float = 0.4
     kv_cache_gb: float | None = None
     max_model_len: int | None = None

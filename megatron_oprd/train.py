@@ -17,6 +17,7 @@ from megatron_oprd.planning.host import check_host_memory
 from megatron_oprd.training.loop import train
 from megatron_oprd.training.plan import describe, make_plan
 from megatron_oprd.training.resume import checkpoint_to_resume
+from megatron_oprd.training.rollouts import check_rollout_server
 
 
 def main() -> int:
@@ -36,6 +37,7 @@ def main() -> int:
     num_ranks = int(os.environ.get("WORLD_SIZE", started))
     plan = make_plan(config, world_size=num_ranks)
     checkpoint_to_resume(plan)
+    check_rollout_server(plan)
     check_host_memory(
         config,
         num_ranks=num_ranks,

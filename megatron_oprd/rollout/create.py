@@ -1,5 +1,6 @@
 """Makes the rollout engine that a setting names."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from megatron_oprd.data.tokenizers import eos_token_ids, pad_token_id
 from megatron_oprd.rollout.engine import RolloutEngine
 from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.rollout.vllm import VLLMEngine
+from megatron_oprd.rollout.vllm_server import VLLMServerEngine
 
 EngineName = Literal["hf", "vllm"]
 
@@ -25,6 +27,7 @@ def create_engine(
     max_batch_size: int | None,
     max_model_len: int | None = None,
     vllm: VLLMConfig | None = None,
+    owner: str = "",
 ) -> RolloutEngine:
     """Makes an engine without weights; `RolloutEngine.load_weights` has to come first.
 
@@ -37,20 +40,37 @@ def create_engine(
         max_batch_size: Most responses that are generated at once; None is no limit.
         max_model_len: For vllm: tokens of the longest prompt with its response.
         vllm: For vllm: its settings.
+        owner: For vllm on a server: whose weights it has, which tells runs apart.
 
     Raises:
         UserError: The model names no end-of-sequence token.
     """
+    eos, known_ids = eos_token_ids(folder, tokenizer), tokenizer.get_vocab().values()
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
     if name == "vllm":
         assert max_model_len is not None
         assert vllm is not None
+        if vllm.server_url is not None:
+            return VLLMServerEngine(
+                folder,
+                dtype=dtype,
+                eos_token_ids=eos,
+                known_ids=known_ids,
+                decode=decode,
+                max_batch_size=max_batch_size,
+                owner=owner,
+                config=vllm,
+            )
         return VLLMEngine(
             folder,
             dtype=dtype,
             device=device,
-            eos_token_ids=eos_token_ids(folder, tokenizer),
-            known_ids=tokenizer.get_vocab().values(),
-            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+            eos_token_ids=eos,
+            known_ids=known_ids,
+            decode=decode,
             max_model_len=max_model_len,
             max_batch_size=max_batch_size,
             config=vllm,
@@ -59,9 +79,9 @@ def create_engine(
         folder,
         dtype=dtype,
         device=device,
-        eos_token_ids=eos_token_ids(folder, tokenizer),
+        eos_token_ids=eos,
         pad_token_id=pad_token_id(tokenizer),
-        known_ids=tokenizer.get_vocab().values(),
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        known_ids=known_ids,
+        decode=decode,
         max_batch_size=max_batch_size,
     )

@@ -47,6 +47,7 @@ class ReplicaEngines:
         stream: Callable[[], Iterator[tuple[str, Tensor | None]]],
         *,
         max_restarts: int,
+        is_shared: bool = False,
         context: ParallelContext,
     ) -> None:
         """Starts the engines.
@@ -57,6 +58,7 @@ class ReplicaEngines:
                 tensors (`Exporter.stream`).
             max_restarts: How often one engine is started again, from one `take_restarts` to the
                 next.
+            is_shared: Whether all replicas' engines are one server, which is sent weights once.
             context: This rank's place.
 
         Raises:
@@ -65,6 +67,7 @@ class ReplicaEngines:
         self._create = create
         self._stream = stream
         self._max_restarts = max_restarts
+        self._is_shared = is_shared
         self._context = context
         self._version = 0
         self._restarts = [0] * context.dp_size
@@ -87,7 +90,8 @@ class ReplicaEngines:
             RolloutEngineError: An engine failed too often.
         """
         self._version = version
-        self._recover(self._told(self._send_weights(take=True)))
+        take = not self._is_shared or self._context.dp_rank == 0
+        self._recover(self._told(self._send_weights(take=take)))
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout] | None:
         """What the replica's engine answers to its leader's prompts, on leaders; None elsewhere.
@@ -174,15 +178,16 @@ class ReplicaEngines:
         """Starts the failed engines again and gives them the weights, until all have them."""
         while any(failures):
             self._count(failures)
-            must_take = failures[self._context.dp_rank] is not None
+            has_failed = failures[self._context.dp_rank] is not None
+            take = self._context.dp_rank == 0 if self._is_shared else has_failed
             failure = None
-            if must_take and self._context.is_leader:
+            if has_failed and self._context.is_leader:
                 self.close()
                 failure = self._start()
             # Starting takes long, and nobody may wait for it in a collective of the weight stream.
             failures = self._told(failure)
             if not any(failures):
-                failures = self._told(self._send_weights(take=must_take))
+                failures = self._told(self._send_weights(take=take))
 
     def _count(self, failures: list[_Failure | None]) -> None:
         for replica, failure in enumerate(failures):

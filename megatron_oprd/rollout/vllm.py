@@ -1,37 +1,24 @@
 """The rollout engine for clusters: vLLM, in a process beside its replica's first rank."""
 
 import importlib.util
-import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.initialization import no_init_weights
 
 from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.bucket import Piece, SendingBucket
-from megatron_oprd.rollout.engine import (
-    Rollout,
-    RolloutEngineError,
-    SamplingParams,
-    WrongWeightsError,
-)
+from megatron_oprd.rollout.engine import Rollout, RolloutEngineError, SamplingParams
 from megatron_oprd.rollout.engine_process import EngineProcess
-from megatron_oprd.rollout.hf import checkpoint_tensors
-from megatron_oprd.rollout.sampling import sample_seed
-from megatron_oprd.rollout.stopping import stopped_length
-from megatron_oprd.rollout.vllm_messages import EngineSettings, Request
-from megatron_oprd.rollout.vllm_weights import value_checksum
+from megatron_oprd.rollout.responses import requests_of, rollouts_of
+from megatron_oprd.rollout.sync_check import SyncCheck
+from megatron_oprd.rollout.vllm_messages import EngineSettings
 
-logger = logging.getLogger(__name__)
-
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What torchrun tells a rank, which vLLM must not take for its own place.
 _OF_TORCHRUN = frozenset(
     ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -94,13 +81,10 @@ class VLLMEngine:
         Raises:
             RolloutEngineError: vLLM did not start.
         """
-        model = AutoConfig.from_pretrained(folder, local_files_only=True)
-        self._tied = bool(model.tie_word_embeddings)
-        self._shapes = _checkpoint_shapes(model, tied=self._tied)
+        self._check = SyncCheck(folder, dtype=dtype, interval=config.check_weights_interval)
         self._config = config
         self._decode = decode
-        self._syncs = 0
-        self._under_way: tuple[list[tuple[Prompt, int]], SamplingParams] | None = None
+        self._under_way: tuple[Sequence[Prompt], SamplingParams] | None = None
         self._bucket = SendingBucket(
             num_bytes=config.sync_bucket_mb * 10**6, dtype=dtype, device=device
         )
@@ -118,9 +102,9 @@ class VLLMEngine:
             dtype=dtype,
             options=options,
             bucket=self._bucket.handle,
-            tied=self._tied,
+            tied=self._check.tied,
             stop_token_ids=tuple(eos_token_ids),
-            meaningless_ids=tuple(sorted(set(range(model.vocab_size)) - set(known_ids))),
+            meaningless_ids=tuple(sorted(set(range(self._check.vocab_size)) - set(known_ids))),
             sleep_level=config.sleep_level if device.type == "cuda" else 0,
         )
         file = self._bucket.handle.file
@@ -151,15 +135,11 @@ class VLLMEngine:
 
         After an error the engine is of no further use.
         """
-        interval = self._config.check_weights_interval
-        check = interval is not None and self._syncs % interval == 0
-        self._syncs += 1
         if self._bucket.handle.cuda is not None:
             torch.cuda.empty_cache()  # what torch holds back the waking engine cannot have
-        sent: dict[str, str] = {}
-        fillings = self._bucket.fill(self._checked(stream, sent if check else None))
+        fillings = self._bucket.fill(self._check.passing(stream))
         try:
-            self._send(("load_weights", (version, check)), _PART)
+            self._send(("load_weights", (version, self._check.is_due)), _PART)
             filling: list[Piece] | None = next(fillings)
             while (answer := self._receive(_PART)) == "next":
                 self._send(filling, _PART)
@@ -168,51 +148,8 @@ class VLLMEngine:
         except BaseException:
             self.close()  # it waits for weights that will not come
             raise
-        if check:
-            self._compare(sent, answer, version)
-
-    def _compare(self, sent: dict[str, str], found: dict[str, str], version: int) -> None:
-        """Compares checksums of what was sent and of what the engine has, by tensor."""
-        if self._tied:
-            sent[_HEAD] = sent[_EMBEDDING]
-        wrong = sorted(name for name, value in found.items() if sent[name] != value)
-        if wrong:
-            raise WrongWeightsError(
-                f"after weight sync {version} the engine has other values than were sent in "
-                f"{len(wrong)} of {len(found)} tensors, the first {wrong[0]!r}"
-            )
-        if unread := sorted(sent.keys() - found.keys()):
-            logger.warning(
-                "weight sync %d: %d of %d tensors could not be read back from vLLM, the first %s",
-                version,
-                len(unread),
-                len(sent),
-                unread[0],
-            )
-
-    def _checked(
-        self, stream: Iterable[tuple[str, Tensor]], checksums: dict[str, str] | None
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The stream, refused where it is not all of the model's weights once."""
-        came: set[str] = set()
-        for name, tensor in stream:
-            if self._tied and name == _HEAD:
-                continue  # the engine gives it the embedding
-            if name not in self._shapes:
-                raise ValueError(f"the rollout model has no weight {name!r}")
-            if tuple(tensor.shape) != self._shapes[name]:
-                raise ValueError(
-                    f"{name}: the rollout model's shape is {self._shapes[name]}, "
-                    f"got {tuple(tensor.shape)}"
-                )
-            if name in came:
-                raise ValueError(f"{name} came twice")
-            came.add(name)
-            if checksums is not None:
-                checksums[name] = value_checksum(tensor.to(self._bucket.handle.dtype))
-            yield name, tensor
-        if missing := [name for name in self._shapes if name not in came]:
-            raise ValueError(f"{len(missing)} weights were not delivered, the first {missing[0]!r}")
+        if self._check.is_due:
+            self._check.compare(answer, version)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample.
@@ -231,17 +168,8 @@ class VLLMEngine:
         Raises:
             RolloutEngineError: The engine failed.
         """
-        n = sampling.samples_per_prompt
-        samples = [(prompt, sample) for prompt in prompts for sample in range(n)]
-        requests = [
-            Request(
-                prompt_ids=prompt.token_ids,
-                seed=sample_seed(sampling.seed, prompt.index, prompt.occurrence * n + sample),
-            )
-            for prompt, sample in samples
-        ]
-        self._send(("generate", (requests, sampling)))
-        self._under_way = samples, sampling
+        self._send(("generate", (requests_of(prompts, sampling), sampling)))
+        self._under_way = prompts, sampling
 
     def finish(self) -> list[Rollout]:
         """Waits for what was begun, and returns what `generate` does.
@@ -250,27 +178,9 @@ class VLLMEngine:
             RolloutEngineError: The engine failed, or has no weights yet.
         """
         assert self._under_way is not None, "nothing was begun"
-        (samples, sampling), self._under_way = self._under_way, None
+        (prompts, sampling), self._under_way = self._under_way, None
         version, responses = self._receive()
-        rollouts = []
-        for (prompt, sample), response in zip(samples, responses, strict=True):
-            length = None
-            if sampling.stop:
-                # Not vLLM's own stop texts, which look at what its own tokenizer makes of it.
-                assert self._decode is not None, "stop texts need the tokenizer's decoding"
-                length = stopped_length(response.token_ids, sampling.stop, self._decode)
-            rollouts.append(
-                Rollout(
-                    prompt_index=prompt.index,
-                    sample_index=sample,
-                    prompt_ids=prompt.token_ids,
-                    response_ids=response.token_ids[:length],
-                    finished=response.finished or length is not None,
-                    weights_version=version,
-                    logprobs=response.logprobs[:length],
-                )
-            )
-        return rollouts
+        return rollouts_of(prompts, sampling, responses, version=version, decode=self._decode)
 
     def sleep(self) -> None:
         """Frees device memory as ``sleep_level`` says, until the next `load_weights`."""
@@ -294,14 +204,6 @@ class VLLMEngine:
         minutes = getattr(self._config, timeout)
         setting = f"rollout.vllm.{timeout} = {minutes}"
         return self._process.receive(seconds=minutes * 60, setting=setting)
-
-
-def _checkpoint_shapes(config: PretrainedConfig, *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a model's checkpoint, by name; of a tied head under one name."""
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    tensors = checkpoint_tensors(model.state_dict())
-    return {n: tuple(t.shape) for n, t in tensors.items() if not (tied and n == _HEAD)}
 
 
 def _environment(device: torch.device) -> dict[str, str]:

@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_oprd.rollout.bucket import ReceivingBucket, keep_freed_memory
 from megatron_oprd.rollout.engine import SamplingParams
 from megatron_oprd.rollout.vllm_messages import EngineSettings, Request, Response
-from megatron_oprd.rollout.vllm_weights import checksums_of_engine
+from megatron_oprd.rollout.vllm_weights import checksums_of_engine, mask_ids, with_tied_head
 
 # Before vLLM is imported. In one process, so that weights need not be sent on to another.
 ENVIRONMENT = {
@@ -57,21 +56,10 @@ class Engine:
             **settings.options,
         )
         if settings.meaningless_ids:
-            self._llm.apply_model(self._mask_meaningless_ids)
+            self._llm.apply_model(lambda model: mask_ids(model, settings.meaningless_ids))
         self._bucket = ReceivingBucket(settings.bucket)
         self._version: int | None = None
         self._asleep = False
-
-    def _mask_meaningless_ids(self, model: Any) -> None:
-        """Makes the logits of ids that mean nothing -inf, whatever samples from them."""
-        compute_logits = model.compute_logits
-        never = torch.tensor(self._settings.meaningless_ids, device=next(model.parameters()).device)
-
-        def masked(*args: Any, **kwargs: Any) -> Tensor | None:
-            logits = compute_logits(*args, **kwargs)
-            return None if logits is None else logits.index_fill_(-1, never, float("-inf"))
-
-        model.compute_logits = masked
 
     def load_weights(self, version: int, keep: bool) -> dict[str, str]:
         """Replaces all weights by the stream that follows.
@@ -87,9 +75,9 @@ class Engine:
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         shapes: dict[str, tuple[int, ...]] = {}
+        weights = with_tied_head(self._incoming(), shapes, tied=self._settings.tied)
         self._llm.collective_rpc(
-            "reload_weights",
-            kwargs={"weights_iterator": self._incoming(shapes), "is_checkpoint_format": True},
+            "reload_weights", kwargs={"weights_iterator": weights, "is_checkpoint_format": True}
         )
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
@@ -102,15 +90,9 @@ class Engine:
         (found,) = self._llm.apply_model(lambda model: checksums_of_engine(model, shapes))
         return found
 
-    def _incoming(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-        """The stream's tensors; ``shapes`` gets what came."""
+    def _incoming(self) -> Iterator[tuple[str, Tensor]]:
         while (pieces := self._receive()) is not None:
-            for name, tensor in self._bucket.take(pieces):
-                shapes[name] = tuple(tensor.shape)
-                yield name, tensor
-                if self._settings.tied and name == "model.embed_tokens.weight":
-                    # vLLM may keep a packed copy for the LM head, which only its own name renews.
-                    yield "lm_head.weight", tensor
+            yield from self._bucket.take(pieces)
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams

@@ -1,6 +1,6 @@
-"""Reads the weights of a vLLM model back, under the names they have in checkpoints."""
+"""What is done to a vLLM model where it runs: weights in, weights read back, ids masked."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,37 @@ from torch import Tensor, nn
 
 from megatron_oprd.weights.checksum import checksum
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 256
+
+
+def with_tied_head(
+    stream: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], *, tied: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream as vLLM's ``reload_weights`` wants it; ``shapes`` gets what came."""
+    for name, tensor in stream:
+        shapes[name] = tuple(tensor.shape)
+        yield name, tensor
+        if tied and name == EMBEDDING:
+            # vLLM may keep a packed copy for the LM head, which only its own name renews.
+            yield HEAD, tensor
+
+
+def mask_ids(model: Any, ids: Sequence[int]) -> None:
+    """Makes the logits of some ids -inf, whatever samples from them. Again: of others instead.
+
+    Args:
+        model: One of vLLM's decoders.
+        ids: Ids that mean nothing.
+    """
+    never = torch.tensor(ids, dtype=torch.long, device=next(model.parameters()).device)
+    compute_logits = type(model).compute_logits
+
+    def masked(*args: Any, **kwargs: Any) -> Tensor | None:
+        logits = compute_logits(model, *args, **kwargs)
+        return None if logits is None else logits.index_fill_(-1, never, float("-inf"))
+
+    model.compute_logits = masked
 
 
 def value_checksum(tensor: Tensor) -> str:
@@ -52,10 +82,10 @@ def checksums_of_engine(model: nn.Module, shapes: Mapping[str, tuple[int, ...]])
             found[one] = value_checksum(values[row : row + rows])
             row += rows
     head = getattr(model, "lm_head", None)
-    if "lm_head.weight" not in shapes and hasattr(head, "cpu_linear"):
+    if HEAD not in shapes and hasattr(head, "cpu_linear"):
         # A tied head's packed copy has to be the embedding; it is reported under its own name.
-        rows, columns = shapes["model.embed_tokens.weight"]
-        found["lm_head.weight"] = value_checksum(_read_through(head, columns)[:rows])
+        rows, columns = shapes[EMBEDDING]
+        found[HEAD] = value_checksum(_read_through(head, columns)[:rows])
     return found
 
 

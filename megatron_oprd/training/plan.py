@@ -148,7 +148,7 @@ def plan_models(
     Raises:
         UserError: See `make_plan`.
     """
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine == "vllm" and config.rollout.vllm.server_url is None:
         check_vllm_is_there()
     student = _open(config.model.student, config.model.student_hf_config, "student")
     teacher = _open(config.model.teacher, config.model.teacher_hf_config, "teacher")

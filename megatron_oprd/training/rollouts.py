@@ -15,6 +15,7 @@ from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.create import create_engine
 from megatron_oprd.rollout.engine import RolloutEngine, SamplingParams
 from megatron_oprd.rollout.replicas import ReplicaEngines
+from megatron_oprd.rollout.server_client import check_server
 from megatron_oprd.training.plan import RunPlan
 
 
@@ -41,19 +42,44 @@ def open_engines(
             dtype=DTYPES[config.model.params_dtype],
             device=context.device,
             max_batch_size=config.rollout.max_batch_size,
-            max_model_len=config.rollout.vllm.max_model_len or _longest_sequence(plan),
+            max_model_len=_max_model_len(plan),
             vllm=config.rollout.vllm,
+            owner=str(Path(config.output_dir).absolute()),
         )
 
+    vllm = plan.config.rollout.vllm
     engines = ReplicaEngines(
-        create, stream, max_restarts=plan.config.rollout.vllm.max_restarts, context=context
+        create,
+        stream,
+        max_restarts=vllm.max_restarts,
+        is_shared=vllm.server_url is not None,
+        context=context,
     )
     with contextlib.closing(engines):
         yield engines
 
 
-def _longest_sequence(plan: RunPlan) -> int:
+def check_rollout_server(plan: RunPlan) -> None:
+    """Refuses a vLLM server that the run's rollouts cannot come from, if they come from one.
+
+    Raises:
+        UserError: See `check_server`.
+    """
+    vllm = plan.config.rollout.vllm
+    if vllm.server_url is not None:
+        check_server(
+            vllm.server_url,
+            plan.student.checkpoint.hf_folder,
+            dtype=DTYPES[plan.config.model.params_dtype],
+            max_model_len=_max_model_len(plan),
+            checks_weights=vllm.check_weights_interval is not None,
+        )
+
+
+def _max_model_len(plan: RunPlan) -> int:
     """Tokens of the longest prompt with its response, of training and of evaluation."""
+    if (given := plan.config.rollout.vllm.max_model_len) is not None:
+        return given
     of_benchmarks = [
         len(prompt.token_ids) + plan.config.evaluation.max_new_tokens
         for benchmark in plan.benchmarks

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.vllm import _checkpoint_shapes, _environment
+from megatron_oprd.rollout.sync_check import checkpoint_shapes
+from megatron_oprd.rollout.vllm import _environment
 from megatron_oprd.training.plan import make_plan
 from tests.pairs import config_of, save_pair
 from tests.tiny import save_tiny_model, tiny_config
@@ -50,7 +51,7 @@ def test_checkpoint_shapes(tmp_path: Path, family: str, tied: bool) -> None:
     config = tiny_config(family, tie_word_embeddings=tied)
     save_tiny_model(tmp_path, config, seed=0)
     saved = load_file(tmp_path / "model.safetensors")
-    assert _checkpoint_shapes(config, tied=tied) == {n: tuple(t.shape) for n, t in saved.items()}
+    assert checkpoint_shapes(config, tied=tied) == {n: tuple(t.shape) for n, t in saved.items()}
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,268 @@
+"""A rollout engine on a vLLM server, which the user has started: one for all replicas."""
+
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_oprd.config_vllm import VLLMConfig
+from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.rollout.engine import (
+    Rollout,
+    RolloutEngineError,
+    SamplingParams,
+    WrongWeightsError,
+)
+from megatron_oprd.rollout.responses import requests_of, rollouts_of
+from megatron_oprd.rollout.server_client import GENERATE, ServerClient
+from megatron_oprd.rollout.sync_check import SyncCheck
+from megatron_oprd.rollout.vllm_messages import Request, Response
+from megatron_oprd.rollout.weight_socket import WeightSender
+
+# Requests that are under way at once, where no setting says how many: more than a server generates.
+_REQUESTS = 256
+_FRESH = "default"  # the version of a server that nobody has sent weights
+_UNFINISHED = "unfinished"
+
+_UnderWay = tuple[
+    Sequence[Prompt], SamplingParams, ThreadPoolExecutor, Iterator[tuple[int, Response]]
+]
+
+
+class VLLMServerEngine:
+    """A `RolloutEngine` on a server that is shared: one replica's leader sends the weights.
+
+    The server keeps the weights' version and says it with each response (vLLM's weight versions),
+    together with whose weights they are.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        eos_token_ids: Sequence[int],
+        known_ids: Collection[int],
+        decode: Callable[[Sequence[int]], str] | None = None,
+        max_batch_size: int | None = None,
+        owner: str,
+        config: VLLMConfig,
+    ) -> None:
+        """Waits for the server, and has it never sample ids that mean nothing.
+
+        Args:
+            folder: The student's Hugging Face folder.
+            dtype: The server's type, which weights are converted to.
+            eos_token_ids: A response ends with any of these.
+            known_ids: The tokenizer's ids. Others, which only pad the embedding, are never sampled.
+            decode: The tokenizer's decoding, special tokens kept; without it there are no stop
+                texts.
+            max_batch_size: Most requests of this engine that are under way at once.
+            owner: Whose weights the server has; the same on every replica, another in another run.
+            config: The settings, ``server_url`` among them.
+
+        Raises:
+            RolloutEngineError: The server is not there.
+        """
+        assert config.server_url is not None
+        self._config = config
+        self._check = SyncCheck(folder, dtype=dtype, interval=config.check_weights_interval)
+        self._dtype = dtype
+        self._stop_ids = list(eos_token_ids)
+        self._decode = decode
+        self._at_once = max_batch_size or _REQUESTS
+        self._owner = owner
+        self._under_way: _UnderWay | None = None
+        self._server = ServerClient(config.server_url)
+        self._server.wait(self._part)
+        never = sorted(set(range(self._check.vocab_size)) - set(known_ids))
+        self._num_workers = len(self._server.workers("oprd_mask", never, seconds=self._part))
+
+    @property
+    def _part(self) -> float:
+        return self._config.sync_timeout_minutes * 60
+
+    def load_weights(self, stream: Iterable[tuple[str, Tensor]], *, version: int = 0) -> None:
+        """Replaces every weight of the server's model.
+
+        Args:
+            stream: Full tensors, under the names they have in a Hugging Face checkpoint.
+            version: The number that rollouts with these weights come back with.
+
+        Raises:
+            ValueError: A name that the model lacks, a wrong shape, a weight that came twice or not
+                at all.
+            RolloutEngineError: The server failed. The stream may not have come to its end.
+            WrongWeightsError: A check found other weights than were sent.
+        """
+        self._set_version(_UNFINISHED)
+        weights = self._check.passing(stream)
+        host = self._own_address()
+        token = secrets.token_hex()
+        options = {
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "tied": self._check.tied,
+            "keep": self._check.is_due,
+            "seconds": self._part,
+        }
+        with WeightSender(host, token, seconds=self._part) as sender:
+            loaded = _in_background(
+                lambda: self._server.workers(
+                    "oprd_receive",
+                    *(host, sender.port, token, options),
+                    seconds=self._config.timeout_minutes * 60,
+                )
+            )
+            try:
+                sender.accept(self._num_workers, in_vain=loaded.done)
+                sender.send(weights, dtype=self._dtype)
+                answers = loaded.result(timeout=self._part)
+            except OSError as error:
+                # The server's own error says more, where there is one.
+                why = loaded.exception() if loaded.done() else None
+                raise self._not_taken(version, why or error) from error
+        for answer in answers:
+            if "error" in answer:
+                raise self._not_taken(version, answer["error"])
+        if not self._server.call("/reset_prefix_cache", {}, seconds=self._part)["success"]:
+            raise RolloutEngineError(
+                f"the vLLM server at {self._server.url} did not forget the old weights' prefixes; "
+                "does somebody else use it?"
+            )
+        if self._check.is_due:
+            self._check.compare(answers[0]["checksums"], version)
+        self._set_version(str(version))
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample.
+
+        A response with a stop text is generated to its end, and then cut.
+
+        Raises:
+            RolloutEngineError: The server failed, or has no weights.
+            WrongWeightsError: It has another run's weights.
+        """
+        self.start(prompts, sampling)
+        return self.finish()
+
+    def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
+        """Begins what `generate` does. No other call may come before `finish`."""
+        requests = requests_of(prompts, sampling)
+        pool = ThreadPoolExecutor(self._at_once)
+        answers = pool.map(lambda one: self._respond(one, sampling), requests)
+        self._under_way = prompts, sampling, pool, answers
+
+    def finish(self) -> list[Rollout]:
+        """Waits for what was begun, and returns what `generate` does.
+
+        Raises:
+            RolloutEngineError: See `generate`.
+            WrongWeightsError: See `generate`.
+        """
+        assert self._under_way is not None, "nothing was begun"
+        (prompts, sampling, pool, coming), self._under_way = self._under_way, None
+        try:
+            answers = list(coming)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        if not answers:
+            return []
+        versions = {version for version, _ in answers}
+        if len(versions) > 1:
+            raise WrongWeightsError(
+                f"the vLLM server's weights changed during a rollout, versions {sorted(versions)}"
+            )
+        responses = [response for _, response in answers]
+        version = versions.pop()
+        return rollouts_of(prompts, sampling, responses, version=version, decode=self._decode)
+
+    def _respond(self, request: Request, sampling: SamplingParams) -> tuple[int, Response]:
+        """The version of the weights that a response comes from, and the response."""
+        body = {
+            "token_ids": list(request.prompt_ids),
+            "sampling_params": {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "max_tokens": sampling.max_new_tokens,
+                "seed": request.seed,
+                "stop_token_ids": [*self._stop_ids, *sampling.stop_token_ids],
+                "logprobs": 0,  # of the sampled token alone
+                "detokenize": False,
+            },
+        }
+        seconds = self._config.timeout_minutes * 60
+        answer = self._server.call(GENERATE, body, seconds=seconds)
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise RolloutEngineError(
+                f"the vLLM server at {self._server.url} ended a response: {choice['finish_reason']}"
+            )
+        versions = {self._version_of(span["version"]) for span in choice["weight_versions"]}
+        if len(versions) != 1:
+            raise WrongWeightsError(f"a response comes from weights of versions {sorted(versions)}")
+        response = Response(
+            token_ids=tuple(choice["token_ids"]),
+            logprobs=tuple(one["logprob"] for one in choice["logprobs"]["content"]),
+            finished=choice["finish_reason"] == "stop",
+        )
+        return versions.pop(), response
+
+    def _not_taken(self, version: int, why: object) -> RolloutEngineError:
+        return RolloutEngineError(
+            f"the vLLM server at {self._server.url} did not take weight sync {version}: {why}"
+        )
+
+    def _own_address(self) -> str:
+        """This machine's address as the server sees it."""
+        try:
+            with socket.create_connection(self._server.address, timeout=self._part) as seen:
+                return seen.getsockname()[0]
+        except OSError as error:
+            raise RolloutEngineError(
+                f"the vLLM server at {self._server.url} cannot be reached: {error}"
+            ) from error
+
+    def _set_version(self, version: str) -> None:
+        label = f"{self._owner}#{version}"
+        self._server.call("/update_weight_version", {"new_version": label}, seconds=self._part)
+
+    def _version_of(self, label: str) -> int:
+        owner, _, version = label.rpartition("#")
+        if label == _FRESH or (owner == self._owner and version == _UNFINISHED):
+            raise RolloutEngineError(
+                f"the vLLM server at {self._server.url} has no weights of this run; was it started "
+                "again?"
+            )
+        if owner != self._owner:
+            raise WrongWeightsError(
+                f"the vLLM server at {self._server.url} has weights of {owner!r}, not of "
+                f"{self._owner!r}; give each run a server of its own"
+            )
+        return int(version)
+
+    def sleep(self) -> None:
+        """Does nothing: the server has devices of its own."""
+
+    def close(self) -> None:
+        """Does nothing: the server goes on."""
+
+
+def _in_background(call: Callable[[], Any]) -> Future:
+    """What a call comes to. At the process's end it is not waited for."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except RolloutEngineError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

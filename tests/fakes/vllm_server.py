@@ -1,0 +1,112 @@
+"""A vLLM server without a model: answers over HTTP, and takes weights as its workers do."""
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_oprd.rollout.server_client import EXTENSION
+from megatron_oprd.rollout.vllm_weights import value_checksum
+from megatron_oprd.rollout.weight_socket import receive_weights
+
+
+class FakeServer:
+    """Listens on a free port.
+
+    Attributes:
+        config: The served model's, as JSON.
+        described: What its worker says of itself besides.
+        num_workers: How many workers it says that it has.
+        extension: Its --worker-extension-cls.
+        label: Version of its weights.
+        weights: What it was sent.
+        masked: The ids that it never samples.
+        instead: Path -> what to do in place of answering: returns (status, body).
+        before_receiving: Called in place of receiving weights, if set; returns the answer.
+        finish_reason: Of its responses.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.described = {
+            "dtype": "float32",
+            "max_model_len": 256,
+            "logprobs_mode": "raw_logprobs",
+        }
+        self.num_workers = 1
+        self.extension = EXTENSION
+        self.label = "default"
+        self.weights: dict[str, Tensor] = {}
+        self.masked: list[int] = []
+        self.instead: dict[str, Callable[[], tuple[int, bytes]]] = {}
+        self.before_receiving: Callable[[], Any] | None = None
+        self.finish_reason = "length"
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer(None)
+
+            def do_POST(self) -> None:
+                self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def _answer(self, body: Any) -> None:
+                path = self.path.partition("?")[0]
+                if path in server.instead:
+                    status, data = server.instead[path]()
+                else:
+                    status, data = 200, json.dumps(server.answer(path, body)).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def answer(self, path: str, body: Any) -> Any:
+        if path == "/server_info":
+            return {"vllm_config": {"parallel_config": {"worker_extension_cls": self.extension}}}
+        if path == "/update_weight_version":
+            self.label = body["new_version"]
+        elif path == "/collective_rpc":
+            return {"results": [getattr(self, body["method"])(*body["args"])] * self.num_workers}
+        elif path == "/inference/v1/generate":
+            return {"choices": [self._choice(body)]}
+        return {"success": True}
+
+    def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
+        tokens = [(body["sampling_params"].get("seed", 0) + i) % 90 for i in range(3)]
+        return {
+            "token_ids": tokens,
+            "finish_reason": self.finish_reason,
+            "logprobs": {"content": [{"logprob": -0.5} for _ in tokens]},
+            "weight_versions": [{"version": self.label, "start": 0, "end": 3}],
+        }
+
+    def oprd_describe(self) -> dict[str, Any]:
+        return {"config": self.config, **self.described}
+
+    def oprd_mask(self, ids: list[int]) -> None:
+        self.masked = ids
+
+    def oprd_receive(self, host: str, port: int, token: str, options: dict[str, Any]) -> Any:
+        if self.before_receiving is not None:
+            return self.before_receiving()
+        dtype = getattr(torch, options["dtype"])
+        stream = receive_weights(host, port, token, dtype=dtype, seconds=options["seconds"])
+        self.weights = dict(stream)
+        sums = {name: value_checksum(tensor) for name, tensor in self.weights.items()}
+        return {"checksums": sums if options["keep"] else {}}
