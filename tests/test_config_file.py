@@ -209,6 +209,7 @@ PP2 = "parallel.pipeline_model_parallel_size=2"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 FULL = "recompute.recompute_granularity=full"
 VLLM = "rollout.engine=vllm"
+SERVER = "rollout.vllm.server_url=http://10.0.0.1:8000"
 METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_layers=1"
 
 
@@ -309,6 +310,10 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
         ([VLLM, "rollout.vllm.timeout_minutes=0"], r"timeout_minutes = 0\.0: has to be above"),
         ([VLLM, "rollout.vllm.sync_timeout_minutes=30"], r"below parallel\.distributed_timeout_m"),
         ([VLLM, "rollout.vllm.max_restarts=-1"], r"max_restarts = -1: has to be 0 \(never\)"),
+        ([SERVER], r"no effect with rollout\.engine = hf; use vllm"),
+        ([VLLM, SERVER.replace("http:", "https:")], r"server_url = https.*: has to be as in http:"),
+        ([VLLM, f"{SERVER}/v1"], r"server_url = .*/v1: has to be as in http://127\.0\.0\.1:8000"),
+        ([VLLM, SERVER, "rollout.vllm.kv_cache_gb=1"], r"no effect with .*; give it to vllm serve"),
         ([VLLM, "rollout.temperature=2.5"], r"vLLM takes at most 2\.0"),
         (
             [VLLM, "rollout.vllm.max_model_len=2047"],
@@ -333,6 +338,7 @@ def test_contradictions(tmp_path: Path, overrides: list[str], message: str) -> N
         ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"],
         ["optimizer.offload_states=true", "teacher.offload=cpu", "teacher.target_memory_gb=0.5"],
         [VLLM, "rollout.vllm.max_model_len=2048", "rollout.vllm.sleep_level=1"],
+        [VLLM, SERVER, "rollout.vllm.max_model_len=2048", "rollout.vllm.max_restarts=0"],
         ["rollout.temperature=0", "rollout.top_p=1", "optimizer.clip_grad=0", "seed=0"],
         ["optimizer.lr_warmup_fraction=0", "optimizer.adam_beta1=0", "optimizer.lr=0"],
     ],

@@ -33,6 +33,8 @@ _SAME = (
     "num_experts_per_tok",
     "moe_intermediate_size",
     "norm_topk_prob",
+    *("rope_type", "rope_theta", "partial_rotary_factor", "factor"),
+    *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 )
 _SECONDS_TO_ANSWER = 30
 _SECONDS_FOR_INFO = 300  # it looks at the whole machine
@@ -137,8 +139,11 @@ def check_server(
         UserError: It is not there, was not started for this, or serves another model.
     """
     found = _describe(url, folder)
-    served, own = found[0]["config"], AutoConfig.from_pretrained(folder, local_files_only=True)
-    ours = json.loads(own.to_json_string(use_diff=False))
+    own = AutoConfig.from_pretrained(folder, local_files_only=True)
+    served, ours = (
+        config | (config.get("rope_parameters") or {})
+        for config in (found[0]["config"], json.loads(own.to_json_string(use_diff=False)))
+    )
     at = f"rollout.vllm.server_url = {url}: the server's"
     name = str(dtype).removeprefix("torch.")
     again = "; start it as " + _command(

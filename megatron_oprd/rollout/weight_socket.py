@@ -17,6 +17,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+_SECONDS_TO_SAY_TOKEN = 5
+
 
 class WeightSender:
     """The trainer's end: waits for workers, and sends all of them the same."""
@@ -76,12 +78,13 @@ class WeightSender:
                 worker.close()
 
     def _knows_token(self, worker: socket.socket) -> bool:
-        worker.settimeout(self._seconds)
+        worker.settimeout(_SECONDS_TO_SAY_TOKEN)  # a mute stranger must not keep the others waiting
         try:
             with worker.makefile("rb") as file:
                 said = file.readline(len(self._token) + 1)
         except OSError:
             return False
+        worker.settimeout(self._seconds)
         return hmac.compare_digest(said, f"{self._token}\n".encode())
 
     def send(self, stream: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype) -> None:

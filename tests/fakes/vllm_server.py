@@ -25,7 +25,8 @@ class FakeServer:
         label: Version of its weights.
         weights: What it was sent.
         masked: The ids that it never samples.
-        instead: Path -> what to do in place of answering: returns (status, body).
+        instead: Path -> in place of answering: returns (status, body), or None to answer.
+        num_syncs: How often it was sent weights.
         before_receiving: Called in place of receiving weights, if set; returns the answer.
         finish_reason: Of its responses.
     """
@@ -42,7 +43,8 @@ class FakeServer:
         self.label = "default"
         self.weights: dict[str, Tensor] = {}
         self.masked: list[int] = []
-        self.instead: dict[str, Callable[[], tuple[int, bytes]]] = {}
+        self.instead: dict[str, Callable[[], tuple[int, bytes] | None]] = {}
+        self.num_syncs = 0
         self.before_receiving: Callable[[], Any] | None = None
         self.finish_reason = "length"
         server = self
@@ -56,10 +58,8 @@ class FakeServer:
 
             def _answer(self, body: Any) -> None:
                 path = self.path.partition("?")[0]
-                if path in server.instead:
-                    status, data = server.instead[path]()
-                else:
-                    status, data = 200, json.dumps(server.answer(path, body)).encode()
+                other = server.instead[path]() if path in server.instead else None
+                status, data = other or (200, json.dumps(server.answer(path, body)).encode())
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -108,5 +108,6 @@ class FakeServer:
         dtype = getattr(torch, options["dtype"])
         stream = receive_weights(host, port, token, dtype=dtype, seconds=options["seconds"])
         self.weights = dict(stream)
+        self.num_syncs += 1
         sums = {name: value_checksum(tensor) for name, tensor in self.weights.items()}
         return {"checksums": sums if options["keep"] else {}}

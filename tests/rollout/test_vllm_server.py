@@ -85,6 +85,7 @@ def test_unreachable(folder: Path) -> None:
     [
         ({"vocab_size": 151}, r"model has a vocabulary of 151, model.student \(.*\) of 97"),
         ({"hidden_size": 64}, r"model has hidden_size = 64, model.student \(.*\) has 32"),
+        ({"rope_parameters": {"rope_theta": 7.0}}, "model has rope_theta = 7.0, .* has 10000"),
         ({"model_type": "llama"}, "model has model_type = llama, .* has qwen3"),
         ({"tie_word_embeddings": False}, "has tie_word_embeddings = False, .* has True"),
     ],

@@ -1,0 +1,90 @@
+"""Two replicas with rollouts from one server, a stand-in, that is started again or goes away."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_oprd.rollout.server_client import GENERATE
+from tests.fakes.vllm_server import FakeServer
+from tests.pairs import save_pair
+from tests.ranks import run_ranks
+
+SETTINGS = [
+    *("rollout.engine=vllm", "rollout.vllm.check_weights_interval=1"),
+    *("rollout.vllm.sync_timeout_minutes=0.5", "train_iters=2", "optimizer.lr=0.01"),
+]
+CASES = {
+    "undisturbed": [],
+    "started_again": [],
+    "gone": ["rollout.vllm.max_restarts=1", "rollout.vllm.sync_timeout_minutes=0.02"],
+}
+FAILING = 10  # the request that fails, in the second of two steps of eight
+
+
+def disturb(server: FakeServer, name: str) -> None:
+    requests = count(1)
+
+    def generate() -> tuple[int, bytes] | None:
+        if next(requests) != FAILING:
+            return None
+        server.label = "default"
+        if name == "gone":
+            server.instead["/health"] = lambda: (503, b"ending")
+        return 500, b"lost"
+
+    server.instead[GENERATE] = generate
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    root = tmp_path_factory.mktemp("rollout_server")
+    pair = save_pair(root / "pair", "llama", tied=True)
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(closing(FakeServer({}))) for name in CASES}
+        disturb(servers["started_again"], "started_again")
+        disturb(servers["gone"], "gone")
+        cases = [
+            {
+                "name": name,
+                "pair": str(pair),
+                "overrides": [
+                    *(*SETTINGS, *overrides),
+                    f"rollout.vllm.server_url={servers[name].url}",
+                ],
+            }
+            for name, overrides in CASES.items()
+        ]
+        run_ranks("loop", cases, 2, root)
+        yield {
+            name: (server, torch.load(root / f"{name}.pt", weights_only=False))
+            for name, server in servers.items()
+        }
+
+
+def test_one_sync_for_all_replicas(servers: dict[str, Any]) -> None:
+    server, result = servers["undisturbed"]
+    assert server.num_syncs == 2
+    assert [len(of_step) for of_step in result["rollouts"]] == [8, 8]
+    assert [{r.weights_version for r in step} for step in result["rollouts"]] == [{0}, {1}]
+    assert result["rollouts"][0] != result["rollouts"][1]
+
+
+def test_a_server_that_is_started_again(servers: dict[str, Any]) -> None:
+    server, result = servers["started_again"]
+    assert result["rollouts"] == servers["undisturbed"][1]["rollouts"]
+    assert server.num_syncs == 3
+    assert server.weights.keys() == servers["undisturbed"][0].weights.keys()
+    for name, tensor in servers["undisturbed"][0].weights.items():
+        assert torch.equal(server.weights[name], tensor), name
+
+
+def test_a_server_that_goes_away(servers: dict[str, Any]) -> None:
+    """The error says what is there to go on from."""
+    stopped = servers["gone"][1]["stopped"]
+    assert "(1 restarts in this step, rollout.vllm.max_restarts = 1)" in stopped
+    assert "answers /health with 503: ending" in stopped
+    assert "the newest checkpoint is of step 1" in stopped

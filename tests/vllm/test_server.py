@@ -1,0 +1,201 @@
+"""Rollouts from a vLLM server, against transformers' models with the same weights."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_oprd.config_vllm import VLLMConfig
+from megatron_oprd.errors import UserError
+from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
+from megatron_oprd.rollout.hf import HFEngine
+from megatron_oprd.rollout.server_client import EXTENSION, ServerClient, check_server
+from megatron_oprd.rollout.vllm_server import VLLMServerEngine
+from tests.tiny import EOS_ID, PAD_ID, random_weight, save_tiny_model
+from tests.vllm.engines import CPU, Weights, check_greedy, prompt, sampling, tiny_llama
+
+# vLLM caches prefixes of 128 tokens on a CPU; the last two share one.
+PREFIX = [5 + i * 7 % 90 for i in range(140)]
+PROMPTS = [prompt(3, 7, 8, 9, 10), prompt(0, 20), prompt(8, *PREFIX, 30), prompt(5, *PREFIX, 31)]
+MEANINGLESS = (11, 96)
+KNOWN = set(range(97)) - set(MEANINGLESS)
+# `vllm serve` does the same, but asks for a package named vllm, which the CPU build's is not.
+SERVE = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+OPTIONS = [
+    *("--host", "127.0.0.1", "--enable-scale-out", "--worker-extension-cls", EXTENSION),
+    *("--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--load-format", "dummy"),
+    *("--kv-cache-memory-bytes", "250000000"),
+]
+SECONDS_TO_START = 300
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tied")
+    save_tiny_model(folder, tiny_llama(tie_word_embeddings=True), seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(folder: Path) -> Weights:
+    weights = load_file(folder / "model.safetensors")
+    # A tied tiny model is sure that a token repeats; smaller logits are less so.
+    weights["model.embed_tokens.weight"] *= 0.25
+    return weights
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    command = [*SERVE, str(folder), "--port", str(port), *OPTIONS]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        ServerClient(url).wait(SECONDS_TO_START)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def start(url: str, folder: Path, *, owner: str = "runs/a") -> VLLMServerEngine:
+    return VLLMServerEngine(
+        folder,
+        dtype=torch.float32,
+        eos_token_ids=[EOS_ID],
+        known_ids=KNOWN,
+        owner=owner,
+        config=VLLMConfig(server_url=url, check_weights_interval=1, timeout_minutes=5),
+    )
+
+
+@pytest.fixture
+def engine(url: str, folder: Path, weights: Weights) -> VLLMServerEngine:
+    engine = start(url, folder)
+    engine.load_weights(weights.items(), version=1)
+    return engine
+
+
+def others(weights: Weights, seed: int) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: random_weight(name, t.shape, generator) for name, t in weights.items()}
+
+
+def test_what_does_not_fit(url: str, folder: Path, tmp_path: Path) -> None:
+    """The first test of this file: the server has nobody's weights yet."""
+
+    def check(folder: Path, max_model_len: int = 256, dtype: torch.dtype = torch.float32) -> None:
+        check_server(url, folder, dtype=dtype, max_model_len=max_model_len, checks_weights=True)
+
+    check(folder)
+    with pytest.raises(UserError, match=r"max_model_len is 256, the longest .* has 257 tokens"):
+        check(folder, max_model_len=257)
+    with pytest.raises(UserError, match=r"dtype is float32, model\.params_dtype means bfloat16"):
+        check(folder, dtype=torch.bfloat16)
+    config = json.loads((folder / "config.json").read_text())
+    for changes, message in (
+        ({"vocab_size": 98}, "a vocabulary of 97, model.student .* of 98"),
+        ({"num_hidden_layers": 7}, "num_hidden_layers = .*, model.student .* has 7"),
+        ({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, "rope_theta = 10000"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=message):
+            check(tmp_path)
+    with pytest.raises(RolloutEngineError, match="no weights of this run"):
+        start(url, folder).generate(PROMPTS, sampling())
+
+
+def test_same_tokens_as_hf(engine: VLLMServerEngine, folder: Path, weights: Weights) -> None:
+    hf = HFEngine(
+        folder,
+        dtype=torch.float32,
+        device=CPU,
+        eos_token_ids=[EOS_ID],
+        pad_token_id=PAD_ID,
+        known_ids=KNOWN,
+    )
+    hf.load_weights(weights.items())
+    ours, theirs = (one.generate(PROMPTS, sampling()) for one in (engine, hf))
+    assert len({rollout.response_ids for rollout in ours}) > 1
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.response_ids == other.response_ids
+        assert (mine.prompt_index, mine.prompt_ids) == (other.prompt_index, other.prompt_ids)
+        assert mine.finished == other.finished
+
+
+def test_new_weights(engine: VLLMServerEngine, folder: Path, weights: Weights) -> None:
+    """Also behind a prefix that is in the cache with the old weights."""
+    old = engine.generate(PROMPTS, sampling())
+    for version, seed in ((2, 1), (3, 2)):
+        changed = others(weights, seed)
+        changed["model.embed_tokens.weight"][list(MEANINGLESS)] = 0.0
+        engine.load_weights(changed.items(), version=version)
+        new = engine.generate(PROMPTS, sampling())
+        check_greedy(folder, changed, new, never=MEANINGLESS)
+        assert {rollout.weights_version for rollout in new} == {version}
+        assert [r.response_ids for r in new] != [r.response_ids for r in old]
+
+
+def test_seeds(engine: VLLMServerEngine, url: str, folder: Path) -> None:
+    """A response depends on prompt, sample and seed, whichever replica asks for it."""
+    random = sampling(temperature=2.0, samples_per_prompt=2)
+    rollouts = engine.generate(PROMPTS, random)
+    assert len({r.response_ids for r in rollouts}) == len(rollouts)
+    replica = start(url, folder)
+    assert rollouts == [r for p in PROMPTS for r in replica.generate([p], random)]
+    assert {r.finished for r in rollouts} <= {True, False}
+    for rollout in rollouts:
+        assert not set(rollout.response_ids) & set(MEANINGLESS)
+        assert rollout.finished == (rollout.response_ids[-1] == EOS_ID)
+
+
+def test_weights_of_others(engine: VLLMServerEngine, url: str, folder: Path) -> None:
+    with pytest.raises(WrongWeightsError, match="has weights of 'runs/a', not of 'runs/b'"):
+        start(url, folder, owner="runs/b").generate(PROMPTS, sampling())
+
+
+def test_check_finds_what_was_changed_on_the_way(
+    engine: VLLMServerEngine, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passing = engine._check.passing
+    changed = "model.layers.2.self_attn.k_proj.weight"
+
+    def changing(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in passing(stream):
+            yield name, tensor + 0.5 if name == changed else tensor
+
+    monkeypatch.setattr(engine._check, "passing", changing)
+    with pytest.raises(WrongWeightsError, match=rf"in 1 of \d+ tensors, the first '{changed}'"):
+        engine.load_weights(weights.items())
+
+
+def test_weights_that_do_not_come(engine: VLLMServerEngine, folder: Path, weights: Weights) -> None:
+    """A server that got a part goes on, gives nothing out, and takes other weights."""
+    with pytest.raises(ValueError, match="1 weights were not delivered"):
+        engine.load_weights(list(weights.items())[:-1], version=4)
+    with pytest.raises(RolloutEngineError, match="no weights of this run"):
+        engine.generate(PROMPTS, sampling())
+    weights = others(weights, 3)
+    engine.load_weights(weights.items(), version=5)
+    check_greedy(folder, weights, engine.generate(PROMPTS[:1], sampling()), never=MEANINGLESS)
