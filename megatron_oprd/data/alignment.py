@@ -4,6 +4,7 @@ Two positions correspond when their tokens end at the same character: both model
 the same text. Offsets count Unicode code points of the text.
 """
 
+import re
 from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 Ends = list[int | None]
 Pair = tuple[int, int]
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def decode_with_ends(
@@ -22,21 +25,59 @@ def decode_with_ends(
 
     Args:
         tokenizer: A fast tokenizer.
-        token_ids: Token ids; special tokens have no text.
+        token_ids: Token ids; special tokens have no text, nor have byte-fallback tokens that
+            make up no character.
 
     Returns:
         The text, and for each token the number of characters up to its end; None for a token that
         ends inside a character (byte-level and byte-fallback tokens) or has no text.
     """
     stream = DecodeStream(skip_special_tokens=True)
+    stray = _stray_bytes(tokenizer, token_ids)
     text, ends, length = [], Ends(), 0
-    for token_id in token_ids:
+    for number, token_id in enumerate(token_ids):
+        if number in stray:
+            ends.append(None)
+            continue
         piece = stream.step(tokenizer.backend_tokenizer, token_id)
         if piece:
             text.append(piece)
             length += len(piece)
         ends.append(length if piece else None)
     return "".join(text), ends
+
+
+def _stray_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> set[int]:
+    """Numbers of the byte-fallback tokens that are no part of a character.
+
+    One such token makes the decoder turn every other of its run, too, into U+FFFD: also those that
+    the stream has given as text already, which is an error there.
+    """
+    if "ByteFallback" not in str(tokenizer.backend_tokenizer.decoder):
+        return set()
+    stray: set[int] = set()
+    run: list[tuple[int, int]] = []  # of byte tokens: number and byte
+    for number, name in enumerate([*tokenizer.convert_ids_to_tokens(list(token_ids)), None]):
+        if found := _BYTE_TOKEN.fullmatch(name or ""):
+            run.append((number, int(found[1], 16)))
+            continue
+        while run:
+            width = _width_of_character(bytes(byte for _, byte in run[:4]))
+            if width == 0:
+                stray.add(run[0][0])
+            run = run[max(width, 1) :]
+    return stray
+
+
+def _width_of_character(following: bytes) -> int:
+    """How many of these bytes, at most 4, are the first character in UTF-8; 0 if none are."""
+    for width in range(1, len(following) + 1):
+        try:
+            following[:width].decode()
+        except UnicodeDecodeError:
+            continue
+        return width
+    return 0
 
 
 def encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], Ends]:

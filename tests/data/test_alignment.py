@@ -131,6 +131,25 @@ def test_one_tokenizer_pairs_every_token_that_ends_a_character(
         assert pairs_of(ends, again_ends) == expected
 
 
+@pytest.mark.parametrize(
+    ("names", "text", "ends"),
+    [
+        (["a", "<0x0A>", "<0xFF>", "a"], "a\na", [1, 2, None, 3]),
+        (["<0x0A>", "<0xE2>", "<0x82>", "a"], "\na", [1, None, None, 2]),
+        (["<0xE2>", "<0xE2>", "<0x82>", "<0xAC>", "a"], "€a", [None, None, None, 1, 2]),
+        (["<0x0A>", "▁", "a", "<0xAC>"], "\n a", [1, 2, 3, None]),
+    ],
+)
+def test_sampled_bytes_that_are_no_character_have_no_text(
+    tokenizers: dict[str, PreTrainedTokenizerBase],
+    names: list[str],
+    text: str,
+    ends: list[int | None],
+) -> None:
+    tokenizer = tokenizers["sentence_piece"]
+    assert decode_with_ends(tokenizer, tokenizer.convert_tokens_to_ids(names)) == (text, ends)
+
+
 def test_tokens_inside_a_character_and_special_tokens_have_no_end(
     tokenizers: dict[str, PreTrainedTokenizerBase],
 ) -> None:
