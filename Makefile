@@ -2,6 +2,7 @@
 # make test    sets everything up and runs lint, type checks and all tests
 # make test-vllm   runs the tests with vLLM rollouts, in an environment of their own, .venv-vllm
 # make reproduce-small    compares the methods on a task that a small model learns on the CPU
+# make bridge-real    distils SmolLM2-135M into smaller students, also with other tokenizers
 # All but test-vllm install into .venv on first use. PYTHON chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -10,6 +11,7 @@ VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 DEMO := .demo
 REPRODUCTION := runs/reproduce_small
+BRIDGES := runs/bridge_real
 SEEDS ?= 3
 # Files of the real model that the demo and some tests use; any other run needs none of it.
 SMOLLM2 := .cache/smollm2
@@ -17,7 +19,7 @@ TEACHER := $(SMOLLM2)/SmolLM2-135M-Instruct
 # Python sources of Transformer Engine, with which a test compares names; nothing is installed.
 ENGINE := .cache/transformer_engine/transformer_engine-2.11.0-py3-none-any.whl
 
-.PHONY: demo reproduce-small test test-vllm lint format install clean help transformer-engine
+.PHONY: demo reproduce-small bridge-real test test-vllm lint format install clean help transformer-engine
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -71,6 +73,11 @@ reproduce-small: $(INSTALLED)
 	$(BIN)/python examples/reproduce_small/pretrain.py --out $(REPRODUCTION)/models
 	$(BIN)/python examples/reproduce_small/compare.py --models $(REPRODUCTION)/models \
 		--out $(REPRODUCTION)/comparison --seeds $(SEEDS)
+
+# Bridges with a real teacher; examples/bridge_real/README.md says what comes out.
+bridge-real: $(TEACHER)/config.json
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python examples/bridge_real/run.py \
+		--teacher $(TEACHER) --out $(BRIDGES)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
