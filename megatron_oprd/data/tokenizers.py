@@ -53,9 +53,8 @@ def check_same_tokenizer(student_folder: Path, teacher_folder: Path) -> None:
     if difference is not None:
         raise UserError(
             f"the tokenizers of the student ({student_folder}) and the teacher ({teacher_folder}) "
-            f"differ: {difference}. Hidden states are matched at the same token ids, so both need "
-            "the same tokenizer; a teacher with another tokenizer needs the bridge for other "
-            "tokenizers, which is not there yet"
+            f"differ: {difference}. The teacher reads the student's token ids unless "
+            "teacher_prompt.tokenizer = own, with which it reads the text in its own"
         )
     if student.eos_token_id != teacher.eos_token_id:
         logger.warning(
