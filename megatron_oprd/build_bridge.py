@@ -33,7 +33,8 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     config = load_build_config(arguments.config, arguments.overrides)
     plan = plan_build(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    check_rollout_server(plan)
+    if os.environ.get("RANK", "0") == "0":
+        check_rollout_server(plan)
     with parallel_run(config.parallel, seed=config.seed) as context:
         manifest = build_bridge(config, plan, context)
         first = context.rank == 0

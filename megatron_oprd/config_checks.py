@@ -39,7 +39,7 @@ def check_values(config: RunConfig) -> None:
             f"{config.parallel.context_parallel_size}: packed sequences are not divided; use one "
             "of the two"
         )
-    check_rollout(config.rollout)
+    check_rollout(config)
     evaluation = config.evaluation
     if (evaluation.interval is None) != (not evaluation.data):
         raise UserError(

@@ -7,7 +7,7 @@ from megatron_oprd.config import RunConfig
 from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.errors import UserError
 
-_MAX_TEMPERATURE = 2.0
+MAX_TEMPERATURE = 2.0
 # What an engine is started with, which a server is not by us.
 _OF_EMBEDDED = (
     "gpu_memory_utilization",
@@ -48,9 +48,9 @@ def check_vllm(config: RunConfig) -> None:
             "0 and below 1"
         )
     for key, of in (("rollout", config.rollout), ("evaluation", config.evaluation)):
-        if of.temperature > _MAX_TEMPERATURE:
+        if of.temperature > MAX_TEMPERATURE:
             raise UserError(
-                f"{key}.temperature = {of.temperature}: vLLM takes at most {_MAX_TEMPERATURE}; "
+                f"{key}.temperature = {of.temperature}: vLLM takes at most {MAX_TEMPERATURE}; "
                 "give that, or use rollout.engine = hf"
             )
     if vllm.sleep_level not in (0, 1, 2):
@@ -80,8 +80,13 @@ def check_vllm(config: RunConfig) -> None:
 
 
 def _check_server(vllm: VLLMConfig) -> None:
-    parts = urlsplit(vllm.server_url)
-    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
+    parts = urlsplit(str(vllm.server_url))
+    try:
+        has_port = parts.port is None or parts.port > 0
+    except ValueError:
+        has_port = False
+    others = (parts.path.strip("/"), parts.query, parts.fragment, parts.username)
+    if parts.scheme != "http" or not parts.hostname or not has_port or any(others):
         raise UserError(
             f"rollout.vllm.server_url = {vllm.server_url}: has to be as in http://127.0.0.1:8000"
         )

@@ -21,6 +21,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from megatron_oprd.config_checks_vllm import MAX_TEMPERATURE
 from megatron_oprd.data.benchmarks import load_benchmarks
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.evaluation.benchmark_tables import benchmarks_table
@@ -181,6 +182,10 @@ def _on_benchmarks(args: argparse.Namespace) -> int:
         raise UserError("--stop has an empty text, which every response would end with")
     if args.engine == "vllm":
         check_vllm_is_there()
+        if args.temperature > MAX_TEMPERATURE:
+            raise UserError(
+                f"--temperature {args.temperature}: vLLM takes at most {MAX_TEMPERATURE}"
+            )
     evaluation = evaluate_on_benchmarks(
         _named_folders(args.model, "--model"),
         load_benchmarks(args.data, limit=args.limit, instruction=args.instruction),

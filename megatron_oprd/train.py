@@ -37,14 +37,15 @@ def main() -> int:
     num_ranks = int(os.environ.get("WORLD_SIZE", started))
     plan = make_plan(config, world_size=num_ranks)
     checkpoint_to_resume(plan)
-    check_rollout_server(plan)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:  # other hosts may see it under another address; an engine that cannot start says so
+        check_rollout_server(plan)
     check_host_memory(
         config,
         num_ranks=num_ranks,
         ranks_on_host=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         available_bytes=psutil.virtual_memory().available,
     )
-    first = os.environ.get("RANK", "0") == "0"
     if arguments.dry_run:
         if first:
             print(describe(plan))

@@ -96,9 +96,14 @@ class StartedRanks:
             )
             for rank, log in enumerate(self._logs)
         ]
+        self._own_server: Connection | None = None
         # Neighbouring ranks are of different servers, so that sets of strings have different orders
         # in them, as in processes that torchrun starts.
-        servers = _servers() if environment is None else (_start_server((), environment),)
+        if environment is None:
+            servers = _servers()
+        else:
+            self._own_server = _start_server((), environment)
+            servers = (self._own_server,)
         self._ranks_of = {
             server: range(first, num_ranks, len(servers))
             for first, server in enumerate(servers[:num_ranks])
@@ -128,6 +133,8 @@ class StartedRanks:
 
     def __exit__(self, *exception: object) -> None:
         self.kill()
+        if self._own_server is not None:
+            self._own_server.close()
 
     def finish(self) -> None:
         """Waits for the end; a rank that fails fails all."""

@@ -287,6 +287,14 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
         (["evaluation.data=[a.parquet]"], "evaluation.interval = None with evaluation.data"),
         (["rollout.stop=[x,'']"], "rollout.stop has an empty text"),
         (
+            [
+                "rollout.engine=vllm",
+                "rollout.one_step_off_policy=true",
+                "checkpoint.save_interval=1",
+            ],
+            r"one_step_off_policy = true has no effect with checkpoint\.save_interval = 1",
+        ),
+        (
             ["rollout.one_step_off_policy=true"],
             r"one_step_off_policy = true with rollout\.engine = hf, which",
         ),

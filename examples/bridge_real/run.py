@@ -68,6 +68,9 @@ def main() -> None:
     def say(line: str) -> None:
         print(f"[{time.perf_counter() - start:5.0f} s] {line}", flush=True)
 
+    is_other = args.out.is_dir() and any(args.out.iterdir())
+    if is_other and not (args.out / "results.json").exists():
+        parser.error(f"--out {args.out} is not empty, and has no results.json of an earlier run")
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     torch.manual_seed(args.seed)

@@ -148,6 +148,11 @@ def _check_fit(config: BuildBridgeConfig) -> None:
             f"fit.num_prompts = {fit.num_prompts} is not a multiple of rollout.prompts_per_step = "
             f"{per_step}, the prompts of one round"
         )
+    for name in ("one_step_off_policy", "logprob_check_interval"):
+        if (value := getattr(config.rollout, name)) != getattr(RolloutConfig(), name):
+            raise UserError(
+                f"rollout.{name} = {value} has no effect on how a bridge is built; leave it out"
+            )
     if config.batch.sequence_packing:
         raise UserError(
             "batch.sequence_packing = true has no effect on how a bridge is built; leave it out"

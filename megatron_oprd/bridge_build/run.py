@@ -122,6 +122,7 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
             rollouts += collect(
                 engines, of_step, sampling, context=context, reader=plan.teacher_reader
             )
+            engines.take_restarts()  # they are limited for each round
     return rollouts
 
 

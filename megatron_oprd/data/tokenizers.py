@@ -37,13 +37,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"cannot read the tokenizer of {folder}: {error}") from error
 
 
-def check_same_tokenizer(student_folder: Path, teacher_folder: Path) -> None:
+def check_same_tokenizer(
+    student_folder: Path, teacher_folder: Path, *, otherwise: str = ""
+) -> None:
     """Checks that student and teacher mean the same text by the same token ids.
 
     The vocabularies, the added tokens and which of them are special must be equal. The chat
     template may differ (both models read what the student's made), and so may the
     end-of-sequence token, which only says where the student's rollouts stop: base and instruct
     models of one family differ in it. That difference is logged.
+
+    Args:
+        student_folder: The student's Hugging Face folder.
+        teacher_folder: The teacher's.
+        otherwise: What to do about a difference, for the error.
 
     Raises:
         UserError: The tokenizers differ; it names the first difference.
@@ -53,8 +60,7 @@ def check_same_tokenizer(student_folder: Path, teacher_folder: Path) -> None:
     if difference is not None:
         raise UserError(
             f"the tokenizers of the student ({student_folder}) and the teacher ({teacher_folder}) "
-            f"differ: {difference}. The teacher reads the student's token ids unless "
-            "teacher_prompt.tokenizer = own, with which it reads the text in its own"
+            f"differ: {difference}{otherwise}"
         )
     if student.eos_token_id != teacher.eos_token_id:
         logger.warning(

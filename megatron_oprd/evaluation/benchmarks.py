@@ -208,7 +208,8 @@ def _evaluate_model(
         device=device,
         max_batch_size=settings.batch_size,
         max_model_len=longest + settings.sampling.max_new_tokens,
-        vllm=VLLMConfig(),
+        # Nothing else is on a GPU. On the CPU it would be the host's memory.
+        vllm=VLLMConfig(gpu_memory_utilization=0.9) if device.type == "cuda" else VLLMConfig(),
     )
     with contextlib.closing(engine):
         noted = xxhash.xxh3_128()

@@ -42,9 +42,11 @@ def whole_model(chunks: Sequence[GPTModel]) -> Iterator[None]:
         chunk.eval()
     for layer in layers:
         layer.runs = True
-    with torch.no_grad():
-        yield
-    for layer, runs in zip(layers, ran, strict=True):
-        layer.runs = runs
-    for chunk in chunks:
-        chunk.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, runs in zip(layers, ran, strict=True):
+            layer.runs = runs
+        for chunk in chunks:
+            chunk.train()

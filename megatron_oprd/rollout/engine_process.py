@@ -52,14 +52,24 @@ class EngineProcess:
             RolloutEngineError: The process has ended. One that does not take the message in time
                 is ended.
         """
+        is_late = threading.Event()
+
+        def end() -> None:
+            is_late.set()
+            self._process.kill()
+
         # A message larger than the pipe waits for its reader, and nothing but the reader's end
         # ends that.
-        alarm = threading.Timer(seconds, self._process.kill)
+        alarm = threading.Timer(seconds, end)
         alarm.daemon = True
         alarm.start()
         try:
             self._connection.send(message)
         except (BrokenPipeError, ConnectionResetError) as error:
+            if is_late.is_set():
+                raise RolloutEngineError(
+                    f"the vLLM process {self.pid} has not taken a message for {seconds:.3g} s"
+                ) from error
             raise self._failure() from error
         finally:
             alarm.cancel()

@@ -85,6 +85,8 @@ class VLLMEngine:
         self._config = config
         self._decode = decode
         self._under_way: tuple[Sequence[Prompt], SamplingParams] | None = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # vLLM does not start unless its share of memory is free
         self._bucket = SendingBucket(
             num_bytes=config.sync_bucket_mb * 10**6, dtype=dtype, device=device
         )

@@ -25,8 +25,9 @@ from megatron_oprd.rollout.sync_check import SyncCheck
 from megatron_oprd.rollout.vllm_messages import Request, Response
 from megatron_oprd.rollout.weight_socket import WeightSender
 
-# Requests that are under way at once, where no setting says how many: more than a server generates.
-_REQUESTS = 256
+# Requests that are under way at once, where no setting says how many: what vLLM generates at once
+# on large GPUs unless it is told otherwise.
+_REQUESTS = 1024
 _FRESH = "default"  # the version of a server that nobody has sent weights
 _UNFINISHED = "unfinished"
 
@@ -81,8 +82,12 @@ class VLLMServerEngine:
         self._under_way: _UnderWay | None = None
         self._server = ServerClient(config.server_url)
         self._server.wait(self._part)
-        never = sorted(set(range(self._check.vocab_size)) - set(known_ids))
-        self._num_workers = len(self._server.workers("oprd_mask", never, seconds=self._part))
+        self._never = sorted(set(range(self._check.vocab_size)) - set(known_ids))
+        self._mask()
+
+    def _mask(self) -> int:
+        """Has the server never sample ids that mean nothing; how many workers it has."""
+        return len(self._server.workers("oprd_mask", self._never, seconds=self._part))
 
     @property
     def _part(self) -> float:
@@ -102,6 +107,7 @@ class VLLMServerEngine:
             WrongWeightsError: A check found other weights than were sent.
         """
         self._set_version(_UNFINISHED)
+        num_workers = self._mask()  # it may be another server than the last time
         weights = self._check.passing(stream)
         host = self._own_address()
         token = secrets.token_hex()
@@ -111,7 +117,11 @@ class VLLMServerEngine:
             "keep": self._check.is_due,
             "seconds": self._part,
         }
-        with WeightSender(host, token, seconds=self._part) as sender:
+        try:
+            listening = WeightSender(host, token, seconds=self._part)
+        except OSError as error:
+            raise self._not_taken(version, f"no port on {host}: {error}") from error
+        with listening as sender:
             loaded = _in_background(
                 lambda: self._server.workers(
                     "oprd_receive",
@@ -120,7 +130,7 @@ class VLLMServerEngine:
                 )
             )
             try:
-                sender.accept(self._num_workers, in_vain=loaded.done)
+                sender.accept(num_workers, in_vain=loaded.done)
                 sender.send(weights, dtype=self._dtype)
                 answers = loaded.result(timeout=self._part)
             except OSError as error:
@@ -250,7 +260,10 @@ class VLLMServerEngine:
         """Does nothing: the server has devices of its own."""
 
     def close(self) -> None:
-        """Does nothing: the server goes on."""
+        """Asks for nothing more; the server goes on."""
+        if self._under_way is not None:
+            (_, _, pool, _), self._under_way = self._under_way, None
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_background(call: Callable[[], Any]) -> Future:
@@ -260,7 +273,7 @@ def _in_background(call: Callable[[], Any]) -> Future:
     def run() -> None:
         try:
             future.set_result(call())
-        except RolloutEngineError as error:
+        except Exception as error:  # whatever it is, who waits for the future has to know
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()

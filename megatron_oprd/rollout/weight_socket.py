@@ -34,7 +34,8 @@ class WeightSender:
         self._token = token
         self._seconds = seconds
         self._stack = ExitStack()
-        self._listener = self._stack.enter_context(socket.create_server((host, 0)))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = self._stack.enter_context(socket.create_server((host, 0), family=family))
         self._workers: list[socket.socket] = []
 
     @property
@@ -133,6 +134,6 @@ def receive_weights(
 
 
 def _line(line: bytes) -> dict | None:
-    if not line:
+    if not line.endswith(b"\n"):
         raise ConnectionError("the trainer left before the end of its weights")
     return json.loads(line)

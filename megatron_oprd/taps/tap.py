@@ -77,8 +77,10 @@ class PairTaps:
     def paused(self) -> Iterator[None]:
         """Has the student's taps do nothing inside the block: for a pass without a loss."""
         self._is_paused = True
-        yield
-        self._is_paused = False
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def _student_tap(self, number: int, pair: LayerPair) -> Tap:
         """The tap on the student's layer of the ``number``-th pair."""

@@ -120,14 +120,16 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             }
             metrics["seconds_step"] = seconds = time.perf_counter() - started
             metrics["tokens_per_second"] = metrics["num_tokens"] / seconds
-            if evaluator.is_due(step + 1):
-                source.finish(weights_version=step + 1)
-                engines.sync(version=step + 1)
-                metrics.update(evaluator.evaluate(engines, step + 1))
-                engines.sleep()
-            metrics["rollout_engine_restarts"] = engines.take_restarts()
-            if loggers is not None:
-                loggers.log(metrics)
+            try:
+                if evaluator.is_due(step + 1):
+                    source.finish(weights_version=step + 1)
+                    engines.sync(version=step + 1)
+                    metrics.update(evaluator.evaluate(engines, step + 1))
+                    engines.sleep()
+            finally:  # the step is done, whatever becomes of its evaluation
+                metrics["rollout_engine_restarts"] = engines.take_restarts()
+                if loggers is not None:
+                    loggers.log(metrics)
             if skipped_in_a_row == config.optimizer.max_skipped_in_a_row:
                 raise TrainingDivergedError(
                     f"steps {step + 1 - skipped_in_a_row} to {step} had a non-finite loss or "

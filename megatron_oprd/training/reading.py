@@ -42,7 +42,11 @@ def plan_reading(
         teacher_tokenizer = load_tokenizer(teacher_folder)
         _check_own_tokens(config, tokenizer, teacher_tokenizer)
     else:
-        check_same_tokenizer(student_folder, teacher_folder)
+        check_same_tokenizer(
+            student_folder,
+            teacher_folder,
+            otherwise="; with teacher_prompt.tokenizer = own the teacher reads the text in its own",
+        )
     reader = None
     if own_tokens or settings.privileged_key is not None:
         reader = TeacherReader(

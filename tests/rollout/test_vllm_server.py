@@ -157,6 +157,17 @@ def test_sync_and_rollouts(server: FakeServer, folder: Path, weights: dict[str, 
         one.generate(PROMPTS, SAMPLING)
 
 
+def test_a_server_that_was_started_anew_between_two_steps(
+    server: FakeServer, folder: Path, weights: dict[str, Tensor]
+) -> None:
+    one = engine(server, folder)
+    one.load_weights(weights.items(), version=1)
+    server.label, server.masked = "default", []
+    one.load_weights(weights.items(), version=2)
+    assert server.masked == [95, 96]
+    assert {rollout.weights_version for rollout in one.generate(PROMPTS, SAMPLING)} == {2}
+
+
 def test_answers_that_are_none(server: FakeServer, folder: Path) -> None:
     one = engine(server, folder)
     for status, body, message in (
@@ -183,7 +194,7 @@ def test_a_sync_that_fails(server: FakeServer, folder: Path, weights: dict[str, 
     fails("did not take weight sync 2")
     server.before_receiving = None
     server.instead["/collective_rpc"] = lambda: (500, b"out of memory")
-    fails("did not take weight sync 2: .* 500: out of memory")
+    fails("500: out of memory")
     server.instead.clear()
     with pytest.raises(ValueError, match="1 weights were not delivered"):
         one.load_weights(list(weights.items())[:-1], version=2)
