@@ -54,5 +54,5 @@ def test_hanging(process: EngineProcess) -> None:
 def test_a_message_that_is_not_taken(process: EngineProcess) -> None:
     """It does not fit into the pipe, and its sender waits no longer than it should."""
     process.send(("hang", None), seconds=60)
-    with pytest.raises(RolloutEngineError, match="has not taken a message for 0.5 s"):
+    with pytest.raises(RolloutEngineError, match="has not taken a message"):
         process.send(("answer", b"x" * 10**7), seconds=0.5)
