@@ -1,6 +1,6 @@
 """The embedded rollout engine: the student as a transformers model in this process."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
-from megatron_oprd.rollout.sampling import logits_processors, sample_seed
+from megatron_oprd.rollout.sampling import logits_processors, seed_of
 from megatron_oprd.rollout.stopping import StopTexts
 
 
@@ -86,20 +86,10 @@ class HFEngine:
         """
         self._version = None  # until all have come: half of them are no model
         destinations = checkpoint_tensors(self._model.state_dict())
-        came: set[str] = set()
+        shapes = {name: tuple(tensor.shape) for name, tensor in destinations.items()}
         delivered: dict[int, str] = {}  # where the weight is in memory -> the name it came under
-        for name, tensor in stream:
-            destination = destinations.get(name)
-            if destination is None:
-                raise ValueError(f"the rollout model has no weight {name!r}")
-            if tensor.shape != destination.shape:
-                raise ValueError(
-                    f"{name}: the rollout model's shape is {tuple(destination.shape)}, "
-                    f"got {tuple(tensor.shape)}"
-                )
-            if name in came:
-                raise ValueError(f"{name} came twice")
-            came.add(name)
+        for name, tensor in known_weights(stream, shapes):
+            destination = destinations[name]
             value = tensor.to(device=destination.device, dtype=destination.dtype)
             earlier = delivered.setdefault(destination.data_ptr(), name)
             if earlier == name:
@@ -151,11 +141,7 @@ class HFEngine:
             assert prompt.token_ids, f"prompt {prompt.index} is empty"
             input_ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             attention_mask[row, width - len(prompt.token_ids) :] = 1
-        n = sampling.samples_per_prompt
-        seeds = [
-            sample_seed(sampling.seed, prompt.index, prompt.occurrence * n + sample)
-            for prompt, sample in requests
-        ]
+        seeds = [seed_of(prompt, sample, sampling) for prompt, sample in requests]
         end_ids = self._eos_token_ids | set(sampling.stop_token_ids)
         stop_texts = None
         if sampling.stop:
@@ -201,6 +187,33 @@ class HFEngine:
                 )
             )
         return rollouts
+
+
+def known_weights(
+    stream: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream, refused where it is not a model's weights, each at most once.
+
+    Args:
+        stream: Tensors by name.
+        shapes: Those of the model's weights.
+
+    Raises:
+        ValueError: A name that the model lacks, a wrong shape, or a name that came twice; while the
+            stream is read.
+    """
+    came: set[str] = set()
+    for name, tensor in stream:
+        if name not in shapes:
+            raise ValueError(f"the rollout model has no weight {name!r}")
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"{name}: the rollout model's shape is {shapes[name]}, got {tuple(tensor.shape)}"
+            )
+        if name in came:
+            raise ValueError(f"{name} came twice")
+        came.add(name)
+        yield name, tensor
 
 
 def checkpoint_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:

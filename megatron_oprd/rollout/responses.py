@@ -4,21 +4,17 @@ from collections.abc import Callable, Sequence
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
-from megatron_oprd.rollout.sampling import sample_seed
+from megatron_oprd.rollout.sampling import seed_of
 from megatron_oprd.rollout.stopping import stopped_length
 from megatron_oprd.rollout.vllm_messages import Request, Response
 
 
 def requests_of(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Request]:
     """One request a sample, ordered by prompt, then sample, each with a seed of its own."""
-    n = sampling.samples_per_prompt
     return [
-        Request(
-            prompt_ids=prompt.token_ids,
-            seed=sample_seed(sampling.seed, prompt.index, prompt.occurrence * n + sample),
-        )
+        Request(prompt_ids=prompt.token_ids, seed=seed_of(prompt, sample, sampling))
         for prompt in prompts
-        for sample in range(n)
+        for sample in range(sampling.samples_per_prompt)
     ]
 
 

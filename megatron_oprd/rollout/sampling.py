@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import SamplingParams
 
 
@@ -87,6 +88,12 @@ def sample_seed(seed: int, prompt_index: int, sample_index: int) -> int:
     """A 63-bit seed for one sample, the same on every machine and in every process."""
     text = f"{seed}/{prompt_index}/{sample_index}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def seed_of(prompt: Prompt, sample: int, sampling: SamplingParams) -> int:
+    """The seed of a prompt's sample, counted from 0; of a prompt that comes again other ones."""
+    number = prompt.occurrence * sampling.samples_per_prompt + sample
+    return sample_seed(sampling.seed, prompt.index, number)
 
 
 def logits_processors(

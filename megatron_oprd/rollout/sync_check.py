@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from megatron_oprd.rollout.engine import WrongWeightsError
-from megatron_oprd.rollout.hf import checkpoint_tensors
+from megatron_oprd.rollout.hf import checkpoint_tensors, known_weights
 from megatron_oprd.rollout.vllm_weights import EMBEDDING, HEAD, value_checksum
 
 logger = logging.getLogger(__name__)
@@ -57,18 +57,9 @@ class SyncCheck:
 
     def _pass(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         came: set[str] = set()
-        for name, tensor in stream:
-            if self.tied and name == HEAD:
-                continue  # the engine gives it the embedding
-            if name not in self._shapes:
-                raise ValueError(f"the rollout model has no weight {name!r}")
-            if tuple(tensor.shape) != self._shapes[name]:
-                raise ValueError(
-                    f"{name}: the rollout model's shape is {self._shapes[name]}, "
-                    f"got {tuple(tensor.shape)}"
-                )
-            if name in came:
-                raise ValueError(f"{name} came twice")
+        # The engine gives a tied head the embedding.
+        own = ((n, tensor) for n, tensor in stream if not (self.tied and n == HEAD))
+        for name, tensor in known_weights(own, self._shapes):
             came.add(name)
             if self.is_due:
                 self._sent[name] = value_checksum(tensor.to(self._dtype))

@@ -1,5 +1,6 @@
 """What a trainer and its vLLM process tell each other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_oprd.rollout.bucket import BucketHandle
+from megatron_oprd.rollout.engine import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,28 @@ class Request:
 
     prompt_ids: tuple[int, ...]
     seed: int
+
+
+def sampling_fields(
+    request: Request, sampling: SamplingParams, *, stop_token_ids: Sequence[int]
+) -> dict[str, Any]:
+    """The fields of vLLM's own SamplingParams for one response.
+
+    Args:
+        request: The response that is asked for.
+        sampling: How to sample.
+        stop_token_ids: A response ends with any of these, besides ``sampling``'s.
+    """
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_new_tokens,
+        "seed": request.seed,
+        "stop_token_ids": [*stop_token_ids, *sampling.stop_token_ids],
+        "logprobs": 0,  # of the sampled token alone
+        "detokenize": False,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

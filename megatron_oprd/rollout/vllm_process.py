@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_oprd.rollout.bucket import ReceivingBucket, keep_freed_memory
 from megatron_oprd.rollout.engine import SamplingParams
-from megatron_oprd.rollout.vllm_messages import EngineSettings, Request, Response
+from megatron_oprd.rollout.vllm_messages import EngineSettings, Request, Response, sampling_fields
 from megatron_oprd.rollout.vllm_weights import checksums_of_engine, mask_ids, with_tied_head
 
 # Before vLLM is imported. In one process, so that weights need not be sent on to another.
@@ -106,14 +106,7 @@ class Engine:
             raise RuntimeError("generate() after sleep(): load_weights() wakes the engine")
         params = [
             VLLMSamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_tokens=sampling.max_new_tokens,
-                seed=request.seed,
-                stop_token_ids=[*self._settings.stop_token_ids, *sampling.stop_token_ids],
-                logprobs=0,  # of the sampled token alone
-                detokenize=False,
+                **sampling_fields(request, sampling, stop_token_ids=self._settings.stop_token_ids)
             )
             for request in requests
         ]

@@ -22,7 +22,7 @@ from megatron_oprd.rollout.engine import (
 from megatron_oprd.rollout.responses import requests_of, rollouts_of
 from megatron_oprd.rollout.server_client import GENERATE, ServerClient
 from megatron_oprd.rollout.sync_check import SyncCheck
-from megatron_oprd.rollout.vllm_messages import Request, Response
+from megatron_oprd.rollout.vllm_messages import Request, Response, sampling_fields
 from megatron_oprd.rollout.weight_socket import WeightSender
 
 # Requests that are under way at once, where no setting says how many: what vLLM generates at once
@@ -195,16 +195,7 @@ class VLLMServerEngine:
         """The version of the weights that a response comes from, and the response."""
         body = {
             "token_ids": list(request.prompt_ids),
-            "sampling_params": {
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "max_tokens": sampling.max_new_tokens,
-                "seed": request.seed,
-                "stop_token_ids": [*self._stop_ids, *sampling.stop_token_ids],
-                "logprobs": 0,  # of the sampled token alone
-                "detokenize": False,
-            },
+            "sampling_params": sampling_fields(request, sampling, stop_token_ids=self._stop_ids),
         }
         seconds = self._config.timeout_minutes * 60
         answer = self._server.call(GENERATE, body, seconds=seconds)

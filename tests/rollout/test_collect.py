@@ -1,11 +1,9 @@
 """Rollouts of other weights than asked for, on a world of one."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import torch.distributed as dist
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.collect import collect, gather
@@ -13,22 +11,6 @@ from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.replicas import ReplicaEngines
 
 PROMPTS = [Prompt(index=index, token_ids=(1,)) for index in (4, 2)]
-
-
-@pytest.fixture
-def context() -> Iterator[Any]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    world = dist.group.WORLD
-    yield SimpleNamespace(
-        dp_rank=0,
-        dp_size=1,
-        rank=0,
-        leader=0,
-        is_leader=True,
-        replica_control=world,
-        leaders_control=world,
-    )
-    dist.destroy_process_group()
 
 
 def engines(versions: list[int], context: Any) -> ReplicaEngines:

@@ -1,11 +1,9 @@
 """Engines that fail again and again, on a world of one; tests/training has those of several."""
 
 from collections.abc import Iterable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from torch import Tensor, tensor
 
 from megatron_oprd.data.prompts import Prompt
@@ -18,22 +16,6 @@ from megatron_oprd.rollout.engine import (
 from megatron_oprd.rollout.replicas import ReplicaEngines
 
 SAMPLING = SamplingParams(max_new_tokens=1, seed=0)
-
-
-@pytest.fixture
-def context() -> Iterator[Any]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    world = dist.group.WORLD
-    yield SimpleNamespace(
-        dp_rank=0,
-        dp_size=1,
-        rank=0,
-        leader=0,
-        is_leader=True,
-        replica_control=world,
-        leaders_control=world,
-    )
-    dist.destroy_process_group()
 
 
 class Script:

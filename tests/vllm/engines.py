@@ -1,6 +1,6 @@
 """Engines for the tests, and what transformers says about the same weights."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
-from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
+from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.rollout.vllm import VLLMEngine
-from tests.tiny import EOS_ID, tiny_config
+from tests.tiny import EOS_ID, PAD_ID, tiny_config
 
 Weights = dict[str, Tensor]
 
@@ -77,3 +78,29 @@ def check_greedy(
         assert rollout.logprobs is not None
         expected = chosen - logits.logsumexp(-1)
         torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=2e-4, rtol=0)
+
+
+def check_same_as_hf(
+    engine: RolloutEngine,
+    folder: Path,
+    weights: Weights,
+    prompts: Sequence[Prompt],
+    *,
+    known_ids: Collection[int],
+) -> None:
+    """Greedy responses of an engine that has these weights are those of `HFEngine`."""
+    hf = HFEngine(
+        folder,
+        dtype=torch.float32,
+        device=CPU,
+        eos_token_ids=[EOS_ID],
+        pad_token_id=PAD_ID,
+        known_ids=known_ids,
+    )
+    hf.load_weights(weights.items())
+    ours, theirs = (one.generate(prompts, sampling()) for one in (engine, hf))
+    assert len({rollout.response_ids for rollout in ours}) > 1
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.response_ids == other.response_ids
+        assert (mine.prompt_index, mine.prompt_ids) == (other.prompt_index, other.prompt_ids)
+        assert mine.finished == other.finished

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from megatron_oprd.rollout.bucket import Piece
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
-from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.rollout.vllm import VLLMEngine
 from tests.rollout.test_sampling import chi_square
-from tests.tiny import EOS_ID, PAD_ID, random_weight, save_tiny_model, tiny_tokenizer
+from tests.tiny import EOS_ID, random_weight, save_tiny_model, tiny_tokenizer
 from tests.vllm.engines import (
-    CPU,
     Weights,
     check_greedy,
+    check_same_as_hf,
     logits_of,
     prompt,
     sampling,
@@ -81,21 +80,8 @@ def others(weights: Weights, seed: int) -> Weights:
 
 
 def test_same_tokens_as_hf(engine: VLLMEngine, folder: Path, weights: Weights) -> None:
-    hf = HFEngine(
-        folder,
-        dtype=torch.float32,
-        device=CPU,
-        eos_token_ids=[EOS_ID],
-        pad_token_id=PAD_ID,
-        known_ids=set(range(97)) - set(MEANINGLESS),
-    )
-    hf.load_weights(weights.items())
-    ours, theirs = (one.generate(PROMPTS, sampling()) for one in (engine, hf))
-    assert len({rollout.response_ids for rollout in ours}) > 1
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.response_ids == other.response_ids
-        assert (mine.prompt_index, mine.prompt_ids) == (other.prompt_index, other.prompt_ids)
-        assert mine.finished == other.finished
+    known = set(range(97)) - set(MEANINGLESS)
+    check_same_as_hf(engine, folder, weights, PROMPTS, known_ids=known)
 
 
 def test_new_weights(engine: VLLMEngine, folder: Path, weights: Weights) -> None:

@@ -16,11 +16,17 @@ from torch import Tensor
 from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
-from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.rollout.server_client import EXTENSION, ServerClient, check_server
 from megatron_oprd.rollout.vllm_server import VLLMServerEngine
-from tests.tiny import EOS_ID, PAD_ID, random_weight, save_tiny_model
-from tests.vllm.engines import CPU, Weights, check_greedy, prompt, sampling, tiny_llama
+from tests.tiny import EOS_ID, random_weight, save_tiny_model
+from tests.vllm.engines import (
+    Weights,
+    check_greedy,
+    check_same_as_hf,
+    prompt,
+    sampling,
+    tiny_llama,
+)
 
 # vLLM caches prefixes of 128 tokens on a CPU; the last two share one.
 PREFIX = [5 + i * 7 % 90 for i in range(140)]
@@ -127,21 +133,7 @@ def test_what_does_not_fit(url: str, folder: Path, tmp_path: Path) -> None:
 
 
 def test_same_tokens_as_hf(engine: VLLMServerEngine, folder: Path, weights: Weights) -> None:
-    hf = HFEngine(
-        folder,
-        dtype=torch.float32,
-        device=CPU,
-        eos_token_ids=[EOS_ID],
-        pad_token_id=PAD_ID,
-        known_ids=KNOWN,
-    )
-    hf.load_weights(weights.items())
-    ours, theirs = (one.generate(PROMPTS, sampling()) for one in (engine, hf))
-    assert len({rollout.response_ids for rollout in ours}) > 1
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.response_ids == other.response_ids
-        assert (mine.prompt_index, mine.prompt_ids) == (other.prompt_index, other.prompt_ids)
-        assert mine.finished == other.finished
+    check_same_as_hf(engine, folder, weights, PROMPTS, known_ids=KNOWN)
 
 
 def test_new_weights(engine: VLLMServerEngine, folder: Path, weights: Weights) -> None:
