@@ -77,6 +77,15 @@ class ParallelConfig:
     distributed_timeout_minutes: int = 30
 
     @property
+    def replica_size(self) -> int:
+        """Ranks of one data-parallel replica."""
+        return (
+            self.tensor_model_parallel_size
+            * self.context_parallel_size
+            * self.pipeline_model_parallel_size
+        )
+
+    @property
     def expert_tensor_size(self) -> int:
         """``expert_tensor_parallel_size``, its default filled in."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size

@@ -36,12 +36,7 @@ def check_vllm(config: RunConfig) -> None:
         return
     if vllm.server_url is not None:
         _check_server(vllm)
-    if (size := vllm.tensor_model_parallel_size) != 1:
-        raise UserError(
-            f"rollout.vllm.tensor_model_parallel_size = {size}: an engine runs on one GPU, that of "
-            "its replica's first rank, so it has to be 1. More data-parallel replicas make more "
-            "engines"
-        )
+    _check_size(config)
     if not 0 < vllm.gpu_memory_utilization < 1:
         raise UserError(
             f"rollout.vllm.gpu_memory_utilization = {vllm.gpu_memory_utilization}: has to be above "
@@ -76,6 +71,22 @@ def check_vllm(config: RunConfig) -> None:
             f"rollout.vllm.max_model_len = {vllm.max_model_len} is below data.max_prompt_tokens + "
             f"rollout.max_new_tokens = {needed}: responses to long prompts would be cut early; "
             f"give at least {needed}, or leave it out"
+        )
+
+
+def _check_size(config: RunConfig) -> None:
+    size = config.rollout.vllm.tensor_model_parallel_size
+    setting = f"rollout.vllm.tensor_model_parallel_size = {size}"
+    of_replica = config.parallel.replica_size
+    if not 1 <= size <= of_replica:
+        raise UserError(
+            f"{setting}: an engine runs on the GPUs of its replica's ranks, so it has to be from 1 "
+            f"to {of_replica} (tensor x context x pipeline parallel size)"
+        )
+    if size > 1 and (interval := config.rollout.vllm.check_weights_interval) is not None:
+        raise UserError(
+            f"rollout.vllm.check_weights_interval = {interval}: weights cannot be read back from "
+            f"an engine that is split ({setting}); leave it out"
         )
 
 

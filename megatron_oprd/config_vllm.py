@@ -22,7 +22,8 @@ class VLLMConfig:
             ``rollout.max_new_tokens``.
         enforce_eager: Whether nothing is compiled and no CUDA graph captured: the engine starts
             faster and generates slower.
-        tensor_model_parallel_size: GPUs of one engine; 1 is the only one there is.
+        tensor_model_parallel_size: GPUs of one engine (vLLM's tensor parallelism): those of its
+            replica's first ranks on one machine, which have to be as many.
         sleep_level: What the engine gives up between a rollout and the next weight sync, on a GPU:
             0 nothing, 1 the KV cache and, to the host's memory, the weights, 2 both for good; the
             sync brings them again.

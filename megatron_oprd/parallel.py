@@ -155,14 +155,14 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
         UserError: The model-parallel sizes do not divide the number of ranks.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    cp = parallel.context_parallel_size
-    if world_size % (tp * cp * pp):
+    cp, size = parallel.context_parallel_size, parallel.replica_size
+    if world_size % size:
         shared = f" x parallel.context_parallel_size = {cp}" if cp > 1 else ""
         raise UserError(
             f"{world_size} processes do not divide into model-parallel groups of "
             f"parallel.tensor_model_parallel_size = {tp} x "
             f"parallel.pipeline_model_parallel_size = {pp}{shared}; start a multiple of "
-            f"{tp * cp * pp} (torchrun --nproc-per-node)"
+            f"{size} (torchrun --nproc-per-node)"
         )
     etp, ep = parallel.expert_tensor_size, parallel.expert_model_parallel_size
     if world_size % (etp * ep * pp):
@@ -172,7 +172,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
             f"{ep} x parallel.pipeline_model_parallel_size = {pp}; start a multiple of "
             f"{etp * ep * pp} (torchrun --nproc-per-node)"
         )
-    return world_size // (tp * cp * pp)
+    return world_size // size
 
 
 def fewest_ranks(parallel: ParallelConfig) -> int:

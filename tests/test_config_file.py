@@ -209,6 +209,7 @@ PP2 = "parallel.pipeline_model_parallel_size=2"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 FULL = "recompute.recompute_granularity=full"
 VLLM = "rollout.engine=vllm"
+SPLIT = "rollout.vllm.tensor_model_parallel_size=2"
 SERVER = "rollout.vllm.server_url=http://10.0.0.1:8000"
 METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_layers=1"
 
@@ -308,9 +309,10 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
         ),
         (["evaluation.top_p=0"], r"evaluation\.top_p = 0\.0: has to be in \(0, 1\]"),
         (["rollout.vllm.enforce_eager=true"], r"no effect with rollout\.engine = hf; use vllm"),
+        ([VLLM, SPLIT], r"size = 2: .* from 1 to 1 \(tensor x context x pipeline"),
         (
-            [VLLM, "rollout.vllm.tensor_model_parallel_size=2"],
-            r"so it has to be 1\.",
+            [VLLM, SPLIT, PP2, "rollout.vllm.check_weights_interval=3"],
+            r"check_weights_interval = 3: weights cannot be read back .*parallel_size = 2\); leave",
         ),
         ([VLLM, "rollout.vllm.gpu_memory_utilization=1"], r"has to be above 0 and below 1"),
         ([VLLM, "rollout.vllm.sleep_level=3"], r"sleep_level = 3: has to be 0, 1 or 2"),
@@ -346,6 +348,7 @@ def test_contradictions(tmp_path: Path, overrides: list[str], message: str) -> N
         ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"],
         ["optimizer.offload_states=true", "teacher.offload=cpu", "teacher.target_memory_gb=0.5"],
         [VLLM, "rollout.vllm.max_model_len=2048", "rollout.vllm.sleep_level=1"],
+        [VLLM, SPLIT, PP2],
         [VLLM, SERVER, "rollout.vllm.max_model_len=2048", "rollout.vllm.max_restarts=0"],
         ["rollout.temperature=0", "rollout.top_p=1", "optimizer.clip_grad=0", "seed=0"],
         ["optimizer.lr_warmup_fraction=0", "optimizer.adam_beta1=0", "optimizer.lr=0"],

@@ -27,49 +27,47 @@ from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.rollout.bucket import (
     BucketHandle,
-    Piece,
     ReceivingBucket,
     SendingBucket,
-    keep_freed_memory,
+    receive_through,
+    send_through,
 )
 from megatron_oprd.rollout.engine import RolloutEngine, SamplingParams
 from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.rollout.vllm import VLLMEngine
+from megatron_oprd.rollout.worker_socket import TrainerSocket, WorkerSocket
 from megatron_oprd.weights.hf_files import HFCheckpoint
 
 CPU = torch.device("cpu")
 
 
-def receive(handle: BucketHandle, connection: Connection) -> None:
+def receive(handle: BucketHandle, syncs: Connection) -> None:
     """The other end of syncs, without an engine: takes the tensors, and does nothing with them."""
-    keep_freed_memory()
     bucket = ReceivingBucket(handle)
     while True:
-        connection.send("next")
-        for _ in bucket.take(connection.recv()):
-            pass
+        with WorkerSocket(**syncs.recv()) as trainer:
+            for _ in receive_through(bucket, trainer):
+                pass
+        syncs.send("done")
 
 
 class WayThere:
     """Syncs to a process that is no engine."""
 
     def __init__(self, dtype: torch.dtype, num_bytes: int) -> None:
-        self._sender = SendingBucket(num_bytes=num_bytes, dtype=dtype, device=CPU)
-        self._connection, theirs = Pipe()
-        arguments = (self._sender.handle, theirs)
-        self._process = get_context("fork").Process(target=receive, args=arguments, daemon=True)
-        self._process.start()
-        self._connection.recv()
+        self._bucket = SendingBucket(num_bytes=num_bytes, dtype=dtype, device=CPU)
+        self._syncs, theirs = Pipe()
+        arguments = (self._bucket.handle, theirs)
+        get_context("fork").Process(target=receive, args=arguments, daemon=True).start()
 
     def sync(self, weights: dict[str, Tensor]) -> float:
         """Seconds until all weights are in the process's memory."""
         start = time.perf_counter()
-        fillings = self._sender.fill(weights.items())
-        filling: list[Piece] | None = next(fillings)
-        while filling is not None:
-            self._connection.send(filling)
-            filling = next(fillings, None)
-            self._connection.recv()
+        with TrainerSocket("127.0.0.1", seconds=60) as workers:
+            self._syncs.send(workers.invitation)
+            workers.accept(1, in_vain=lambda: False)
+            send_through(self._bucket, workers, weights.items())
+            self._syncs.recv()
         return time.perf_counter() - start
 
 

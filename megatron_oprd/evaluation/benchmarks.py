@@ -24,6 +24,7 @@ from megatron_oprd.evaluation.sampling_metrics import SamplingMetrics, sampling_
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.rollout.create import EngineName, create_engine
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
+from megatron_oprd.rollout.engine_gpus import own_gpu
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.source import WeightSource
 
@@ -206,6 +207,7 @@ def _evaluate_model(
         model.tokenizer,
         dtype=getattr(torch, settings.dtype),
         device=device,
+        gpus=own_gpu(device),
         max_batch_size=settings.batch_size,
         max_model_len=longest + settings.sampling.max_new_tokens,
         # Nothing else is on a GPU. On the CPU it would be the host's memory.

@@ -1,8 +1,7 @@
-"""A buffer of fixed size that two processes share, through which a stream of tensors goes.
+"""A buffer of fixed size that processes share, through which a stream of tensors goes.
 
-On a GPU both processes map the same device memory (CUDA IPC), elsewhere the same anonymous file in
-memory. The sender fills one half, says what is in it, and fills the other while the receiver takes
-the first.
+On a GPU all map the same device memory (CUDA IPC), elsewhere the same anonymous file in memory. The
+sender fills one half, says what is in it, and fills the other while the receivers take the first.
 """
 
 import ctypes
@@ -10,46 +9,46 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_oprd.rollout.worker_socket import TrainerSocket, WorkerSocket
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
+
+class Piece(NamedTuple):
     """Elements of one tensor that lie in the buffer.
 
     Attributes:
         name: The tensor.
         shape: Its full shape.
         start: The first of these elements in the flattened tensor.
-        count: How many they are.
+        length: How many they are.
         offset: Where they begin in the buffer, in elements.
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: Sequence[int]
     start: int
-    count: int
+    length: int
     offset: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class BucketHandle:
-    """What the other process needs to map the buffer.
+    """What another process needs to map the buffer.
 
     Attributes:
         dtype: Of the elements.
         num_elements: The buffer's size.
-        file: Descriptor of the file in memory, which the other process has inherited; None on a
-            GPU.
+        file: Path of the file in memory, for processes of the same user; None on a GPU.
         cuda: torch's description of the device memory; None on the host.
     """
 
     dtype: torch.dtype
     num_elements: int
-    file: int | None = None
+    file: str | None = None
     cuda: tuple[Any, ...] | None = None
 
 
@@ -73,8 +72,9 @@ class SendingBucket:
         else:
             self._file = os.memfd_create("rollout weights")
             os.truncate(self._file, count * dtype.itemsize)
-            self._buffer = _map(self._file, count, dtype)
-            self.handle = BucketHandle(dtype=dtype, num_elements=count, file=self._file)
+            path = f"/proc/{os.getpid()}/fd/{self._file}"
+            self.handle = BucketHandle(dtype=dtype, num_elements=count, file=path)
+            self._buffer = _map(self.handle)
 
     def fill(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[list[Piece]]:
         """Puts the stream's tensors into the buffer, one behind the other.
@@ -101,7 +101,7 @@ class SendingBucket:
                         name=name,
                         shape=tuple(tensor.shape),
                         start=start,
-                        count=count,
+                        length=count,
                         offset=offset,
                     )
                 )
@@ -118,17 +118,19 @@ class SendingBucket:
 
 
 class ReceivingBucket:
-    """The receiver's end."""
+    """A receiver's end."""
 
     def __init__(self, handle: BucketHandle) -> None:
         if handle.cuda is not None:
             arguments = list(handle.cuda)
-            # The seventh is the device's index, which this process may count otherwise.
-            arguments[6] = torch.cuda.current_device()
+            # The seventh is the device's index: the sender's is the first that engines see.
+            arguments[6] = 0
             self._buffer = torch.multiprocessing.reductions.rebuild_cuda_tensor(*arguments)
+            self._own_device = torch.device("cuda", torch.cuda.current_device())
         else:
-            assert handle.file is not None
-            self._buffer = _map(handle.file, handle.num_elements, handle.dtype)
+            _keep_freed_memory()
+            self._buffer = _map(handle)
+            self._own_device = self._buffer.device
         self._unfinished: dict[str, tuple[Tensor, int]] = {}
 
     def take(self, pieces: Sequence[Piece]) -> Iterator[tuple[str, Tensor]]:
@@ -141,23 +143,52 @@ class ReceivingBucket:
             tensor, have = self._unfinished.pop(piece.name, (None, 0))
             assert have == piece.start, f"{piece.name}: element {piece.start} came after {have}"
             if tensor is None:
-                tensor = self._buffer.new_empty(count)
-            source = self._buffer[piece.offset : piece.offset + piece.count]
-            tensor[piece.start : piece.start + piece.count].copy_(source)
-            if piece.start + piece.count == count:
+                tensor = torch.empty(count, dtype=self._buffer.dtype, device=self._own_device)
+            source = self._buffer[piece.offset : piece.offset + piece.length]
+            tensor[piece.start : piece.start + piece.length].copy_(source)
+            if piece.start + piece.length == count:
                 yield piece.name, tensor.view(piece.shape)
             else:
-                self._unfinished[piece.name] = tensor, piece.start + piece.count
+                self._unfinished[piece.name] = tensor, piece.start + piece.length
         _synchronize(self._buffer)
 
 
+def send_through(
+    bucket: SendingBucket, workers: TrainerSocket, stream: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Sends every worker the stream's tensors through a buffer that all of them map.
+
+    Raises:
+        OSError: A worker left, or takes too long.
+    """
+    is_first = True
+    for pieces in bucket.fill(stream):
+        workers.tell(pieces)
+        if not is_first:
+            workers.hear()  # all have taken the filling before this one, which is overwritten next
+        is_first = False
+    workers.tell(None)
+
+
+def receive_through(bucket: ReceivingBucket, trainer: WorkerSocket) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `send_through` sends, on this worker's device.
+
+    Raises:
+        OSError: The trainer left in the middle, or takes too long.
+    """
+    while (filling := trainer.hear()) is not None:
+        yield from bucket.take([Piece(*fields) for fields in filling])
+        trainer.tell("taken")
+
+
 def _synchronize(buffer: Tensor) -> None:
-    """Waits for copies: the other process does not share this one's stream."""
+    """Waits for copies: another process does not share this one's streams."""
     if buffer.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # this process's device, which need not be the buffer's
+        torch.cuda.synchronize(buffer.device)
 
 
-def keep_freed_memory() -> None:
+def _keep_freed_memory() -> None:
     """Lets this process keep the host memory that it frees, for the next tensors of a stream.
 
     glibc gives blocks of some size back at once, and every page of a new one costs a fault: more
@@ -169,5 +200,7 @@ def keep_freed_memory() -> None:
     libc.mallopt(mmap_max, 0)
 
 
-def _map(file: int, num_elements: int, dtype: torch.dtype) -> Tensor:
-    return torch.from_file(f"/proc/self/fd/{file}", shared=True, size=num_elements, dtype=dtype)
+def _map(handle: BucketHandle) -> Tensor:
+    assert handle.file is not None
+    size, dtype = handle.num_elements, handle.dtype
+    return torch.from_file(handle.file, shared=True, size=size, dtype=dtype)

@@ -24,6 +24,7 @@ def create_engine(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    gpus: Sequence[str] = (),
     max_batch_size: int | None,
     max_model_len: int | None = None,
     vllm: VLLMConfig | None = None,
@@ -37,6 +38,7 @@ def create_engine(
         tokenizer: The model's.
         dtype: Type of weights and activations.
         device: Where the model is.
+        gpus: For vllm that is no server: see `VLLMEngine`.
         max_batch_size: Most responses that are generated at once; None is no limit.
         max_model_len: For vllm: tokens of the longest prompt with its response.
         vllm: For vllm: its settings.
@@ -68,6 +70,7 @@ def create_engine(
             folder,
             dtype=dtype,
             device=device,
+            gpus=gpus,
             eos_token_ids=eos,
             known_ids=known_ids,
             decode=decode,

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
@@ -15,26 +15,20 @@ _SECONDS_TO_END = 10
 
 
 class EngineProcess:
-    """A child that answers calls: (method, arguments) -> (True, result) or (False, traceback).
+    """A child that answers calls: (method, arguments) -> (True, result) or (False, traceback)."""
 
-    In the middle of a call it may ask for more by saying "next".
-    """
-
-    def __init__(
-        self, module: str, *, environment: Mapping[str, str], inherited: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, module: str, *, environment: Mapping[str, str]) -> None:
         """Starts ``python -m module DESCRIPTOR``, the pipe's other end being the descriptor.
 
         Args:
             module: The child's entry point.
             environment: All of its environment.
-            inherited: Descriptors that it gets besides.
         """
         self._connection, theirs = Pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, str(theirs.fileno())],
             env=environment,
-            pass_fds=[theirs.fileno(), *inherited],
+            pass_fds=[theirs.fileno()],
         )
         theirs.close()
         # Readable when the process has ended, whoever else still has its end of the pipe.
@@ -74,8 +68,12 @@ class EngineProcess:
         finally:
             alarm.cancel()
 
+    def has_answered(self) -> bool:
+        """Whether `receive` would not have to wait, be it that the process has ended."""
+        return bool(wait([self._connection, self._ended], 0))
+
     def receive(self, *, seconds: float, setting: str) -> Any:
-        """The process's next word: "next", or what a call returned.
+        """What a call returned.
 
         Args:
             seconds: How long to wait for it.
@@ -93,12 +91,9 @@ class EngineProcess:
         if self._connection not in ready and not self._connection.poll():
             raise self._failure()
         try:
-            message = self._connection.recv()
+            succeeded, answer = self._connection.recv()
         except (EOFError, ConnectionResetError) as error:
             raise self._failure() from error
-        if message == "next":
-            return message
-        succeeded, answer = message
         if not succeeded:
             raise RolloutEngineError(f"the vLLM process failed:\n{answer}")
         return answer

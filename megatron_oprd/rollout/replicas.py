@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -209,6 +210,7 @@ class ReplicaEngines:
 
     def _start(self) -> _Failure | None:
         """Starts this rank's engine, if it is a leader."""
+        _give_up_device_memory()
         if self._context.is_leader:
             try:
                 self._engine = self._create()
@@ -218,6 +220,7 @@ class ReplicaEngines:
 
     def _send_weights(self, *, take: bool) -> _Failure | None:
         """Streams the weights, with ``take`` into this rank's engine, if it has one."""
+        _give_up_device_memory()
         stream, failure = self._stream(), None
         if take and self._engine is not None:
             try:
@@ -241,6 +244,11 @@ class ReplicaEngines:
         everyone: list[_Failure | None] = [None] * self._context.dp_size
         dist.all_gather_object(everyone, own[0], group=self._context.leaders_control)
         return everyone
+
+
+def _give_up_device_memory() -> None:
+    """Lets an engine on this rank's GPU have what torch holds back, before it starts or wakes."""
+    torch.cuda.empty_cache()
 
 
 def _failure(error: RolloutEngineError) -> _Failure:

@@ -14,8 +14,8 @@ from transformers import AutoConfig
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import RolloutEngineError
+from megatron_oprd.rollout.vllm_messages import EXTENSION
 
-EXTENSION = "megatron_oprd.rollout.vllm_extension.WeightReceiver"
 GENERATE = "/inference/v1/generate"
 # What has to be the same in the server's model, as far as both configurations have it.
 _SAME = (

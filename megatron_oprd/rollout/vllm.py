@@ -1,4 +1,4 @@
-"""The rollout engine for clusters: vLLM, in a process beside its replica's first rank."""
+"""The rollout engine for clusters: vLLM, in processes beside its replica's first rank."""
 
 import importlib.util
 import os
@@ -12,12 +12,13 @@ from torch import Tensor
 from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.bucket import Piece, SendingBucket
+from megatron_oprd.rollout.bucket import SendingBucket, send_through
 from megatron_oprd.rollout.engine import Rollout, RolloutEngineError, SamplingParams
 from megatron_oprd.rollout.engine_process import EngineProcess
 from megatron_oprd.rollout.responses import requests_of, rollouts_of
 from megatron_oprd.rollout.sync_check import SyncCheck
 from megatron_oprd.rollout.vllm_messages import EngineSettings
+from megatron_oprd.rollout.worker_socket import TrainerSocket
 
 # What torchrun tells a rank, which vLLM must not take for its own place.
 _OF_TORCHRUN = frozenset(
@@ -45,9 +46,10 @@ def check_vllm_is_there() -> None:
 class VLLMEngine:
     """A `RolloutEngine` on vLLM, with a copy of the student's weights.
 
-    The engine is a process of its own on this process's device. Weights go to it through a buffer
-    that both map. The same seed gives the same response whatever else is in the batch, up to the
-    rounding of the logits; it is not the response that `HFEngine` gives.
+    The engine is a process of its own, with one more for each GPU if it has several. Weights go to
+    all of them through a buffer that they and this process map. The same seed gives the same
+    response whatever else is in the batch, up to the rounding of the logits; it is not the response
+    that `HFEngine` gives.
     """
 
     def __init__(
@@ -56,19 +58,22 @@ class VLLMEngine:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        gpus: Sequence[str] = (),
         eos_token_ids: Sequence[int],
         known_ids: Collection[int],
         decode: Callable[[Sequence[int]], str] | None = None,
         max_model_len: int,
         max_batch_size: int | None = None,
         config: VLLMConfig,
-    ):
+    ) -> None:
         """Starts the engine; no weights are read. `load_weights` has to come before `generate`.
 
         Args:
             folder: A Hugging Face model folder. Its generation_config.json has no influence.
             dtype: The weights' and activations' type.
-            device: Where the engine runs, and the weights come from.
+            device: Where the weights come from.
+            gpus: Where the engine runs (`engine_gpus`): ``device``, and as many more as
+                ``tensor_model_parallel_size`` says. Empty on a CPU.
             eos_token_ids: A response ends with any of these.
             known_ids: The tokenizer's ids. Others, which only pad the embedding and mean nothing,
                 are never sampled.
@@ -85,8 +90,6 @@ class VLLMEngine:
         self._config = config
         self._decode = decode
         self._under_way: tuple[Sequence[Prompt], SamplingParams] | None = None
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # vLLM does not start unless its share of memory is free
         self._bucket = SendingBucket(
             num_bytes=config.sync_bucket_mb * 10**6, dtype=dtype, device=device
         )
@@ -94,6 +97,7 @@ class VLLMEngine:
             "enforce_eager": config.enforce_eager,
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "max_model_len": max_model_len,
+            "tensor_parallel_size": config.tensor_model_parallel_size,
         }
         if max_batch_size is not None:
             options["max_num_seqs"] = max_batch_size
@@ -109,11 +113,8 @@ class VLLMEngine:
             meaningless_ids=tuple(sorted(set(range(self._check.vocab_size)) - set(known_ids))),
             sleep_level=config.sleep_level if device.type == "cuda" else 0,
         )
-        file = self._bucket.handle.file
         self._process = EngineProcess(
-            "megatron_oprd.rollout.vllm_process",
-            environment=_environment(device),
-            inherited=[] if file is None else [file],
+            "megatron_oprd.rollout.vllm_process", environment=_environment(gpus)
         )
         try:
             self._call("build", settings)
@@ -137,21 +138,36 @@ class VLLMEngine:
 
         After an error the engine is of no further use.
         """
-        if self._bucket.handle.cuda is not None:
-            torch.cuda.empty_cache()  # what torch holds back the waking engine cannot have
-        fillings = self._bucket.fill(self._check.passing(stream))
+        weights = self._check.passing(stream)
         try:
-            self._send(("load_weights", (version, self._check.is_due)), _PART)
-            filling: list[Piece] | None = next(fillings)
-            while (answer := self._receive(_PART)) == "next":
-                self._send(filling, _PART)
-                # While the process takes this one; None says that there is no more.
-                filling = next(fillings, None)
+            answer = self._exchange(weights, version)
         except BaseException:
             self.close()  # it waits for weights that will not come
             raise
         if self._check.is_due:
             self._check.compare(answer, version)
+
+    def _exchange(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Any:
+        """Sends the weights to the engine's workers; what the engine says to that."""
+        seconds = self._config.sync_timeout_minutes * 60
+        with TrainerSocket("127.0.0.1", seconds=seconds) as workers:
+            call = ("load_weights", (version, workers.invitation, self._check.is_due))
+            self._send(call, _PART)
+            try:
+                workers.accept(
+                    self._config.tensor_model_parallel_size, in_vain=self._process.has_answered
+                )
+                send_through(self._bucket, workers, weights)
+            except TimeoutError as error:
+                if not self._process.has_answered():
+                    raise RolloutEngineError(
+                        f"the vLLM process {self._process.pid} has not taken a part of the weights "
+                        f"for {seconds:.3g} s (rollout.vllm.{_PART} = {seconds / 60:g})"
+                    ) from error
+            except OSError:
+                pass  # a worker left, of which the engine's answer says more
+        answer = self._receive(_PART)
+        return answer
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample.
@@ -208,18 +224,14 @@ class VLLMEngine:
         return self._process.receive(seconds=minutes * 60, setting=setting)
 
 
-def _environment(device: torch.device) -> dict[str, str]:
-    """The engine's environment: this process's device and no other, and no rank."""
+def _environment(gpus: Sequence[str]) -> dict[str, str]:
+    """The engine's environment: its GPUs and no other, and no rank."""
     environment = {
         name: value
         for name, value in os.environ.items()
         # With torchrun's store vLLM would look for a store at its own address instead of making it.
         if name not in _OF_TORCHRUN and not name.startswith("TORCHELASTIC_")
     }
-    if device.type == "cuda":
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        index = device.index or 0
-        environment["CUDA_VISIBLE_DEVICES"] = (
-            str(index) if visible is None else visible.split(",")[index]
-        )
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return environment

@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_oprd.rollout.bucket import BucketHandle, ReceivingBucket, receive_through
 from megatron_oprd.rollout.vllm_weights import checksums_of_engine, mask_ids, with_tied_head
 from megatron_oprd.rollout.weight_socket import receive_weights
+from megatron_oprd.rollout.worker_socket import WorkerSocket
 
 
 class WeightReceiver:
-    """Methods that vLLM adds to its worker, for ``POST /collective_rpc``."""
+    """Methods that vLLM adds to its worker, for ``collective_rpc``."""
 
     vllm_config: Any
     model_runner: Any
     reload_weights: Any
+    _oprd_bucket: ReceivingBucket
 
     def oprd_describe(self) -> dict[str, Any]:
         """What the server serves: its model's config, and how it was started."""
@@ -36,33 +39,37 @@ class WeightReceiver:
         """Never samples these ids."""
         mask_ids(self.model_runner.get_model(), ids)
 
+    def oprd_map(self, handle: BucketHandle) -> None:
+        """Maps the buffer that an engine in a process of the trainer's gets its weights through."""
+        self._oprd_bucket = ReceivingBucket(handle)
+
     def oprd_receive(
-        self, host: str, port: int, token: str, options: dict[str, Any]
+        self, invitation: dict[str, Any], options: dict[str, Any], dtype: str | None = None
     ) -> dict[str, Any]:
-        """Replaces all weights by those that a `WeightSender` sends.
+        """Replaces all weights by those that a trainer sends.
 
         Args:
-            host: Where it listens.
-            port: Where it listens.
-            token: What it wants to hear.
-            options: ``dtype`` of what it sends, ``tied`` (whether the LM head is the embedding),
-                ``keep`` (whether to read the weights back), ``seconds`` for a part of it.
+            invitation: How to call it (`TrainerSocket`).
+            options: ``tied`` (whether the LM head is the embedding), ``keep`` (whether to read the
+                weights back).
+            dtype: What it sends over the network; None if it sends through the buffer.
 
         Returns:
             ``checksums``: with ``keep`` that of every tensor as the model has it, by name; else
-            nothing. Where the sender left before the end, ``error`` instead.
+            nothing. Where the trainer left before the end, ``error`` instead.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         failures: list[str] = []
 
         def arriving() -> Iterator[tuple[str, Tensor]]:
-            dtype = getattr(torch, options["dtype"])
             try:
-                yield from receive_weights(
-                    host, port, token, dtype=dtype, seconds=options["seconds"]
-                )
+                with WorkerSocket(**invitation) as trainer:
+                    if dtype is None:
+                        yield from receive_through(self._oprd_bucket, trainer)
+                    else:
+                        yield from receive_weights(trainer, dtype=getattr(torch, dtype))
             except OSError as error:
-                # Not an exception of this method, which would end the server. What has come is
+                # Not an exception of this method, which would end a server. What has come is
                 # loaded, and other weights can follow.
                 failures.append(str(error))
 

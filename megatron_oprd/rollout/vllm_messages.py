@@ -10,6 +10,9 @@ import torch
 from megatron_oprd.rollout.bucket import BucketHandle
 from megatron_oprd.rollout.engine import SamplingParams
 
+# What vLLM's workers get besides (--worker-extension-cls of a server).
+EXTENSION = "megatron_oprd.rollout.vllm_extension.WeightReceiver"
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:

@@ -12,18 +12,20 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from torch import Tensor
-
-from megatron_oprd.rollout.bucket import ReceivingBucket, keep_freed_memory
 from megatron_oprd.rollout.engine import SamplingParams
-from megatron_oprd.rollout.vllm_messages import EngineSettings, Request, Response, sampling_fields
-from megatron_oprd.rollout.vllm_weights import checksums_of_engine, mask_ids, with_tied_head
+from megatron_oprd.rollout.vllm_messages import (
+    EXTENSION,
+    EngineSettings,
+    Request,
+    Response,
+    sampling_fields,
+)
 
-# Before vLLM is imported. In one process, so that weights need not be sent on to another.
+# Before vLLM is imported. Its scheduler in this process; with one worker, that too.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -33,17 +35,11 @@ ENVIRONMENT = {
 class Engine:
     """vLLM's ``LLM``, its weights and their version."""
 
-    def __init__(self, settings: EngineSettings, receive: Callable[[], Any]) -> None:
-        """Builds vLLM's engine with weights that mean nothing.
-
-        Args:
-            settings: How.
-            receive: Returns the next message: of a weight stream a list of pieces, None at its end.
-        """
+    def __init__(self, settings: EngineSettings) -> None:
+        """Builds vLLM's engine with weights that mean nothing."""
         from vllm import LLM
 
         self._settings = settings
-        self._receive = receive
         self._llm = LLM(
             str(settings.folder),
             dtype=str(settings.dtype).removeprefix("torch."),
@@ -53,19 +49,21 @@ class Engine:
             disable_log_stats=True,
             logprobs_mode="raw_logprobs",
             enable_sleep_mode=settings.sleep_level > 0,
+            worker_extension_cls=EXTENSION,
             **settings.options,
         )
         if settings.meaningless_ids:
-            self._llm.apply_model(lambda model: mask_ids(model, settings.meaningless_ids))
-        self._bucket = ReceivingBucket(settings.bucket)
+            self._llm.collective_rpc("oprd_mask", args=(list(settings.meaningless_ids),))
+        self._llm.collective_rpc("oprd_map", args=(settings.bucket,))
         self._version: int | None = None
         self._asleep = False
 
-    def load_weights(self, version: int, keep: bool) -> dict[str, str]:
-        """Replaces all weights by the stream that follows.
+    def load_weights(self, version: int, invitation: dict[str, Any], keep: bool) -> dict[str, str]:
+        """Replaces all weights by those that the trainer sends the workers.
 
         Args:
             version: The number that rollouts with these weights come back with.
+            invitation: How workers call the trainer (`TrainerSocket`).
             keep: Whether to read the engine's weights afterwards.
 
         Returns:
@@ -74,25 +72,18 @@ class Engine:
         self._version = None  # until all have come: half of them are no model
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
-        shapes: dict[str, tuple[int, ...]] = {}
-        weights = with_tied_head(self._incoming(), shapes, tied=self._settings.tied)
-        self._llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": weights, "is_checkpoint_format": True}
-        )
+        options = {"tied": self._settings.tied, "keep": keep}
+        answers = self._llm.collective_rpc("oprd_receive", args=(invitation, options))
+        for answer in answers:
+            if "error" in answer:
+                raise RuntimeError(f"weight sync {version} did not come to its end: {answer}")
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not forget the old weights' prefixes")
         self._version = version
-        if not keep:
-            return {}
-        (found,) = self._llm.apply_model(lambda model: checksums_of_engine(model, shapes))
-        return found
-
-    def _incoming(self) -> Iterator[tuple[str, Tensor]]:
-        while (pieces := self._receive()) is not None:
-            yield from self._bucket.take(pieces)
+        return answers[0]["checksums"]
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams
@@ -150,22 +141,16 @@ def serve(connection: Connection) -> None:
             return
         try:
             if method == "build":
-                engine = Engine(arguments[0], lambda: _acknowledged(connection))
-                answer: Any = None
+                engine = Engine(*arguments)
+                answer: Any = (True, None)
             else:
-                answer = getattr(engine, method)(*arguments)
-        except EOFError:
-            return
+                answer = (True, getattr(engine, method)(*arguments))
         except Exception:
-            connection.send((False, traceback.format_exc()))
-        else:
-            connection.send((True, answer))
-
-
-def _acknowledged(connection: Connection) -> Any:
-    """The next filling of the bucket. Asking for it says that the one before it was taken."""
-    connection.send("next")
-    return connection.recv()
+            answer = (False, traceback.format_exc())
+        try:
+            connection.send(answer)
+        except BrokenPipeError:
+            return
 
 
 def main() -> None:
@@ -173,7 +158,6 @@ def main() -> None:
     # However the trainer ends, this process does not outlive it.
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    keep_freed_memory()
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     serve(Connection(int(sys.argv[1])))

@@ -1,6 +1,5 @@
 """A rollout engine on a vLLM server, which the user has started: one for all replicas."""
 
-import secrets
 import socket
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -23,7 +22,8 @@ from megatron_oprd.rollout.responses import requests_of, rollouts_of
 from megatron_oprd.rollout.server_client import GENERATE, ServerClient
 from megatron_oprd.rollout.sync_check import SyncCheck
 from megatron_oprd.rollout.vllm_messages import Request, Response, sampling_fields
-from megatron_oprd.rollout.weight_socket import WeightSender
+from megatron_oprd.rollout.weight_socket import send_weights
+from megatron_oprd.rollout.worker_socket import TrainerSocket
 
 # Requests that are under way at once, where no setting says how many: what vLLM generates at once
 # on large GPUs unless it is told otherwise.
@@ -110,28 +110,22 @@ class VLLMServerEngine:
         num_workers = self._mask()  # it may be another server than the last time
         weights = self._check.passing(stream)
         host = self._own_address()
-        token = secrets.token_hex()
-        options = {
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "tied": self._check.tied,
-            "keep": self._check.is_due,
-            "seconds": self._part,
-        }
+        options = {"tied": self._check.tied, "keep": self._check.is_due}
         try:
-            listening = WeightSender(host, token, seconds=self._part)
+            listening = TrainerSocket(host, seconds=self._part)
         except OSError as error:
             raise self._not_taken(version, f"no port on {host}: {error}") from error
-        with listening as sender:
+        with listening as workers:
             loaded = _in_background(
                 lambda: self._server.workers(
                     "oprd_receive",
-                    *(host, sender.port, token, options),
+                    *(workers.invitation, options, str(self._dtype).removeprefix("torch.")),
                     seconds=self._config.timeout_minutes * 60,
                 )
             )
             try:
-                sender.accept(num_workers, in_vain=loaded.done)
-                sender.send(weights, dtype=self._dtype)
+                workers.accept(num_workers, in_vain=loaded.done)
+                send_weights(workers, weights, dtype=self._dtype)
                 answers = loaded.result(timeout=self._part)
             except OSError as error:
                 # The server's own error says more, where there is one.

@@ -27,6 +27,7 @@ def check_models(
     check_divides(
         student, TargetLayout.of(config.parallel), model="model.student", spelling=as_setting
     )
+    _check_engine(config, student)
     _check_teacher_experts(config, teacher, world_size)
     for setting, arch in (("model.student", student), ("model.teacher", teacher)):
         _check_sequence_length(setting, arch, config)
@@ -129,6 +130,17 @@ def _check_batch(config: RunConfig, dp_size: int) -> None:
             f"{rollout.samples_per_prompt} gives {sequences} sequences a step; {needed} need a "
             f"multiple of {multiple}"
         )
+
+
+def _check_engine(config: RunConfig, student: Architecture) -> None:
+    """VLLM splits a layer as Megatron does, each expert as well."""
+    size = config.rollout.vllm.tensor_model_parallel_size
+    check_divides(
+        student,
+        TargetLayout(tensor_model_parallel_size=size),
+        model="model.student",
+        spelling=lambda name, _: f"rollout.vllm.tensor_model_parallel_size = {size}",
+    )
 
 
 def _check_teacher_experts(config: RunConfig, teacher: Architecture, world_size: int) -> None:

@@ -14,6 +14,7 @@ from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.create import create_engine
 from megatron_oprd.rollout.engine import RolloutEngine, SamplingParams
+from megatron_oprd.rollout.engine_gpus import engine_gpus
 from megatron_oprd.rollout.replicas import ReplicaEngines
 from megatron_oprd.rollout.server_client import check_server
 from megatron_oprd.training.plan import RunPlan
@@ -31,7 +32,12 @@ def open_engines(
         plan: The run.
         context: This rank's place.
         stream: Where every weight sync gets the weights from, see `ReplicaEngines`.
+
+    Raises:
+        UserError: See `engine_gpus`.
     """
+    vllm = plan.config.rollout.vllm
+    gpus = engine_gpus(context, size=vllm.tensor_model_parallel_size)
 
     def create() -> RolloutEngine:
         config = plan.config
@@ -41,13 +47,13 @@ def open_engines(
             plan.tokenizer,
             dtype=DTYPES[config.model.params_dtype],
             device=context.device,
+            gpus=gpus,
             max_batch_size=config.rollout.max_batch_size,
             max_model_len=_max_model_len(plan),
-            vllm=config.rollout.vllm,
+            vllm=vllm,
             owner=str(Path(config.output_dir).absolute()),
         )
 
-    vllm = plan.config.rollout.vllm
     engines = ReplicaEngines(
         create,
         stream,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_oprd.rollout.server_client import EXTENSION
+from megatron_oprd.rollout.vllm_messages import EXTENSION
 from megatron_oprd.rollout.vllm_weights import value_checksum
 from megatron_oprd.rollout.weight_socket import receive_weights
+from megatron_oprd.rollout.worker_socket import WorkerSocket
 
 
 class FakeServer:
@@ -102,12 +103,11 @@ class FakeServer:
     def oprd_mask(self, ids: list[int]) -> None:
         self.masked = ids
 
-    def oprd_receive(self, host: str, port: int, token: str, options: dict[str, Any]) -> Any:
+    def oprd_receive(self, invitation: dict[str, Any], options: dict[str, Any], dtype: str) -> Any:
         if self.before_receiving is not None:
             return self.before_receiving()
-        dtype = getattr(torch, options["dtype"])
-        stream = receive_weights(host, port, token, dtype=dtype, seconds=options["seconds"])
-        self.weights = dict(stream)
+        with WorkerSocket(**invitation) as trainer:
+            self.weights = dict(receive_weights(trainer, dtype=getattr(torch, dtype)))
         self.num_syncs += 1
         sums = {name: value_checksum(tensor) for name, tensor in self.weights.items()}
         return {"checksums": sums if options["keep"] else {}}

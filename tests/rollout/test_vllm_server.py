@@ -3,7 +3,6 @@
 import json
 import socket
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import RolloutEngineError, SamplingParams, WrongWeightsError
 from megatron_oprd.rollout.server_client import check_server
 from megatron_oprd.rollout.vllm_server import VLLMServerEngine
-from megatron_oprd.rollout.weight_socket import WeightSender, receive_weights
 from tests.fakes.vllm_server import FakeServer
 from tests.tiny import EOS_ID, save_tiny_model, tiny_config
 
@@ -218,17 +216,3 @@ def test_wrong_weights(server: FakeServer, folder: Path, weights: dict[str, Tens
         WrongWeightsError, match=r"in 1 of .* tensors, the first 'model.norm.weight'"
     ):
         engine(server, folder).load_weights(weights.items())
-
-
-def test_nobody_else_gets_weights() -> None:
-    """Who does not know the token is sent nothing, and those who do are."""
-    with WeightSender("127.0.0.1", "secret", seconds=5) as sender:
-        stranger = socket.create_connection(("127.0.0.1", sender.port))
-        stranger.sendall(b"guess\n")
-        stream = receive_weights("127.0.0.1", sender.port, "secret", dtype=torch.float32, seconds=5)
-        with ThreadPoolExecutor(1) as pool:
-            received = pool.submit(lambda: dict(stream))
-            sender.accept(1, in_vain=lambda: False)
-            sender.send([("a", torch.ones(2, 3))], dtype=torch.float32)
-            assert torch.equal(received.result(timeout=30)["a"], torch.ones(2, 3))
-        assert stranger.recv(1) == b""

@@ -16,6 +16,7 @@ VLLM = [
     *("train_iters=2", "optimizer.lr=0.01"),
 ]
 TP2 = [*VLLM, "parallel.tensor_model_parallel_size=2"]
+SPLIT = [*TP2, "rollout.vllm.tensor_model_parallel_size=2"]
 NEVER_AGAIN = ["rollout.vllm.max_restarts=0"]
 # Name -> (settings, faults, folder). Process 1 is that of the start, or both of DP2.
 CASES: dict[str, tuple[list[str], list[str], str]] = {
@@ -27,6 +28,8 @@ CASES: dict[str, tuple[list[str], list[str], str]] = {
         ["1.weights.2.hang", "2.weights.1.kill", "3.generate.1.kill"],
         "tp2_fails",
     ),
+    # An engine of two workers, of which the first is killed in a sync.
+    "tp2_split": (SPLIT, ["1.weights.2.kill"], "tp2_split"),
     "tp2_used_up": ([*TP2, *NEVER_AGAIN], ["1.generate.2.kill"], "tp2_used_up"),
     "tp2_resumed": (TP2, [], "tp2_used_up"),
     "dp2": (VLLM, [], "dp2"),
@@ -80,6 +83,13 @@ def test_the_run_is_the_same(root: Path, layout: str, count: int) -> None:
     assert records(root, name) == records(root, layout)
     assert restarts(root, layout) == [0, 0]
     assert restarts(root, name) == [0, count]
+
+
+def test_an_engine_of_two_workers(root: Path) -> None:
+    """Both get the weights, and go with their engine, which is started again."""
+    found = result(root, "tp2_split")["rollouts"]
+    assert found == result(root, "tp2")["rollouts"]
+    assert restarts(root, "tp2_split") == [0, 1]
 
 
 def test_used_up(root: Path) -> None:

@@ -69,6 +69,18 @@ def test_heads_that_do_not_divide(tmp_path: Path, tp: int, groups: int, message:
         layout(found, dataclasses.replace(MODEL, num_query_groups=groups), world_size=tp)
 
 
+def test_an_engine_that_is_split_otherwise_than_heads(tmp_path: Path) -> None:
+    pp8 = "parallel.pipeline_model_parallel_size=8"
+    engine = "rollout.vllm.tensor_model_parallel_size"
+    model = dataclasses.replace(MODEL, num_layers=8)
+    for size in (3, 6):
+        layout(config(tmp_path, "rollout.engine=vllm", pp8, f"{engine}={size}"), model, 8)
+    for size in (2, 8):
+        found = config(tmp_path, "rollout.engine=vllm", pp8, f"{engine}={size}")
+        with pytest.raises(UserError, match=rf"rollout\.vllm\.tensor_.* = {size} .* heads of mod"):
+            layout(found, model, 8)
+
+
 def test_longrope_that_would_switch_within_a_rollout(tmp_path: Path) -> None:
     assert layout(config(tmp_path)).max_sequence_length == 64
     with pytest.raises(UserError, match=r"up to 65 tokens; model\.student changes .* past 64"):

@@ -24,6 +24,8 @@ VLLM = [
     "train_iters=2",
 ]
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+# Weights are not read back from an engine of two.
+SPLIT = ["rollout.vllm.tensor_model_parallel_size=2", "rollout.vllm.check_weights_interval=null"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 GREEDY = ["rollout.temperature=0", "optimizer.lr=0.01"]
 CASES = {
@@ -32,7 +34,7 @@ CASES = {
     "ahead": (2, [*VLLM, *GREEDY, *TP2_SP, "rollout.one_step_off_policy=true"]),
     "dp2": (2, VLLM),
     "dp2_killed": (2, VLLM),
-    "tp2_sp_pp2": (4, [*VLLM, *TP2_SP, *PP2]),
+    "tp2_sp_pp2": (4, [*VLLM, *TP2_SP, *PP2, *SPLIT]),
 }
 
 # Both engines, before the second step's rollouts.

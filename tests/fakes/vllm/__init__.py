@@ -9,11 +9,13 @@ there is a file ``updating``.
 """
 
 import os
+import pkgutil
 import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +28,16 @@ class SamplingParams(SimpleNamespace):
 
 
 class LLM:
-    """Remembers a number for its weights."""
+    """Remembers a number for its weights. Its workers are threads."""
 
-    def __init__(self, folder: str, **options: Any) -> None:
+    def __init__(
+        self, folder: str, *, worker_extension_cls: str, tensor_parallel_size: int, **options: Any
+    ) -> None:
+        extension = pkgutil.resolve_name(worker_extension_cls)
+        self._workers = [
+            _worker(extension, self if number == 0 else None)
+            for number in range(tensor_parallel_size)
+        ]
         self._faults = Path(os.environ["FAKE_VLLM_FAULTS"])
         self._number = _next_number(self._faults)
         self._calls: Counter[str] = Counter()
@@ -46,16 +55,16 @@ class LLM:
             while not (self._faults / "updating").exists():
                 time.sleep(0.01)
 
-    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
-        return []
-
     def reset_prefix_cache(self) -> bool:
         return True
 
-    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
-        assert method == "reload_weights"
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        with ThreadPoolExecutor(len(self._workers)) as pool:
+            calls = [pool.submit(getattr(worker, method), *args) for worker in self._workers]
+            return [call.result() for call in calls]
+
+    def take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self._weights = 0.0
-        weights: Iterator[tuple[str, Tensor]] = kwargs["weights_iterator"]
         for number, (_, tensor) in enumerate(weights):
             if number == 5:
                 self._fail("weights")
@@ -75,6 +84,25 @@ class LLM:
             )
             outputs.append(SimpleNamespace(outputs=[completion]))
         return outputs
+
+
+def _worker(extension: type, llm: LLM | None) -> Any:
+    """A worker with the extension's methods; one has the weights counted, the others none."""
+
+    class Worker(extension):
+        def oprd_mask(self, ids: list[int]) -> None:
+            pass
+
+        def reload_weights(
+            self, weights_iterator: Iterable[tuple[str, Tensor]], is_checkpoint_format: bool
+        ) -> None:
+            assert is_checkpoint_format
+            if llm is None:
+                list(weights_iterator)
+            else:
+                llm.take(weights_iterator)
+
+    return Worker()
 
 
 def _next_number(folder: Path) -> int:

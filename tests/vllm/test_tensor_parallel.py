@@ -1,0 +1,69 @@
+"""An engine that is split over two workers."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from megatron_oprd.rollout.engine import RolloutEngineError
+from megatron_oprd.rollout.vllm import VLLMEngine
+from tests.tiny import save_tiny_model
+from tests.vllm.engines import Weights, check_greedy, prompt, sampling, start, tiny_llama
+
+PROMPTS = [prompt(index, 7 + index, 8, 9) for index in range(4)]
+MEANINGLESS = (11, 96)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("split")
+    save_tiny_model(folder, tiny_llama(tie_word_embeddings=True), seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[VLLMEngine]:
+    engine = start(
+        folder,
+        known_ids=set(range(97)) - set(MEANINGLESS),
+        tensor_model_parallel_size=2,
+        sync_bucket_mb=1,
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def weights(folder: Path) -> Weights:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 0.25  # less sure that a token repeats
+    return weights
+
+
+def test_same_tokens_as_transformers(engine: VLLMEngine, folder: Path, weights: Weights) -> None:
+    answers = []
+    for version in (3, 4):
+        engine.load_weights(weights.items(), version=version)
+        rollouts = engine.generate(PROMPTS, sampling())
+        assert {rollout.weights_version for rollout in rollouts} == {version}
+        check_greedy(folder, weights, rollouts, never=MEANINGLESS)
+        answers.append([rollout.response_ids for rollout in rollouts])
+        weights["model.layers.1.mlp.down_proj.weight"] *= -3
+    assert answers[0] != answers[1]
+
+
+def test_a_worker_that_is_killed(engine: VLLMEngine) -> None:
+    """The last test of this file. The other worker and their engine do not live on."""
+    children = psutil.Process(engine._process.pid).children(recursive=True)
+    workers = [child for child in children if "Worker" in child.name()]
+    assert len(workers) == 2
+    os.kill(workers[1].pid, signal.SIGKILL)
+    with pytest.raises(RolloutEngineError, match="vLLM process"):
+        engine.generate(PROMPTS, sampling())
+    engine.close()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
