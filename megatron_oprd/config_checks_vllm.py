@@ -14,6 +14,7 @@ _OF_EMBEDDED = (
     "kv_cache_gb",
     "enforce_eager",
     "tensor_model_parallel_size",
+    "quantization",
     "sleep_level",
     "sync_bucket_mb",
 )
@@ -37,6 +38,7 @@ def check_vllm(config: RunConfig) -> None:
     if vllm.server_url is not None:
         _check_server(vllm)
     _check_size(config)
+    _check_quantization(config)
     if not 0 < vllm.gpu_memory_utilization < 1:
         raise UserError(
             f"rollout.vllm.gpu_memory_utilization = {vllm.gpu_memory_utilization}: has to be above "
@@ -87,6 +89,24 @@ def _check_size(config: RunConfig) -> None:
         raise UserError(
             f"rollout.vllm.check_weights_interval = {interval}: weights cannot be read back from "
             f"an engine that is split ({setting}); leave it out"
+        )
+
+
+def _check_quantization(config: RunConfig) -> None:
+    vllm = config.rollout.vllm
+    if vllm.quantization is None:
+        return
+    setting = f"rollout.vllm.quantization = {vllm.quantization}"
+    if config.model.params_dtype != "bf16":
+        raise UserError(
+            f"{setting}: vLLM quantises weights that come in bf16; model.params_dtype = "
+            f"{config.model.params_dtype}"
+        )
+    if vllm.check_weights_interval is not None:
+        raise UserError(
+            f"rollout.vllm.check_weights_interval = {vllm.check_weights_interval}: with {setting} "
+            "the engine has other weights than were sent; leave it out. "
+            "rollout.logprob_check_interval compares what comes of them"
         )
 
 

@@ -1,6 +1,10 @@
 """The settings of the vLLM rollout engine, the group ``rollout.vllm`` of a run's configuration."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+# vLLM's names for FP8 (E4M3) with a scale for each tensor, block or output channel.
+Quantization = Literal["fp8_per_tensor", "fp8_per_block", "fp8_per_channel"]
 
 
 @dataclass(kw_only=True)
@@ -24,6 +28,10 @@ class VLLMConfig:
             faster and generates slower.
         tensor_model_parallel_size: GPUs of one engine (vLLM's tensor parallelism): those of its
             replica's first ranks on one machine, which have to be as many.
+        quantization: How vLLM quantises the weights of linear layers after each sync, and their
+            inputs (its online quantization); None leaves them as they came. The rollouts are then
+            not quite the student's: ``rollout.logprob_check_interval`` measures how far they are
+            off.
         sleep_level: What the engine gives up between a rollout and the next weight sync, on a GPU:
             0 nothing, 1 the KV cache and, to the host's memory, the weights, 2 both for good; the
             sync brings them again.
@@ -46,6 +54,7 @@ class VLLMConfig:
     max_model_len: int | None = None
     enforce_eager: bool = False
     tensor_model_parallel_size: int = 1
+    quantization: Quantization | None = None
     sleep_level: int = 2
     sync_bucket_mb: int = 16
     check_weights_interval: int | None = None

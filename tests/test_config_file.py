@@ -209,6 +209,7 @@ PP2 = "parallel.pipeline_model_parallel_size=2"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 FULL = "recompute.recompute_granularity=full"
 VLLM = "rollout.engine=vllm"
+FP8 = "rollout.vllm.quantization=fp8_per_channel"
 SPLIT = "rollout.vllm.tensor_model_parallel_size=2"
 SERVER = "rollout.vllm.server_url=http://10.0.0.1:8000"
 METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_layers=1"
@@ -309,6 +310,14 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
         ),
         (["evaluation.top_p=0"], r"evaluation\.top_p = 0\.0: has to be in \(0, 1\]"),
         (["rollout.vllm.enforce_eager=true"], r"no effect with rollout\.engine = hf; use vllm"),
+        (
+            [VLLM, FP8, "model.params_dtype=fp32"],
+            r"quantises .* in bf16; model\.params_dtype = fp32",
+        ),
+        (
+            [VLLM, FP8, "rollout.vllm.check_weights_interval=2"],
+            r"interval = 2: with rollout\.vllm\.quantization = fp8_per_channel .* leave it out",
+        ),
         ([VLLM, SPLIT], r"size = 2: .* from 1 to 1 \(tensor x context x pipeline"),
         (
             [VLLM, SPLIT, PP2, "rollout.vllm.check_weights_interval=3"],
@@ -348,7 +357,7 @@ def test_contradictions(tmp_path: Path, overrides: list[str], message: str) -> N
         ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"],
         ["optimizer.offload_states=true", "teacher.offload=cpu", "teacher.target_memory_gb=0.5"],
         [VLLM, "rollout.vllm.max_model_len=2048", "rollout.vllm.sleep_level=1"],
-        [VLLM, SPLIT, PP2],
+        [VLLM, SPLIT, PP2, FP8],
         [VLLM, SERVER, "rollout.vllm.max_model_len=2048", "rollout.vllm.max_restarts=0"],
         ["rollout.temperature=0", "rollout.top_p=1", "optimizer.clip_grad=0", "seed=0"],
         ["optimizer.lr_warmup_fraction=0", "optimizer.adam_beta1=0", "optimizer.lr=0"],

@@ -33,6 +33,8 @@ class SamplingParams:
         samples_per_prompt: Responses for each prompt.
         seed: The same seed gives the same response to the same prompt and sample index, whatever
             else is in the batch and however the prompts are divided over processes.
+        logprobs: Whether rollouts come with the log-probabilities of their tokens, which takes the
+            engine some time.
     """
 
     temperature: float = 1.0
@@ -43,6 +45,7 @@ class SamplingParams:
     max_new_tokens: int
     samples_per_prompt: int = 1
     seed: int
+    logprobs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +63,9 @@ class Rollout:
         weights_version: The number that came with the weights (`RolloutEngine.load_weights`).
         logprobs: Log-probability of each response token by the model's logits as they are, before
             temperature, top-k and top-p, over the whole vocabulary but for ids that mean nothing.
-            They are not those that it was sampled with, unless these three are off. None from an
-            engine that does not report them. Rollouts are compared without them, since the batch
-            that a response is in changes their rounding.
+            They are not those that it was sampled with, unless these three are off. None where they
+            were not asked for. Rollouts are compared without them, since the batch that a response
+            is in changes their rounding.
     """
 
     prompt_index: int

@@ -167,9 +167,9 @@ class HFEngine:
             stopping_criteria=StoppingCriteriaList([] if stop_texts is None else [stop_texts]),
         )
         rollouts = []
-        responses = zip(sequences[:, width:].tolist(), logprobs.rows(), strict=True)
-        for row, ((prompt, sample), (response, of_response)) in enumerate(
-            zip(requests, responses, strict=True)
+        reported = None if logprobs is None else logprobs.rows()
+        for row, ((prompt, sample), response) in enumerate(
+            zip(requests, sequences[:, width:].tolist(), strict=True)
         ):
             length = next((i + 1 for i, token in enumerate(response) if token in end_ids), None)
             if stop_texts is not None and (stopped := stop_texts.lengths[row]) is not None:
@@ -183,7 +183,7 @@ class HFEngine:
                     response_ids=tuple(response[:length]),
                     finished=length is not None,
                     weights_version=self._version,
-                    logprobs=tuple(of_response[:length]),
+                    logprobs=None if reported is None else tuple(reported[row][:length]),
                 )
             )
         return rollouts

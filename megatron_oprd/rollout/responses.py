@@ -51,7 +51,7 @@ def rollouts_of(
                 response_ids=response.token_ids[:length],
                 finished=response.finished or length is not None,
                 weights_version=version,
-                logprobs=response.logprobs[:length],
+                logprobs=None if response.logprobs is None else response.logprobs[:length],
             )
         )
     return rollouts

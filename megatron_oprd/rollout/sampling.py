@@ -102,7 +102,7 @@ def logits_processors(
     device: torch.device,
     *,
     never: Sequence[int] = (),
-) -> tuple[LogitsProcessorList, SampledLogprobs]:
+) -> tuple[LogitsProcessorList, SampledLogprobs | None]:
     """What turns greedy decoding into sampling as ``sampling`` says: nothing at temperature 0.
 
     Temperature first, then top-k, then top-p of what is left, then the noise. Log-probabilities
@@ -115,13 +115,15 @@ def logits_processors(
         never: Token ids that are not sampled, at no temperature.
 
     Returns:
-        The processors, and the one of them that has the samples' log-probabilities.
+        The processors, and the one of them that has the samples' log-probabilities, where they
+        are asked for.
     """
     processors = LogitsProcessorList()
     if never:
         processors.append(SuppressTokensLogitsProcessor(list(never), device=device.type))
-    raw = RawLogits()
-    processors.append(raw)
+    raw = RawLogits() if sampling.logprobs else None
+    if raw is not None:
+        processors.append(raw)
     if sampling.temperature > 0:
         processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k > 0:
@@ -129,6 +131,8 @@ def logits_processors(
         if sampling.top_p < 1:
             processors.append(TopPLogitsWarper(sampling.top_p))
         processors.append(GumbelNoise(seeds, device))
+    if raw is None:
+        return processors, None
     logprobs = SampledLogprobs(raw)
     processors.append(logprobs)
     return processors, logprobs

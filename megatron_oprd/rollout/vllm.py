@@ -98,6 +98,7 @@ class VLLMEngine:
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "max_model_len": max_model_len,
             "tensor_parallel_size": config.tensor_model_parallel_size,
+            "quantization": config.quantization,
         }
         if max_batch_size is not None:
             options["max_num_seqs"] = max_batch_size

@@ -71,7 +71,7 @@ def sampling_fields(
         "max_tokens": sampling.max_new_tokens,
         "seed": request.seed,
         "stop_token_ids": [*stop_token_ids, *sampling.stop_token_ids],
-        "logprobs": 0,  # of the sampled token alone
+        "logprobs": 0 if sampling.logprobs else None,  # 0: of the sampled token alone
         "detokenize": False,
     }
 
@@ -82,10 +82,11 @@ class Response:
 
     Attributes:
         token_ids: Its tokens, the one that ended it included.
-        logprobs: The model's log-probability of each, before temperature, top-k and top-p.
+        logprobs: The model's log-probability of each, before temperature, top-k and top-p; None
+            where they were not asked for.
         finished: Whether one of ``stop_token_ids`` ended it.
     """
 
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...] | None
     finished: bool

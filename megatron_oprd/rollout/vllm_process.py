@@ -107,15 +107,11 @@ class Engine:
         for output in outputs:
             (completion,) = output.outputs
             tokens = tuple(completion.token_ids)
-            assert completion.logprobs is not None
             assert completion.finish_reason in ("stop", "length"), completion.finish_reason
             responses.append(
                 Response(
                     token_ids=tokens,
-                    logprobs=tuple(
-                        of[token].logprob
-                        for token, of in zip(tokens, completion.logprobs, strict=True)
-                    ),
+                    logprobs=_of_sampled(tokens, completion.logprobs),
                     finished=completion.finish_reason == "stop",
                 )
             )
@@ -126,6 +122,12 @@ class Engine:
         if self._settings.sleep_level and not self._asleep:
             self._llm.sleep(level=self._settings.sleep_level)
             self._asleep = True
+
+
+def _of_sampled(tokens: Sequence[int], logprobs: Any) -> tuple[float, ...] | None:
+    if logprobs is None:
+        return None
+    return tuple(of[token].logprob for token, of in zip(tokens, logprobs, strict=True))
 
 
 def serve(connection: Connection) -> None:

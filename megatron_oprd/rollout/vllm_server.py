@@ -201,9 +201,10 @@ class VLLMServerEngine:
         versions = {self._version_of(span["version"]) for span in choice["weight_versions"]}
         if len(versions) != 1:
             raise WrongWeightsError(f"a response comes from weights of versions {sorted(versions)}")
+        logprobs = choice["logprobs"]
         response = Response(
             token_ids=tuple(choice["token_ids"]),
-            logprobs=tuple(one["logprob"] for one in choice["logprobs"]["content"]),
+            logprobs=logprobs and tuple(one["logprob"] for one in logprobs["content"]),
             finished=choice["finish_reason"] == "stop",
         )
         return versions.pop(), response

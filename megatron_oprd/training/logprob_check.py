@@ -82,11 +82,6 @@ class LogprobCheck:
         columns = slice(self._shard.start, self._shard.start + self._shard.size)
         self._is_meaningless = is_meaningless[columns].to(context.device)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the rollouts of a step are compared."""
-        interval = self._distiller.plan.config.rollout.logprob_check_interval
-        return interval is not None and step % interval == 0
-
     def compare(self, rollouts: Sequence[Rollout], *, step: int) -> dict[str, Any]:
         """Compares a step's rollouts, and warns on rank 0 where the mean difference is too large.
 

@@ -23,7 +23,11 @@ from megatron_oprd.training.plan import RunPlan, export_folder
 from megatron_oprd.training.prompt_shares import taught_by
 from megatron_oprd.training.resume import checkpoint_to_resume
 from megatron_oprd.training.rollout_source import RolloutSource
-from megatron_oprd.training.rollouts import load_run_prompts, open_engines
+from megatron_oprd.training.rollouts import (
+    compares_logprobs,
+    load_run_prompts,
+    open_engines,
+)
 from megatron_oprd.training.step import Distiller, StepResult
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.hf_writer import HFContent, write_hf_folder
@@ -92,7 +96,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             of_step = source.of_step(step)
             rollouts = of_step.rollouts
             compared: dict[str, Any] = {}
-            if logprob_check.is_due(step):
+            if compares_logprobs(step, config):
                 compared = logprob_check.compare(rollouts, step=step)
             result = distiller.step(
                 [rollout.prompt_ids for rollout in rollouts],

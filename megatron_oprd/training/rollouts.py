@@ -129,6 +129,12 @@ def prompts_of_step(step: int, prompts: list[Prompt], config: RunConfig) -> list
     ]
 
 
+def compares_logprobs(step: int, config: RunConfig) -> bool:
+    """Whether the log-probabilities of a step's rollouts are compared with the trainer's."""
+    interval = config.rollout.logprob_check_interval
+    return interval is not None and step % interval == 0
+
+
 def sampling_of_step(step: int, config: RunConfig) -> SamplingParams:
     """How the responses of one step are sampled."""
     rollout = config.rollout
@@ -142,4 +148,5 @@ def sampling_of_step(step: int, config: RunConfig) -> SamplingParams:
         samples_per_prompt=rollout.samples_per_prompt,
         # A prompt that comes again in a later epoch gets other responses.
         seed=config.seed + step,
+        logprobs=compares_logprobs(step, config),
     )

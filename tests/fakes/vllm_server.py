@@ -89,11 +89,12 @@ class FakeServer:
         return {"success": True}
 
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
+        asked = body["sampling_params"].get("logprobs")
         tokens = [(body["sampling_params"].get("seed", 0) + i) % 90 for i in range(3)]
         return {
             "token_ids": tokens,
             "finish_reason": self.finish_reason,
-            "logprobs": {"content": [{"logprob": -0.5} for _ in tokens]},
+            "logprobs": None if asked is None else {"content": [{"logprob": -0.5}] * len(tokens)},
             "weight_versions": [{"version": self.label, "start": 0, "end": 3}],
         }
 

@@ -250,8 +250,12 @@ def test_logprobs_are_those_of_the_raw_logits(
     """In fp64, over the ids that mean something, whatever the responses are sampled with."""
     known = [token for token in range(12) if token != 8]
     engine = engine_with_weights(small_vocabulary, known_ids=known, decode=letters)
-    rollouts = engine.generate(SMALL_PROMPTS, sampling(samples_per_prompt=4, **settings))
+    asked = sampling(samples_per_prompt=4, logprobs=True, **settings)
+    rollouts = engine.generate(SMALL_PROMPTS, asked)
     assert len({len(rollout.response_ids) for rollout in rollouts}) > 1
+    others = engine.generate(SMALL_PROMPTS, replace(asked, logprobs=False))
+    assert others == rollouts
+    assert others[0].logprobs is None
     model = reference(small_vocabulary).double()
     for rollout in rollouts:
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """A vLLM server's client against a stand-in: what is refused, and what is told apart."""
 
+import dataclasses
 import json
 import socket
 from collections.abc import Iterator
@@ -147,7 +148,10 @@ def test_sync_and_rollouts(server: FakeServer, folder: Path, weights: dict[str, 
     assert {r.weights_version for r in rollouts} == {5}
     assert len({r.response_ids for r in rollouts}) == 4
     assert rollouts == [r for p in PROMPTS for r in one.generate([p], SAMPLING)]
-    assert rollouts[0].logprobs == (-0.5, -0.5, -0.5)
+    assert rollouts[0].logprobs is None
+    asked = one.generate(PROMPTS, dataclasses.replace(SAMPLING, logprobs=True))
+    assert asked == rollouts
+    assert asked[0].logprobs == (-0.5, -0.5, -0.5)
     with pytest.raises(WrongWeightsError, match="has weights of 'runs/a', not of 'runs/b'"):
         engine(server, folder, owner="runs/b").generate(PROMPTS, SAMPLING)
     server.finish_reason = "abort"

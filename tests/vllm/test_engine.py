@@ -82,6 +82,9 @@ def others(weights: Weights, seed: int) -> Weights:
 def test_same_tokens_as_hf(engine: VLLMEngine, folder: Path, weights: Weights) -> None:
     known = set(range(97)) - set(MEANINGLESS)
     check_same_as_hf(engine, folder, weights, PROMPTS, known_ids=known)
+    (silent,) = engine.generate(PROMPTS[:1], sampling(logprobs=False))
+    assert silent.logprobs is None
+    check_greedy(folder, weights, [silent], never=MEANINGLESS)
 
 
 def test_new_weights(engine: VLLMEngine, folder: Path, weights: Weights) -> None:

@@ -190,4 +190,6 @@ def test_weights_that_do_not_come(engine: VLLMServerEngine, folder: Path, weight
         engine.generate(PROMPTS, sampling())
     weights = others(weights, 3)
     engine.load_weights(weights.items(), version=5)
-    check_greedy(folder, weights, engine.generate(PROMPTS[:1], sampling()), never=MEANINGLESS)
+    check_greedy(
+        folder, weights, engine.generate(PROMPTS[:1], sampling(logprobs=False)), never=MEANINGLESS
+    )

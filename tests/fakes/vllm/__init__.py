@@ -78,7 +78,9 @@ class LLM:
         for prompt, of in zip(prompts, params, strict=True):
             draw = random.Random(f"{self._weights!r} {of.seed} {prompt['prompt_token_ids']}")
             tokens = [draw.randrange(5, 97) for _ in range(of.max_tokens)]
-            logprobs = [{token: SimpleNamespace(logprob=-1.0)} for token in tokens]
+            logprobs = None
+            if of.logprobs is not None:
+                logprobs = [{token: SimpleNamespace(logprob=-1.0)} for token in tokens]
             completion = SimpleNamespace(
                 token_ids=tokens, logprobs=logprobs, finish_reason="length"
             )
