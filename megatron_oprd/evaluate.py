@@ -46,6 +46,7 @@ BENCHMARK_OPTIONS: dict[str, Any] = {
     "limit": None,
     "instruction": None,
     "engine": "hf",
+    "tensor_model_parallel_size": 1,
     "max_new_tokens": 4096,
     "batch_size": 32,
 }
@@ -107,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
         "--engine",
         choices=("hf", "vllm"),
         help=f"what generates, default: {defaults['engine']}",
+    )
+    benchmarks.add_argument(
+        "--tensor-model-parallel-size",
+        type=_positive,
+        metavar="N",
+        help="with --engine vllm: GPUs that a model is split over, from --device on; default: 1",
     )
     teacher = parser.add_argument_group("against the teacher")
     teacher.add_argument("--teacher", type=Path, metavar="DIR")
@@ -180,6 +187,10 @@ def _on_benchmarks(args: argparse.Namespace) -> int:
         raise UserError(f"--top-k {args.top_k}: has to be 0 (off) or more")
     if "" in args.stop:
         raise UserError("--stop has an empty text, which every response would end with")
+    if args.engine != "vllm" and args.tensor_model_parallel_size != 1:
+        raise UserError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} needs --engine vllm"
+        )
     if args.engine == "vllm":
         check_vllm_is_there()
         if args.temperature > MAX_TEMPERATURE:
@@ -205,6 +216,7 @@ def _on_benchmarks(args: argparse.Namespace) -> int:
         ),
         args.output,
         device=torch.device(args.device),
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
     )
     write_benchmark_evaluation(evaluation, args.output / "evaluation.json")
     Console().print(benchmarks_table(evaluation))

@@ -21,12 +21,14 @@ from megatron_oprd.data.tokenizers import load_tokenizer
 from megatron_oprd.evaluation.grading import Grader
 from megatron_oprd.evaluation.samples_file import Sample, SamplesFile, check_settings
 from megatron_oprd.evaluation.sampling_metrics import SamplingMetrics, sampling_metrics
+from megatron_oprd.models.layout_checks import check_divides
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.rollout.create import EngineName, create_engine
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
-from megatron_oprd.rollout.engine_gpus import own_gpu
+from megatron_oprd.rollout.engine_gpus import visible_gpus
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.source import WeightSource
+from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ def evaluate_on_benchmarks(
     output: Path,
     *,
     device: torch.device,
+    tensor_model_parallel_size: int = 1,
 ) -> BenchmarkEvaluation:
     """Evaluates each model on each benchmark; one model is in memory at a time.
 
@@ -96,12 +99,21 @@ def evaluate_on_benchmarks(
         settings: How to generate.
         output: The folder; made where it is missing.
         device: Where models are.
+        tensor_model_parallel_size: With vllm, GPUs that each model is split over: ``device`` and
+            those behind it.
 
     Raises:
-        UserError: A model cannot be used, sequences would be longer than a model was made for, or
-            ``output`` has samples of other settings or another model.
+        UserError: A model cannot be used, or not split so, sequences would be longer than a model
+            was made for, or ``output`` has samples of other settings or another model.
     """
+    gpus = visible_gpus(device, size=tensor_model_parallel_size)
     opened = [_open(name, folder, benchmarks, settings) for name, folder in models.items()]
+    for model in opened:
+        layout = TargetLayout(tensor_model_parallel_size=tensor_model_parallel_size)
+        check_divides(model.opened.architecture, layout, model=model.name)
+    # Nothing else is on a GPU. On the CPU it would be the host's memory.
+    vllm = VLLMConfig(gpu_memory_utilization=0.9) if device.type == "cuda" else VLLMConfig()
+    vllm.tensor_model_parallel_size = tensor_model_parallel_size
     for model in opened:
         for benchmark in benchmarks:
             check_settings(
@@ -111,7 +123,14 @@ def evaluate_on_benchmarks(
     with Grader(timeout=GRADING_SECONDS) as grader:
         for model in opened:
             results[model.name] = _evaluate_model(
-                model, benchmarks, settings, output, grader=grader, device=device
+                model,
+                benchmarks,
+                settings,
+                output,
+                grader=grader,
+                device=device,
+                gpus=gpus,
+                vllm=vllm,
             )
     return BenchmarkEvaluation(
         settings=settings,
@@ -199,6 +218,8 @@ def _evaluate_model(
     *,
     grader: Grader,
     device: torch.device,
+    gpus: Sequence[str],
+    vllm: VLLMConfig,
 ) -> dict[str, SamplingMetrics]:
     longest = max(len(p.token_ids) for prompts in model.prompts.values() for p in prompts)
     engine = create_engine(
@@ -207,11 +228,10 @@ def _evaluate_model(
         model.tokenizer,
         dtype=getattr(torch, settings.dtype),
         device=device,
-        gpus=own_gpu(device),
+        gpus=gpus,
         max_batch_size=settings.batch_size,
         max_model_len=longest + settings.sampling.max_new_tokens,
-        # Nothing else is on a GPU. On the CPU it would be the host's memory.
-        vllm=VLLMConfig(gpu_memory_utilization=0.9) if device.type == "cuda" else VLLMConfig(),
+        vllm=vllm,
     )
     with contextlib.closing(engine):
         noted = xxhash.xxh3_128()

@@ -11,12 +11,28 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.parallel import ParallelContext
 
 
-def own_gpu(device: torch.device) -> list[str]:
-    """A device of this process as CUDA_VISIBLE_DEVICES names it; nothing for a CPU."""
+def visible_gpus(device: torch.device, *, size: int) -> list[str]:
+    """A device of this process and those behind it, as CUDA_VISIBLE_DEVICES names them.
+
+    Args:
+        device: The first; a CPU has none.
+        size: How many.
+
+    Raises:
+        UserError: There are fewer.
+    """
     if device.type != "cuda":
         return []
-    visible, index = os.environ.get("CUDA_VISIBLE_DEVICES"), device.index or 0
-    return [str(index) if visible is None else visible.split(",")[index]]
+    index = device.index or 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in range(torch.cuda.device_count())]
+    if visible is not None:
+        names = visible.split(",")
+    if len(found := names[index : index + size]) < size:
+        raise UserError(
+            f"--tensor-model-parallel-size {size}: {len(found)} GPUs are there from {device} on"
+        )
+    return found
 
 
 def engine_gpus(context: ParallelContext, *, size: int) -> list[str]:
@@ -35,13 +51,13 @@ def engine_gpus(context: ParallelContext, *, size: int) -> list[str]:
         UserError: The replica has fewer ranks on that machine; on every rank of it.
     """
     places: list[tuple[str, list[str]]] = [("", [])] * context.replica_control.size()
-    own = (socket.gethostname(), own_gpu(context.device))
+    own = (socket.gethostname(), visible_gpus(context.device, size=1))
     dist.all_gather_object(places, own, group=context.replica_control)
     return gpus_beside_the_first(places, size=size)
 
 
 def gpus_beside_the_first(places: Sequence[tuple[str, list[str]]], *, size: int) -> list[str]:
-    """The GPUs of the first ranks on the first one's host; of each rank (host, `own_gpu`).
+    """The GPUs of the first ranks on the first one's host; of each rank its host and GPU.
 
     Raises:
         UserError: They are fewer.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.engine_gpus import engine_gpus, gpus_beside_the_first, own_gpu
+from megatron_oprd.rollout.engine_gpus import engine_gpus, gpus_beside_the_first, visible_gpus
 
 
 def test_the_leaders_machine() -> None:
@@ -26,9 +26,13 @@ def test_on_the_cpu(context: Any) -> None:
         engine_gpus(place, size=2)  # type: ignore[arg-type]
 
 
-def test_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert own_gpu(torch.device("cuda", 2)) == ["6"]
+    assert visible_gpus(torch.device("cuda", 2), size=1) == ["6"]
+    assert visible_gpus(torch.device("cuda", 1), size=3) == ["5", "6", "7"]
+    with pytest.raises(UserError, match=r"parallel-size 3: 2 GPUs are there from cuda:2 on"):
+        visible_gpus(torch.device("cuda", 2), size=3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert own_gpu(torch.device("cuda", 2)) == ["2"]
-    assert own_gpu(torch.device("cpu")) == []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert visible_gpus(torch.device("cuda", 2), size=2) == ["2", "3"]
+    assert visible_gpus(torch.device("cpu"), size=2) == []

@@ -13,6 +13,8 @@ from megatron_oprd.errors import UserError
 from tests.data.test_benchmarks import row, write
 from tests.tiny import save_tiny_model, tiny_config
 
+SPLIT = "--tensor-model-parallel-size"
+
 
 def run(monkeypatch: pytest.MonkeyPatch, root: Path, output: str, options: str) -> dict[str, Any]:
     arguments = (
@@ -37,5 +39,11 @@ def test_greedy_responses_are_those_of_transformers(
         engine: (tmp_path / engine / "samples/model/sums.jsonl").read_text() for engine in found
     }
     assert samples["vllm"] == samples["hf"]
+    split = run(monkeypatch, tmp_path, "split", f"--engine vllm {SPLIT} 2")
+    assert split["results"] == found["hf"]["results"]
+    with pytest.raises(UserError, match=rf"{SPLIT} 3 does not divide the 4 attention heads of mod"):
+        run(monkeypatch, tmp_path, "split", f"--engine vllm {SPLIT} 3")
+    with pytest.raises(UserError, match=f"{SPLIT} 2 needs --engine vllm"):
+        run(monkeypatch, tmp_path, "split", f"--engine hf {SPLIT} 2")
     with pytest.raises(UserError, match="engine"):
         run(monkeypatch, tmp_path, "hf", "--engine vllm")
