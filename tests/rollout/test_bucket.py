@@ -1,12 +1,15 @@
 """Tensors through a shared buffer, in one process: both ends map the same memory."""
 
+import inspect
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from megatron_oprd.rollout.bucket import Piece, ReceivingBucket, SendingBucket
+from tests.bucket_process import check_other_process
 
 CPU = torch.device("cpu")
 
@@ -62,3 +65,13 @@ def test_a_lost_filling_is_noticed() -> None:
     with pytest.raises(AssertionError, match="element 4 came after 0"):
         list(receiver.take(next(fillings)))
     sender.close()
+
+
+def test_another_process() -> None:
+    check_other_process(CPU, CPU)
+
+
+def test_where_torch_has_the_device_of_shared_memory() -> None:
+    """Engines may count the trainer's GPU otherwise than the trainer."""
+    arguments = list(inspect.signature(rebuild_cuda_tensor).parameters)
+    assert arguments.index("storage_device") == 6
