@@ -78,17 +78,12 @@ def check_vllm(config: RunConfig) -> None:
 
 def _check_size(config: RunConfig) -> None:
     size = config.rollout.vllm.tensor_model_parallel_size
-    setting = f"rollout.vllm.tensor_model_parallel_size = {size}"
     of_replica = config.parallel.replica_size
     if not 1 <= size <= of_replica:
         raise UserError(
-            f"{setting}: an engine runs on the GPUs of its replica's ranks, so it has to be from 1 "
-            f"to {of_replica} (tensor x context x pipeline parallel size)"
-        )
-    if size > 1 and (interval := config.rollout.vllm.check_weights_interval) is not None:
-        raise UserError(
-            f"rollout.vllm.check_weights_interval = {interval}: weights cannot be read back from "
-            f"an engine that is split ({setting}); leave it out"
+            f"rollout.vllm.tensor_model_parallel_size = {size}: an engine runs on the GPUs of its "
+            f"replica's ranks, so it has to be from 1 to {of_replica} (tensor x context x pipeline "
+            "parallel size)"
         )
 
 

@@ -319,10 +319,6 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
             r"interval = 2: with rollout\.vllm\.quantization = fp8_per_channel .* leave it out",
         ),
         ([VLLM, SPLIT], r"size = 2: .* from 1 to 1 \(tensor x context x pipeline"),
-        (
-            [VLLM, SPLIT, PP2, "rollout.vllm.check_weights_interval=3"],
-            r"check_weights_interval = 3: weights cannot be read back .*parallel_size = 2\); leave",
-        ),
         ([VLLM, "rollout.vllm.gpu_memory_utilization=1"], r"has to be above 0 and below 1"),
         ([VLLM, "rollout.vllm.sleep_level=3"], r"sleep_level = 3: has to be 0, 1 or 2"),
         ([VLLM, "rollout.vllm.kv_cache_gb=0"], r"kv_cache_gb = 0\.0: has to be above 0"),

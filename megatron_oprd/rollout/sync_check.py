@@ -11,7 +11,8 @@ from transformers.initialization import no_init_weights
 
 from megatron_oprd.rollout.engine import WrongWeightsError
 from megatron_oprd.rollout.hf import checkpoint_tensors, known_weights
-from megatron_oprd.rollout.vllm_weights import EMBEDDING, HEAD, value_checksum
+from megatron_oprd.rollout.vllm_readback import value_checksum
+from megatron_oprd.rollout.vllm_weights import EMBEDDING, HEAD
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_oprd.rollout.bucket import BucketHandle, ReceivingBucket, receive_through
-from megatron_oprd.rollout.vllm_weights import checksums_of_engine, mask_ids, with_tied_head
+from megatron_oprd.rollout.vllm_readback import checksums_of_engine
+from megatron_oprd.rollout.vllm_weights import mask_ids, with_tied_head
 from megatron_oprd.rollout.weight_socket import receive_weights
 from megatron_oprd.rollout.worker_socket import WorkerSocket
 

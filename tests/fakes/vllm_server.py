@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_oprd.rollout.vllm_messages import EXTENSION
-from megatron_oprd.rollout.vllm_weights import value_checksum
+from megatron_oprd.rollout.vllm_readback import value_checksum
 from megatron_oprd.rollout.weight_socket import receive_weights
 from megatron_oprd.rollout.worker_socket import WorkerSocket
 

@@ -1,15 +1,17 @@
 """Engines for the tests, and what transformers says about the same weights."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.rollout.bucket import Piece
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.rollout.vllm import VLLMEngine
@@ -106,3 +108,17 @@ def check_same_as_hf(
         assert mine.response_ids == other.response_ids
         assert (mine.prompt_index, mine.prompt_ids) == (other.prompt_index, other.prompt_ids)
         assert mine.finished == other.finished
+
+
+def change_on_the_way(engine: VLLMEngine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has one value of a tensor change between the trainer and the engine."""
+    fill = engine._bucket.fill
+
+    def changing(stream: Iterable[tuple[str, Tensor]]) -> Iterator[list[Piece]]:
+        for pieces in fill(stream):
+            for piece in pieces:
+                if piece.name == name:
+                    engine._bucket._buffer[piece.offset] += 0.5
+            yield pieces
+
+    monkeypatch.setattr(engine._bucket, "fill", changing)

@@ -2,22 +2,21 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from megatron_oprd.rollout.bucket import Piece
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
 from megatron_oprd.rollout.vllm import VLLMEngine
 from tests.rollout.test_sampling import chi_square
 from tests.tiny import EOS_ID, random_weight, save_tiny_model, tiny_tokenizer
 from tests.vllm.engines import (
     Weights,
+    change_on_the_way,
     check_greedy,
     check_same_as_hf,
     logits_of,
@@ -196,17 +195,8 @@ def test_stop_texts_and_ids(engine: VLLMEngine) -> None:
 def test_check_finds_what_was_changed_on_the_way(
     engine: VLLMEngine, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill = engine._bucket.fill
     name = "model.layers.2.self_attn.k_proj.weight"
-
-    def changing(stream: Iterable[tuple[str, Tensor]]) -> Iterator[list[Piece]]:
-        for pieces in fill(stream):
-            for piece in pieces:
-                if piece.name == name:
-                    engine._bucket._buffer[piece.offset] += 0.5
-            yield pieces
-
-    monkeypatch.setattr(engine._bucket, "fill", changing)
+    change_on_the_way(engine, name, monkeypatch)
     with pytest.raises(WrongWeightsError, match=rf"in 1 of \d+ tensors, the first '{name}'"):
         engine.load_weights(weights.items())
 

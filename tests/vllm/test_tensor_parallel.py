@@ -9,10 +9,18 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from megatron_oprd.rollout.engine import RolloutEngineError
+from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
 from megatron_oprd.rollout.vllm import VLLMEngine
 from tests.tiny import save_tiny_model
-from tests.vllm.engines import Weights, check_greedy, prompt, sampling, start, tiny_llama
+from tests.vllm.engines import (
+    Weights,
+    change_on_the_way,
+    check_greedy,
+    prompt,
+    sampling,
+    start,
+    tiny_llama,
+)
 
 PROMPTS = [prompt(index, 7 + index, 8, 9) for index in range(4)]
 MEANINGLESS = (11, 96)
@@ -21,7 +29,8 @@ MEANINGLESS = (11, 96)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("split")
-    save_tiny_model(folder, tiny_llama(tie_word_embeddings=True), seed=0)
+    # Both workers have the only key/value head.
+    save_tiny_model(folder, tiny_llama(tie_word_embeddings=True, num_key_value_heads=1), seed=0)
     return folder
 
 
@@ -32,6 +41,7 @@ def engine(folder: Path) -> Iterator[VLLMEngine]:
         known_ids=set(range(97)) - set(MEANINGLESS),
         tensor_model_parallel_size=2,
         sync_bucket_mb=1,
+        check_weights_interval=1,
     )
     yield engine
     engine.close()
@@ -44,7 +54,9 @@ def weights(folder: Path) -> Weights:
     return weights
 
 
-def test_same_tokens_as_transformers(engine: VLLMEngine, folder: Path, weights: Weights) -> None:
+def test_same_tokens_as_transformers(
+    engine: VLLMEngine, folder: Path, weights: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
     answers = []
     for version in (3, 4):
         engine.load_weights(weights.items(), version=version)
@@ -54,6 +66,17 @@ def test_same_tokens_as_transformers(engine: VLLMEngine, folder: Path, weights: 
         answers.append([rollout.response_ids for rollout in rollouts])
         weights["model.layers.1.mlp.down_proj.weight"] *= -3
     assert answers[0] != answers[1]
+    assert not caplog.records  # every tensor could be read back
+
+
+@pytest.mark.parametrize("part", ["self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj"])
+def test_check_finds_what_was_changed_on_the_way(
+    engine: VLLMEngine, weights: Weights, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    name = f"model.layers.2.{part}.weight"
+    change_on_the_way(engine, name, monkeypatch)
+    with pytest.raises(WrongWeightsError, match=rf"in 1 of \d+ tensors, the first '{name}'"):
+        engine.load_weights(weights.items())
 
 
 def test_a_worker_that_is_killed(engine: VLLMEngine) -> None:

@@ -24,8 +24,7 @@ VLLM = [
     "train_iters=2",
 ]
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
-# Weights are not read back from an engine of two.
-SPLIT = ["rollout.vllm.tensor_model_parallel_size=2", "rollout.vllm.check_weights_interval=null"]
+SPLIT = ["rollout.vllm.tensor_model_parallel_size=2"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 GREEDY = ["rollout.temperature=0", "optimizer.lr=0.01"]
 CASES = {
