@@ -1,6 +1,7 @@
 """Builds a bridge: rollouts, sums or rows of every pair, the fit, cosines, the folder."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,11 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
     rollouts: list[Rollout] = []
     source = plan.student.checkpoint
     names = source.names() if context.is_leader else []
-    with open_engines(plan, context, lambda: ((n, source.read(n)) for n in names)) as engines:
+
+    def stream(_trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+        return ((name, source.read(name)) for name in names)
+
+    with open_engines(plan, context, stream) as engines:
         engines.sync()
         for step in range(config.num_steps):
             of_step = prompts_of_step(step, prompts, plan.config)

@@ -1,6 +1,6 @@
 """What the training loop asks of a rollout engine, and what it gets back."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -93,10 +93,20 @@ class RolloutEngine(Protocol):
     Any call may raise `RolloutEngineError`; `load_weights` also in the middle of its stream.
     """
 
-    def load_weights(self, stream: Iterable[tuple[str, Tensor]], *, version: int = 0) -> None:
-        """Replaces every weight by the stream's (full tensors under Hugging Face names).
+    def needs_all_weights(self) -> bool:
+        """Whether the next `load_weights` has to bring every weight: the engine lacks some."""
 
-        Rollouts come back with ``version`` until other weights are loaded.
+    def load_weights(
+        self,
+        stream: Iterable[tuple[str, Tensor]],
+        *,
+        version: int = 0,
+        left_out: Collection[str] = (),
+    ) -> None:
+        """Replaces weights by the stream's (full tensors under Hugging Face names).
+
+        Rollouts come back with ``version`` until other weights are loaded. All weights come but
+        ``left_out``, which stay as they are; with `needs_all_weights` that is empty.
         """
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:

@@ -70,20 +70,34 @@ class HFEngine:
         self._max_batch_size = max_batch_size
         self._version: int | None = None
 
+    def needs_all_weights(self) -> bool:
+        """Whether `load_weights` was not called yet, or failed: nothing else loses weights."""
+        return self._version is None
+
     @torch.no_grad()
-    def load_weights(self, stream: Iterable[tuple[str, Tensor]], *, version: int = 0) -> None:
-        """Replaces every weight, in place.
+    def load_weights(
+        self,
+        stream: Iterable[tuple[str, Tensor]],
+        *,
+        version: int = 0,
+        left_out: Collection[str] = (),
+    ) -> None:
+        """Replaces weights, in place.
 
         Args:
             stream: Full tensors, under the names they have in a Hugging Face checkpoint, of any
                 float type and on any device. A weight with two names (tied embeddings) may come
                 under either or both.
             version: The number that rollouts with these weights come back with.
+            left_out: Names of weights that do not come and stay as they are.
 
         Raises:
             ValueError: A name that the model lacks, a wrong shape, a weight that came twice (tied
                 ones may, if equal) or not at all.
         """
+        assert not (left_out and self.needs_all_weights()), (
+            "weights are left out that are not there"
+        )
         self._version = None  # until all have come: half of them are no model
         destinations = checkpoint_tensors(self._model.state_dict())
         shapes = {name: tuple(tensor.shape) for name, tensor in destinations.items()}
@@ -96,7 +110,8 @@ class HFEngine:
                 destination.copy_(value)
             elif not torch.equal(destination, value):
                 raise ValueError(f"{name} and {earlier} are one weight, but got two values")
-        missing = [n for n, t in destinations.items() if t.data_ptr() not in delivered]
+        there = delivered.keys() | {destinations[name].data_ptr() for name in left_out}
+        missing = [n for n, t in destinations.items() if t.data_ptr() not in there]
         if missing:
             raise ValueError(f"{len(missing)} weights were not delivered, the first {missing[0]!r}")
         self._version = version

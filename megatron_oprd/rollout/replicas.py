@@ -1,9 +1,9 @@
 """The rollout engines of all data-parallel replicas, and what is done when one of them fails."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,8 +45,9 @@ class ReplicaEngines:
     def __init__(
         self,
         create: Callable[[], RolloutEngine],
-        stream: Callable[[], Iterator[tuple[str, Tensor | None]]],
+        stream: Callable[[bool], Iterator[tuple[str, Tensor | None]]],
         *,
+        frozen: Collection[str] = (),
         max_restarts: int,
         is_shared: bool = False,
         context: ParallelContext,
@@ -55,8 +56,10 @@ class ReplicaEngines:
 
         Args:
             create: Starts an engine; called on leaders.
-            stream: The weights as they are. All ranks exhaust it together, and leaders get the
-                tensors (`Exporter.stream`).
+            stream: The weights as they are; if its argument is true, without ``frozen``. All ranks
+                exhaust it together, and leaders get the tensors (`Exporter.stream`).
+            frozen: Names of the weights that never change. They are sent only when an engine lacks
+                weights.
             max_restarts: How often one engine is started again, from one `take_restarts` to the
                 next.
             is_shared: Whether all replicas' engines are one server, which is sent weights once.
@@ -67,10 +70,12 @@ class ReplicaEngines:
         """
         self._create = create
         self._stream = stream
+        self._frozen = frozenset(frozen)
         self._max_restarts = max_restarts
         self._is_shared = is_shared
         self._context = context
         self._version = 0
+        self._bytes_sent = 0
         self._restarts = [0] * context.dp_size
         self._engine: RolloutEngine | None = None
         self._under_way: tuple[RolloutEngine | None, Sequence[Prompt], SamplingParams] | None = None
@@ -81,18 +86,24 @@ class ReplicaEngines:
                     f"the rollout engine of replica {replica} did not start: {failure.message}"
                 )
 
-    def sync(self, *, version: int = 0) -> None:
+    def sync(self, *, version: int = 0) -> int:
         """Gives every engine the weights.
 
         Args:
             version: The number that rollouts with these weights come back with.
 
+        Returns:
+            Bytes of the tensors that this rank's engine was sent, in tries that failed as well; 0
+            without an engine, and of one that is shared but on the first replica's leader.
+
         Raises:
             RolloutEngineError: An engine failed too often.
         """
         self._version = version
+        self._bytes_sent = 0
         take = not self._is_shared or self._context.dp_rank == 0
         self._recover(self._told(self._send_weights(take=take)))
+        return self._bytes_sent
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout] | None:
         """What the replica's engine answers to its leader's prompts, on leaders; None elsewhere.
@@ -221,12 +232,15 @@ class ReplicaEngines:
     def _send_weights(self, *, take: bool) -> _Failure | None:
         """Streams the weights, with ``take`` into this rank's engine, if it has one."""
         _give_up_device_memory()
-        stream, failure = self._stream(), None
+        # An engine that needs less takes all the same: the stream is one, of all ranks.
+        sends_all = not self._frozen or any(self._told(take and self._needs_all_weights()))
+        stream, failure = self._stream(not sends_all), None
         if take and self._engine is not None:
             try:
                 self._engine.load_weights(
-                    ((name, tensor) for name, tensor in stream if tensor is not None),
+                    self._counted(stream),
                     version=self._version,
+                    left_out=() if sends_all else self._frozen,
                 )
             except RolloutEngineError as error:
                 failure = _failure(error)
@@ -235,13 +249,27 @@ class ReplicaEngines:
             pass
         return failure
 
-    def _told(self, failure: _Failure | None) -> list[_Failure | None]:
-        """The failure of each replica's leader, known on every rank afterwards."""
-        own = [failure]
+    def _needs_all_weights(self) -> bool:
+        if self._engine is None:
+            return False
+        try:
+            return self._engine.needs_all_weights()
+        except RolloutEngineError:
+            return True  # `load_weights` fails in its turn, and its error is told to all
+
+    def _counted(self, stream: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in stream:
+            if tensor is not None:
+                self._bytes_sent += tensor.nbytes
+                yield name, tensor
+
+    def _told(self, value: Result) -> list[Result]:
+        """What each replica's leader says, known on every rank afterwards."""
+        own: list[Any] = [value]
         dist.broadcast_object_list(
             own, src=self._context.leader, group=self._context.replica_control
         )
-        everyone: list[_Failure | None] = [None] * self._context.dp_size
+        everyone: list[Any] = [None] * self._context.dp_size
         dist.all_gather_object(everyone, own[0], group=self._context.leaders_control)
         return everyone
 

@@ -1,7 +1,7 @@
 """What is checked of a weight sync: that all weights come once, and that the engine has them."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 class SyncCheck:
     """Checks one engine's syncs, one after the other.
+
+    A weight that a sync leaves out has to have the values of the one before.
 
     Attributes:
         tied: Whether the LM head is the embedding, under whose name alone its weight comes.
@@ -44,8 +46,14 @@ class SyncCheck:
         self._syncs = 0
         self._sent: dict[str, str] = {}
 
-    def passing(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def passing(
+        self, stream: Iterable[tuple[str, Tensor]], *, left_out: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """Begins a sync: the stream, refused where it is not all of the model's weights once.
+
+        Args:
+            stream: Tensors by name.
+            left_out: Names that do not come.
 
         Raises:
             ValueError: A name that the model lacks, a wrong shape, a weight that came twice or not
@@ -53,23 +61,31 @@ class SyncCheck:
         """
         self.is_due = self._interval is not None and self._syncs % self._interval == 0
         self._syncs += 1
-        self._sent = {}
-        return self._pass(stream)
+        return self._pass(stream, left_out)
 
-    def _pass(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def left_out_shapes(self, left_out: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights that a sync leaves out, by name."""
+        return {name: self._shapes[name] for name in left_out}
+
+    def _pass(
+        self, stream: Iterable[tuple[str, Tensor]], left_out: Collection[str]
+    ) -> Iterator[tuple[str, Tensor]]:
         came: set[str] = set()
         # The engine gives a tied head the embedding.
         own = ((n, tensor) for n, tensor in stream if not (self.tied and n == HEAD))
         for name, tensor in known_weights(own, self._shapes):
             came.add(name)
-            if self.is_due:
+            # Of every weight once at least: it may be left out when a check is due.
+            if self.is_due or (self._interval is not None and name not in self._sent):
                 self._sent[name] = value_checksum(tensor.to(self._dtype))
             yield name, tensor
-        if missing := [name for name in self._shapes if name not in came]:
+        if missing := [n for n in self._shapes if n not in came and n not in left_out]:
             raise ValueError(f"{len(missing)} weights were not delivered, the first {missing[0]!r}")
 
     def compare(self, found: Mapping[str, str], version: int) -> None:
         """Compares checksums of what was sent and of what the engine has, by tensor.
+
+        Of weights that the sync left out, with what was sent when they came last.
 
         Args:
             found: `checksums_of_engine`.

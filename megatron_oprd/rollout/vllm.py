@@ -90,6 +90,7 @@ class VLLMEngine:
         self._config = config
         self._decode = decode
         self._under_way: tuple[Sequence[Prompt], SamplingParams] | None = None
+        self._lacks_weights = True
         self._bucket = SendingBucket(
             num_bytes=config.sync_bucket_mb * 10**6, dtype=dtype, device=device
         )
@@ -104,6 +105,7 @@ class VLLMEngine:
             options["max_num_seqs"] = max_batch_size
         if config.kv_cache_gb is not None:
             options["kv_cache_memory_bytes"] = round(config.kv_cache_gb * 1e9)
+        self._sleep_level = config.sleep_level if device.type == "cuda" else 0
         settings = EngineSettings(
             folder=folder,
             dtype=dtype,
@@ -112,7 +114,7 @@ class VLLMEngine:
             tied=self._check.tied,
             stop_token_ids=tuple(eos_token_ids),
             meaningless_ids=tuple(sorted(set(range(self._check.vocab_size)) - set(known_ids))),
-            sleep_level=config.sleep_level if device.type == "cuda" else 0,
+            sleep_level=self._sleep_level,
         )
         self._process = EngineProcess(
             "megatron_oprd.rollout.vllm_process", environment=_environment(gpus)
@@ -123,13 +125,25 @@ class VLLMEngine:
             self.close()
             raise
 
-    def load_weights(self, stream: Iterable[tuple[str, Tensor]], *, version: int = 0) -> None:
-        """Replaces every weight.
+    def needs_all_weights(self) -> bool:
+        """Whether weights have not come yet, only in part, or were thrown away by `sleep`."""
+        return self._lacks_weights
+
+    def load_weights(
+        self,
+        stream: Iterable[tuple[str, Tensor]],
+        *,
+        version: int = 0,
+        left_out: Collection[str] = (),
+    ) -> None:
+        """Replaces weights.
 
         Args:
             stream: Full tensors, under the names they have in a Hugging Face checkpoint, of any
                 float type and on any device.
             version: The number that rollouts with these weights come back with.
+            left_out: Names of weights that do not come and stay as they are: of each of vLLM's
+                modules all weights or none.
 
         Raises:
             ValueError: A name that the model lacks, a wrong shape, a weight that came twice or not
@@ -139,21 +153,27 @@ class VLLMEngine:
 
         After an error the engine is of no further use.
         """
-        weights = self._check.passing(stream)
+        assert not (left_out and self._lacks_weights), "weights are left out that are not there"
+        self._lacks_weights = True
+        weights = self._check.passing(stream, left_out=left_out)
         try:
-            answer = self._exchange(weights, version)
+            answer = self._exchange(weights, version, left_out)
         except BaseException:
             self.close()  # it waits for weights that will not come
             raise
         if self._check.is_due:
             self._check.compare(answer, version)
+        self._lacks_weights = False
 
-    def _exchange(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Any:
+    def _exchange(
+        self, weights: Iterable[tuple[str, Tensor]], version: int, left_out: Collection[str]
+    ) -> Any:
         """Sends the weights to the engine's workers; what the engine says to that."""
         seconds = self._config.sync_timeout_minutes * 60
         with TrainerSocket("127.0.0.1", seconds=seconds) as workers:
-            call = ("load_weights", (version, workers.invitation, self._check.is_due))
-            self._send(call, _PART)
+            shapes = self._check.left_out_shapes(left_out)
+            call = (version, workers.invitation, self._check.is_due, shapes)
+            self._send(("load_weights", call), _PART)
             try:
                 workers.accept(
                     self._config.tensor_model_parallel_size, in_vain=self._process.has_answered
@@ -203,6 +223,7 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """Frees device memory as ``sleep_level`` says, until the next `load_weights`."""
+        self._lacks_weights = self._lacks_weights or self._sleep_level == 2
         self._call("sleep")
 
     def close(self) -> None:

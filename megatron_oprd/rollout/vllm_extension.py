@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_oprd.rollout.bucket import BucketHandle, ReceivingBucket, receive_through
 from megatron_oprd.rollout.vllm_readback import checksums_of_engine
-from megatron_oprd.rollout.vllm_weights import mask_ids, with_tied_head
+from megatron_oprd.rollout.vllm_weights import mask_ids, quiet_about_missing, with_tied_head
 from megatron_oprd.rollout.weight_socket import receive_weights
 from megatron_oprd.rollout.worker_socket import WorkerSocket
 
@@ -47,19 +47,20 @@ class WeightReceiver:
     def oprd_receive(
         self, invitation: dict[str, Any], options: dict[str, Any], dtype: str | None = None
     ) -> dict[str, Any]:
-        """Replaces all weights by those that a trainer sends.
+        """Replaces weights by those that a trainer sends.
 
         Args:
             invitation: How to call it (`TrainerSocket`).
             options: ``tied`` (whether the LM head is the embedding), ``keep`` (whether to read the
-                weights back).
+                weights back), ``left_out`` (shapes of the weights that do not come and stay as they
+                are).
             dtype: What it sends over the network; None if it sends through the buffer.
 
         Returns:
             ``checksums``: with ``keep`` that of every tensor as the model has it, by name; else
             nothing. Where the trainer left before the end, ``error`` instead.
         """
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = dict(options["left_out"])
         failures: list[str] = []
 
         def arriving() -> Iterator[tuple[str, Tensor]]:
@@ -75,7 +76,8 @@ class WeightReceiver:
                 failures.append(str(error))
 
         weights = with_tied_head(arriving(), shapes, tied=options["tied"])
-        self.reload_weights(weights_iterator=weights, is_checkpoint_format=True)
+        with quiet_about_missing(bool(options["left_out"])):
+            self.reload_weights(weights_iterator=weights, is_checkpoint_format=True)
         if failures:
             return {"error": failures[0]}
         if not options["keep"]:

@@ -58,13 +58,20 @@ class Engine:
         self._version: int | None = None
         self._asleep = False
 
-    def load_weights(self, version: int, invitation: dict[str, Any], keep: bool) -> dict[str, str]:
-        """Replaces all weights by those that the trainer sends the workers.
+    def load_weights(
+        self,
+        version: int,
+        invitation: dict[str, Any],
+        keep: bool,
+        left_out: dict[str, tuple[int, ...]],
+    ) -> dict[str, str]:
+        """Replaces weights by those that the trainer sends the workers.
 
         Args:
             version: The number that rollouts with these weights come back with.
             invitation: How workers call the trainer (`TrainerSocket`).
             keep: Whether to read the engine's weights afterwards.
+            left_out: Shapes of the weights that do not come and stay as they are.
 
         Returns:
             With ``keep`` the checksum of every tensor as the engine has it, by name; else nothing.
@@ -72,7 +79,7 @@ class Engine:
         self._version = None  # until all have come: half of them are no model
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
-        options = {"tied": self._settings.tied, "keep": keep}
+        options = {"tied": self._settings.tied, "keep": keep, "left_out": left_out}
         answers = self._llm.collective_rpc("oprd_receive", args=(invitation, options))
         for answer in answers:
             if "error" in answer:

@@ -80,6 +80,7 @@ class VLLMServerEngine:
         self._at_once = max_batch_size or _REQUESTS
         self._owner = owner
         self._under_way: _UnderWay | None = None
+        self._sent_label: str | None = None
         self._server = ServerClient(config.server_url)
         self._server.wait(self._part)
         self._never = sorted(set(range(self._check.vocab_size)) - set(known_ids))
@@ -93,12 +94,31 @@ class VLLMServerEngine:
     def _part(self) -> float:
         return self._config.sync_timeout_minutes * 60
 
-    def load_weights(self, stream: Iterable[tuple[str, Tensor]], *, version: int = 0) -> None:
-        """Replaces every weight of the server's model.
+    def needs_all_weights(self) -> bool:
+        """Whether the server does not have what this sent last: started anew, or sent others'.
+
+        Raises:
+            RolloutEngineError: The server does not say.
+        """
+        if self._sent_label is None:
+            return True
+        found = self._server.call("/weight_info", seconds=self._part)
+        return found["weight_version"] != self._sent_label
+
+    def load_weights(
+        self,
+        stream: Iterable[tuple[str, Tensor]],
+        *,
+        version: int = 0,
+        left_out: Collection[str] = (),
+    ) -> None:
+        """Replaces weights of the server's model.
 
         Args:
             stream: Full tensors, under the names they have in a Hugging Face checkpoint.
             version: The number that rollouts with these weights come back with.
+            left_out: Names of weights that do not come and stay as they are: of each of vLLM's
+                modules all weights or none.
 
         Raises:
             ValueError: A name that the model lacks, a wrong shape, a weight that came twice or not
@@ -106,11 +126,18 @@ class VLLMServerEngine:
             RolloutEngineError: The server failed. The stream may not have come to its end.
             WrongWeightsError: A check found other weights than were sent.
         """
+        if left_out and self.needs_all_weights():  # since it was asked
+            raise self._not_taken(version, "it does not have the last sync's weights any more")
+        self._sent_label = None
         self._set_version(_UNFINISHED)
         num_workers = self._mask()  # it may be another server than the last time
-        weights = self._check.passing(stream)
+        weights = self._check.passing(stream, left_out=left_out)
         host = self._own_address()
-        options = {"tied": self._check.tied, "keep": self._check.is_due}
+        options = {
+            "tied": self._check.tied,
+            "keep": self._check.is_due,
+            "left_out": self._check.left_out_shapes(left_out),
+        }
         try:
             listening = TrainerSocket(host, seconds=self._part)
         except OSError as error:
@@ -140,7 +167,7 @@ class VLLMServerEngine:
             raise self._not_taken(version, "old weights' prefixes were not forgotten")
         if self._check.is_due:
             self._check.compare(answers[0]["checksums"], version)
-        self._set_version(str(version))
+        self._sent_label = self._set_version(str(version))
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample.
@@ -224,9 +251,10 @@ class VLLMServerEngine:
                 f"the vLLM server at {self._server.url} cannot be reached: {error}"
             ) from error
 
-    def _set_version(self, version: str) -> None:
+    def _set_version(self, version: str) -> str:
         label = f"{self._owner}#{version}"
         self._server.call("/update_weight_version", {"new_version": label}, seconds=self._part)
+        return label
 
     def _version_of(self, label: str) -> int:
         owner, _, version = label.rpartition("#")

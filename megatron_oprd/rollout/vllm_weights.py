@@ -1,6 +1,8 @@
 """What is done to a vLLM model where it runs: weights in, ids masked."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,19 @@ def with_tied_head(
         if tied and name == EMBEDDING:
             # vLLM may keep a packed copy for the LM head, which only its own name renews.
             yield HEAD, tensor
+
+
+@contextmanager
+def quiet_about_missing(quiet: bool) -> Iterator[None]:
+    """Where weights stay on purpose, vLLM does not warn of each module that it got none for."""
+    logger = logging.getLogger("vllm.model_executor.model_loader.reload")
+    level = logger.level
+    if quiet:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def mask_ids(model: Any, ids: Sequence[int]) -> None:

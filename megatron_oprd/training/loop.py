@@ -66,9 +66,9 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
     skipped_steps, skipped_in_a_row = done.skipped_steps, 0
     reached = done
 
-    def stream_weights() -> Iterator[tuple[str, Tensor | None]]:
+    def stream_weights(trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         distiller.state.gather_parameters()
-        return exporter.stream()
+        return exporter.stream(trainable_only=trainable_only)
 
     def save() -> None:
         nonlocal done
@@ -87,7 +87,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
     with (
         _loggers(config, context, first_step=done.step) as loggers,
         _saved_when_engines_fail(save_before_failing),
-        open_engines(plan, context, stream_weights) as engines,
+        open_engines(plan, context, stream_weights, frozen=exporter.frozen_names) as engines,
     ):
         source = RolloutSource(plan, context, engines, prompts)
         for step in range(done.step, config.train_iters):
@@ -118,6 +118,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
                 **_rollout_metrics(rollouts, step),
                 **compared,
                 "skipped_steps": skipped_steps,
+                "weight_sync_gb": of_step.weight_sync_bytes / 1e9,
                 "seconds_weight_sync": of_step.seconds_weight_sync,
                 "seconds_rollout": of_step.seconds_rollout,
                 "peak_memory_gb": _peak_memory_gb(context),

@@ -20,11 +20,13 @@ class StepRollouts:
 
     Attributes:
         rollouts: Those of the global batch, the same on every rank.
+        weight_sync_bytes: What this rank's engine was sent, see `ReplicaEngines.sync`.
         seconds_weight_sync: Wall-clock of the weight sync.
         seconds_rollout: Wall-clock of generating, or of waiting for what was begun before.
     """
 
     rollouts: list[Rollout]
+    weight_sync_bytes: int
     seconds_weight_sync: float
     seconds_rollout: float
 
@@ -84,9 +86,9 @@ class RolloutSource:
         ahead, self._ahead = self._ahead, None
         waited = time.perf_counter() - started
         goes_ahead = self._goes_ahead(step)
-        started = time.perf_counter()
+        started, sent = time.perf_counter(), 0
         if ahead is None or goes_ahead:
-            self._engines.sync(version=step)
+            sent = self._engines.sync(version=step)
         synced = time.perf_counter()
         if ahead is None:
             rollouts = collect(
@@ -109,6 +111,7 @@ class RolloutSource:
             self._engines.sleep()
         return StepRollouts(
             rollouts=rollouts,
+            weight_sync_bytes=sent,
             seconds_weight_sync=synced - started,
             seconds_rollout=waited + time.perf_counter() - synced,
         )

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -24,7 +24,9 @@ from megatron_oprd.training.plan import RunPlan
 def open_engines(
     plan: RunPlan,
     context: ParallelContext,
-    stream: Callable[[], Iterator[tuple[str, Tensor | None]]],
+    stream: Callable[[bool], Iterator[tuple[str, Tensor | None]]],
+    *,
+    frozen: Collection[str] = (),
 ) -> Iterator[ReplicaEngines]:
     """The run's rollout engines, without weights; ended at the end. Every rank has to call.
 
@@ -32,6 +34,7 @@ def open_engines(
         plan: The run.
         context: This rank's place.
         stream: Where every weight sync gets the weights from, see `ReplicaEngines`.
+        frozen: Names of the weights that never change.
 
     Raises:
         UserError: See `engine_gpus`.
@@ -57,6 +60,7 @@ def open_engines(
     engines = ReplicaEngines(
         create,
         stream,
+        frozen=frozen,
         max_restarts=vllm.max_restarts,
         is_shared=vllm.server_url is not None,
         context=context,

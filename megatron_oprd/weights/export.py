@@ -3,6 +3,7 @@
 The same stream feeds exported checkpoints and the rollout engine.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -27,6 +28,11 @@ class Exporter:
         table: The whole model's mappings. A parameter in it that no rank has is an error.
         context: This rank's place. The constructor communicates on the pipeline group and on the
             group that has one of each expert.
+
+    Attributes:
+        frozen_names: The Hugging Face tensors that a stream with ``trainable_only`` leaves out. A
+            layer with a parameter that trains is not among them: a reader that keeps several
+            tensors of a layer in one needs all of them or none.
     """
 
     def __init__(
@@ -44,13 +50,19 @@ class Exporter:
         }
         self._table = table
         self._context = context
-        stages = _all_gather(list(self._parameters), context.groups.pp)
+        trains = {name: one.requires_grad for name, one in self._parameters.items()}
+        stages = _all_gather(trains, context.groups.pp)
         stage_of = {name: stage for stage, names in enumerate(stages) for name in names}
+        trainable = {name for names in stages for name, trains in names.items() if trains}
         self._stage_of: dict[str, int] = {}
-        for part in _all_gather(stage_of, context.groups.tp_ep):
+        trainable_units: set[str] = set()
+        for part, trainable_part in _all_gather((stage_of, trainable), context.groups.tp_ep):
             self._stage_of |= part
+            trainable_units |= {_unit(name) for name in trainable_part}
         in_table = {mapping.megatron for mapping in table}
         assert in_table == self._stage_of.keys(), in_table ^ self._stage_of.keys()
+        frozen = [one for one in table if _unit(one.megatron) not in trainable_units]
+        self.frozen_names = frozenset(name for mapping in frozen for name in mapping.hf)
 
     @torch.no_grad()
     def stream(
@@ -58,6 +70,7 @@ class Exporter:
         value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data,
         *,
         dtype: torch.dtype | None = None,
+        trainable_only: bool = False,
     ) -> Iterator[tuple[str, Tensor | None]]:
         """Yields every Hugging Face tensor, in the table's order.
 
@@ -70,9 +83,13 @@ class Exporter:
             value: What to export of each parameter, in the parameter's shape: its data, or, say,
                 its gradient.
             dtype: What the values are cast to; None is the parameters' own.
+            trainable_only: Leaves out ``frozen_names``, which nothing is communicated for. The same
+                on all ranks.
         """
         dtype = dtype or next(iter(self._parameters.values())).dtype
         for mapping in self._table:
+            if trainable_only and mapping.hf.keys() <= self.frozen_names:
+                continue
             shards = self._shards(mapping, value, dtype)
             if shards is None:
                 for name in mapping.hf:
@@ -150,6 +167,12 @@ class Exporter:
         return torch.empty(
             (size, *mapping.local_shape(size)), dtype=dtype, device=self._context.device
         )
+
+
+def _unit(name: str) -> str:
+    """What is streamed whole or not at all: the parameter's decoder layer, or itself."""
+    layer = re.match(r"decoder\.layers\.\d+\.", name)
+    return layer[0] if layer else name
 
 
 def _all_gather(value: object, group: dist.ProcessGroup) -> list:

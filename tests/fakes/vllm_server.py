@@ -24,7 +24,7 @@ class FakeServer:
         num_workers: How many workers it says that it has.
         extension: Its --worker-extension-cls.
         label: Version of its weights.
-        weights: What it was sent.
+        weights: What it was sent, and has not lost.
         masked: The ids that it never samples.
         instead: Path -> in place of answering: returns (status, body), or None to answer.
         num_syncs: How often it was sent weights.
@@ -80,6 +80,8 @@ class FakeServer:
     def answer(self, path: str, body: Any) -> Any:
         if path == "/server_info":
             return {"vllm_config": {"parallel_config": {"worker_extension_cls": self.extension}}}
+        if path == "/weight_info":
+            return {"weight_version": self.label}
         if path == "/update_weight_version":
             self.label = body["new_version"]
         elif path == "/collective_rpc":
@@ -98,6 +100,10 @@ class FakeServer:
             "weight_versions": [{"version": self.label, "start": 0, "end": 3}],
         }
 
+    def start_again(self) -> None:
+        """Has nobody's weights any more, as after another start."""
+        self.label, self.masked, self.weights = "default", [], {}
+
     def oprd_describe(self) -> dict[str, Any]:
         return {"config": self.config, **self.described}
 
@@ -108,7 +114,7 @@ class FakeServer:
         if self.before_receiving is not None:
             return self.before_receiving()
         with WorkerSocket(**invitation) as trainer:
-            self.weights = dict(receive_weights(trainer, dtype=getattr(torch, dtype)))
+            self.weights |= dict(receive_weights(trainer, dtype=getattr(torch, dtype)))
         self.num_syncs += 1
         sums = {name: value_checksum(tensor) for name, tensor in self.weights.items()}
         return {"checksums": sums if options["keep"] else {}}

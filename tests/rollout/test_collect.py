@@ -30,7 +30,7 @@ def engines(versions: list[int], context: Any) -> ReplicaEngines:
     def create() -> RolloutEngine:
         return cast(RolloutEngine, SimpleNamespace(generate=generate))
 
-    return ReplicaEngines(create, lambda: iter(()), max_restarts=0, context=context)
+    return ReplicaEngines(create, lambda _: iter(()), max_restarts=0, context=context)
 
 
 def test_versions(context: Any) -> None:

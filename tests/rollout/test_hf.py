@@ -294,6 +294,26 @@ def test_tied_weights_may_come_under_both_names(tied: Path) -> None:
     assert engine.generate(PROMPTS, sampling()) == expected
 
 
+def test_weights_that_stay(tied: Path) -> None:
+    """The same responses as with all weights anew; whatever else does not come is missed."""
+    weights = load_file(tied / "model.safetensors")
+    changed = {n: 1.5 * t for n, t in weights.items() if ".layers.0." in n}
+    stay = weights.keys() - changed.keys()
+    engine = build(tied)
+    assert engine.needs_all_weights()
+    engine.load_weights(weights.items(), version=1)
+    before = engine.generate(PROMPTS, sampling())
+    assert not engine.needs_all_weights()
+    engine.load_weights(changed.items(), version=2, left_out=stay)
+    fresh = build(tied)
+    fresh.load_weights((weights | changed).items(), version=2)
+    assert engine.generate(PROMPTS, sampling()) == fresh.generate(PROMPTS, sampling())
+    assert engine.generate(PROMPTS, sampling()) != before
+    with pytest.raises(ValueError, match=r"1 weights were not delivered, the first 'model\.norm\."):
+        engine.load_weights(changed.items(), left_out=stay - {"model.norm.weight"})
+    assert engine.needs_all_weights()
+
+
 def broken_streams(weights: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], str]]:
     name = "model.layers.1.self_attn.k_norm.weight"
     yield {k: v for k, v in weights.items() if k != name}, rf"1 weights .* '{name}'"

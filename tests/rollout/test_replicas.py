@@ -1,6 +1,6 @@
 """Engines that fail again and again, on a world of one; tests/training has those of several."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ class Script:
 
     def __init__(self, *script: str | RolloutEngineError) -> None:
         self.calls: list[str] = []
+        self.lacks_weights = True
         self._script = list(script)
 
     def _next(self, call: str) -> None:
@@ -35,9 +36,20 @@ class Script:
         self._next("create")
         return self
 
-    def load_weights(self, stream: Iterable[tuple[str, Tensor]], *, version: int = 0) -> None:
-        (_,) = stream
-        self._next(f"load {version}")
+    def needs_all_weights(self) -> bool:
+        return self.lacks_weights
+
+    def load_weights(
+        self,
+        stream: Iterable[tuple[str, Tensor]],
+        *,
+        version: int = 0,
+        left_out: Collection[str] = (),
+    ) -> None:
+        names = [name for name, _ in stream]
+        assert {*names, *left_out} == {"frozen", "b"}
+        self._next(f"load {version}" if "frozen" in names else f"load {version} in part")
+        self.lacks_weights = False
 
     def generate(self, prompts: Any, sampling: SamplingParams) -> list[Rollout]:
         self._next("generate")
@@ -55,14 +67,20 @@ class Script:
 
     def close(self) -> None:
         self.calls.append("close")
+        self.lacks_weights = True
+
+
+def stream(trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+    yield "of another leader", None
+    if not trainable_only:
+        yield "frozen", tensor(1.0)
+    yield "b", tensor([1.0, 2.0])
 
 
 def engines(script: Script, context: Any, max_restarts: int = 2) -> ReplicaEngines:
-    def stream() -> Iterator[tuple[str, Tensor | None]]:
-        yield "a", None
-        yield "b", tensor(1.0)
-
-    return ReplicaEngines(script.create, stream, max_restarts=max_restarts, context=context)
+    return ReplicaEngines(
+        script.create, stream, frozen={"frozen"}, max_restarts=max_restarts, context=context
+    )
 
 
 LOST = RolloutEngineError("lost")
@@ -83,6 +101,31 @@ def test_everything_is_repeated(context: Any) -> None:
     assert them.take_restarts() == 0
 
 
+def test_what_is_frozen_is_sent_to_engines_that_lack_it(context: Any) -> None:
+    again: list[str | RolloutEngineError] = [LOST, "ok", "ok", "ok", "ok"]
+    script = Script("ok", "ok", "ok", *again, "ok")
+    them = engines(script, context)
+    assert [them.sync(version=version) for version in range(4)] == [12, 8, 20, 8]
+    script.lacks_weights = True
+    assert them.sync(version=4) == 12
+    assert script.calls == [
+        *("create", "load 0", "load 1 in part"),
+        *("load 2 in part", "close", "create", "load 2", "load 3 in part", "load 4"),
+    ]
+
+
+def test_an_engine_that_does_not_say_what_it_lacks(context: Any) -> None:
+    class Silent(Script):
+        def needs_all_weights(self) -> bool:
+            raise LOST
+
+    script = Silent("ok", "ok", "ok")
+    them = engines(script, context)
+    them.sync()
+    them.sync()
+    assert script.calls == ["create", "load 0", "load 0"]
+
+
 def test_what_was_begun_is_repeated_with_the_weights_that_there_are(context: Any) -> None:
     """An engine that is lost has nothing under way when it is back; the student is further."""
     made: list[Script] = []
@@ -92,9 +135,7 @@ def test_what_was_begun_is_repeated_with_the_weights_that_there_are(context: Any
         return made[-1]
 
     scripts: list[list[Any]] = [["ok", LOST], ["ok", "ok", LOST], ["ok", "ok"]]
-    them = ReplicaEngines(
-        create, lambda: iter([("a", tensor(1.0))]), max_restarts=2, context=context
-    )
+    them = ReplicaEngines(create, stream, max_restarts=2, context=context)
     them.sync(version=4)
     them.start([], SAMPLING)
     assert them.finish(version=5) == []

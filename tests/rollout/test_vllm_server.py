@@ -164,10 +164,40 @@ def test_a_server_that_was_started_anew_between_two_steps(
 ) -> None:
     one = engine(server, folder)
     one.load_weights(weights.items(), version=1)
-    server.label, server.masked = "default", []
+    assert not one.needs_all_weights()
+    server.start_again()
+    assert one.needs_all_weights()
     one.load_weights(weights.items(), version=2)
     assert server.masked == [95, 96]
     assert {rollout.weights_version for rollout in one.generate(PROMPTS, SAMPLING)} == {2}
+
+
+def test_weights_that_stay(server: FakeServer, folder: Path, weights: dict[str, Tensor]) -> None:
+    """They count as there until somebody else sends weights, and are checked as the others."""
+    one = engine(server, folder)
+    assert one.needs_all_weights()
+    one.load_weights(weights.items(), version=1)
+    stay = [name for name in weights if ".layers.3." in name]
+    changed = {name: 2 * tensor for name, tensor in weights.items() if name not in stay}
+    one.load_weights(changed.items(), version=2, left_out=stay)
+    assert all(torch.equal(server.weights[n], (weights | changed)[n]) for n in weights)
+    assert {r.weights_version for r in one.generate(PROMPTS, SAMPLING)} == {2}
+    # As another replica's leader, who has sent nothing.
+    assert engine(server, folder).needs_all_weights()
+    assert not one.needs_all_weights()
+    with pytest.raises(ValueError, match=f"1 weights were not delivered, the first '{stay[-1]}'"):
+        one.load_weights(changed.items(), version=3, left_out=stay[:-1])
+    assert one.needs_all_weights()
+    one.load_weights(weights.items(), version=4)
+    server.weights[stay[0]] = server.weights[stay[0]] + 1
+    with pytest.raises(WrongWeightsError, match=f"in 1 of .* tensors, the first '{stay[0]}'"):
+        one.load_weights(changed.items(), version=5, left_out=stay)
+    one.load_weights(weights.items(), version=6)
+    server.label = "runs/b#6"
+    assert one.needs_all_weights()
+    with pytest.raises(RolloutEngineError, match="does not have the last sync's weights any more"):
+        one.load_weights(changed.items(), version=7, left_out=stay)
+    assert server.label == "runs/b#6"
 
 
 def test_answers_that_are_none(server: FakeServer, folder: Path) -> None:

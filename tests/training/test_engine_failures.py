@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.pairs import save_pair
 from tests.ranks import ROOT, run_ranks
@@ -14,6 +15,8 @@ from tests.ranks import ROOT, run_ranks
 VLLM = [
     *("rollout.engine=vllm", "rollout.vllm.sync_bucket_mb=1"),
     *("train_iters=2", "optimizer.lr=0.01"),
+    # What is past these is sent to engines that lack it, which the second sync's do not.
+    "taps.layers=[0,1]",
 ]
 TP2 = [*VLLM, "parallel.tensor_model_parallel_size=2"]
 SPLIT = [*TP2, "rollout.vllm.tensor_model_parallel_size=2"]
@@ -64,13 +67,19 @@ def result(root: Path, name: str) -> dict[str, Any]:
 def records(root: Path, name: str) -> list[dict[str, Any]]:
     lines = (root / CASES[name][2] / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    others = ("seconds", "tokens_per_second", "peak_memory", "rollout_engine_restarts")
+    others = (
+        "seconds",
+        "weight_sync_gb",
+        "tokens_per_second",
+        "peak_memory",
+        "rollout_engine_restarts",
+    )
     return [{k: v for k, v in one.items() if not k.startswith(others)} for one in records]
 
 
-def restarts(root: Path, name: str) -> list[int]:
+def values(root: Path, name: str, metric: str) -> list[Any]:
     lines = (root / CASES[name][2] / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["rollout_engine_restarts"] for line in lines]
+    return [json.loads(line)[metric] for line in lines]
 
 
 @pytest.mark.parametrize(("layout", "count"), [("tp2", 3), ("dp2", 2)])
@@ -81,8 +90,22 @@ def test_the_run_is_the_same(root: Path, layout: str, count: int) -> None:
     assert expected[0] != expected[1]
     assert found == expected
     assert records(root, name) == records(root, layout)
-    assert restarts(root, layout) == [0, 0]
-    assert restarts(root, name) == [0, count]
+    assert values(root, layout, "rollout_engine_restarts") == [0, 0]
+    assert values(root, name, "rollout_engine_restarts") == [0, count]
+
+
+def test_what_is_sent(root: Path) -> None:
+    """An engine that is started again gets all, and one that has been there all along does not."""
+    weights = load_file(root / "pair" / "student" / "model.safetensors")
+    whole, part = (
+        sum(tensor.nbytes for name, tensor in weights.items() if name.startswith(of)) / 1e9
+        for of in ("model.", ("model.embed", "model.layers.0.", "model.layers.1."))
+    )
+    for name in ("tp2", "dp2"):
+        assert values(root, name, "weight_sync_gb") == pytest.approx([whole, part])
+    # The second process is killed in its sync, the third has it all before it is killed.
+    assert values(root, "tp2_fails", "weight_sync_gb")[1] > 2 * whole
+    assert values(root, "tp2_resumed", "weight_sync_gb") == pytest.approx([whole, whole])
 
 
 def test_an_engine_of_two_workers(root: Path) -> None:

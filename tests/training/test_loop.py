@@ -80,6 +80,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("compared_stale", compared, True),
     ):
         cases[2].append({"name": name, "pair": str(small), "overrides": overrides, "stale": stale})
+    frozen = ["train_iters=3", "taps.layers=[0,1]", "optimizer.lr=0.02", *PP2]
+    for name, all_weights in (("frozen", False), ("frozen_all_sent", True)):
+        cases[2].append(
+            {"name": name, "pair": str(pair), "overrides": frozen, "all_weights": all_weights}
+        )
     for ranks, of_ranks in cases.items():
         run_ranks("loop", of_ranks, ranks, root)
     return root
@@ -99,6 +104,22 @@ def test_layout_changes_no_rollout(root: Path, name: str) -> None:
     assert found == expected
     for ours, theirs in zip(records(root, name), records(root, one), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_what_is_frozen_need_not_be_sent_again(root: Path) -> None:
+    found = torch.load(root / "frozen.pt", weights_only=False)["rollouts"]
+    expected = torch.load(root / "frozen_all_sent.pt", weights_only=False)["rollouts"]
+    assert found == expected
+    assert len({rollouts[0].response_ids for rollouts in found}) == 3
+    weights = load_file(root / "pair" / "student" / "model.safetensors")
+    rest = ("model.layers.2.", "model.layers.3.", "model.norm.")
+    whole, part = (
+        sum(tensor.nbytes for name, tensor in weights.items() if not name.startswith(left_out))
+        for left_out in ((), rest)
+    )
+    for name, sent in (("frozen", [whole, part, part]), ("frozen_all_sent", [whole] * 3)):
+        found_gb = [one["weight_sync_gb"] for one in records(root, name)]
+        assert found_gb == pytest.approx([count / 1e9 for count in sent])
 
 
 def test_seed_and_step_change_rollouts(root: Path) -> None:
@@ -130,7 +151,13 @@ def test_metrics_are_complete(root: Path) -> None:
     assert first.keys() == second.keys()
     for name in (
         *("loss", "cosine", "grad_norm", "lr", "tokens_per_second", "peak_memory_gb"),
-        *("seconds_rollout", "seconds_weight_sync", "seconds_teacher", "seconds_student"),
+        *(
+            "seconds_rollout",
+            "seconds_weight_sync",
+            "weight_sync_gb",
+            "seconds_teacher",
+            "seconds_student",
+        ),
         *("seconds_optimizer", "seconds_step", "response_length_mean", "finished_share"),
     ):
         assert isinstance(first[name], float), name

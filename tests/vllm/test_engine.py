@@ -98,6 +98,30 @@ def test_new_weights(engine: VLLMEngine, folder: Path, weights: Weights) -> None
         assert [r.response_ids for r in new] != [r.response_ids for r in old]
 
 
+def test_weights_that_stay(engine: VLLMEngine, folder: Path, weights: Weights) -> None:
+    """Bit for bit, whichever layers of them, the embedding and its packed copy as well."""
+    engine.generate(PROMPTS, sampling())
+    for version, sent in enumerate(
+        (
+            ("model.embed_tokens.", "model.layers.0.", "model.layers.1."),
+            ("model.layers.3.",),
+            ("model.embed_tokens.", "model.norm.", "model.layers.2."),
+            ("model.layers.0.",),
+        ),
+        start=2,
+    ):
+        assert not engine.needs_all_weights()
+        new = without_meaningless(others(weights, seed=version))
+        changed = {name: new[name] for name in weights if name.startswith(sent)}
+        weights = weights | changed
+        left_out = weights.keys() - changed.keys()
+        # Reads all weights back, and compares them with what was sent when they came last.
+        engine.load_weights(changed.items(), version=version, left_out=left_out)
+        rollouts = engine.generate(PROMPTS, sampling())
+        check_greedy(folder, weights, rollouts, never=MEANINGLESS)
+        assert {rollout.weights_version for rollout in rollouts} == {version}
+
+
 def test_one_row_of_a_tied_embedding(engine: VLLMEngine, folder: Path, weights: Weights) -> None:
     """A row of no prompt token only acts as a row of the LM head."""
     weights = without_meaningless(weights)
@@ -201,9 +225,20 @@ def test_check_finds_what_was_changed_on_the_way(
         engine.load_weights(weights.items())
 
 
+def test_a_check_finds_weights_that_did_not_stay(engine: VLLMEngine, weights: Weights) -> None:
+    """As if vLLM had lost a tensor: it is noticed by what was sent when it came last."""
+    name = "model.layers.2.self_attn.k_proj.weight"
+    engine._check._sent[name] = "0"
+    changed = {n: t for n, t in weights.items() if ".layers.2." not in n}
+    with pytest.raises(WrongWeightsError, match=rf"in 1 of \d+ tensors, the first '{name}'"):
+        engine.load_weights(changed.items(), left_out=weights.keys() - changed.keys())
+    assert engine.needs_all_weights()
+
+
 def test_weights_that_do_not_come(folder: Path, weights: Weights) -> None:
     """The error is the stream's, and the process that waits for the rest is ended."""
     engine = start(folder)
+    assert engine.needs_all_weights()
     with pytest.raises(RolloutEngineError, match=r"before load_weights\(\)"):
         engine.generate(PROMPTS, sampling())
     missing = dict(list(weights.items())[:-1])

@@ -149,6 +149,26 @@ def test_new_weights(engine: VLLMServerEngine, folder: Path, weights: Weights) -
         assert [r.response_ids for r in new] != [r.response_ids for r in old]
 
 
+def test_weights_that_stay(engine: VLLMServerEngine, folder: Path, weights: Weights) -> None:
+    """They are checked as the others, and no worker warns of them."""
+    for version, sent in ((2, "model.layers.3."), (3, "model.")):
+        assert not engine.needs_all_weights()
+        new = others(weights, seed=version)
+        new["model.embed_tokens.weight"][list(MEANINGLESS)] = 0.0
+        changed = {name: new[name] for name in weights if name.startswith(sent)}
+        weights = weights | changed
+        left_out = weights.keys() - changed.keys()
+        engine.load_weights(changed.items(), version=version, left_out=left_out)
+        rollouts = engine.generate(PROMPTS, sampling())
+        check_greedy(folder, weights, rollouts, never=MEANINGLESS)
+        assert {rollout.weights_version for rollout in rollouts} == {version}
+    log = (folder / "log").read_text()
+    assert "Linear: Failed to load weights" not in log
+    assert "weights were not loaded" not in log
+    engine._server.call("/update_weight_version", {"new_version": "default"})
+    assert engine.needs_all_weights()
+
+
 def test_seeds(engine: VLLMServerEngine, url: str, folder: Path) -> None:
     """A response depends on prompt, sample and seed, whichever replica asks for it."""
     random = sampling(temperature=2.0, samples_per_prompt=2)

@@ -33,6 +33,8 @@ CASES = {
     "ahead": (2, [*VLLM, *GREEDY, *TP2_SP, "rollout.one_step_off_policy=true"]),
     "dp2": (2, VLLM),
     "dp2_killed": (2, VLLM),
+    # The untied LM head is frozen too.
+    "frozen": (2, [*VLLM, *GREEDY, *PP2, "train_iters=3", "taps.layers=[0,1]"]),
     "tp2_sp_pp2": (4, [*VLLM, *TP2_SP, *PP2, *SPLIT]),
 }
 
@@ -43,10 +45,18 @@ KILLED = {"dp2_killed": {"kill_engine_before": 1}}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("vllm_loop")
-    pair = save_pair(root / "pair", "llama", tied=True, hidden_size=128, intermediate_size=192)
+    pair, untied = (
+        save_pair(root / name, "llama", tied=tied, hidden_size=128, intermediate_size=192)
+        for name, tied in (("pair", True), ("untied", False))
+    )
     for ranks in (2, 4):
         cases = [
-            {"name": name, "pair": str(pair), "overrides": overrides, **KILLED.get(name, {})}
+            {
+                "name": name,
+                "pair": str(untied if name == "frozen" else pair),
+                "overrides": overrides,
+                **KILLED.get(name, {}),
+            }
             for name, (of, overrides) in CASES.items()
             if of == ranks
         ]
@@ -93,13 +103,20 @@ def test_both_engines_follow_the_student(root: Path) -> None:
     assert found[0][0].logprobs != pytest.approx(found[1][0].logprobs, abs=1e-2)
 
 
-@pytest.mark.parametrize("name", ["tp2_sp", "dp2", "tp2_sp_pp2"])
+@pytest.mark.parametrize("name", ["tp2_sp", "dp2", "frozen", "tp2_sp_pp2"])
 def test_log_probabilities_are_the_trainers(root: Path, name: str) -> None:
     """Up to rounding; warnings would also be those of a failed sync."""
     for record in records(root, name):
         assert 0 < record["rollout_logprob_diff_mean"] < 1e-4
         assert record["rollout_logprob_diff_max"] < 1e-3
     assert torch.load(root / f"{name}.pt", weights_only=False)["warnings"] == []
+
+
+def test_what_is_frozen_is_sent_once(root: Path) -> None:
+    """Checks, and log-probabilities of the engine as of the trainer, say that the engine has it."""
+    first, *others = (one["weight_sync_gb"] for one in records(root, "frozen"))
+    assert 0 < others[0] == others[1] < 0.7 * first
+    assert len({tokens(of_step)[0] for of_step in rollouts_of(root, "frozen")}) > 1
 
 
 def test_one_step_off_policy(root: Path) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
     folder: The run's, if not that of its name. faults: Of the fake vLLM, see tests/fakes/vllm.
     kill_engine_before: A step whose rollouts the leader's vLLM process is killed before.
     stale: Whether the hf engine keeps its first weights.
+    all_weights: Whether the hf engine wants all weights each time.
     """
     folder = directory / case.get("folder", case["name"])
     config = config_of(Path(case["pair"]), [*case["overrides"], f"output_dir={folder}"])
@@ -47,6 +48,9 @@ def run(case: dict[str, Any], directory: Path) -> None:
     load_weights = HFEngine.load_weights
     if case.get("stale"):
         HFEngine.load_weights = _load_first_weights(load_weights)  # type: ignore[method-assign]
+    needs_all_weights = HFEngine.needs_all_weights
+    if case.get("all_weights"):
+        HFEngine.needs_all_weights = lambda engine: True  # type: ignore[method-assign]
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
@@ -76,13 +80,16 @@ def run(case: dict[str, Any], directory: Path) -> None:
     RolloutSource.of_step = of_step  # type: ignore[method-assign]
     Distiller.step = distil  # type: ignore[method-assign]
     HFEngine.load_weights = load_weights  # type: ignore[method-assign]
+    HFEngine.needs_all_weights = needs_all_weights  # type: ignore[method-assign]
     logging.getLogger("megatron_oprd").removeHandler(handler)
 
 
 def _load_first_weights(load_weights: Callable[..., None]) -> Callable[..., None]:
     """An engine's `load_weights` that drops all weights but the first, and says nothing of it."""
 
-    def load(engine: HFEngine, stream: Iterable[Any], *, version: int = 0) -> None:
+    def load(
+        engine: HFEngine, stream: Iterable[Any], *, version: int = 0, left_out: Collection[str] = ()
+    ) -> None:
         if version == 0:
             load_weights(engine, stream, version=version)
         for _ in stream:

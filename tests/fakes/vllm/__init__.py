@@ -28,7 +28,7 @@ class SamplingParams(SimpleNamespace):
 
 
 class LLM:
-    """Remembers a number for its weights. Its workers are threads."""
+    """Remembers a number for each of its weights, until others come. Its workers are threads."""
 
     def __init__(
         self, folder: str, *, worker_extension_cls: str, tensor_parallel_size: int, **options: Any
@@ -41,7 +41,7 @@ class LLM:
         self._faults = Path(os.environ["FAKE_VLLM_FAULTS"])
         self._number = _next_number(self._faults)
         self._calls: Counter[str] = Counter()
-        self._weights = 0.0
+        self._weights: dict[str, float] = {}
         self._fail("build")
 
     def _fail(self, method: str) -> None:
@@ -64,19 +64,19 @@ class LLM:
             return [call.result() for call in calls]
 
     def take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self._weights = 0.0
-        for number, (_, tensor) in enumerate(weights):
+        for number, (name, tensor) in enumerate(weights):
             if number == 5:
                 self._fail("weights")
-            self._weights += float(tensor.double().sum()) * (number + 1)
+            self._weights[name] = float(tensor.double().sum())
 
     def generate(
         self, prompts: list[dict[str, Any]], params: list[Any], use_tqdm: bool
     ) -> list[Any]:
         self._fail("generate")
+        weights = sum(i * self._weights[name] for i, name in enumerate(sorted(self._weights)))
         outputs = []
         for prompt, of in zip(prompts, params, strict=True):
-            draw = random.Random(f"{self._weights!r} {of.seed} {prompt['prompt_token_ids']}")
+            draw = random.Random(f"{weights!r} {of.seed} {prompt['prompt_token_ids']}")
             tokens = [draw.randrange(5, 97) for _ in range(of.max_tokens)]
             logprobs = None
             if of.logprobs is not None:
