@@ -34,7 +34,7 @@ class VLLMConfig:
             off.
         sleep_level: What the engine gives up between a rollout and the next weight sync, on a GPU:
             0 nothing, 1 the KV cache and, to the host's memory, the weights, 2 both for good; the
-            sync brings them again.
+            sync brings all weights again, and with 0 and 1 only those that train.
         sync_bucket_mb: Size (10^6 bytes) of the buffer that weights go to the engine through. Small
             enough for the processor's cache is fastest on a CPU.
         check_weights_interval: Weight syncs from one check that the engine has the weights that

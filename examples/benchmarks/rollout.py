@@ -6,13 +6,15 @@
 Both engines get the same weights and generate as many tokens for the same prompts, in turns, in one
 thread each unless OMP_NUM_THREADS says otherwise. A sync is compared with a copy of the same bytes
 within this process's memory, the way there alone, and the whole, which includes what vLLM does with
-weights that it has got. Goal for the way there: at most 1.5 times the copy.
+weights that it has got; and with a sync that leaves out the second half of the layers, as if these
+were frozen. Goal for the way there: at most 1.5 times the copy.
 """
 
 import argparse
 import os
 import statistics
 import time
+from collections.abc import Collection
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -80,10 +82,13 @@ def copy(weights: dict[str, Tensor], target: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def sync(engine: RolloutEngine, weights: dict[str, Tensor]) -> float:
-    """Seconds of a sync."""
+def sync(
+    engine: RolloutEngine, weights: dict[str, Tensor], *, left_out: Collection[str] = ()
+) -> float:
+    """Seconds of a sync, of all weights but those left out."""
     start = time.perf_counter()
-    engine.load_weights(weights.items())
+    sent = ((name, tensor) for name, tensor in weights.items() if name not in left_out)
+    engine.load_weights(sent, left_out=left_out)
     return time.perf_counter() - start
 
 
@@ -128,6 +133,9 @@ def main() -> None:
     hf = HFEngine(
         args.model, dtype=dtype, device=CPU, eos_token_ids=[], pad_token_id=0, known_ids=known_ids
     )
+    half = checkpoint.config["num_hidden_layers"] // 2
+    later = {f"model.layers.{half + i}." for i in range(half)}
+    frozen = {name for name in weights if name.startswith(tuple(later))}
     total = sum(tensor.numel() for tensor in weights.values())
     target = torch.empty(total, dtype=dtype)
     way_there = WayThere(dtype, config.sync_bucket_mb * 10**6)
@@ -138,6 +146,7 @@ def main() -> None:
             ("way there, s", way_there.sync(weights)),
             ("sync hf, s", sync(hf, weights)),
             ("sync vllm, s", sync(vllm, weights)),
+            ("half frozen, s", sync(vllm, weights, left_out=frozen)),
             ("hf, tokens/s", tokens_per_second(hf, args.batch, args.tokens)),
             ("vllm, tokens/s", tokens_per_second(vllm, args.batch, args.tokens)),
         ):
@@ -145,7 +154,11 @@ def main() -> None:
     vllm.close()
     # The first round warms up.
     medians = {name: statistics.median(figures[1:]) for name, figures in measured.items()}
-    print(f"{args.model.name}, {args.dtype}, {total * dtype.itemsize / 1e6:.0f} MB of weights")
+    stays = sum(weights[name].nbytes for name in frozen)
+    print(
+        f"{args.model.name}, {args.dtype}, {total * dtype.itemsize / 1e6:.0f} MB of weights, "
+        f"{stays / 1e6:.0f} MB of them in the second half of the layers"
+    )
     for name, figure in medians.items():
         print(f"{name:>16} {figure:8.3f}")
     ratio = medians["way there, s"] / medians["copy, s"]

@@ -112,7 +112,7 @@ def test_an_engine_of_two_workers(root: Path) -> None:
     """Both get the weights, and go with their engine, which is started again."""
     found = result(root, "tp2_split")["rollouts"]
     assert found == result(root, "tp2")["rollouts"]
-    assert restarts(root, "tp2_split") == [0, 1]
+    assert values(root, "tp2_split", "rollout_engine_restarts") == [0, 1]
 
 
 def test_used_up(root: Path) -> None:

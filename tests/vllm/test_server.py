@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -193,8 +193,10 @@ def test_check_finds_what_was_changed_on_the_way(
     passing = engine._check.passing
     changed = "model.layers.2.self_attn.k_proj.weight"
 
-    def changing(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in passing(stream):
+    def changing(
+        stream: Iterator[tuple[str, Tensor]], *, left_out: Collection[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in passing(stream, left_out=left_out):
             yield name, tensor + 0.5 if name == changed else tensor
 
     monkeypatch.setattr(engine._check, "passing", changing)

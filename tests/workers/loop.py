@@ -50,7 +50,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         HFEngine.load_weights = _load_first_weights(load_weights)  # type: ignore[method-assign]
     needs_all_weights = HFEngine.needs_all_weights
     if case.get("all_weights"):
-        HFEngine.needs_all_weights = lambda engine: True  # type: ignore[method-assign]
+        HFEngine.needs_all_weights = _yes  # type: ignore[method-assign,assignment]
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
@@ -82,6 +82,10 @@ def run(case: dict[str, Any], directory: Path) -> None:
     HFEngine.load_weights = load_weights  # type: ignore[method-assign]
     HFEngine.needs_all_weights = needs_all_weights  # type: ignore[method-assign]
     logging.getLogger("megatron_oprd").removeHandler(handler)
+
+
+def _yes(engine: HFEngine) -> bool:
+    return True
 
 
 def _load_first_weights(load_weights: Callable[..., None]) -> Callable[..., None]:
