@@ -60,7 +60,10 @@ def teacher_workspace(layout: RunLayout, workload: Workload, kernels: Kernels) -
     teacher = layout.config.teacher
     if teacher.precision == "fp8" and not uses_engine(teacher):
         kernels = replace(kernels, fused_swiglu=False)  # made of Megatron's local layers
-    return forward_workspace(layer_shape(layout, layout.teacher, workload, kernels))
+    shape = layer_shape(layout, layout.teacher, workload, kernels)
+    # What went into the chunk, and what is on its way to the next stage.
+    others = 1 + (layout.config.parallel.pipeline_model_parallel_size > 1)
+    return forward_workspace(shape) + others * shape.hidden_bytes
 
 
 def logprob_check_workspace(

@@ -153,7 +153,15 @@ def run(case: dict[str, Any], directory: Path) -> None:
         adam = [t for one in optimizers for states in one.state.values() for t in states.values()]
         main = [t for one in optimizers for options in one.param_groups for t in options["params"]]
 
-        distiller.teacher_pass(group)
+        of_teacher = Allocations(
+            [
+                *(t for chunk in distiller.teachers[0].chunks for t in chunk.parameters()),
+                *(t for chunk in distiller.teachers[0].chunks for t in chunk.buffers()),
+                *(t for m in group for t in (m.tokens, m.position_ids)),
+            ]
+        )
+        with of_teacher:
+            distiller.teacher_pass(group)
         targets = [target for target, _ in distiller.teachers[0].taps._targets.values()]
         if distiller._head is not None:
             targets += distiller._head._targets.values()
@@ -211,6 +219,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             "saved": saved.peak,
             "allocated": allocated.peak,
             "checked": checked.peak,
+            "taught": of_teacher.peak,
             "flops": {name: counter.get_total_flops() for name, counter in flops.items()},
             "sent": {name: one.sent for name, one in messages.items()},
         }
