@@ -38,7 +38,9 @@ def main() -> int:
         mfu=arguments.mfu,
     )
     kernels = KERNELS[arguments.layers]
-    memory = estimate_memory(config, models, kernels, num_gpus=num_gpus)
+    memory = estimate_memory(
+        config, models, kernels, num_gpus=num_gpus, memory_gb=arguments.gpu_memory
+    )
     work = estimate_work(
         memory.layout,
         hardware,
@@ -59,11 +61,6 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> None:
         raise UserError(
             f"{what}: a plan is for one teacher that reads what the student does; leave it out to "
             "see the run without it"
-        )
-    if config.rollout.engine != "hf":
-        raise UserError(
-            f"rollout.engine = {config.rollout.engine}: a plan counts the memory and time of "
-            "rollout.engine = hf; give that to see the rest of the run"
         )
     for option in (
         "gpus", "gpu_memory", "gpu_tflops", "gpu_bandwidth", "mfu", "prompt_tokens",

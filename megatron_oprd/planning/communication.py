@@ -47,6 +47,8 @@ class SentBytes:
         weight_sync: Towards the rollout engine, the stage's ranks of a replica together (with
             those of other replicas that share its experts): shards within the stage, and whole
             tensors from the stage to the leader.
+        into_engine: All weights, from a replica's leader into a vLLM engine's process or, of one
+            replica only, to each worker of a server, which is counted as one. None from others.
     """
 
     teacher_tp: int
@@ -60,6 +62,7 @@ class SentBytes:
     gradients: int
     parameters: int
     weight_sync: int
+    into_engine: int
 
 
 def sent_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> SentBytes:
@@ -82,6 +85,7 @@ def sent_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> SentBy
         gradients=gradients,
         parameters=parameters,
         weight_sync=_weight_sync(layout, pp_rank),
+        into_engine=_into_engine(layout) if pp_rank == 0 else 0,
     )
 
 
@@ -210,6 +214,13 @@ def _weight_sync(layout: RunLayout, pp_rank: int) -> int:
         if pp_rank > 0:
             sent += ranks * shard
     return sent * DTYPES[layout.config.model.params_dtype].itemsize
+
+
+def _into_engine(layout: RunLayout) -> int:
+    if layout.config.rollout.engine != "vllm":
+        return 0
+    weights = sum(math.prod(s) for mapping in layout.student.table for s in mapping.hf.values())
+    return weights * DTYPES[layout.config.model.params_dtype].itemsize
 
 
 def _ring(layout: RunLayout, num_bytes: int) -> int:

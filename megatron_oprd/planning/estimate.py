@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 from megatron_oprd.config import RunConfig
+from megatron_oprd.models.build import DTYPES
 from megatron_oprd.planning.activations import Kernels
 from megatron_oprd.planning.communication import SentBytes, sent_bytes
 from megatron_oprd.planning.flops import StageFlops, decode_flops, prefill_flops, stage_flops
 from megatron_oprd.planning.memory import RankMemory, rank_memories
 from megatron_oprd.planning.models import Models
 from megatron_oprd.planning.time import Hardware, StepSeconds, step_seconds
+from megatron_oprd.planning.vllm import VLLMBytes, has_embedded_vllm, holds_longest, vllm_bytes
 from megatron_oprd.planning.workload import Workload, workload
 from megatron_oprd.training.layout import RunLayout, make_layout
 
@@ -21,11 +23,13 @@ class MemoryEstimate:
         layout: Both models, placed.
         largest: A step in which everything is as long as the settings allow.
         ranks: Every distinct rank.
+        vllm: The engine beside the trainer, if it is vLLM.
     """
 
     layout: RunLayout
     largest: Workload
     ranks: list[RankMemory]
+    vllm: VLLMBytes | None = None
 
     @property
     def fullest(self) -> RankMemory:
@@ -33,14 +37,22 @@ class MemoryEstimate:
         return max(self.ranks, key=lambda rank: rank.peak_bytes)
 
     def fits(self, hardware: Hardware) -> bool:
-        """Whether every rank has the memory it needs."""
-        return self.fullest.peak_bytes <= hardware.memory_gb * 1e9
+        """Whether every rank has the memory it needs, and the engine room for a response."""
+        has_room = self.vllm is None or holds_longest(self.vllm)
+        return has_room and self.fullest.peak_bytes <= hardware.memory_gb * 1e9
 
 
 def estimate_memory(
-    config: RunConfig, models: Models, kernels: Kernels, *, num_gpus: int
+    config: RunConfig, models: Models, kernels: Kernels, *, num_gpus: int, memory_gb: float
 ) -> MemoryEstimate:
     """The memory of a run on ``num_gpus`` GPUs.
+
+    Args:
+        config: The run.
+        models: Both models.
+        kernels: The layers' implementation.
+        num_gpus: GPUs of the run.
+        memory_gb: Memory of each, in 10^9 bytes, of which vLLM takes a share.
 
     Raises:
         UserError: The settings do not fit the models or the number of GPUs.
@@ -57,8 +69,15 @@ def estimate_memory(
         prompt_tokens=config.data.max_prompt_tokens,
         response_tokens=config.rollout.max_new_tokens,
     )
+    vllm = None
+    if has_embedded_vllm(layout):
+        itemsize = DTYPES[config.model.params_dtype].itemsize
+        vllm = vllm_bytes(layout, largest, itemsize=itemsize, memory_gb=memory_gb)
     return MemoryEstimate(
-        layout=layout, largest=largest, ranks=rank_memories(layout, largest, kernels)
+        layout=layout,
+        largest=largest,
+        ranks=rank_memories(layout, largest, kernels, vllm),
+        vllm=vllm,
     )
 
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from megatron_oprd.config import RunConfig
@@ -13,6 +14,7 @@ from megatron_oprd.planning.activations import Kernels
 from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory
 from megatron_oprd.planning.models import Models
 from megatron_oprd.planning.time import Hardware
+from megatron_oprd.planning.vllm import check_kv_cache
 
 _MOST_CHANGES = 3
 _LARGEST_TP = 8  # beyond a node's fast links it is seldom worth it
@@ -51,10 +53,12 @@ def check_fits(
     """Checks that every rank has the memory that it needs.
 
     Raises:
-        UserError: One has not; the message names the nearest change with which all do.
+        UserError: One has not; the message names the nearest change with which all do. Or a vLLM
+            engine has no room for the longest response.
     """
     if memory.fits(hardware):
         return
+    check_kv_cache(memory.vllm, memory.layout, memory_gb=hardware.memory_gb)
     fullest = memory.fullest
     nearest = nearest_that_fits(memory.layout.config, models, kernels, hardware, num_gpus=num_gpus)
     if nearest is None:
@@ -83,24 +87,31 @@ def nearest_that_fits(
     for number in range(1, _MOST_CHANGES + 1):
         for chosen in itertools.combinations(rungs, number):
             for changes in itertools.product(*chosen):
-                estimate = _estimate_with(changes, config, models, kernels, num_gpus)
+                estimate = _estimate_with(
+                    changes, config, models, kernels, num_gpus, hardware.memory_gb
+                )
                 if estimate is not None and estimate.fits(hardware):
                     return Suggestion(changes=changes, estimate=estimate)
     return None
 
 
 def _estimate_with(
-    changes: tuple[Change, ...], config: RunConfig, models: Models, kernels: Kernels, num_gpus: int
+    changes: tuple[Change, ...],
+    config: RunConfig,
+    models: Models,
+    kernels: Kernels,
+    num_gpus: int,
+    memory_gb: float,
 ) -> MemoryEstimate | None:
     """The memory with some changes; None where settings, models or GPUs do not go with them."""
     changed = copy.deepcopy(config)
     for change in changes:
         for key, value in change.settings:
-            group, name = key.split(".")
-            setattr(getattr(changed, group), name, value)
+            group, _, name = key.rpartition(".")
+            setattr(attrgetter(group)(changed), name, value)
     try:
         check_values(changed)
-        return estimate_memory(changed, models, kernels, num_gpus=num_gpus)
+        return estimate_memory(changed, models, kernels, num_gpus=num_gpus, memory_gb=memory_gb)
     except UserError:
         return None
 
@@ -109,9 +120,10 @@ def _ladder(config: RunConfig) -> list[list[Change]]:
     """The rungs from the cheapest to the dearest, each with its steps."""
     parallel, teacher = config.parallel, config.teacher
     length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    sequences = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     any_layout = (("parallel.num_layers_per_stage", None),) if parallel.num_layers_per_stage else ()
+    of_sleep, of_engine = _rollout_rungs(config)
     rungs = [
+        of_sleep,
         [_change(("parallel.sequence_parallel", True))],
         [
             _change(
@@ -142,18 +154,35 @@ def _ladder(config: RunConfig) -> list[list[Change]]:
             _change(("batch.max_tokens", tokens))
             for tokens in _halved(config.batch.max_tokens, length)
         ],
-        [
-            _change(("rollout.max_batch_size", batch))
-            for batch in _halved(config.rollout.max_batch_size or sequences, 1)
-        ],
+        *of_engine,
     ]
     # What is so already is no change.
     return [new for steps in rungs if (new := [s for s in steps if not _is_so(s, config)])]
 
 
+def _rollout_rungs(config: RunConfig) -> tuple[list[Change], list[list[Change]]]:
+    """Those of the rollout engine: that it sleeps, and the others."""
+    rollout, vllm = config.rollout, config.rollout.vllm
+    if rollout.engine == "hf":
+        sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+        sizes = _halved(rollout.max_batch_size or sequences, 1)
+        return [], [[_change(("rollout.max_batch_size", batch)) for batch in sizes]]
+    if vllm.server_url is not None:
+        return [], []
+    if vllm.kv_cache_gb is not None:
+        caches = [vllm.kv_cache_gb / divisor for divisor in (2, 4, 8)]
+        sizes_of_engine = [_change(("rollout.vllm.kv_cache_gb", gb)) for gb in caches]
+    else:
+        shares = [round(vllm.gpu_memory_utilization - less, 2) for less in (0.1, 0.2, 0.3)]
+        sizes_of_engine = [
+            _change(("rollout.vllm.gpu_memory_utilization", share)) for share in shares
+        ]
+    synchronous = [_change(("rollout.one_step_off_policy", False))]
+    return [_change(("rollout.vllm.sleep_level", 2))], [sizes_of_engine, synchronous]
+
+
 def _is_so(change: Change, config: RunConfig) -> bool:
-    settings = (key.split(".") for key, _ in change.settings)
-    values = [getattr(getattr(config, group), name) for group, name in settings]
+    values = [attrgetter(key)(config) for key, _ in change.settings]
     return values == [value for _, value in change.settings]
 
 

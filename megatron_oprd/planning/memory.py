@@ -16,8 +16,9 @@ from megatron_oprd.planning.passes import (
     student_peak,
     teacher_workspace,
 )
-from megatron_oprd.planning.rollout import engine_bytes
+from megatron_oprd.planning.rollout import engine_bytes, sync_workspace
 from megatron_oprd.planning.teacher import teacher_bytes
+from megatron_oprd.planning.vllm import CONTEXT_BYTES, VLLMBytes
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
 
@@ -32,6 +33,9 @@ Item = Literal[
     "activations",
     "rollout engine's weights",
     "KV cache",
+    "rollout engine's workspace",
+    "rollout engine's CUDA context",
+    "weight sync's bucket",
     "workspace",
 ]
 ITEMS: tuple[Item, ...] = get_args(Item)
@@ -43,13 +47,15 @@ class RankMemory:
 
     Attributes:
         pp_rank: Its place in the pipeline.
-        is_leader: Whether it is its replica's first rank, which has the rollout engine.
+        is_leader: Whether it is its replica's first rank, to which weights for rollouts go.
+        has_engine: Whether a vLLM engine, or a part of it, is on its device.
         phases: Bytes of each item that there is in each phase, where the phase needs most.
-        host_bytes: Bytes that are offloaded to the host.
+        host_bytes: Bytes of teacher and optimizer that are offloaded to the host.
     """
 
     pp_rank: int
     is_leader: bool
+    has_engine: bool
     phases: dict[Phase, dict[Item, int]]
     host_bytes: int
 
@@ -68,24 +74,43 @@ class RankMemory:
         return sum(self.phases[phase].values())
 
 
-def rank_memories(layout: RunLayout, workload: Workload, kernels: Kernels) -> list[RankMemory]:
+def rank_memories(
+    layout: RunLayout, workload: Workload, kernels: Kernels, vllm: VLLMBytes | None
+) -> list[RankMemory]:
     """The memory of every distinct rank: the leader's, and those of each stage.
 
     Args:
         layout: The run.
         workload: The largest step.
         kernels: The layers' implementation.
+        vllm: The engine on the GPUs of each replica's first ranks, if it is vLLM.
     """
     parallel = layout.config.parallel
-    ranks = [_rank_memory(layout, workload, kernels, 0, is_leader=True)]
+    of_stage = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    ranks = []
     for pp_rank in range(parallel.pipeline_model_parallel_size):
-        if pp_rank > 0 or parallel.tensor_model_parallel_size > 1:
-            ranks.append(_rank_memory(layout, workload, kernels, pp_rank, is_leader=False))
+        left = 0 if vllm is None else vllm.num_gpus - pp_rank * of_stage
+        with_engine = min(max(left, 0), of_stage)
+        kinds = [(False, True)] * (with_engine > 0) + [(False, False)] * (with_engine < of_stage)
+        if pp_rank == 0:
+            kinds = [(True, with_engine > 0)]
+            kinds += [(False, True)] * (with_engine > 1)
+            kinds += [(False, False)] * (of_stage > max(with_engine, 1))
+        ranks += [
+            _rank_memory(layout, workload, kernels, vllm, pp_rank, is_leader, has_engine)
+            for is_leader, has_engine in kinds
+        ]
     return ranks
 
 
 def _rank_memory(
-    layout: RunLayout, workload: Workload, kernels: Kernels, pp_rank: int, *, is_leader: bool
+    layout: RunLayout,
+    workload: Workload,
+    kernels: Kernels,
+    vllm: VLLMBytes | None,
+    pp_rank: int,
+    is_leader: bool,
+    has_engine: bool,
 ) -> RankMemory:
     config = layout.config
     itemsize = DTYPES[config.model.params_dtype].itemsize
@@ -115,23 +140,83 @@ def _rank_memory(
     phases["student"]["targets"] = peak.targets
     phases["student"]["activations"] = peak.activations
     phases["student"]["workspace"] = peak.workspace
-    if is_leader:
-        engine = engine_bytes(layout, workload, itemsize=itemsize)
-        for phase in PHASES:
-            phases[phase]["rollout engine's weights"] = engine.weights
-        # Either the weights are sent, or responses are generated.
-        if engine.sync_workspace > engine.kv_cache + engine.workspace:
-            phases["rollout"]["workspace"] = engine.sync_workspace
-        else:
-            phases["rollout"]["KV cache"] = engine.kv_cache
-            phases["rollout"]["workspace"] = engine.workspace
+    check = 0
     if config.rollout.logprob_check_interval is not None:
-        # Behind the rollout, when neither engine nor gradients are at work.
         check = logprob_check_workspace(layout, workload, kernels, pp_rank=pp_rank)
-        rollout = phases["rollout"]
-        if check > rollout.get("workspace", 0) + rollout.get("KV cache", 0):
-            rollout.pop("KV cache", None)
-            rollout["workspace"] = check
+    if config.rollout.engine == "hf":
+        _add_hf(phases, layout, workload, itemsize, check, is_leader=is_leader)
+    else:
+        _add_vllm(phases, layout, vllm if has_engine else None, itemsize, check, is_leader)
     host = teacher.weights - teacher.head if config.teacher.offload == "cpu" else 0
     host += states if config.optimizer.offload_states else 0
-    return RankMemory(pp_rank=pp_rank, is_leader=is_leader, phases=phases, host_bytes=host)
+    return RankMemory(
+        pp_rank=pp_rank,
+        is_leader=is_leader,
+        has_engine=has_engine,
+        phases=phases,
+        host_bytes=host,
+    )
+
+
+def _add_hf(
+    phases: dict[Phase, dict[Item, int]],
+    layout: RunLayout,
+    workload: Workload,
+    itemsize: int,
+    check: int,
+    *,
+    is_leader: bool,
+) -> None:
+    """Adds the engine inside the trainer, or what the check of log-probabilities needs instead."""
+    rollout = phases["rollout"]
+    if is_leader:
+        engine = engine_bytes(layout, workload, itemsize=itemsize)
+        for items in phases.values():
+            items["rollout engine's weights"] = engine.weights
+        # Either the weights are sent, or responses are generated.
+        if engine.sync_workspace > engine.kv_cache + engine.workspace:
+            rollout["workspace"] = engine.sync_workspace
+        else:
+            rollout["KV cache"] = engine.kv_cache
+            rollout["workspace"] = engine.workspace
+    # Behind the rollout, when neither engine nor gradients are at work.
+    if check > rollout.get("workspace", 0) + rollout.get("KV cache", 0):
+        rollout.pop("KV cache", None)
+        rollout["workspace"] = check
+
+
+def _add_vllm(
+    phases: dict[Phase, dict[Item, int]],
+    layout: RunLayout,
+    engine: VLLMBytes | None,
+    itemsize: int,
+    check: int,
+    is_leader: bool,
+) -> None:
+    """Adds an engine beside the trainer, if there is one on this device, and a sync's workspace."""
+    rollout = phases["rollout"]
+    gathered = sync_workspace(layout, itemsize=itemsize) if is_leader else 0
+    if engine is None:
+        if workspace := max(gathered, check):
+            rollout["workspace"] = workspace
+        return
+    awake: dict[Item, int] = {
+        "rollout engine's weights": engine.weights,
+        "KV cache": engine.kv_cache,
+        "rollout engine's workspace": engine.workspace,
+    }
+    for phase, items in phases.items():
+        items["rollout engine's CUDA context"] = CONTEXT_BYTES
+        if is_leader:
+            items["weight sync's bucket"] = engine.bucket
+        if phase == "rollout" or not engine.sleeps:
+            items |= awake
+    if not engine.sleeps:
+        gathered = max(gathered, check)
+    if gathered:
+        rollout["workspace"] = gathered
+    # The check comes when the engine is asleep.
+    if check > gathered + sum(awake.values()):
+        for item in awake:
+            rollout.pop(item)
+        rollout["workspace"] = check

@@ -17,6 +17,7 @@ from megatron_oprd.planning.memory import ITEMS, PHASES, RankMemory
 from megatron_oprd.planning.parameters import count_parameters
 from megatron_oprd.planning.teacher import teacher_bytes
 from megatron_oprd.planning.time import Hardware
+from megatron_oprd.planning.vllm import CONTEXT_BYTES
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 
 _GB = 1e9
@@ -68,6 +69,8 @@ def summary(memory: MemoryEstimate, work: WorkEstimate) -> str:
             "training needs a bridge (bridge.path, bridge.rank); without one the targets are "
             "counted at the teacher's width"
         )
+    if rollouts := _rollouts(memory):
+        lines.append(rollouts)
     typical = work.workload
     lines.append(
         f"messages, FLOPs and times are for {typical.prompt_tokens} + {typical.response_tokens} "
@@ -148,6 +151,7 @@ def messages_table(work: WorkEstimate) -> Table:
         "pipeline": (most["teacher_pp"], most["student_pp"], 0),
         "data parallel": (0, most["gradients"], most["parameters"]),
         "weight sync, a whole stage": (0, 0, most["weight_sync"]),
+        "weights into the engine": (0, 0, most["into_engine"]),
     }
     for name, sizes in rows.items():
         if any(sizes):
@@ -210,6 +214,7 @@ def as_json(memory: MemoryEstimate, work: WorkEstimate, hardware: Hardware) -> d
             }
             for rank in memory.ranks
         ],
+        "vllm": None if memory.vllm is None else asdict(memory.vllm),
         "typical_step": asdict(work.workload),
         "flops_of_a_replica": {
             "prefill": work.prefill,
@@ -234,9 +239,10 @@ def write_json(file: Path, plan: dict[str, Any]) -> None:
 
 def rank_name(rank: RankMemory, layout: RunLayout) -> str:
     """A rank for a reader."""
+    suffix = ", with vLLM" if rank.has_engine and not rank.is_leader else ""
     if layout.config.parallel.pipeline_model_parallel_size == 1:
-        return "leader" if rank.is_leader else "others"
-    return f"stage {rank.pp_rank}{', leader' if rank.is_leader else ''}"
+        return "leader" if rank.is_leader else f"others{suffix}"
+    return f"stage {rank.pp_rank}{', leader' if rank.is_leader else suffix}"
 
 
 def _groups_of_ranks(layout: RunLayout) -> str:
@@ -256,6 +262,24 @@ def _groups_of_ranks(layout: RunLayout) -> str:
     if parallel.expert_model_parallel_size > 1:
         text += f", experts over {parallel.expert_model_parallel_size}"
     return text
+
+
+def _rollouts(memory: MemoryEstimate) -> str | None:
+    """What is to be said of vLLM."""
+    if memory.layout.config.rollout.engine != "vllm":
+        return None
+    if (engine := memory.vllm) is None:
+        return "rollouts come from a vLLM server, whose memory and time are not counted"
+    gpus = "a GPU" if engine.num_gpus == 1 else f"each of {engine.num_gpus} GPUs"
+    asleep = "and does not sleep"
+    if engine.sleeps:
+        of_host = f" and {_gb(engine.host_bytes)} of the host's" if engine.host_bytes else ""
+        asleep = f"{_gb(CONTEXT_BYTES)} GB{of_host} asleep"
+    return (
+        f"vLLM takes {_gb(engine.awake)} GB of {gpus} of a replica awake, {asleep}; its KV cache "
+        f"holds {engine.num_tokens:,} tokens, {engine.num_responses} of "
+        f"{memory.largest.num_sequences} responses at once"
+    )
 
 
 def _turns(memory: MemoryEstimate) -> str:

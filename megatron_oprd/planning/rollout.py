@@ -59,6 +59,11 @@ def engine_bytes(layout: RunLayout, workload: Workload, *, itemsize: int) -> Eng
         # A layer's cache is copied to grow by a token.
         kv_cache=(a.num_layers + 1) * layer,
         workspace=max(prefill, sampling, repeated),
-        # The ranks' shards, and the tensor they are put together to.
-        sync_workspace=2 * max(tensors) * itemsize,
+        sync_workspace=sync_workspace(layout, itemsize=itemsize),
     )
+
+
+def sync_workspace(layout: RunLayout, *, itemsize: int) -> int:
+    """Bytes that the largest tensor needs on the leader while it is gathered for an engine."""
+    largest = max(math.prod(s) for mapping in layout.student.table for s in mapping.hf.values())
+    return 2 * largest * itemsize  # the ranks' shards, and the tensor they are put together to

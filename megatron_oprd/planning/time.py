@@ -2,7 +2,8 @@
 
 The models' passes take as long as their FLOPs at the share of the peak that ``mfu`` says, on the
 slowest stage, and the pipeline's bubble. Decoding reads all weights and the cache for every token,
-and so is bound by the memory's bandwidth; transformers' ``generate`` is slower than that bound.
+and so is bound by the memory's bandwidth; transformers' ``generate`` is slower than that bound. A
+vLLM engine's GPUs share that work. A server's takes no time here, since nothing is known of it.
 Not counted: waiting for messages that ``mfu`` does not cover, weight sync, copies from and to the
 host, loading and logging.
 """
@@ -19,6 +20,7 @@ from megatron_oprd.planning.parameters import (
     parameter_replicas,
 )
 from megatron_oprd.planning.rollout import engine_bytes, generation_batch
+from megatron_oprd.planning.vllm import has_embedded_vllm, vllm_bytes
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
 
@@ -92,9 +94,10 @@ def step_seconds(layout: RunLayout, workload: Workload, hardware: Hardware) -> S
         # Reads gradients and states, writes states and parameters.
         share = gradient_bytes(counts) / parameter_replicas(layout)
         optimizer = max(optimizer, 2 * states + 2 * share)
+    prefill, decode = _rollout_seconds(layout, workload, hardware, itemsize)
     return StepSeconds(
-        prefill=hardware.seconds_for_flops(prefill_flops(layout, workload)),
-        decode=_decode_seconds(layout, workload, hardware, itemsize),
+        prefill=prefill,
+        decode=decode,
         teacher=hardware.seconds_for_flops(_with_bubble(layout, workload, teacher)),
         student=hardware.seconds_for_flops(_with_bubble(layout, workload, student)),
         optimizer=hardware.seconds_for_bytes(optimizer),
@@ -110,14 +113,27 @@ def _with_bubble(layout: RunLayout, workload: Workload, flops: float) -> float:
     return flops * (1 + bubble) / ranks
 
 
-def _decode_seconds(
+def _rollout_seconds(
     layout: RunLayout, workload: Workload, hardware: Hardware, itemsize: int
-) -> float:
-    engine = engine_bytes(layout, workload, itemsize=itemsize)
-    batch = generation_batch(layout, workload)
-    steps = -(-workload.num_sequences // batch) * (workload.response_tokens - 1)
+) -> tuple[float, float]:
+    """Of the prompts' pass, and of decoding."""
+    prompt, response = workload.prompt_tokens, workload.response_tokens
+    if has_embedded_vllm(layout):
+        vllm = vllm_bytes(layout, workload, itemsize=itemsize, memory_gb=hardware.memory_gb)
+        num_gpus, weights, batch = vllm.num_gpus, vllm.weights, max(vllm.num_responses, 1)
+        a = layout.student.architecture
+        of_token = 2 * a.num_layers * max(a.num_query_groups // num_gpus, 1) * a.head_dim * itemsize
+        whole_cache = batch * (prompt + response) * of_token
+    elif layout.config.rollout.engine == "vllm":
+        return 0.0, 0.0
+    else:
+        engine = engine_bytes(layout, workload, itemsize=itemsize)
+        num_gpus, weights, whole_cache = 1, engine.weights, engine.kv_cache
+        batch = generation_batch(layout, workload)
+    steps = -(-workload.num_sequences // batch) * (response - 1)
     # The cache is, on average, as long as the prompt and half of the response.
-    mean = workload.prompt_tokens + workload.response_tokens / 2
-    cache = engine.kv_cache * mean / (workload.prompt_tokens + workload.response_tokens)
-    reading = hardware.seconds_for_bytes(steps * (engine.weights + cache))
-    return max(reading, hardware.seconds_for_flops(decode_flops(layout, workload)))
+    cache = whole_cache * (prompt + response / 2) / (prompt + response)
+    reading = hardware.seconds_for_bytes(steps * (weights + cache))
+    flops = decode_flops(layout, workload) / num_gpus
+    decode = max(reading, hardware.seconds_for_flops(flops))
+    return hardware.seconds_for_flops(prefill_flops(layout, workload) / num_gpus), decode

@@ -1,7 +1,7 @@
 """The command line, on folders that hold nothing but a config.json."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from megatron_oprd import plan
 from megatron_oprd.errors import UserError
 from megatron_oprd.planning.memory import PHASES
 from tests.planning.models import EXAMPLES, model_folder
-from tests.ranks import ROOT, rank_environment
 
 PIPELINE = "parallel.pipeline_model_parallel_size=2"
 CHUNKS = "parallel.virtual_pipeline_model_parallel_size=2"
@@ -63,20 +62,42 @@ def test_report(
     assert own < stages[1]["sent_bytes"]["weight_sync"] < 2 * own
 
 
-def test_does_not_fit(tmp_path: Path) -> None:
-    """In a process of its own: exit code 2, the reason on stderr, and the plan all the same."""
+def test_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a program: exit code 2, the reason on stderr, and the plan all the same."""
     file = tmp_path / "plan.json"
     options = ["--gpus", "8", "--gpu-memory", "42", "--json", str(file)]
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_oprd.plan", *command_line(tmp_path, *options)],
-        cwd=ROOT, env=rank_environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "error: it does not fit: the rollout phase needs" in done.stderr
-    assert done.stderr.endswith("GB: rollout.max_batch_size=8\n")
+    monkeypatch.setattr(sys, "argv", ["plan", *command_line(tmp_path, *options)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(plan.__file__, run_name="__main__")
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: it does not fit: the rollout phase needs")
+    assert shown.err.endswith("GB: rollout.max_batch_size=8\n")
     assert not json.loads(file.read_text())["fits"]
-    assert "What takes it" in done.stdout
-    assert "it fits" not in done.stdout
+    assert "What takes it" in shown.out
+    assert "it fits" not in shown.out
+
+
+def test_with_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    vllm = ["rollout.engine=vllm", "rollout.vllm.sleep_level=1"]
+    assert run(monkeypatch, tmp_path, "--json", str(file), *vllm) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    engine = json.loads(file.read_text())["vllm"]
+    assert (
+        "vLLM takes 32.5 GB of a GPU of a replica awake, 0.5 GB and 8.0 of the host's asleep"
+        in (shown)
+    )
+    assert f"holds {engine['num_tokens']:,} tokens, 16 of 128 responses at once" in shown
+    assert "rollout engine's CUDA context │ 0.5 │ 0.5 │ 0.5 │ 0.5" in shown
+    assert "weights into the engine │ │ │ 8.0" in shown
+    assert run(monkeypatch, tmp_path, "rollout.engine=vllm",
+               "rollout.vllm.server_url=http://127.0.0.1:8000") == 0  # fmt: skip
+    assert "from a vLLM server, whose memory and time are not" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -91,7 +112,6 @@ def test_does_not_fit(tmp_path: Path) -> None:
         (["model.teacher=nowhere"], "nowhere: it does not exist"),
         (["extra_teachers=[{model: a}]"], "extra_teachers: a plan is for one teacher"),
         (["teacher_prompt.tokenizer=own"], "teacher_prompt: a plan is for one teacher"),
-        (["rollout.engine=vllm"], "rollout.engine = vllm: a plan counts the memory"),
         (["optimizer.learning_rate=1"], "unknown setting"),
     ],
 )  # fmt: skip

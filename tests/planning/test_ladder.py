@@ -37,7 +37,7 @@ def gpu(memory_gb: float) -> Hardware:
 
 
 def memory(config: RunConfig) -> MemoryEstimate:
-    return estimate_memory(config, read_models(config), KERNEL, num_gpus=8)
+    return estimate_memory(config, read_models(config), KERNEL, num_gpus=8, memory_gb=80)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,9 @@ def memory(
             *overrides,
         ],
     )
-    return estimate_memory(config, read_models(config), KERNELS[kernels], num_gpus=num_gpus)
+    return estimate_memory(
+        config, read_models(config), KERNELS[kernels], num_gpus=num_gpus, memory_gb=80
+    )
 
 
 def work(estimate: MemoryEstimate) -> WorkEstimate:

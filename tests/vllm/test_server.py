@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -15,9 +17,12 @@ from torch import Tensor
 
 from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.errors import UserError
+from megatron_oprd.models.families import read_architecture
+from megatron_oprd.planning.vllm import num_blocks
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
 from megatron_oprd.rollout.server_client import EXTENSION, ServerClient, check_server
 from megatron_oprd.rollout.vllm_server import VLLMServerEngine
+from megatron_oprd.weights.hf_files import HFFolder
 from tests.tiny import EOS_ID, random_weight, save_tiny_model
 from tests.vllm.engines import (
     Weights,
@@ -35,10 +40,11 @@ MEANINGLESS = (11, 96)
 KNOWN = set(range(97)) - set(MEANINGLESS)
 # `vllm serve` does the same, but asks for a package named vllm, which the CPU build's is not.
 SERVE = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+KV_CACHE_BYTES = 250_000_000
 OPTIONS = [
     *("--host", "127.0.0.1", "--enable-scale-out", "--worker-extension-cls", EXTENSION),
     *("--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--load-format", "dummy"),
-    *("--kv-cache-memory-bytes", "250000000"),
+    *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
 ]
 SECONDS_TO_START = 300
 
@@ -130,6 +136,18 @@ def test_what_does_not_fit(url: str, folder: Path, tmp_path: Path) -> None:
             check(tmp_path)
     with pytest.raises(RolloutEngineError, match="no weights of this run"):
         start(url, folder).generate(PROMPTS, sampling())
+
+
+def test_the_cache_has_the_blocks_that_a_plan_counts(url: str, folder: Path) -> None:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        metrics = answer.read().decode()
+    (info,) = re.findall(r"^vllm:cache_config_info\{(.*)\}", metrics, re.MULTILINE)
+    fields = dict(re.findall(r'(\w+)="([^"]*)"', info))
+    found = num_blocks(
+        read_architecture(HFFolder(folder)), KV_CACHE_BYTES, size=1, itemsize=4,
+        block_tokens=int(fields["block_size"]),
+    )  # fmt: skip
+    assert int(fields["num_gpu_blocks"]) == found
 
 
 def test_same_tokens_as_hf(engine: VLLMServerEngine, folder: Path, weights: Weights) -> None:

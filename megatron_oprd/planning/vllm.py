@@ -1,0 +1,181 @@
+"""What a vLLM engine beside the trainer takes, and how many responses it generates at once.
+
+An engine takes its share of the device (``gpu_memory_utilization``) for weights, working memory
+and, with what is left, the KV cache; with ``kv_cache_gb`` the cache has that size, whatever the
+share. Working memory is that of the largest batch, which vLLM 0.32 tries out when it starts. CUDA
+graphs are not counted. Tests compare the number of the cache's blocks with vLLM's; nothing else
+here has been measured.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megatron_oprd.errors import UserError
+from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.planning.workload import Workload
+from megatron_oprd.training.layout import RunLayout
+
+_FP32, _INT64 = 4, 8
+# What a second process on a device needs for CUDA itself, awake or asleep; assumed.
+CONTEXT_BYTES = 500_000_000
+# Tokens of a block of the KV cache on a GPU. One block is never used.
+BLOCK_TOKENS = 16
+# The largest batch by default: tokens and responses on a GPU of 70 GiB or more, and on others.
+_LARGE_GPU = 70 * 2**30
+_BATCH_TOKENS = {True: 16_384, False: 8_192}
+_BATCH_RESPONSES = {True: 1_024, False: 256}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMBytes:
+    """An engine's memory on each of its GPUs, and what fits into its cache.
+
+    Attributes:
+        num_gpus: GPUs of an engine: the first of its replica.
+        weights: Its share of the student's weights.
+        kv_cache: Its share of the KV cache.
+        workspace: Activations and logits of the largest batch.
+        bucket: The buffer that weights come through, on the replica's leader only.
+        sleeps: Whether it gives up all that, but for the bucket, while teacher and student run.
+        host_bytes: What of it then goes to the host's memory, of all its GPUs together.
+        num_tokens: Tokens whose keys and values fit into the cache.
+        max_model_len: Tokens of the longest prompt with its response.
+        num_responses: Responses of the longest sequences that fit at once, at most as many as a
+            replica's step has or ``rollout.max_batch_size`` allows.
+    """
+
+    num_gpus: int
+    weights: int
+    kv_cache: int
+    workspace: int
+    bucket: int
+    sleeps: bool
+    host_bytes: int
+    num_tokens: int
+    max_model_len: int
+    num_responses: int
+
+    @property
+    def awake(self) -> int:
+        """All of a GPU's, without the bucket."""
+        return self.weights + self.kv_cache + self.workspace + CONTEXT_BYTES
+
+
+def has_embedded_vllm(layout: RunLayout) -> bool:
+    """Whether rollouts come from vLLM engines on the trainer's GPUs."""
+    rollout = layout.config.rollout
+    return rollout.engine == "vllm" and rollout.vllm.server_url is None
+
+
+def vllm_bytes(
+    layout: RunLayout, workload: Workload, *, itemsize: int, memory_gb: float
+) -> VLLMBytes:
+    """The engine's memory.
+
+    Args:
+        layout: The run.
+        workload: The step.
+        itemsize: Bytes of a weight, and of a key's or value's element.
+        memory_gb: Memory of a GPU, in 10^9 bytes.
+    """
+    rollout, a = layout.config.rollout, layout.student.architecture
+    vllm, size = rollout.vllm, rollout.vllm.tensor_model_parallel_size
+    whole = sum(math.prod(s) for mapping in layout.student.table for s in mapping.hf.values())
+    weights = -(-whole // size) * itemsize
+    length = workload.prompt_tokens + workload.response_tokens
+    longest = layout.config.data.max_prompt_tokens + rollout.max_new_tokens
+    max_model_len = vllm.max_model_len or longest
+    workspace = _workspace(
+        a, size=size, itemsize=itemsize, max_model_len=max_model_len,
+        max_batch_size=rollout.max_batch_size, is_large=memory_gb * 1e9 >= _LARGE_GPU,
+    )  # fmt: skip
+    if vllm.kv_cache_gb is None:
+        share = round(vllm.gpu_memory_utilization * memory_gb * 1e9)
+        kv_cache = max(share - weights - workspace, 0)
+    else:
+        kv_cache = round(vllm.kv_cache_gb * 1e9)
+    blocks = num_blocks(a, kv_cache, size=size, itemsize=itemsize)
+    usable = max(blocks - 1, 0)
+    most = min(rollout.max_batch_size or workload.num_sequences, workload.num_sequences)
+    return VLLMBytes(
+        num_gpus=size,
+        weights=weights,
+        kv_cache=kv_cache,
+        workspace=workspace,
+        bucket=vllm.sync_bucket_mb * 10**6,
+        # It generates the next step's responses while teacher and student run.
+        sleeps=vllm.sleep_level > 0 and not rollout.one_step_off_policy,
+        host_bytes=weights * size if vllm.sleep_level == 1 else 0,
+        num_tokens=usable * BLOCK_TOKENS,
+        max_model_len=max_model_len,
+        num_responses=min(usable // -(-length // BLOCK_TOKENS), most),
+    )
+
+
+def num_blocks(
+    a: Architecture, kv_cache: int, *, size: int, itemsize: int, block_tokens: int = BLOCK_TOKENS
+) -> int:
+    """Blocks into which a GPU's part of the KV cache is divided, as vLLM counts them.
+
+    Args:
+        a: The student's architecture.
+        kv_cache: Bytes of the cache on one GPU.
+        size: GPUs that share the heads; with fewer heads than GPUs several have the same.
+        itemsize: Bytes of an element.
+        block_tokens: Tokens of a block.
+    """
+    of_token = 2 * a.num_layers * max(a.num_query_groups // size, 1) * a.head_dim * itemsize
+    return kv_cache // (of_token * block_tokens)
+
+
+def check_kv_cache(engine: VLLMBytes | None, layout: RunLayout, *, memory_gb: float) -> None:
+    """Checks that the longest sequence fits into the engine's KV cache.
+
+    Raises:
+        UserError: It does not, so that vLLM would not start.
+    """
+    if engine is None or holds_longest(engine):
+        return
+    vllm = layout.config.rollout.vllm
+    of_cache = f"{engine.kv_cache / 1e9:.2f} GB of KV cache"
+    if vllm.kv_cache_gb is not None:
+        setting = f"rollout.vllm.kv_cache_gb = {vllm.kv_cache_gb:g}"
+        advice = "Give more, or shorter prompts and responses"
+    else:
+        setting = f"rollout.vllm.gpu_memory_utilization = {vllm.gpu_memory_utilization:g}"
+        of_cache = (
+            f"of {vllm.gpu_memory_utilization * memory_gb:.1f} GB weights take "
+            f"{engine.weights / 1e9:.1f} and working memory {engine.workspace / 1e9:.1f}, which "
+            f"leaves {of_cache}"
+        )
+        advice = "Give more, a lower rollout.max_batch_size, or shorter prompts and responses"
+    raise UserError(
+        f"{setting}: {of_cache}, room for {engine.num_tokens} tokens; the longest prompt with its "
+        f"response has {engine.max_model_len}. {advice}"
+    )
+
+
+def holds_longest(engine: VLLMBytes) -> bool:
+    """Whether the longest sequence fits into the cache, without which vLLM does not start."""
+    return engine.num_tokens >= engine.max_model_len
+
+
+def _workspace(
+    a: Architecture,
+    *,
+    size: int,
+    itemsize: int,
+    max_model_len: int,
+    max_batch_size: int | None,
+    is_large: bool,
+) -> int:
+    """Bytes that the largest batch's forward pass, or its sampling, needs."""
+    responses = max_batch_size or _BATCH_RESPONSES[is_large]
+    tokens = min(_BATCH_TOKENS[is_large], responses * max_model_len)
+    moe = a.moe
+    ffn = a.ffn_hidden_size if moe is None else moe.ffn_hidden_size * moe.num_experts_per_token
+    # Gate, up and their product; the residual, its norm, what goes into and comes out of the MLP.
+    forward = tokens * (3 * ffn // size + 4 * a.hidden_size) * itemsize
+    # Logits in the weights' format and in fp32, their log-probabilities; sorted, with their order.
+    sampling = min(responses, tokens) * a.vocab_size * (itemsize + 3 * _FP32 + _INT64)
+    return max(forward, sampling)

@@ -1,0 +1,264 @@
+"""vLLM engines beside the trainer: formulas written out, for a published model."""
+
+from collections.abc import Callable
+
+import pytest
+
+from megatron_oprd.config import RunConfig
+from megatron_oprd.config_file import load_config
+from megatron_oprd.errors import UserError
+from megatron_oprd.planning.activations import KERNELS
+from megatron_oprd.planning.communication import sent_bytes
+from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory
+from megatron_oprd.planning.host import check_host_memory
+from megatron_oprd.planning.ladder import check_fits, nearest_that_fits
+from megatron_oprd.planning.memory import PHASES, RankMemory
+from megatron_oprd.planning.models import read_models
+from megatron_oprd.planning.time import Hardware, step_seconds
+from megatron_oprd.planning.vllm import CONTEXT_BYTES, check_kv_cache
+from tests.planning.models import EXAMPLES, model_folder
+
+KERNEL = KERNELS["transformer_engine"]
+VLLM = ["rollout.engine=vllm", "rollout.max_batch_size=null"]
+# Qwen3-4B: parameters, without the tied head, and bytes of a token's keys and values.
+WEIGHTS = 2 * 4_022_468_096
+OF_TOKEN = 2 * 36 * 8 * 128 * 2
+LENGTH = 1024 + 8192
+# 1,024 responses' logits in bf16, in fp32, as log-probabilities, sorted, with their order.
+WORKSPACE = 1024 * 151_936 * (2 + 4 + 4 + 4 + 8)
+LARGEST = 151_936 * 2560 * 2
+ENGINE = ("rollout engine's weights", "KV cache", "rollout engine's workspace")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
+    directory = tmp_path_factory.mktemp("models")
+    models = [
+        f"model.student={model_folder(directory, 'Qwen3-4B')}",
+        f"model.teacher={model_folder(directory, 'Qwen3-32B')}",
+    ]
+
+    def load(*overrides: str, engine_size: int = 1) -> RunConfig:
+        config = load_config(EXAMPLES / "qwen3_32b_to_4b.yaml", [*models, *VLLM, *overrides])
+        config.rollout.vllm.tensor_model_parallel_size = engine_size
+        return config
+
+    return load
+
+
+def gpu(memory_gb: float) -> Hardware:
+    return Hardware(memory_gb=memory_gb, tflops=989, bandwidth=3350, mfu=0.4)
+
+
+def memory(config: RunConfig, num_gpus: int = 8, memory_gb: float = 80) -> MemoryEstimate:
+    models = read_models(config)
+    return estimate_memory(config, models, KERNEL, num_gpus=num_gpus, memory_gb=memory_gb)
+
+
+def engine_items(rank: RankMemory, phase: str) -> list[int]:
+    return [rank.phases[phase].get(item, 0) for item in ENGINE]  # type: ignore[index,call-overload]
+
+
+def test_a_share_of_the_device(qwen: Callable[..., RunConfig]) -> None:
+    found = memory(qwen("rollout.vllm.gpu_memory_utilization=0.5"))
+    kv_cache = 40 * 10**9 - WEIGHTS - WORKSPACE
+    leader, other = found.ranks
+    assert engine_items(leader, "rollout") == [WEIGHTS, kv_cache, WORKSPACE]
+    assert leader.phases["rollout"]["workspace"] == 2 * LARGEST
+    for phase in PHASES:
+        assert leader.phases[phase]["rollout engine's CUDA context"] == CONTEXT_BYTES
+        assert leader.phases[phase]["weight sync's bucket"] == 16_000_000
+        assert phase == "rollout" or engine_items(leader, phase) == [0, 0, 0]
+        # The others have what the leader has without the engine.
+        rest = {k: v for k, v in leader.phases[phase].items() if "engine" not in k}
+        rest = {k: v for k, v in rest.items() if k not in ("KV cache", "weight sync's bucket")}
+        assert (
+            other.phases[phase] == rest if phase != "rollout" else "workspace" not in other.phases
+        )
+    assert found.vllm is not None
+    assert found.vllm.num_tokens == (kv_cache // (16 * OF_TOKEN) - 1) * 16
+    assert found.vllm.num_responses == found.vllm.num_tokens // LENGTH == 20
+
+
+def test_a_cache_of_given_size(qwen: Callable[..., RunConfig]) -> None:
+    """It may be larger than the share. Fewer responses at once need less working memory."""
+    found = memory(qwen("rollout.vllm.kv_cache_gb=50", "rollout.max_batch_size=2"))
+    of_batch = 2 * LENGTH * (3 * 9728 + 4 * 2560) * 2  # gate, up, product, hidden states
+    assert 2 * LENGTH > 16_384
+    of_batch = of_batch * 16_384 // (2 * LENGTH)
+    assert engine_items(found.ranks[0], "rollout") == [WEIGHTS, 50 * 10**9, of_batch]
+    assert found.vllm is not None
+    assert found.vllm.num_responses == 2
+    with pytest.raises(
+        UserError, match=r"the rollout phase needs .* on pipeline rank 0 \(leader\)"
+    ):
+        check_fits(found, read_models(found.layout.config), KERNEL, gpu(60), num_gpus=8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_awake", "host"),
+    [
+        (["rollout.vllm.sleep_level=0"], True, 0),
+        (["rollout.vllm.sleep_level=1"], False, WEIGHTS),
+        (["rollout.vllm.sleep_level=2"], False, 0),
+        (["rollout.one_step_off_policy=true"], True, 0),
+    ],
+)
+def test_asleep(
+    qwen: Callable[..., RunConfig], overrides: list[str], is_awake: bool, host: int
+) -> None:
+    config = qwen(*overrides)
+    found = memory(config)
+    leader, *_ = found.ranks
+    awake = engine_items(leader, "rollout")
+    for phase in ("teacher", "student", "optimizer"):
+        assert engine_items(leader, phase) == (awake if is_awake else [0, 0, 0])
+    assert found.vllm is not None
+    assert found.vllm.host_bytes == host
+    # Two engines on eight GPUs, that is one on four of them; nothing else is offloaded.
+    for available in (host, host - 1):
+
+        def check(available: int = available) -> None:
+            check_host_memory(config, num_ranks=8, ranks_on_host=4, available_bytes=available)
+
+        if available == host:
+            check()
+        elif host:
+            with pytest.raises(UserError, match=r"sleep_level = 1 need 8\.0 GB of host memory"):
+                check()
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "expected"),
+    [
+        (["tensor_model_parallel_size=4"], 2, ["leader", "with", "without"]),
+        (["tensor_model_parallel_size=4"], 4, ["leader", "with"]),
+        # The first stage's two ranks, and one of the second's.
+        (
+            ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"], 3,
+            ["leader", "with", "with", "without"],
+        ),
+    ],
+)  # fmt: skip
+def test_over_several_gpus(
+    qwen: Callable[..., RunConfig], layout: list[str], size: int, expected: list[str]
+) -> None:
+    settings = [f"parallel.{one}" for one in layout]
+    found = memory(qwen(*settings, engine_size=size))
+    kinds = [
+        "leader" if r.is_leader else "with" if r.has_engine else "without" for r in found.ranks
+    ]
+    assert kinds == expected
+    weights = -(-WEIGHTS // 2 // size) * 2
+    kv_cache = 32 * 10**9 - weights - WORKSPACE
+    for rank, kind in zip(found.ranks, kinds, strict=True):
+        there = [0, 0, 0] if kind == "without" else [weights, kv_cache, WORKSPACE]
+        assert engine_items(rank, "rollout") == there
+        assert ("weight sync's bucket" in rank.phases["student"]) == rank.is_leader
+    assert found.vllm is not None
+    heads = 8 // size
+    of_block = 2 * 36 * heads * 128 * 2 * 16
+    assert found.vllm.num_tokens == (kv_cache // of_block - 1) * 16
+
+
+def test_a_server(qwen: Callable[..., RunConfig]) -> None:
+    """One gathered tensor, and no time, since nothing is known of its devices."""
+    found = memory(qwen("rollout.vllm.server_url=http://127.0.0.1:8000"))
+    leader, other = found.ranks
+    assert leader.phases["rollout"].pop("workspace") == 2 * LARGEST
+    assert leader.phases == other.phases
+    assert found.vllm is None
+    seconds = step_seconds(found.layout, found.largest, gpu(80))
+    assert (seconds.prefill, seconds.decode) == (0, 0)
+    assert seconds.student > 0
+    assert sent_bytes(found.layout, found.largest, pp_rank=0).into_engine == WEIGHTS
+
+
+def test_what_a_sync_sends(qwen: Callable[..., RunConfig]) -> None:
+    layout = memory(qwen("parallel.pipeline_model_parallel_size=2")).layout
+    workload = memory(qwen("parallel.pipeline_model_parallel_size=2")).largest
+    sent = [sent_bytes(layout, workload, pp_rank=pp_rank).into_engine for pp_rank in (0, 1)]
+    assert sent == [WEIGHTS, 0]
+    layout = memory(qwen("rollout.engine=hf")).layout
+    assert sent_bytes(layout, workload, pp_rank=0).into_engine == 0
+
+
+def test_seconds(qwen: Callable[..., RunConfig]) -> None:
+    """16 of 64 responses at a time, each token reading the weights and their caches."""
+    found = memory(qwen("rollout.vllm.kv_cache_gb=22"))
+    assert found.vllm is not None
+    assert (found.vllm.num_responses, found.largest.num_sequences) == (16, 64)
+    read = WEIGHTS + 16 * (1024 + 8192 / 2) * OF_TOKEN
+    seconds = step_seconds(found.layout, found.largest, gpu(80))
+    assert seconds.decode == pytest.approx(4 * 8191 * read / 3350e9)
+
+
+def test_the_check_of_logprobs_comes_when_the_engine_sleeps(
+    qwen: Callable[..., RunConfig],
+) -> None:
+    """With a small engine it needs more than that; an engine that stays awake is beside it."""
+    small = ["rollout.vllm.kv_cache_gb=1.5", "rollout.max_batch_size=1"]
+    often = [*small, "rollout.logprob_check_interval=1", "batch.max_tokens=800000"]
+    (alone, _), (beside, _) = (
+        memory(qwen(*often, f"rollout.vllm.sleep_level={level}")).ranks for level in (2, 0)
+    )
+    assert engine_items(alone, "rollout") == [0, 0, 0]
+    assert alone.phases["rollout"]["workspace"] == beside.phases["rollout"]["workspace"]
+    assert alone.phases["rollout"]["workspace"] > 2 * LARGEST
+    assert all(engine_items(beside, "rollout"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "gpu_memory_utilization=0.15",
+            r"utilization = 0\.15: of 12\.0 GB weights take 8\.0 and working memory 3\.4, which "
+            r"leaves 0\.53 GB of KV cache, room for 3\d{3} tokens; .* has 9216\. Give more, a",
+        ),
+        ("gpu_memory_utilization=0.05", r"leaves 0\.00 GB of KV cache, room for 0 tokens"),
+        ("kv_cache_gb=1.2", r"kv_cache_gb = 1\.2: 1\.20 GB of KV cache, room for 81\d\d tokens"),
+    ],
+)
+def test_no_room_for_a_response(qwen: Callable[..., RunConfig], setting: str, message: str) -> None:
+    found = memory(qwen(f"rollout.vllm.{setting}"))
+    assert not found.fits(gpu(80))
+    with pytest.raises(UserError, match=message):
+        check_fits(found, read_models(found.layout.config), KERNEL, gpu(80), num_gpus=8)
+
+
+def test_just_enough_room(qwen: Callable[..., RunConfig]) -> None:
+    """The blocks of one response, and the one that is never used."""
+    block = 16 * OF_TOKEN
+    enough = (LENGTH // 16 + 1) * block
+    for kv_cache, count in ((enough, 1), (enough - block, 0)):
+        found = memory(qwen(f"rollout.vllm.kv_cache_gb={kv_cache / 1e9!r}"))
+        assert found.vllm is not None
+        assert found.vllm.num_responses == count
+        if count:
+            check_kv_cache(found.vllm, found.layout, memory_gb=80)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "memory_gb", "expected"),
+    [
+        (["rollout.vllm.sleep_level=0"], 38, "rollout.vllm.sleep_level=2"),
+        (
+            ["rollout.vllm.gpu_memory_utilization=0.95"], 45,
+            "rollout.vllm.gpu_memory_utilization=0.85",
+        ),
+        (["rollout.vllm.kv_cache_gb=40"], 50, "rollout.vllm.kv_cache_gb=20.0"),
+    ],
+)  # fmt: skip
+def test_nearest_change(
+    qwen: Callable[..., RunConfig], overrides: list[str], memory_gb: float, expected: str
+) -> None:
+    offload = ["teacher.offload=cpu", "optimizer.offload_states=true"]
+    config = qwen(*overrides, *offload)
+    models = read_models(config)
+    assert not memory(config, memory_gb=memory_gb).fits(gpu(memory_gb))
+    found = nearest_that_fits(config, models, KERNEL, gpu(memory_gb), num_gpus=8)
+    assert found is not None
+    assert str(found).startswith(expected)
+    again = qwen(*overrides, *offload, *str(found).split())
+    assert memory(again, memory_gb=memory_gb).fits(gpu(memory_gb))
