@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.pairs import save_pair
-from tests.ranks import ROOT, run_ranks
+from tests.ranks import run_ranks
 
 # The smallest bucket takes a part of the model only.
 VLLM = [
@@ -55,8 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for name, (overrides, faults, folder) in CASES.items()
     ]
-    fakes = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fakes'}"}
-    run_ranks("loop", cases, 2, root, environment=fakes)
+    run_ranks("loop", cases, 2, root)
     return root
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.data.test_benchmarks import row, write
 from tests.pairs import save_pair
-from tests.ranks import ROOT, run_ranks
+from tests.ranks import run_ranks
 
 # A checkpoint after step 2, and at the end.
 AHEAD = [
@@ -56,8 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for name, (overrides, faults, folder) in CASES.items()
     ]
-    fakes = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fakes'}"}
-    run_ranks("loop", cases, 2, root, environment=fakes)
+    run_ranks("loop", cases, 2, root)
     return root
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,18 @@ from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.rollout_source import RolloutSource, StepRollouts
 from megatron_oprd.training.step import Distiller
 from tests.pairs import config_of
+from tests.ranks import ROOT
+
+FAKES = str(ROOT / "tests" / "fakes")
 
 
 def run(case: dict[str, Any], directory: Path) -> None:
     """Runs one case: {name, pair, overrides}, with optional entries:
 
-    folder: The run's, if not that of its name. faults: Of the fake vLLM, see tests/fakes/vllm.
-    kill_engine_before: A step whose rollouts the leader's vLLM process is killed before.
+    folder: The run's, if not that of its name.
+    faults: vLLM is the fake of tests/fakes/vllm, with these faults. No other case of the same ranks
+    may have the real one.
+    kill_engine_before: A step whose rollouts the first rank's vLLM process is killed before.
     stale: Whether the hf engine keeps its first weights.
     all_weights: Whether the hf engine wants all weights each time.
     """
@@ -33,9 +39,9 @@ def run(case: dict[str, Any], directory: Path) -> None:
     of_step, distil = RolloutSource.of_step, Distiller.step
 
     def recorded(source: RolloutSource, step: int) -> StepRollouts:
-        engine = source._engines._engine
-        if engine is not None and case.get("kill_engine_before") == len(rollouts):
-            os.kill(engine._process.pid, 9)  # type: ignore[attr-defined]
+        if case.get("kill_engine_before") == len(rollouts) and dist.get_rank() == 0:
+            engine: Any = source._engines._engine
+            os.kill(engine._process.pid, 9)
         found = of_step(source, step)
         rollouts.append(found.rollouts)
         return found
@@ -56,6 +62,9 @@ def run(case: dict[str, Any], directory: Path) -> None:
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("megatron_oprd").addHandler(handler)
     if "faults" in case:
+        # Found by this process, and by the engine's.
+        sys.path.append(FAKES)
+        os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), FAKES))
         faults = directory / f"{case['name']}.faults"
         faults.mkdir(exist_ok=True)
         for fault in case["faults"]:
