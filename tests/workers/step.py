@@ -31,7 +31,8 @@ def _same_everywhere(value: Tensor) -> Tensor:
 def run(case: dict[str, Any], directory: Path) -> None:
     """Runs one case: {name, pair, overrides, reading: None or a kind of other sequences,
     taught_by: None or whether each teacher teaches each sequence, logprobs: whether the student's
-    log-probabilities are taken, before the first step and after the second}.
+    log-probabilities are taken, before the first step and after the last, one_step: whether there
+    is no second step}.
     """
     config = config_of(Path(case["pair"]), case["overrides"])
     with parallel_run(config.parallel, seed=config.seed) as context:
@@ -51,7 +52,9 @@ def run(case: dict[str, Any], directory: Path) -> None:
         first = distiller.compute_gradients(groups)
         gradients = dict(exporter.stream(gradient, dtype=torch.float32))
         grad_norm, _ = distiller.update(loss_is_finite=True)
-        second = distiller.step(*rollouts, reading, taught_by)
+        second = None
+        if not case.get("one_step"):
+            second = distiller.step(*rollouts, reading, taught_by)
         if case.get("logprobs"):
             logprobs.append(_same_everywhere(LogprobCheck(distiller).student_logprobs(*rollouts)))
         distiller.state.gather_parameters()
@@ -63,8 +66,10 @@ def run(case: dict[str, Any], directory: Path) -> None:
                     "cosine": first.cosine_per_layer,
                     "output_loss": first.output_loss,
                     "extra_teachers": [torch.stack(one) for one in first.extra_teachers],
-                    "grad_norm": torch.tensor([grad_norm, second.grad_norm]),
-                    "second_loss": torch.tensor([*second.loss_per_layer, second.loss]),
+                    "grad_norm": torch.tensor([grad_norm, *([second.grad_norm] if second else [])]),
+                    "second_loss": torch.tensor(
+                        [*second.loss_per_layer, second.loss] if second else []
+                    ),
                     "gradients": gradients,
                     "weights": weights,
                     "num_micro_batches": sum(len(group) for group in groups),
