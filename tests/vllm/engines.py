@@ -20,7 +20,7 @@ from tests.tiny import EOS_ID, PAD_ID, tiny_config
 Weights = dict[str, Tensor]
 
 CPU = torch.device("cpu")
-# Started for each test module: nothing is compiled, and memory is small.
+# Nothing is compiled, which takes longer than all tests of a file, and memory is small.
 SETTINGS: dict[str, Any] = {"enforce_eager": True, "kv_cache_gb": 0.25, "timeout_minutes": 5}
 
 

@@ -1,7 +1,5 @@
 """The vLLM engine against transformers' models with the same weights."""
 
-import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +74,13 @@ def without_meaningless(weights: Weights) -> Weights:
 def others(weights: Weights, seed: int) -> Weights:
     generator = torch.Generator().manual_seed(seed)
     return {name: random_weight(name, t.shape, generator) for name, t in weights.items()}
+
+
+def test_no_weights(one_engine: VLLMEngine) -> None:
+    """The first test of this file: no weights have come yet."""
+    assert one_engine.needs_all_weights()
+    with pytest.raises(RolloutEngineError, match=r"before load_weights\(\)"):
+        one_engine.generate(PROMPTS, sampling())
 
 
 def test_same_tokens_as_hf(engine: VLLMEngine, folder: Path, weights: Weights) -> None:
@@ -235,20 +240,12 @@ def test_a_check_finds_weights_that_did_not_stay(engine: VLLMEngine, weights: We
     assert engine.needs_all_weights()
 
 
-def test_weights_that_do_not_come(folder: Path, weights: Weights) -> None:
-    """The error is the stream's, and the process that waits for the rest is ended."""
-    engine = start(folder)
-    assert engine.needs_all_weights()
-    with pytest.raises(RolloutEngineError, match=r"before load_weights\(\)"):
-        engine.generate(PROMPTS, sampling())
+def test_weights_that_do_not_come(engine: VLLMEngine, weights: Weights) -> None:
+    """The error is the stream's, and the process that waits for the rest is ended.
+
+    The last test of this file: the others' engine is gone.
+    """
     missing = dict(list(weights.items())[:-1])
     with pytest.raises(ValueError, match="1 weights were not delivered"):
         engine.load_weights(missing.items())
     assert engine._process._process.poll() is not None
-
-
-def test_an_engine_that_is_killed(engine: VLLMEngine) -> None:
-    """The last test of this file: the others' engine is gone."""
-    os.kill(engine._process.pid, signal.SIGKILL)
-    with pytest.raises(RolloutEngineError, match="exit code -9"):
-        engine.generate(PROMPTS, sampling())

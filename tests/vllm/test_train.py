@@ -31,14 +31,13 @@ CASES = {
     "hf": (2, ["train_iters=2", *GREEDY]),
     "tp2_sp": (2, [*VLLM, *GREEDY, *TP2_SP]),
     "ahead": (2, [*VLLM, *GREEDY, *TP2_SP, "rollout.one_step_off_policy=true"]),
-    "dp2": (2, VLLM),
     "dp2_killed": (2, VLLM),
     # The untied LM head is frozen too.
     "frozen": (2, [*VLLM, *GREEDY, *PP2, "train_iters=3", "taps.layers=[0,1]"]),
     "tp2_sp_pp2": (4, [*VLLM, *TP2_SP, *PP2, *SPLIT]),
 }
 
-# Both engines, before the second step's rollouts.
+# The first rank's, before the second step's rollouts.
 KILLED = {"dp2_killed": {"kill_engine_before": 1}}
 
 
@@ -69,6 +68,10 @@ def rollouts_of(root: Path, name: str) -> list[list[Any]]:
     return torch.load(root / f"{name}.pt", weights_only=False)["rollouts"]
 
 
+def warnings_of(root: Path, name: str) -> list[str]:
+    return torch.load(root / f"{name}.pt", weights_only=False)["warnings"]
+
+
 def records(root: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(x) for x in (root / name / "metrics.jsonl").read_text().splitlines()]
 
@@ -77,21 +80,16 @@ def tokens(rollouts: list[Any]) -> list[tuple[int, ...]]:
     return [rollout.response_ids for rollout in rollouts]
 
 
-def test_layout_changes_no_rollout(root: Path) -> None:
-    """Two engines of two replicas sample what one engine samples."""
-    found, expected = rollouts_of(root, "tp2_sp_pp2"), rollouts_of(root, "dp2")
+def test_neither_layout_nor_a_killed_engine_changes_rollouts(root: Path) -> None:
+    """Two engines of two replicas, of which one is killed, sample what one engine samples."""
+    found, expected = rollouts_of(root, "dp2_killed"), rollouts_of(root, "tp2_sp_pp2")
     assert [len(of_step) for of_step in expected] == [8, 8]
     assert [tokens(of_step) for of_step in found] == [tokens(of_step) for of_step in expected]
-    for ours, theirs in zip(records(root, "tp2_sp_pp2"), records(root, "dp2"), strict=True):
+    for ours, theirs in zip(records(root, "dp2_killed"), records(root, "tp2_sp_pp2"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-
-
-def test_killed_engines(root: Path) -> None:
-    """The run is the one that would have been."""
-    assert rollouts_of(root, "dp2_killed") == rollouts_of(root, "dp2")
-    for ours, theirs in zip(records(root, "dp2_killed"), records(root, "dp2"), strict=True):
-        assert ours["loss"] == theirs["loss"]
-    assert [one["rollout_engine_restarts"] for one in records(root, "dp2_killed")] == [0, 2]
+    assert [one["rollout_engine_restarts"] for one in records(root, "dp2_killed")] == [0, 1]
+    (warning,) = warnings_of(root, "dp2_killed")
+    assert "ended with exit code -9" in warning
 
 
 def test_both_engines_follow_the_student(root: Path) -> None:
@@ -103,13 +101,13 @@ def test_both_engines_follow_the_student(root: Path) -> None:
     assert found[0][0].logprobs != pytest.approx(found[1][0].logprobs, abs=1e-2)
 
 
-@pytest.mark.parametrize("name", ["tp2_sp", "dp2", "frozen", "tp2_sp_pp2"])
+@pytest.mark.parametrize("name", ["tp2_sp", "dp2_killed", "frozen", "tp2_sp_pp2"])
 def test_log_probabilities_are_the_trainers(root: Path, name: str) -> None:
-    """Up to rounding; warnings would also be those of a failed sync."""
+    """Up to rounding, also of an engine that got its weights anew."""
     for record in records(root, name):
         assert 0 < record["rollout_logprob_diff_mean"] < 1e-4
         assert record["rollout_logprob_diff_max"] < 1e-3
-    assert torch.load(root / f"{name}.pt", weights_only=False)["warnings"] == []
+    assert not [one for one in warnings_of(root, name) if "differ" in one]
 
 
 def test_what_is_frozen_is_sent_once(root: Path) -> None:
@@ -135,14 +133,14 @@ def test_one_step_off_policy(root: Path) -> None:
 
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs the demo's model: make demo or make test")
 def test_smollm2(tmp_path: Path) -> None:
-    """The demo's pair on two pipeline stages, three steps."""
+    """The demo's pair on two pipeline stages, two steps."""
     student = tmp_path / "student"
     prune_depth(SMOLLM2, student, evenly_spaced_layers(30, 24), force=False)
     shutil.copy(ROOT / "examples" / "demo.yaml", tmp_path / "run.yaml")
     overrides = [
         *VLLM,
-        *("train_iters=3", f"model.student={student}", f"model.teacher={SMOLLM2}"),
-        *("rollout.prompts_per_step=4", "rollout.max_new_tokens=16", "rollout.temperature=0"),
+        *(f"model.student={student}", f"model.teacher={SMOLLM2}"),
+        *("rollout.prompts_per_step=2", "rollout.max_new_tokens=8", "rollout.temperature=0"),
         *("optimizer.lr_warmup_fraction=0", "data.max_prompt_tokens=128", "tensorboard=false"),
     ]
     case = {"name": "smollm2", "pair": str(tmp_path), "overrides": overrides}
