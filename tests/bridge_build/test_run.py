@@ -1,8 +1,6 @@
 """Stages 0 and 1 on a tiny pair: what comes out, that no layout changes it, and training on it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from megatron_oprd.bridge.format import PICTURE_FILE, TENSORS_FILE, BridgeFolder
 from megatron_oprd.bridge_build.sequences import split_prompts
 from megatron_oprd.rollout.engine import Rollout
 from tests.pairs import save_pair
-from tests.ranks import ROOT, rank_environment, run_ranks
+from tests.ranks import run_ranks
 
 TP2 = "parallel.tensor_model_parallel_size=2"
 SP = "parallel.sequence_parallel=true"
@@ -189,24 +187,16 @@ def test_training_through_the_bridge(root: Path) -> None:
     assert (bridge / TENSORS_FILE).read_bytes() == before
 
 
-def test_command_line(root: Path) -> None:
+def test_command_line(root: Path, tmp_path: Path) -> None:
     """The table, on one process."""
-    command = ["-m", "megatron_oprd.build_bridge", "--config", str(root / "bridge.yaml")]
-    result = subprocess.run(
-        [sys.executable, *command, "fit.num_prompts=4", "fit.ranks=[1,2]"],
-        cwd=ROOT,
-        env=rank_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert "3 <- 5" in result.stdout
-    assert "r = 2" in result.stdout
-    assert f"the bridge: {root / 'bridge'}" in result.stdout
+    arguments = ["--config", str(root / "bridge.yaml"), "fit.num_prompts=4", "fit.ranks=[1,2]"]
+    case = {"program": "build_bridge", "arguments": arguments}
+    run_ranks("entry_point", [case], 1, tmp_path)
+    shown = (tmp_path / "rank_0_of_1.log").read_text()
+    assert "3 <- 5" in shown
+    assert "r = 2" in shown
+    assert f"the bridge: {root / 'bridge'}" in shown
     manifest = BridgeFolder(root / "bridge").manifest
     mean = sum(manifest.cosine["2"]["after"]) / 4
-    (row,) = (
-        line for line in result.stdout.splitlines() if "mean " in line and "before" not in line
-    )
+    (row,) = (line for line in shown.splitlines() if "mean " in line and "before" not in line)
     assert f"{mean:.3f}" in row

@@ -1,9 +1,6 @@
 """The report on FP8 teachers: on tiny models against transformers, and the goals on a real one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ from transformers import AutoTokenizer
 
 from megatron_oprd.evaluation.hidden_states import transformers_states
 from tests.models.test_fp8 import rounded
-from tests.ranks import ROOT, rank_environment, run_ranks
+from tests.ranks import ROOT, run_ranks
 from tests.tiny import copy_with_config, save_tiny_model, tiny_config
 
 SMOLLM2 = ROOT / ".cache/smollm2/SmolLM2-135M-Instruct"
@@ -148,22 +145,15 @@ def test_goals_on_smollm2(root: Path) -> None:
 def test_entry_point(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "fp8.json"
 
-    command = [
-        *(sys.executable, "-m", "megatron_oprd.fp8_report", "--teacher", str(root / "tiny")),
-        *("--prompts", str(root / "prompts.jsonl"), "--output", str(output)),
+    arguments = [
+        *("--teacher", str(root / "tiny"), "--prompts", str(root / "prompts.jsonl")),
         *("--recipe", *RECIPES, "--params-dtype", "fp32", "--max-new-tokens", "4"),
+        *("--output", str(output)),
     ]
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **rank_environment(), "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    rows = [line.split("│") for line in result.stdout.splitlines() if "│ per_channel" in line]
+    case = {"program": "fp8_report", "arguments": arguments, "columns": 100}
+    run_ranks("entry_point", [case], 1, tmp_path)
+    shown = (tmp_path / "rank_0_of_1.log").read_text()
+    rows = [line.split("│") for line in shown.splitlines() if "│ per_channel" in line]
     assert [row[1].strip() for row in rows] == RECIPES
     written = json.loads(output.read_text())
     share = written["recipes"][0]["weights"]["whole"] / written["bf16"]["whole"]

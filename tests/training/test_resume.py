@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -29,8 +28,8 @@ def arguments(pair: Path, out: Path, overrides: list[str]) -> list[str]:
 
 def start(pair: Path, out: Path, overrides: list[str]) -> StartedRanks:
     """Starts a run on two processes."""
-    case = {"arguments": arguments(pair, out, overrides)}
-    return StartedRanks("train", [case], 2, out.with_suffix(".ranks"))
+    case = {"program": "train", "arguments": arguments(pair, out, overrides)}
+    return StartedRanks("entry_point", [case], 2, out.with_suffix(".ranks"))
 
 
 def finish(pair: Path, out: Path, overrides: list[str]) -> None:
@@ -39,10 +38,9 @@ def finish(pair: Path, out: Path, overrides: list[str]) -> None:
         ranks.finish()
 
 
-def start_torchrun(pair: Path, out: Path, overrides: list[str]) -> subprocess.Popen:
-    """Starts a run on two processes under torchrun."""
-    log = out.with_suffix(".log").open("a")
-    return subprocess.Popen(
+def finish_under_torchrun(pair: Path, out: Path, overrides: list[str]) -> None:
+    """Runs to the end on two processes of torchrun's."""
+    done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", "2", "-m", "megatron_oprd.train"),
@@ -50,9 +48,12 @@ def start_torchrun(pair: Path, out: Path, overrides: list[str]) -> subprocess.Po
         ],
         cwd=ROOT,
         env=rank_environment(),
-        stdout=log,
-        stderr=log,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def wait_until(condition: Callable[[], bool], still_runs: Callable[[], bool]) -> None:
@@ -99,7 +100,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_between_checkpoints(pair: Path, tmp_path: Path) -> None:
     """bf16 weights, fp32 main parameters, the distributed optimizer over two replicas.
 
-    The killed run and the one that goes on are torchrun's.
+    The run that goes on is torchrun's.
     """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(pair, whole, BF16_DP2)
@@ -108,15 +109,12 @@ def test_killed_between_checkpoints(pair: Path, tmp_path: Path) -> None:
         metrics = killed / "metrics.jsonl"
         return metrics.exists() and '"step": 2' in metrics.read_text()
 
-    process = start_torchrun(pair, killed, BF16_DP2)
-    wait_until(after_step_2, lambda: process.poll() is None)
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        one.kill()
-    process.wait()
+    with start(pair, killed, BF16_DP2) as ranks:
+        wait_until(after_step_2, ranks.poll)
+        ranks.kill()
     assert checkpoint_names(killed)[0] == "step_0000002"
     assert not (killed / "student").exists()
-    code = start_torchrun(pair, killed, BF16_DP2).wait(timeout=300)
-    assert code == 0, killed.with_suffix(".log").read_text()[-3000:]
+    finish_under_torchrun(pair, killed, BF16_DP2)
     assert_equal_runs(killed, whole)
     before = HFCheckpoint(pair / "student")
     moved = [not torch.equal(t, before.read(name).bfloat16()) for name, t in weights(whole).items()]
