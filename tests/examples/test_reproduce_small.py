@@ -48,7 +48,8 @@ def test_every_method_is_run_and_measured(tmp_path: Path) -> None:
     parts = [(models / f"{name}.jsonl").read_text().splitlines() for name in ("train", "test")]
     assert not set(parts[0]) & set(parts[1])
 
-    printed = _start("compare.py", "--small", "--models", str(models), "--out", str(out))
+    arguments = ("--small", "--jobs", "2", "--models", str(models), "--out", str(out))
+    printed = _start("compare.py", *arguments)
     for name in ("OPRD-Vanilla", "OPD top-1", "OPD top-16", "OPD full", "top-1 + mu OPRD"):
         assert f"│ {name} " in printed
     results = json.loads((out / "results.json").read_text())
