@@ -144,6 +144,7 @@ def test_over_several_gpus(
     qwen: Callable[..., RunConfig], layout: list[str], size: int, expected: list[str]
 ) -> None:
     settings = [f"parallel.{one}" for one in layout]
+    settings.append("rollout.vllm.sleep_level=1")
     found = memory(qwen(*settings, engine_size=size))
     kinds = [
         "leader" if r.is_leader else "with" if r.has_engine else "without" for r in found.ranks
@@ -156,6 +157,7 @@ def test_over_several_gpus(
         assert engine_items(rank, "rollout") == there
         assert ("weight sync's bucket" in rank.phases["student"]) == rank.is_leader
     assert found.vllm is not None
+    assert found.vllm.host_bytes == weights * size
     heads = 8 // size
     of_block = 2 * 36 * heads * 128 * 2 * 16
     assert found.vllm.num_tokens == (kv_cache // of_block - 1) * 16
