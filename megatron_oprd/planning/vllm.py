@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.planning.layers import layer_of
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
 
-_FP32, _INT64 = 4, 8
+_FP8, _FP32, _INT64 = 1, 4, 8
 # What a second process on a device needs for CUDA itself, awake or asleep; assumed.
 CONTEXT_BYTES = 500_000_000
 # Tokens of a block of the KV cache on a GPU. One block is never used.
@@ -80,8 +81,7 @@ def vllm_bytes(
     """
     rollout, a = layout.config.rollout, layout.student.architecture
     vllm, size = rollout.vllm, rollout.vllm.tensor_model_parallel_size
-    whole = sum(math.prod(s) for mapping in layout.student.table for s in mapping.hf.values())
-    weights = -(-whole // size) * itemsize
+    weights = -(-_weight_bytes(layout, itemsize) // size)
     length = workload.prompt_tokens + workload.response_tokens
     longest = layout.config.data.max_prompt_tokens + rollout.max_new_tokens
     max_model_len = vllm.max_model_len or longest
@@ -110,6 +110,18 @@ def vllm_bytes(
         max_model_len=max_model_len,
         num_responses=min(usable // -(-length // BLOCK_TOKENS), most),
     )
+
+
+def _weight_bytes(layout: RunLayout, itemsize: int) -> int:
+    """The student's weights as an engine keeps them; the scales of FP8 are left out."""
+    in_fp8 = layout.config.rollout.vllm.quantization is not None
+    total = 0
+    for mapping in layout.student.table:
+        is_linear = layer_of(mapping.megatron) is not None and not mapping.is_replicated
+        for shape in mapping.hf.values():
+            is_quantised = in_fp8 and is_linear and len(shape) == 2
+            total += math.prod(shape) * (_FP8 if is_quantised else itemsize)
+    return total
 
 
 def num_blocks(

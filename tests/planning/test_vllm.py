@@ -38,10 +38,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
         f"model.teacher={model_folder(directory, 'Qwen3-32B')}",
     ]
 
-    def load(*overrides: str, engine_size: int = 1) -> RunConfig:
-        config = load_config(EXAMPLES / "qwen3_32b_to_4b.yaml", [*models, *VLLM, *overrides])
-        config.rollout.vllm.tensor_model_parallel_size = engine_size
-        return config
+    def load(*overrides: str) -> RunConfig:
+        return load_config(EXAMPLES / "qwen3_32b_to_4b.yaml", [*models, *VLLM, *overrides])
 
     return load
 
@@ -78,6 +76,15 @@ def test_a_share_of_the_device(qwen: Callable[..., RunConfig]) -> None:
     assert found.vllm is not None
     assert found.vllm.num_tokens == (kv_cache // (16 * OF_TOKEN) - 1) * 16
     assert found.vllm.num_responses == found.vllm.num_tokens // LENGTH == 20
+
+
+def test_weights_in_fp8(qwen: Callable[..., RunConfig]) -> None:
+    """Of a layer the matrices: queries, keys and values, output, gate, up and down."""
+    found = memory(qwen("rollout.vllm.quantization=fp8_per_channel"))
+    linear = 36 * 2560 * (4096 + 2 * 1024 + 4096 + 3 * 9728)
+    assert engine_items(found.ranks[0], "rollout")[0] == WEIGHTS - linear
+    assert found.vllm is not None
+    assert found.vllm.kv_cache == 32 * 10**9 - (WEIGHTS - linear) - WORKSPACE
 
 
 def test_a_cache_of_given_size(qwen: Callable[..., RunConfig]) -> None:
@@ -133,10 +140,10 @@ def test_asleep(
     [
         (["tensor_model_parallel_size=4"], 2, ["leader", "with", "without"]),
         (["tensor_model_parallel_size=4"], 4, ["leader", "with"]),
-        # The first stage's two ranks, and one of the second's.
+        # The first stage's two ranks, and the second's.
         (
-            ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"], 3,
-            ["leader", "with", "with", "without"],
+            ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=4"], 4,
+            ["leader", "with", "with", "without", "without"],
         ),
     ],
 )  # fmt: skip
@@ -144,8 +151,8 @@ def test_over_several_gpus(
     qwen: Callable[..., RunConfig], layout: list[str], size: int, expected: list[str]
 ) -> None:
     settings = [f"parallel.{one}" for one in layout]
-    settings.append("rollout.vllm.sleep_level=1")
-    found = memory(qwen(*settings, engine_size=size))
+    settings += ["rollout.vllm.sleep_level=1", f"rollout.vllm.tensor_model_parallel_size={size}"]
+    found = memory(qwen(*settings))
     kinds = [
         "leader" if r.is_leader else "with" if r.has_engine else "without" for r in found.ranks
     ]
