@@ -19,7 +19,7 @@ from megatron_oprd.bridge_build.report import cosine_table
 from megatron_oprd.bridge_build.run import build_bridge
 from megatron_oprd.errors import run_entry_point
 from megatron_oprd.parallel import parallel_run
-from megatron_oprd.training.rollouts import check_rollout_server
+from megatron_oprd.training.rollouts import check_rollout_server, check_server_to_start
 
 
 def main() -> int:
@@ -35,6 +35,8 @@ def main() -> int:
     plan = plan_build(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     if os.environ.get("RANK", "0") == "0":
         check_rollout_server(plan)
+        ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        check_server_to_start(plan, ranks_on_host=ranks_on_host)
     with parallel_run(config.parallel, seed=config.seed) as context:
         manifest = build_bridge(config, plan, context)
         first = context.rank == 0

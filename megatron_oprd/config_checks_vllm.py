@@ -8,16 +8,18 @@ from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.errors import UserError
 
 MAX_TEMPERATURE = 2.0
-# What an engine is started with, which a server is not by us.
-_OF_EMBEDDED = (
-    "gpu_memory_utilization",
-    "kv_cache_gb",
-    "enforce_eager",
-    "tensor_model_parallel_size",
-    "quantization",
-    "sleep_level",
-    "sync_bucket_mb",
-)
+# The ways to have an engine, and the settings that not all of them have a use for.
+_EMBEDDED, _GIVEN, _STARTED = "an engine beside each replica", "server_url", "start_server"
+_USES = {
+    "server_gpus": (_STARTED,),
+    "gpu_memory_utilization": (_EMBEDDED, _STARTED),
+    "kv_cache_gb": (_EMBEDDED, _STARTED),
+    "enforce_eager": (_EMBEDDED, _STARTED),
+    "tensor_model_parallel_size": (_EMBEDDED, _STARTED),
+    "quantization": (_EMBEDDED, _STARTED),
+    "sleep_level": (_EMBEDDED,),
+    "sync_bucket_mb": (_EMBEDDED,),
+}
 
 
 def check_vllm(config: RunConfig) -> None:
@@ -35,9 +37,13 @@ def check_vllm(config: RunConfig) -> None:
                     f"rollout.engine = {config.rollout.engine}; use vllm"
                 )
         return
+    _check_uses(vllm)
     if vllm.server_url is not None:
-        _check_server(vllm)
-    _check_size(config)
+        _check_url(vllm.server_url)
+    if vllm.start_server:
+        _check_started(vllm)
+    else:
+        _check_size(config)
     _check_quantization(config)
     if not 0 < vllm.gpu_memory_utilization < 1:
         raise UserError(
@@ -105,20 +111,42 @@ def _check_quantization(config: RunConfig) -> None:
         )
 
 
-def _check_server(vllm: VLLMConfig) -> None:
-    parts = urlsplit(str(vllm.server_url))
+def _check_uses(vllm: VLLMConfig) -> None:
+    if vllm.start_server and vllm.server_url is not None:
+        raise UserError(
+            f"rollout.vllm.start_server = true with rollout.vllm.server_url = {vllm.server_url}: "
+            "the run starts a server, or uses one that is there; leave one of them out"
+        )
+    way, instead = _EMBEDDED, "it is for rollout.vllm.start_server = true"
+    if vllm.start_server:
+        way, instead = _STARTED, "leave it out"
+    elif vllm.server_url is not None:
+        way, instead = _GIVEN, "give it to vllm serve"
+    for name, ways in _USES.items():
+        if way not in ways and getattr(vllm, name) != getattr(VLLMConfig(), name):
+            of = way if way == _EMBEDDED else f"rollout.vllm.{way}"
+            raise UserError(
+                f"rollout.vllm.{name} = {getattr(vllm, name)} has no effect with {of}; {instead}"
+            )
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
     try:
         has_port = parts.port is None or parts.port > 0
     except ValueError:
         has_port = False
     others = (parts.path.strip("/"), parts.query, parts.fragment, parts.username)
     if parts.scheme != "http" or not parts.hostname or not has_port or any(others):
+        raise UserError(f"rollout.vllm.server_url = {url}: has to be as in http://127.0.0.1:8000")
+
+
+def _check_started(vllm: VLLMConfig) -> None:
+    size, gpus = vllm.tensor_model_parallel_size, vllm.server_gpus
+    if size < 1:
+        raise UserError(f"rollout.vllm.tensor_model_parallel_size = {size}: has to be 1 or above")
+    if gpus and (len(set(gpus)) != size or len(gpus) != size or min(gpus) < 0):
         raise UserError(
-            f"rollout.vllm.server_url = {vllm.server_url}: has to be as in http://127.0.0.1:8000"
+            f"rollout.vllm.server_gpus = {gpus}: have to be as many different GPUs, from 0, as "
+            f"rollout.vllm.tensor_model_parallel_size = {size}"
         )
-    for name in _OF_EMBEDDED:
-        if getattr(vllm, name) != getattr(VLLMConfig(), name):
-            raise UserError(
-                f"rollout.vllm.{name} = {getattr(vllm, name)} has no effect with "
-                "rollout.vllm.server_url; give it to vllm serve"
-            )

@@ -17,7 +17,7 @@ from megatron_oprd.planning.host import check_host_memory
 from megatron_oprd.training.loop import train
 from megatron_oprd.training.plan import describe, make_plan
 from megatron_oprd.training.resume import checkpoint_to_resume
-from megatron_oprd.training.rollouts import check_rollout_server
+from megatron_oprd.training.rollouts import check_rollout_server, check_server_to_start
 
 
 def main() -> int:
@@ -40,16 +40,19 @@ def main() -> int:
     first = os.environ.get("RANK", "0") == "0"
     if first:  # other hosts may see it under another address; an engine that cannot start says so
         check_rollout_server(plan)
+    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     check_host_memory(
         config,
         num_ranks=num_ranks,
-        ranks_on_host=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        ranks_on_host=ranks_on_host,
         available_bytes=psutil.virtual_memory().available,
     )
     if arguments.dry_run:
         if first:
             print(describe(plan))
         return 0
+    if first:
+        check_server_to_start(plan, ranks_on_host=ranks_on_host)
     with parallel_run(parallel, seed=config.seed) as context:
         student = train(plan, context)
     if first:

@@ -212,6 +212,12 @@ VLLM = "rollout.engine=vllm"
 FP8 = "rollout.vllm.quantization=fp8_per_channel"
 SPLIT = "rollout.vllm.tensor_model_parallel_size=2"
 SERVER = "rollout.vllm.server_url=http://10.0.0.1:8000"
+START = "rollout.vllm.start_server=true"
+OF_EMBEDDED = ("sleep_level=1", "sync_bucket_mb=4")
+OF_STARTED = (
+    *("gpu_memory_utilization=0.5", "kv_cache_gb=1", "enforce_eager=true"),
+    "tensor_model_parallel_size=2",
+)
 METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_layers=1"
 
 
@@ -328,7 +334,25 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
         ([SERVER], r"no effect with rollout\.engine = hf; use vllm"),
         ([VLLM, SERVER.replace("http:", "https:")], r"server_url = https.*: has to be as in http:"),
         ([VLLM, f"{SERVER}/v1"], r"server_url = .*/v1: has to be as in http://127\.0\.0\.1:8000"),
-        ([VLLM, SERVER, "rollout.vllm.kv_cache_gb=1"], r"no effect with .*; give it to vllm serve"),
+        *(
+            ([VLLM, SERVER, f"rollout.vllm.{one}"], r"no effect with .*url; give it to vllm serve")
+            for one in (*OF_EMBEDDED, *OF_STARTED, "server_gpus=[1]")
+        ),
+        *(
+            ([VLLM, START, f"rollout.vllm.{one}"], r"no effect with .*start_server; leave it out")
+            for one in OF_EMBEDDED
+        ),
+        (
+            [VLLM, "rollout.vllm.server_gpus=[1]"],
+            r"\[1\] has no effect with an engine beside each replica; it is for .*start_server",
+        ),
+        ([START], r"no effect with rollout\.engine = hf; use vllm"),
+        ([VLLM, START, SERVER], r"start_server = true with .*server_url = http://10.*: the run"),
+        *(
+            ([VLLM, START, SPLIT, f"rollout.vllm.server_gpus={one}"], r"as many different GPU")
+            for one in ("[0]", "[1,1]", "[-1,0]", "[0,1,1]")
+        ),
+        ([VLLM, START, SPLIT.replace("=2", "=0")], r"parallel_size = 0: has to be 1 or above"),
         ([VLLM, "rollout.temperature=2.5"], r"vLLM takes at most 2\.0"),
         (
             [VLLM, "rollout.vllm.max_model_len=2047"],
@@ -347,6 +371,10 @@ def test_contradictions(tmp_path: Path, overrides: list[str], message: str) -> N
         ["taps.positions=last_k", "taps.k=1"],
         [PP2, VPP2, "parallel.num_layers_per_stage=[1,1,1,1]"],
         ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+        [VLLM, *(f"rollout.vllm.{one}" for one in (*OF_EMBEDDED, *OF_STARTED[:3]))],
+        [VLLM, SERVER],
+        [VLLM, START],
+        [VLLM, START, *(f"rollout.vllm.{one}" for one in (*OF_STARTED, "server_gpus=[3,1]"))],
         [FULL, METHOD, LAYERS],
         ["recompute.recompute_granularity=selective"],
         [FULL, METHOD, LAYERS, TP2, DISTRIBUTE],

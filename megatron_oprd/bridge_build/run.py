@@ -119,7 +119,13 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
     def stream(_trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         return ((name, source.read(name)) for name in names)
 
-    with open_engines(plan, context, stream) as engines:
+    with open_engines(
+        plan,
+        context,
+        stream,
+        # Beside the bridge's folder, which holds a bridge or nothing.
+        server_log=Path(f"{Path(plan.config.output_dir)}.vllm_server.log"),
+    ) as engines:
         engines.sync()
         for step in range(config.num_steps):
             of_step = prompts_of_step(step, prompts, plan.config)

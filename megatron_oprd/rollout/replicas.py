@@ -50,6 +50,7 @@ class ReplicaEngines:
         frozen: Collection[str] = (),
         max_restarts: int,
         is_shared: bool = False,
+        ensure_server: Callable[[], None] | None = None,
         context: ParallelContext,
     ) -> None:
         """Starts the engines.
@@ -63,6 +64,8 @@ class ReplicaEngines:
             max_restarts: How often one engine is started again, from one `take_restarts` to the
                 next.
             is_shared: Whether all replicas' engines are one server, which is sent weights once.
+            ensure_server: On global rank 0, where the run starts that server: has it answer; called
+                before engines are started, and when one of them failed.
             context: This rank's place.
 
         Raises:
@@ -73,13 +76,17 @@ class ReplicaEngines:
         self._frozen = frozenset(frozen)
         self._max_restarts = max_restarts
         self._is_shared = is_shared
+        self._ensure_server = ensure_server
         self._context = context
         self._version = 0
         self._bytes_sent = 0
         self._restarts = [0] * context.dp_size
         self._engine: RolloutEngine | None = None
         self._under_way: tuple[RolloutEngine | None, Sequence[Prompt], SamplingParams] | None = None
-        for replica, failure in enumerate(self._told(self._start())):
+        failures = self._told(self._server_failure())
+        if not any(failures):
+            failures = self._told(self._start())
+        for replica, failure in enumerate(failures):
             if failure is not None:
                 self.close()
                 raise RolloutEngineError(
@@ -192,6 +199,8 @@ class ReplicaEngines:
             self._count(failures)
             has_failed = failures[self._context.dp_rank] is not None
             take = self._context.dp_rank == 0 if self._is_shared else has_failed
+            while any(of_server := self._told(self._server_failure())):
+                self._count(of_server)
             failure = None
             if has_failed and self._context.is_leader:
                 self.close()
@@ -218,6 +227,15 @@ class ReplicaEngines:
                     replica,
                     failure.message,
                 )
+
+    def _server_failure(self) -> _Failure | None:
+        """Has the server answer that this rank started, if it did; why it does not."""
+        if self._ensure_server is not None:
+            try:
+                self._ensure_server()
+            except RolloutEngineError as error:
+                return _failure(error)
+        return None
 
     def _start(self) -> _Failure | None:
         """Starts this rank's engine, if it is a leader."""

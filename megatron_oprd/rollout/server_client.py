@@ -35,6 +35,8 @@ _SAME = (
     "norm_topk_prob",
     *("rope_type", "rope_theta", "partial_rotary_factor", "factor"),
     *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    *("short_factor", "long_factor"),
+    *("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"),
 )
 _SECONDS_TO_ANSWER = 30
 _SECONDS_FOR_INFO = 300  # it looks at the whole machine
@@ -139,46 +141,74 @@ def check_server(
         UserError: It is not there, was not started for this, or serves another model.
     """
     found = _describe(url, folder)
-    own = AutoConfig.from_pretrained(folder, local_files_only=True)
-    served, ours = (
-        config | (config.get("rope_parameters") or {})
-        for config in (found[0]["config"], json.loads(own.to_json_string(use_diff=False)))
-    )
     at = f"rollout.vllm.server_url = {url}: the server's"
     name = str(dtype).removeprefix("torch.")
     again = "; start it as " + _command(
         folder, f"--dtype {name}", f"--max-model-len {max_model_len}"
     )
-    if served["vocab_size"] != ours["vocab_size"]:
-        raise UserError(
-            f"{at} model has a vocabulary of {served['vocab_size']}, model.student ({folder}) of "
-            f"{ours['vocab_size']}{again}"
-        )
-    for key in _SAME:
-        if key in served and key in ours and served[key] != ours[key]:
-            raise UserError(
-                f"{at} model has {key} = {served[key]}, model.student ({folder}) has {ours[key]}"
-                f"{again}"
-            )
-    if found[0]["dtype"] != name:
-        raise UserError(
-            f"{at} dtype is {found[0]['dtype']}, model.params_dtype means {name}{again}"
-        )
-    if found[0]["max_model_len"] < max_model_len:
-        raise UserError(
-            f"{at} max_model_len is {found[0]['max_model_len']}, the longest prompt with its "
-            f"response has {max_model_len} tokens{again}"
-        )
-    if not found[0]["logprobs_mode"].endswith("raw_logprobs"):
-        raise UserError(
-            f"{at} logprobs_mode is {found[0]['logprobs_mode']}: leave --logprobs-mode at "
-            f"raw_logprobs{again}"
-        )
+    try:
+        check_served(found, folder, dtype=dtype, max_model_len=max_model_len, at=at)
+    except UserError as error:
+        raise UserError(f"{error}{again}") from error
     if checks_weights and len(found) > 1:
         raise UserError(
             f"rollout.vllm.check_weights_interval: {at} model is split over {len(found)} workers, "
             "which weights cannot be read back from; leave it out"
         )
+
+
+def check_served(
+    found: list[dict[str, Any]], folder: Path, *, dtype: torch.dtype, max_model_len: int, at: str
+) -> None:
+    """Refuses a server with another model, or that was started with other settings.
+
+    Args:
+        found: What its workers say of themselves (`WeightReceiver.oprd_describe`).
+        folder: The student's Hugging Face folder.
+        dtype: ``model.params_dtype``.
+        max_model_len: Tokens of the longest prompt with its response.
+        at: How an error begins: which server's.
+
+    Raises:
+        UserError: It has.
+    """
+    own = AutoConfig.from_pretrained(folder, local_files_only=True)
+    served, ours = (
+        config | (config.get("rope_parameters") or {})
+        for config in (found[0]["config"], json.loads(own.to_json_string(use_diff=False)))
+    )
+    if served["vocab_size"] != ours["vocab_size"]:
+        raise UserError(
+            f"{at} model has a vocabulary of {served['vocab_size']}, model.student ({folder}) of "
+            f"{ours['vocab_size']}"
+        )
+    for key in _SAME:
+        if key in served and key in ours and served[key] != ours[key]:
+            name, theirs, expected = _first_difference(key, served[key], ours[key])
+            raise UserError(
+                f"{at} model has {name} = {theirs}, model.student ({folder}) has {expected}"
+            )
+    name = str(dtype).removeprefix("torch.")
+    if found[0]["dtype"] != name:
+        raise UserError(f"{at} dtype is {found[0]['dtype']}, model.params_dtype means {name}")
+    if found[0]["max_model_len"] < max_model_len:
+        raise UserError(
+            f"{at} max_model_len is {found[0]['max_model_len']}, the longest prompt with its "
+            f"response has {max_model_len} tokens"
+        )
+    if not found[0]["logprobs_mode"].endswith("raw_logprobs"):
+        raise UserError(
+            f"{at} logprobs_mode is {found[0]['logprobs_mode']}: leave --logprobs-mode at "
+            "raw_logprobs"
+        )
+
+
+def _first_difference(key: str, one: Any, other: Any) -> tuple[str, Any, Any]:
+    """Names the first place where two values of a config differ, with what is there."""
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        index = next(i for i, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
+        return f"{key}[{index}]", one[index], other[index]
+    return key, one, other
 
 
 def _describe(url: str, folder: Path) -> list[dict[str, Any]]:

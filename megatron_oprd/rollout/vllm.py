@@ -246,14 +246,19 @@ class VLLMEngine:
         return self._process.receive(seconds=minutes * 60, setting=setting)
 
 
-def _environment(gpus: Sequence[str]) -> dict[str, str]:
-    """The engine's environment: its GPUs and no other, and no rank."""
-    environment = {
+def environment_without_rank() -> dict[str, str]:
+    """This process's environment without its place among the ranks."""
+    return {
         name: value
         for name, value in os.environ.items()
         # With torchrun's store vLLM would look for a store at its own address instead of making it.
         if name not in _OF_TORCHRUN and not name.startswith("TORCHELASTIC_")
     }
+
+
+def _environment(gpus: Sequence[str]) -> dict[str, str]:
+    """The engine's environment: its GPUs and no other, and no rank."""
+    environment = environment_without_rank()
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return environment

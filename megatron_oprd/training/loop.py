@@ -87,7 +87,13 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
     with (
         _loggers(config, context, first_step=done.step) as loggers,
         _saved_when_engines_fail(save_before_failing),
-        open_engines(plan, context, stream_weights, frozen=exporter.frozen_names) as engines,
+        open_engines(
+            plan,
+            context,
+            stream_weights,
+            frozen=exporter.frozen_names,
+            server_log=output_dir / "vllm_server.log",
+        ) as engines,
     ):
         source = RolloutSource(plan, context, engines, prompts)
         for step in range(done.step, config.train_iters):

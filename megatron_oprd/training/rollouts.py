@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.config import RunConfig
@@ -13,10 +14,12 @@ from megatron_oprd.data.prompts import Prompt, load_prompts, prompt_indices
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.create import create_engine
-from megatron_oprd.rollout.engine import RolloutEngine, SamplingParams
+from megatron_oprd.rollout.engine import RolloutEngine, RolloutEngineError, SamplingParams
 from megatron_oprd.rollout.engine_gpus import engine_gpus
 from megatron_oprd.rollout.replicas import ReplicaEngines
 from megatron_oprd.rollout.server_client import check_server
+from megatron_oprd.rollout.server_place import check_server_gpus, server_host
+from megatron_oprd.rollout.server_process import ServerProcess
 from megatron_oprd.training.plan import RunPlan
 
 
@@ -27,6 +30,7 @@ def open_engines(
     stream: Callable[[bool], Iterator[tuple[str, Tensor | None]]],
     *,
     frozen: Collection[str] = (),
+    server_log: Path,
 ) -> Iterator[ReplicaEngines]:
     """The run's rollout engines, without weights; ended at the end. Every rank has to call.
 
@@ -35,38 +39,74 @@ def open_engines(
         context: This rank's place.
         stream: Where every weight sync gets the weights from, see `ReplicaEngines`.
         frozen: Names of the weights that never change.
+        server_log: Gets the output of the vLLM server, if the run starts one.
 
     Raises:
         UserError: See `engine_gpus`.
+        RolloutEngineError: An engine did not start; or failed too often, in what is done with them.
     """
-    vllm = plan.config.rollout.vllm
-    gpus = engine_gpus(context, size=vllm.tensor_model_parallel_size)
+    config = plan.config
+    folder = plan.student.checkpoint.hf_folder
+    dtype = DTYPES[config.model.params_dtype]
+    max_model_len = _max_model_len(plan)
+    vllm = config.rollout.vllm
+    gpus: list[str] = []
+    if vllm.server_url is None and not vllm.start_server:
+        gpus = engine_gpus(context, size=vllm.tensor_model_parallel_size)
+    with contextlib.ExitStack() as stack:
+        server = None
+        if vllm.start_server:
+            host = server_host()
+            stack.enter_context(_naming(server_log))
+            if context.rank == 0:
+                server_log.parent.mkdir(parents=True, exist_ok=True)
+                server = ServerProcess(
+                    folder,
+                    dtype=dtype,
+                    max_model_len=max_model_len,
+                    host=host,
+                    log=server_log,
+                    config=vllm,
+                )
+                stack.enter_context(contextlib.closing(server))
+            url: list[str | None] = [None if server is None else server.url]
+            dist.broadcast_object_list(url, src=0)
+            vllm = dataclasses.replace(vllm, server_url=url[0])
 
-    def create() -> RolloutEngine:
-        config = plan.config
-        return create_engine(
-            config.rollout.engine,
-            plan.student.checkpoint.hf_folder,
-            plan.tokenizer,
-            dtype=DTYPES[config.model.params_dtype],
-            device=context.device,
-            gpus=gpus,
-            max_batch_size=config.rollout.max_batch_size,
-            max_model_len=_max_model_len(plan),
-            vllm=vllm,
-            owner=str(Path(config.output_dir).absolute()),
+        def create() -> RolloutEngine:
+            return create_engine(
+                config.rollout.engine,
+                folder,
+                plan.tokenizer,
+                dtype=dtype,
+                device=context.device,
+                gpus=gpus,
+                max_batch_size=config.rollout.max_batch_size,
+                max_model_len=max_model_len,
+                vllm=vllm,
+                owner=str(Path(config.output_dir).absolute()),
+            )
+
+        engines = ReplicaEngines(
+            create,
+            stream,
+            frozen=frozen,
+            max_restarts=vllm.max_restarts,
+            is_shared=vllm.server_url is not None,
+            ensure_server=None if server is None else server.ensure,
+            context=context,
         )
-
-    engines = ReplicaEngines(
-        create,
-        stream,
-        frozen=frozen,
-        max_restarts=vllm.max_restarts,
-        is_shared=vllm.server_url is not None,
-        context=context,
-    )
-    with contextlib.closing(engines):
+        stack.enter_context(contextlib.closing(engines))
         yield engines
+
+
+@contextlib.contextmanager
+def _naming(log: Path) -> Iterator[None]:
+    """Adds to an engine's error where the server's output is."""
+    try:
+        yield
+    except RolloutEngineError as error:
+        raise RolloutEngineError(f"{error}\nthe vLLM server's output is in {log}") from error
 
 
 def check_rollout_server(plan: RunPlan) -> None:
@@ -84,6 +124,21 @@ def check_rollout_server(plan: RunPlan) -> None:
             max_model_len=_max_model_len(plan),
             checks_weights=vllm.check_weights_interval is not None,
         )
+
+
+def check_server_to_start(plan: RunPlan, *, ranks_on_host: int) -> None:
+    """Refuses GPUs that the run's vLLM server cannot have, if the run starts one; on rank 0.
+
+    Args:
+        plan: The run.
+        ranks_on_host: Ranks on this machine.
+
+    Raises:
+        UserError: See `check_server_gpus`.
+    """
+    vllm = plan.config.rollout.vllm
+    if vllm.start_server:
+        check_server_gpus(vllm.server_gpus, ranks_on_host=ranks_on_host)
 
 
 def _max_model_len(plan: RunPlan) -> int:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from megatron_oprd.rollout.vllm_messages import EXTENSION
 from megatron_oprd.rollout.vllm_readback import value_checksum
+from megatron_oprd.rollout.vllm_weights import with_tied_head
 from megatron_oprd.rollout.weight_socket import receive_weights
 from megatron_oprd.rollout.worker_socket import WorkerSocket
 
 
 class FakeServer:
-    """Listens on a free port.
+    """Listens on a free port, or on the given one.
 
     Attributes:
         config: The served model's, as JSON.
@@ -32,7 +33,9 @@ class FakeServer:
         finish_reason: Of its responses.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(
+        self, config: dict[str, Any], *, address: tuple[str, int] = ("127.0.0.1", 0)
+    ) -> None:
         self.config = config
         self.described = {
             "dtype": "float32",
@@ -69,7 +72,7 @@ class FakeServer:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = ThreadingHTTPServer(address, Handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
@@ -92,13 +95,20 @@ class FakeServer:
 
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
         asked = body["sampling_params"].get("logprobs")
-        tokens = [(body["sampling_params"].get("seed", 0) + i) % 90 for i in range(3)]
+        tokens = self.tokens(body)
         return {
             "token_ids": tokens,
             "finish_reason": self.finish_reason,
             "logprobs": None if asked is None else {"content": [{"logprob": -0.5}] * len(tokens)},
-            "weight_versions": [{"version": self.label, "start": 0, "end": 3}],
+            "weight_versions": [{"version": self.label, "start": 0, "end": len(tokens)}],
         }
+
+    def tokens(self, body: dict[str, Any]) -> list[int]:
+        """The response to a request."""
+        return [(body["sampling_params"].get("seed", 0) + i) % 90 for i in range(3)]
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Called with the weights that came, a tied head among them."""
 
     def start_again(self) -> None:
         """Has nobody's weights any more, as after another start."""
@@ -115,6 +125,7 @@ class FakeServer:
             return self.before_receiving()
         with WorkerSocket(**invitation) as trainer:
             self.weights |= dict(receive_weights(trainer, dtype=getattr(torch, dtype)))
+        self.load(dict(with_tied_head(self.weights.items(), {}, tied=options["tied"])))
         self.num_syncs += 1
         sums = {name: value_checksum(tensor) for name, tensor in self.weights.items()}
         return {"checksums": sums if options["keep"] else {}}

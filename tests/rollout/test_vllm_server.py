@@ -22,6 +22,13 @@ from tests.fakes.vllm_server import FakeServer
 from tests.tiny import EOS_ID, save_tiny_model, tiny_config
 
 PROMPTS = [Prompt(index=index, token_ids=(7, index)) for index in (4, 2)]
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 1.4, 1.5, 1.6],
+    "original_max_position_embeddings": 64,
+}
 SAMPLING = SamplingParams(max_new_tokens=3, seed=0, samples_per_prompt=2)
 
 
@@ -87,6 +94,11 @@ def test_unreachable(folder: Path) -> None:
         ({"rope_parameters": {"rope_theta": 7.0}}, "model has rope_theta = 7.0, .* has 10000"),
         ({"model_type": "llama"}, "model has model_type = llama, .* has qwen3"),
         ({"tie_word_embeddings": False}, "has tie_word_embeddings = False, .* has True"),
+        ({"sliding_window": 64}, "has sliding_window = 64, .* has None"),
+        (
+            {"layer_types": ["full_attention", *["sliding_attention"] * 3]},
+            r"has layer_types\[1\] = sliding_attention, .* has full_attention",
+        ),
     ],
 )
 def test_another_model(
@@ -95,6 +107,17 @@ def test_another_model(
     server.config |= changes
     with pytest.raises(UserError, match=message + ".*; start it as VLLM_SERVER_DEV_MODE=1 vllm"):
         check(server.url, folder)
+
+
+@pytest.mark.parametrize("factors", ["short_factor", "long_factor"])
+def test_other_rope_factors(server: FakeServer, tmp_path: Path, factors: str) -> None:
+    config = tiny_config("phi3", rope_parameters=LONGROPE)
+    config.save_pretrained(tmp_path)
+    server.config = json.loads(config.to_json_string(use_diff=False))
+    check(server.url, tmp_path)
+    server.config["rope_parameters"][factors][2] = 7.0
+    with pytest.raises(UserError, match=rf"has {factors}\[2\] = 7\.0, .* has 1\.\d"):
+        check(server.url, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ VLLM = [
     # What is past these is sent to engines that lack it, which the second sync's do not.
     "taps.layers=[0,1]",
 ]
+SERVER = ["rollout.vllm.start_server=true", *(one for one in VLLM if "bucket" not in one)]
 TP2 = [*VLLM, "parallel.tensor_model_parallel_size=2"]
 SPLIT = [*TP2, "rollout.vllm.tensor_model_parallel_size=2"]
 NEVER_AGAIN = ["rollout.vllm.max_restarts=0"]
@@ -38,6 +39,9 @@ CASES: dict[str, tuple[list[str], list[str], str]] = {
     "dp2": (VLLM, [], "dp2"),
     # One of two engines, which does not start at first either.
     "dp2_fails": (VLLM, ["1.generate.2.kill", "3.build.1.kill"], "dp2_fails"),
+    # A server for both, which is killed at the second step's first request. Its successor is killed
+    # in the sync after its start.
+    "dp2_server_fails": (SERVER, ["1.generate.9.kill", "2.weights.1.kill"], "dp2_server_fails"),
 }
 
 
@@ -81,9 +85,11 @@ def values(root: Path, name: str, metric: str) -> list[Any]:
     return [json.loads(line)[metric] for line in lines]
 
 
-@pytest.mark.parametrize(("layout", "count"), [("tp2", 3), ("dp2", 2)])
-def test_the_run_is_the_same(root: Path, layout: str, count: int) -> None:
-    name = f"{layout}_fails"
+@pytest.mark.parametrize(
+    ("name", "layout", "count"),
+    [("tp2_fails", "tp2", 3), ("dp2_fails", "dp2", 2), ("dp2_server_fails", "dp2", 3)],
+)
+def test_the_run_is_the_same(root: Path, name: str, layout: str, count: int) -> None:
     found, expected = result(root, name)["rollouts"], result(root, layout)["rollouts"]
     assert [len(of_step) for of_step in expected] == [8, 8]
     assert expected[0] != expected[1]
@@ -112,6 +118,16 @@ def test_an_engine_of_two_workers(root: Path) -> None:
     found = result(root, "tp2_split")["rollouts"]
     assert found == result(root, "tp2")["rollouts"]
     assert values(root, "tp2_split", "rollout_engine_restarts") == [0, 1]
+
+
+def test_nothing_of_a_server_is_left(root: Path) -> None:
+    """Of none of three, of which each was two processes."""
+    files = sorted((root / "dp2_server_fails.faults").glob("process_*/pids"))
+    assert len(files) == 3
+    for file in files:
+        for pid in file.read_text().split():
+            assert not Path(f"/proc/{pid}").exists()
+    assert (root / "dp2_server_fails" / "vllm_server.log").exists()
 
 
 def test_used_up(root: Path) -> None:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Collection, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +23,12 @@ from megatron_oprd.models.families import read_architecture
 from megatron_oprd.planning.vllm import num_blocks
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
 from megatron_oprd.rollout.server_client import EXTENSION, ServerClient, check_server
+from megatron_oprd.rollout.server_process import ServerProcess
 from megatron_oprd.rollout.vllm_server import VLLMServerEngine
 from megatron_oprd.weights.hf_files import HFFolder
 from tests.tiny import EOS_ID, random_weight, save_tiny_model
 from tests.vllm.engines import (
+    SETTINGS,
     Weights,
     check_greedy,
     check_same_as_hf,
@@ -91,14 +95,16 @@ def url(folder: Path) -> Iterator[str]:
         server.wait(timeout=60)
 
 
-def start(url: str, folder: Path, *, owner: str = "runs/a") -> VLLMServerEngine:
+def start(
+    url: str, folder: Path, *, owner: str = "runs/a", interval: int | None = 1
+) -> VLLMServerEngine:
     return VLLMServerEngine(
         folder,
         dtype=torch.float32,
         eos_token_ids=[EOS_ID],
         known_ids=KNOWN,
         owner=owner,
-        config=VLLMConfig(server_url=url, check_weights_interval=1, timeout_minutes=5),
+        config=VLLMConfig(server_url=url, check_weights_interval=interval, timeout_minutes=5),
     )
 
 
@@ -233,3 +239,34 @@ def test_weights_that_do_not_come(engine: VLLMServerEngine, folder: Path, weight
     check_greedy(
         folder, weights, engine.generate(PROMPTS[:1], sampling(logprobs=False)), never=MEANINGLESS
     )
+
+
+def test_two_workers_of_a_server_of_our_own(
+    folder: Path, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker takes its part of the weights; nothing is left of the server at its end."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    settings: dict[str, Any] = {**SETTINGS, "tensor_model_parallel_size": 2, "start_server": True}
+    server = ServerProcess(
+        folder,
+        dtype=torch.float32,
+        max_model_len=256,
+        host="127.0.0.1",
+        log=tmp_path / "log",
+        config=VLLMConfig(**settings),
+    )
+    with closing(server):
+        server.ensure()
+        engine = start(server.url, folder, interval=None)
+        engine.load_weights(weights.items(), version=1)
+        check_same_as_hf(engine, folder, weights, PROMPTS, known_ids=KNOWN)
+        changed = others(weights, 1)
+        changed["model.embed_tokens.weight"][list(MEANINGLESS)] = 0.0
+        engine.load_weights(changed.items(), version=2)
+        new = engine.generate(PROMPTS, sampling())
+        check_greedy(folder, changed, new, never=MEANINGLESS)
+        assert {rollout.weights_version for rollout in new} == {2}
+        workers = ServerClient(server.url).workers("oprd_describe")
+        assert len(workers) == 2
+    with pytest.raises(RolloutEngineError, match="refused"):
+        ServerClient(server.url).call("/health")

@@ -40,6 +40,7 @@ class LLM:
         ]
         self._faults = Path(os.environ["FAKE_VLLM_FAULTS"])
         self._number = _next_number(self._faults)
+        self.folder = self._faults / f"process_{self._number}"
         self._calls: Counter[str] = Counter()
         self._weights: dict[str, float] = {}
         self._fail("build")
