@@ -39,7 +39,7 @@ def check_vllm(config: RunConfig) -> None:
         return
     _check_uses(vllm)
     if vllm.server_url is not None:
-        _check_url(vllm.server_url)
+        check_url(vllm.server_url, "rollout.vllm.server_url")
     if vllm.start_server:
         _check_started(vllm)
     else:
@@ -130,7 +130,16 @@ def _check_uses(vllm: VLLMConfig) -> None:
             )
 
 
-def _check_url(url: str) -> None:
+def check_url(url: str, setting: str) -> None:
+    """Refuses what is no address of a server.
+
+    Args:
+        url: The address.
+        setting: What it was given as.
+
+    Raises:
+        UserError: It is none.
+    """
     parts = urlsplit(url)
     try:
         has_port = parts.port is None or parts.port > 0
@@ -138,7 +147,7 @@ def _check_url(url: str) -> None:
         has_port = False
     others = (parts.path.strip("/"), parts.query, parts.fragment, parts.username)
     if parts.scheme != "http" or not parts.hostname or not has_port or any(others):
-        raise UserError(f"rollout.vllm.server_url = {url}: has to be as in http://127.0.0.1:8000")
+        raise UserError(f"{setting} = {url}: has to be as in http://127.0.0.1:8000")
 
 
 def _check_started(vllm: VLLMConfig) -> None:

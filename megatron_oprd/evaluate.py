@@ -21,7 +21,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from megatron_oprd.config_checks_vllm import MAX_TEMPERATURE
+from megatron_oprd.config_checks_vllm import MAX_TEMPERATURE, check_url
 from megatron_oprd.data.benchmarks import load_benchmarks
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.evaluation.benchmark_tables import benchmarks_table
@@ -47,6 +47,7 @@ BENCHMARK_OPTIONS: dict[str, Any] = {
     "instruction": None,
     "engine": "hf",
     "tensor_model_parallel_size": 1,
+    "server_url": None,
     "max_new_tokens": 4096,
     "batch_size": 32,
 }
@@ -114,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         metavar="N",
         help="with --engine vllm: GPUs that a model is split over, from --device on; default: 1",
+    )
+    benchmarks.add_argument(
+        "--server-url",
+        metavar="URL",
+        help="a vLLM server, as for rollout.vllm.server_url, that gets the weights of each --model "
+        "in turn; default: none, --engine vllm is started here",
     )
     teacher = parser.add_argument_group("against the teacher")
     teacher.add_argument("--teacher", type=Path, metavar="DIR")
@@ -187,12 +194,18 @@ def _on_benchmarks(args: argparse.Namespace) -> int:
         raise UserError(f"--top-k {args.top_k}: has to be 0 (off) or more")
     if "" in args.stop:
         raise UserError("--stop has an empty text, which every response would end with")
-    if args.engine != "vllm" and args.tensor_model_parallel_size != 1:
+    if args.tensor_model_parallel_size != 1 and (args.engine != "vllm" or args.server_url):
         raise UserError(
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} needs --engine vllm"
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} needs --engine vllm "
+            "without --server-url"
         )
+    if args.server_url is not None:
+        if args.engine != "vllm":
+            raise UserError(f"--server-url has no use with --engine {args.engine}; give vllm")
+        check_url(args.server_url, "--server-url")
     if args.engine == "vllm":
-        check_vllm_is_there()
+        if args.server_url is None:
+            check_vllm_is_there()
         if args.temperature > MAX_TEMPERATURE:
             raise UserError(
                 f"--temperature {args.temperature}: vLLM takes at most {MAX_TEMPERATURE}"
@@ -217,6 +230,7 @@ def _on_benchmarks(args: argparse.Namespace) -> int:
         args.output,
         device=torch.device(args.device),
         tensor_model_parallel_size=args.tensor_model_parallel_size,
+        server_url=args.server_url,
     )
     write_benchmark_evaluation(evaluation, args.output / "evaluation.json")
     Console().print(benchmarks_table(evaluation))

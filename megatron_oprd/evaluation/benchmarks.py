@@ -26,6 +26,7 @@ from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoi
 from megatron_oprd.rollout.create import EngineName, create_engine
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.engine_gpus import visible_gpus
+from megatron_oprd.rollout.server_client import check_server
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.source import WeightSource
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
@@ -78,6 +79,11 @@ class _Model:
     tokenizer: PreTrainedTokenizerBase
     prompts: dict[str, list[Prompt]]  # by benchmark
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(p.token_ids) for prompts in self.prompts.values() for p in prompts)
+
 
 def evaluate_on_benchmarks(
     models: Mapping[str, Path],
@@ -87,6 +93,7 @@ def evaluate_on_benchmarks(
     *,
     device: torch.device,
     tensor_model_parallel_size: int = 1,
+    server_url: str | None = None,
 ) -> BenchmarkEvaluation:
     """Evaluates each model on each benchmark; one model is in memory at a time.
 
@@ -101,23 +108,37 @@ def evaluate_on_benchmarks(
         device: Where models are.
         tensor_model_parallel_size: With vllm, GPUs that each model is split over: ``device`` and
             those behind it.
+        server_url: With vllm, a server that gets each model's weights in turn, so that all have to
+            have the architecture that it serves.
 
     Raises:
-        UserError: A model cannot be used, or not split so, sequences would be longer than a model
-            was made for, or ``output`` has samples of other settings or another model.
+        UserError: A model cannot be used, not be split so, or is not what the server serves,
+            sequences would be longer than a model was made for, or ``output`` has samples of other
+            settings or another model.
     """
     gpus = visible_gpus(device, size=tensor_model_parallel_size)
     opened = [_open(name, folder, benchmarks, settings) for name, folder in models.items()]
     for model in opened:
         layout = TargetLayout(tensor_model_parallel_size=tensor_model_parallel_size)
         check_divides(model.opened.architecture, layout, model=model.name)
-    # Nothing else is on a GPU. On the CPU it would be the host's memory.
-    vllm = VLLMConfig(gpu_memory_utilization=0.9) if device.type == "cuda" else VLLMConfig()
-    vllm.tensor_model_parallel_size = tensor_model_parallel_size
+    vllm = VLLMConfig(
+        server_url=server_url, tensor_model_parallel_size=tensor_model_parallel_size
+    )
+    if device.type == "cuda":
+        # Nothing else is on a GPU. On the CPU it would be the host's memory.
+        vllm.gpu_memory_utilization = 0.9
     for model in opened:
         for benchmark in benchmarks:
             check_settings(
                 _samples_path(output, model, benchmark), _comparable(settings, benchmark)
+            )
+        if server_url is not None:
+            check_server(
+                server_url,
+                model.opened.source.hf_folder,
+                dtype=getattr(torch, settings.dtype),
+                max_model_len=model.longest + settings.sampling.max_new_tokens,
+                checks_weights=False,
             )
     results = {}
     with Grader(timeout=GRADING_SECONDS) as grader:
@@ -221,7 +242,6 @@ def _evaluate_model(
     gpus: Sequence[str],
     vllm: VLLMConfig,
 ) -> dict[str, SamplingMetrics]:
-    longest = max(len(p.token_ids) for prompts in model.prompts.values() for p in prompts)
     engine = create_engine(
         settings.engine,
         model.opened.source.hf_folder,
@@ -230,8 +250,9 @@ def _evaluate_model(
         device=device,
         gpus=gpus,
         max_batch_size=settings.batch_size,
-        max_model_len=longest + settings.sampling.max_new_tokens,
+        max_model_len=model.longest + settings.sampling.max_new_tokens,
         vllm=vllm,
+        owner=f"evaluate {model.opened.source.hf_folder.absolute()}",
     )
     with contextlib.closing(engine):
         noted = xxhash.xxh3_128()

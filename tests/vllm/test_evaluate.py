@@ -48,7 +48,7 @@ def test_greedy_responses_are_those_of_transformers(
     assert split["results"] == found["hf"]["results"]
     with pytest.raises(UserError, match=rf"{SPLIT} 3 does not divide the 4 attention heads of mod"):
         run(monkeypatch, tmp_path, "split", f"--engine vllm {SPLIT} 3")
-    with pytest.raises(UserError, match=f"{SPLIT} 2 needs --engine vllm"):
+    with pytest.raises(UserError, match=f"{SPLIT} 2 needs --engine vllm without"):
         run(monkeypatch, tmp_path, "split", f"--engine hf {SPLIT} 2")
     with pytest.raises(UserError, match="engine"):
         run(monkeypatch, tmp_path, "hf", "--engine vllm")

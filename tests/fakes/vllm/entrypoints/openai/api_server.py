@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from tests.fakes.vllm_server import FakeServer
-from vllm import LLM, SamplingParams  # type: ignore[attr-defined]
+from vllm import LLM, SamplingParams
 
 
 class Server(FakeServer):
