@@ -70,3 +70,8 @@ class VLLMConfig:
     timeout_minutes: float = 120.0
     sync_timeout_minutes: float = 10.0
     max_restarts: int = 2
+
+    @property
+    def uses_server(self) -> bool:
+        """Whether rollouts come from a server, be it the run's own."""
+        return self.start_server or self.server_url is not None

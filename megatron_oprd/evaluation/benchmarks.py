@@ -121,9 +121,7 @@ def evaluate_on_benchmarks(
     for model in opened:
         layout = TargetLayout(tensor_model_parallel_size=tensor_model_parallel_size)
         check_divides(model.opened.architecture, layout, model=model.name)
-    vllm = VLLMConfig(
-        server_url=server_url, tensor_model_parallel_size=tensor_model_parallel_size
-    )
+    vllm = VLLMConfig(server_url=server_url, tensor_model_parallel_size=tensor_model_parallel_size)
     if device.type == "cuda":
         # Nothing else is on a GPU. On the CPU it would be the host's memory.
         vllm.gpu_memory_utilization = 0.9

@@ -167,7 +167,7 @@ def _rollout_rungs(config: RunConfig) -> tuple[list[Change], list[list[Change]]]
         sequences = rollout.prompts_per_step * rollout.samples_per_prompt
         sizes = _halved(rollout.max_batch_size or sequences, 1)
         return [], [[_change(("rollout.max_batch_size", batch)) for batch in sizes]]
-    if vllm.server_url is not None:
+    if vllm.uses_server:
         return [], []
     if vllm.kv_cache_gb is not None:
         caches = [vllm.kv_cache_gb / divisor for divisor in (2, 4, 8)]

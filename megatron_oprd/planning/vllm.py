@@ -65,7 +65,7 @@ class VLLMBytes:
 def has_embedded_vllm(layout: RunLayout) -> bool:
     """Whether rollouts come from vLLM engines on the trainer's GPUs."""
     rollout = layout.config.rollout
-    return rollout.engine == "vllm" and rollout.vllm.server_url is None
+    return rollout.engine == "vllm" and not rollout.vllm.uses_server
 
 
 def vllm_bytes(

@@ -150,10 +150,10 @@ def check_server(
         check_served(found, folder, dtype=dtype, max_model_len=max_model_len, at=at)
     except UserError as error:
         raise UserError(f"{error}{again}") from error
-    if checks_weights and len(found) > 1:
+    if checks_weights and (quantization := found[0]["quantization"]) is not None:
         raise UserError(
-            f"rollout.vllm.check_weights_interval: {at} model is split over {len(found)} workers, "
-            "which weights cannot be read back from; leave it out"
+            f"rollout.vllm.check_weights_interval: {at} quantization is {quantization}, with which "
+            "it has other weights than are sent; leave one of them out"
         )
 
 

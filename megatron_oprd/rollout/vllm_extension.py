@@ -34,6 +34,7 @@ class WeightReceiver:
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
             "logprobs_mode": str(model.logprobs_mode),
+            "quantization": None if model.quantization is None else str(model.quantization),
         }
 
     def oprd_mask(self, ids: list[int]) -> None:

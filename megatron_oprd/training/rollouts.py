@@ -51,7 +51,7 @@ def open_engines(
     max_model_len = _max_model_len(plan)
     vllm = config.rollout.vllm
     gpus: list[str] = []
-    if vllm.server_url is None and not vllm.start_server:
+    if not vllm.uses_server:
         gpus = engine_gpus(context, size=vllm.tensor_model_parallel_size)
     with contextlib.ExitStack() as stack:
         server = None
@@ -92,7 +92,7 @@ def open_engines(
             stream,
             frozen=frozen,
             max_restarts=vllm.max_restarts,
-            is_shared=vllm.server_url is not None,
+            is_shared=vllm.uses_server,
             ensure_server=None if server is None else server.ensure,
             context=context,
         )

@@ -41,6 +41,7 @@ class FakeServer:
             "dtype": "float32",
             "max_model_len": 256,
             "logprobs_mode": "raw_logprobs",
+            "quantization": None,
         }
         self.num_workers = 1
         self.extension = EXTENSION

@@ -136,10 +136,10 @@ def test_another_start(
         check(server.url, folder)
 
 
-def test_weights_of_several_workers_are_not_read_back(server: FakeServer, folder: Path) -> None:
-    server.num_workers = 2
+def test_quantised_weights_are_not_read_back(server: FakeServer, folder: Path) -> None:
+    server.described["quantization"] = "fp8_per_channel"
     check(server.url, folder, checks_weights=False)
-    with pytest.raises(UserError, match=r"check_weights_interval: .* split over 2 workers"):
+    with pytest.raises(UserError, match=r"check_weights_interval: .* quantization is fp8_per_ch"):
         check(server.url, folder)
 
 

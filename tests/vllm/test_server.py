@@ -257,7 +257,7 @@ def test_two_workers_of_a_server_of_our_own(
     )
     with closing(server):
         server.ensure()
-        engine = start(server.url, folder, interval=None)
+        engine = start(server.url, folder, interval=1)
         engine.load_weights(weights.items(), version=1)
         check_same_as_hf(engine, folder, weights, PROMPTS, known_ids=KNOWN)
         changed = others(weights, 1)
