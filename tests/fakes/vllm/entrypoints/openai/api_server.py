@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from megatron_oprd.rollout.vllm_messages import EXTENSION
 from tests.fakes.vllm_server import FakeServer
 from vllm import LLM, SamplingParams
 
@@ -23,7 +24,7 @@ class Server(FakeServer):
     def __init__(self, arguments: list[str]) -> None:
         options = dict(itertools.pairwise(arguments))
         self._one_at_a_time = threading.Lock()
-        self._llm = LLM(options["--model"])
+        self._llm = LLM(options["--model"], worker_extension_cls=EXTENSION, tensor_parallel_size=1)
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
         pids = f"{os.getpid()} {child.pid}"
         (self._llm.folder / "pids").write_text(pids)
@@ -35,7 +36,7 @@ class Server(FakeServer):
         }
 
     def load(self, weights: dict[str, Any]) -> None:
-        self._llm.collective_rpc("reload_weights", {"weights_iterator": iter(weights.items())})
+        self._llm.take(weights.items())
 
     def tokens(self, body: dict[str, Any]) -> list[int]:
         params = SamplingParams(**body["sampling_params"])
