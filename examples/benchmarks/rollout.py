@@ -60,7 +60,7 @@ class WayThere:
         self._bucket = SendingBucket(num_bytes=num_bytes, dtype=dtype, device=CPU)
         self._syncs, theirs = Pipe()
         arguments = (self._bucket.handle, theirs)
-        get_context("fork").Process(target=receive, args=arguments, daemon=True).start()
+        get_context("spawn").Process(target=receive, args=arguments, daemon=True).start()
 
     def sync(self, weights: dict[str, Tensor]) -> float:
         """Seconds until all weights are in the process's memory."""

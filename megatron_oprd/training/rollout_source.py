@@ -22,7 +22,8 @@ class StepRollouts:
         rollouts: Those of the global batch, the same on every rank.
         weight_sync_bytes: What this rank's engine was sent, see `ReplicaEngines.sync`.
         seconds_weight_sync: Wall-clock of the weight sync.
-        seconds_rollout: Wall-clock of generating, or of waiting for what was begun before.
+        seconds_rollout: Wall-clock of generating, or of waiting for what was begun before, be it
+            that an evaluation waited for it.
     """
 
     rollouts: list[Rollout]
@@ -73,6 +74,7 @@ class RolloutSource:
         self._engines = engines
         self._prompts = list(prompts)
         self._ahead: _Ahead | None = None
+        self._seconds_waited = 0.0
 
     def of_step(self, step: int) -> StepRollouts:
         """The rollouts of a step, whose weights the student has; called for each step in turn.
@@ -81,10 +83,9 @@ class RolloutSource:
             RuntimeError: A rollout comes from other weights than it should; on every rank.
             RolloutEngineError: An engine failed too often; on every rank.
         """
-        started = time.perf_counter()
         self.finish(weights_version=step)
         ahead, self._ahead = self._ahead, None
-        waited = time.perf_counter() - started
+        waited, self._seconds_waited = self._seconds_waited, 0.0
         goes_ahead = self._goes_ahead(step)
         started, sent = time.perf_counter(), 0
         if ahead is None or goes_ahead:
@@ -132,6 +133,7 @@ class RolloutSource:
         ahead = self._ahead
         if ahead is None or ahead.rollouts is not None:
             return
+        started = time.perf_counter()
         generated = self._engines.finish(version=weights_version)
         rollouts = gather(
             generated,
@@ -141,6 +143,7 @@ class RolloutSource:
             context=self._context,
             reader=self._plan.teacher_reader,
         )
+        self._seconds_waited += time.perf_counter() - started
         self._ahead = _Ahead(
             step=ahead.step, weights_version=ahead.weights_version, rollouts=rollouts
         )
