@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_oprd.errors import UserError
+from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,7 +102,7 @@ def config_with_dtype(
     """
     if dtype is None:
         return None
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     cast = {field: name for field in ("dtype", "torch_dtype") if field in config}
     changed = {**config, **cast}
     return None if changed == config else changed

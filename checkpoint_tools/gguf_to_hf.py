@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from checkpoint_tools.common import DTYPES
 from megatron_oprd.errors import UserError, run_entry_point
+from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.disk import describe_files
 from megatron_oprd.weights.hf_files import CONFIG_FILE, HFCheckpoint
 from megatron_oprd.weights.hf_writer import HFContent, write_hf_folder
@@ -75,7 +76,7 @@ def gguf_to_hf(gguf: Path, out: Path, *, dtype: torch.dtype, force: bool) -> HFC
             origin={
                 "tool": "gguf_to_hf",
                 "source": describe_files([gguf]),
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": dtype_name(dtype),
             },
         )
         write_hf_folder(out, content, weights.items(), force=force, show_progress=True)

@@ -33,6 +33,7 @@ from megatron_oprd.models.inspection import (
     tensor_groups,
 )
 from megatron_oprd.models.open_checkpoint import open_checkpoint
+from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.megatron_checkpoint import is_megatron
 from megatron_oprd.weights.output_folder import MANIFEST_FILE
 from megatron_oprd.weights.source import WeightSource
@@ -131,7 +132,9 @@ def inspect(
 
 
 def _tensors(source: WeightSource) -> list[tuple[str, list[int], str]]:
-    return [(name, list(source.shape(name)), _text(source.dtype(name))) for name in source.names()]
+    return [
+        (name, list(source.shape(name)), dtype_name(source.dtype(name))) for name in source.names()
+    ]
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -206,7 +209,7 @@ def _groups_table(groups: Sequence[TensorGroup]) -> Table:
         table.add_column(title, justify="right")
     for group in groups:
         shape = " x ".join(map(str, group.shape))
-        table.add_row(escape(group.pattern), str(group.count), shape, _text(group.dtype))
+        table.add_row(escape(group.pattern), str(group.count), shape, dtype_name(group.dtype))
     return table
 
 
@@ -254,10 +257,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
-def _text(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool with the arguments `argv` (the process's by default)."""
     parser = argparse.ArgumentParser(
@@ -291,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hf_config=args.hf_config,
     )
     if args.json is not None:
-        content = json.dumps(dataclasses.asdict(found), indent=2, default=_text)
+        content = json.dumps(dataclasses.asdict(found), indent=2, default=dtype_name)
         args.json.write_text(content + "\n", encoding="utf-8")
     _show(Console(), found)
     return 0

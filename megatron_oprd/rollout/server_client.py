@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import RolloutEngineError
 from megatron_oprd.rollout.vllm_messages import EXTENSION
+from megatron_oprd.weights.casting import dtype_name
 
 GENERATE = "/inference/v1/generate"
 # What has to be the same in the server's model, as far as both configurations have it.
@@ -142,7 +143,7 @@ def check_server(
     """
     found = _describe(url, folder)
     at = f"rollout.vllm.server_url = {url}: the server's"
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     again = "; start it as " + _command(
         folder, f"--dtype {name}", f"--max-model-len {max_model_len}"
     )
@@ -188,7 +189,7 @@ def check_served(
             raise UserError(
                 f"{at} model has {name} = {theirs}, model.student ({folder}) has {expected}"
             )
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if found[0]["dtype"] != name:
         raise UserError(f"{at} dtype is {found[0]['dtype']}, model.params_dtype means {name}")
     if found[0]["max_model_len"] < max_model_len:

@@ -17,13 +17,14 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.rollout import server_guard
 from megatron_oprd.rollout.engine import RolloutEngineError
 from megatron_oprd.rollout.server_client import (
-    EXTENSION,
     GENERATE,
     ServerClient,
     ServerError,
     check_served,
 )
 from megatron_oprd.rollout.vllm import environment_without_rank
+from megatron_oprd.rollout.vllm_messages import EXTENSION
+from megatron_oprd.weights.casting import dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class ServerProcess:
             "--host": self._host,
             "--port": self._port,
             "--worker-extension-cls": EXTENSION,
-            "--dtype": str(self._dtype).removeprefix("torch."),
+            "--dtype": dtype_name(self._dtype),
             "--max-model-len": self._max_model_len,
             "--tensor-parallel-size": config.tensor_model_parallel_size,
             "--gpu-memory-utilization": config.gpu_memory_utilization,

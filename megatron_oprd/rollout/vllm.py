@@ -187,8 +187,7 @@ class VLLMEngine:
                     ) from error
             except OSError:
                 pass  # a worker left, of which the engine's answer says more
-        answer = self._receive(_PART)
-        return answer
+        return self._receive(_PART)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample.

@@ -16,6 +16,7 @@ from megatron_oprd.rollout.vllm_readback import checksums_of_engine
 from megatron_oprd.rollout.vllm_weights import mask_ids, quiet_about_missing, with_tied_head
 from megatron_oprd.rollout.weight_socket import receive_weights
 from megatron_oprd.rollout.worker_socket import WorkerSocket
+from megatron_oprd.weights.casting import dtype_name
 
 
 class WeightReceiver:
@@ -31,7 +32,7 @@ class WeightReceiver:
         model = self.vllm_config.model_config
         return {
             "config": json.loads(model.hf_config.to_json_string(use_diff=False)),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             "max_model_len": model.max_model_len,
             "logprobs_mode": str(model.logprobs_mode),
             "quantization": None if model.quantization is None else str(model.quantization),

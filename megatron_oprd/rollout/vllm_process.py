@@ -24,6 +24,7 @@ from megatron_oprd.rollout.vllm_messages import (
     Response,
     sampling_fields,
 )
+from megatron_oprd.weights.casting import dtype_name
 
 # Before vLLM is imported. Its scheduler in this process; with one worker, that too.
 ENVIRONMENT = {
@@ -42,7 +43,7 @@ class Engine:
         self._settings = settings
         self._llm = LLM(
             str(settings.folder),
-            dtype=str(settings.dtype).removeprefix("torch."),
+            dtype=dtype_name(settings.dtype),
             load_format="dummy",
             generation_config="vllm",
             skip_tokenizer_init=True,

@@ -1,4 +1,4 @@
-"""A rollout engine on a vLLM server, which the user has started: one for all replicas."""
+"""A rollout engine on a vLLM server: one for all replicas."""
 
 import socket
 import threading
@@ -24,6 +24,7 @@ from megatron_oprd.rollout.sync_check import SyncCheck
 from megatron_oprd.rollout.vllm_messages import Request, Response, sampling_fields
 from megatron_oprd.rollout.weight_socket import send_weights
 from megatron_oprd.rollout.worker_socket import TrainerSocket
+from megatron_oprd.weights.casting import dtype_name
 
 # Requests that are under way at once, where no setting says how many: what vLLM generates at once
 # on large GPUs unless it is told otherwise.
@@ -146,7 +147,7 @@ class VLLMServerEngine:
             loaded = _in_background(
                 lambda: self._server.workers(
                     "oprd_receive",
-                    *(workers.invitation, options, str(self._dtype).removeprefix("torch.")),
+                    *(workers.invitation, options, dtype_name(self._dtype)),
                     seconds=self._config.timeout_minutes * 60,
                 )
             )

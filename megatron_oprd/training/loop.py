@@ -29,6 +29,7 @@ from megatron_oprd.training.rollouts import (
     open_engines,
 )
 from megatron_oprd.training.step import Distiller, StepResult
+from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.hf_writer import HFContent, write_hf_folder
 from megatron_oprd.weights.safetensors_file import TensorSpec
@@ -239,7 +240,7 @@ def _export(plan: RunPlan, exporter: Exporter, context: ParallelContext) -> Path
     config = dict(plan.student.checkpoint.config)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     dtype = DTYPES[plan.config.model.params_dtype]
-    config[key] = str(dtype).removeprefix("torch.")
+    config[key] = dtype_name(dtype)
     content = HFContent(
         tensors={
             name: TensorSpec(shape=shape, dtype=dtype)

@@ -44,10 +44,10 @@ def overflow_error(source: WeightSource, name: str, dtype: torch.dtype) -> UserE
             count += too_large.numel()
             largest = max(largest, float(too_large.abs().max()))
     fitting = [one for one in (torch.bfloat16, torch.float32) if largest <= torch.finfo(one).max]
-    right = f"give {' or '.join(map(_text, fitting))}" if fitting else "leave it out"
+    right = f"give {' or '.join(map(dtype_name, fitting))}" if fitting else "leave it out"
     return UserError(
-        f"--dtype {_text(dtype)}: {source.folder} has {count} finite values in {name} that would "
-        f"become infinite; the largest is {largest:.6g}, and {_text(dtype)} ends at "
+        f"--dtype {dtype_name(dtype)}: {source.folder} has {count} finite values in {name} that "
+        f"would become infinite; the largest is {largest:.6g}, and {dtype_name(dtype)} ends at "
         f"{torch.finfo(dtype).max:.6g}. For these weights {right}."
     )
 
@@ -63,5 +63,6 @@ def _overflows(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).isinf() & values.isfinite()
 
 
-def _text(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as configurations and command lines write it, as in ``bfloat16``."""
     return str(dtype).removeprefix("torch.")

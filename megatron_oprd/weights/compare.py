@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_oprd.weights.accounting import is_derived
+from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.rectangles import row_blocks, slices_of
 from megatron_oprd.weights.source import WeightSource
 
@@ -92,7 +93,7 @@ def compare_keys(
         if name in names_a and name in names_b:
             add("shape", name, str(list(a.shape(name))), str(list(b.shape(name))))
             if not ignore_dtypes:
-                add("dtype", name, _text(a.dtype(name)), _text(b.dtype(name)))
+                add("dtype", name, dtype_name(a.dtype(name)), dtype_name(b.dtype(name)))
         else:
             add(
                 "tensor",
@@ -243,7 +244,3 @@ def _read_rope(config: dict[str, Any]) -> dict[str, Any] | None:
 def _field(config: dict[str, Any], field: str) -> str | None:
     """A field's value as text; None where there is no such field."""
     return json.dumps(config[field], sort_keys=True) if field in config else None
-
-
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.accounting import EMBEDDING as HF_EMBEDDING
 from megatron_oprd.weights.accounting import HEAD, refuse_differences
+from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.hf_files import CONFIG_FILE, HFFolder
 from megatron_oprd.weights.mapping import Mapping, Vocabulary
 from megatron_oprd.weights.megatron_keys import (
@@ -64,7 +65,7 @@ class SourceTensors:
 
     def as_json(self) -> dict[str, Any]:
         """For the manifest; `of_manifest` reads it back."""
-        dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in self.dtypes.items()}
+        dtypes = {name: dtype_name(dtype) for name, dtype in self.dtypes.items()}
         return {"hf_dtypes": dtypes, "hf_copies": self.copies}
 
     @classmethod
