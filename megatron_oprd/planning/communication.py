@@ -22,6 +22,7 @@ from megatron_oprd.planning.parameters import (
     parameter_replicas,
     place_of,
 )
+from megatron_oprd.planning.rollout import tensor_sizes
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 
@@ -219,8 +220,7 @@ def _weight_sync(layout: RunLayout, pp_rank: int) -> int:
 def _into_engine(layout: RunLayout) -> int:
     if layout.config.rollout.engine != "vllm":
         return 0
-    weights = sum(math.prod(s) for mapping in layout.student.table for s in mapping.hf.values())
-    return weights * DTYPES[layout.config.model.params_dtype].itemsize
+    return sum(tensor_sizes(layout)) * DTYPES[layout.config.model.params_dtype].itemsize
 
 
 def _ring(layout: RunLayout, num_bytes: int) -> int:

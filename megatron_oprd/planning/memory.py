@@ -87,20 +87,12 @@ def rank_memories(
     """
     parallel = layout.config.parallel
     of_stage = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    ranks = []
-    for pp_rank in range(parallel.pipeline_model_parallel_size):
-        left = 0 if vllm is None else vllm.num_gpus - pp_rank * of_stage
-        with_engine = min(max(left, 0), of_stage)
-        kinds = [(False, True)] * (with_engine > 0) + [(False, False)] * (with_engine < of_stage)
-        if pp_rank == 0:
-            kinds = [(True, with_engine > 0)]
-            kinds += [(False, True)] * (with_engine > 1)
-            kinds += [(False, False)] * (of_stage > max(with_engine, 1))
-        ranks += [
-            _rank_memory(layout, workload, kernels, vllm, pp_rank, is_leader, has_engine)
-            for is_leader, has_engine in kinds
-        ]
-    return ranks
+    num_gpus = 0 if vllm is None else vllm.num_gpus
+    # By stage, whether it is the first rank, and whether it is one of the engine's.
+    kinds = dict.fromkeys(
+        (rank // of_stage, rank == 0, rank < num_gpus) for rank in range(parallel.replica_size)
+    )
+    return [_rank_memory(layout, workload, kernels, vllm, *kind) for kind in kinds]
 
 
 def _rank_memory(

@@ -53,9 +53,8 @@ def engine_bytes(layout: RunLayout, workload: Workload, *, itemsize: int) -> Eng
     prefill = batch * prompt * 3 * (ffn + a.hidden_size) * itemsize
     # Logits in the weights' format and in fp32, with and without noise; the noise, its logarithm.
     sampling = batch * a.vocab_size * (itemsize + 2 * _FP32 + 2 * _FP64)
-    tensors = [math.prod(s) for mapping in layout.student.table for s in mapping.hf.values()]
     return EngineBytes(
-        weights=sum(tensors) * itemsize,
+        weights=sum(tensor_sizes(layout)) * itemsize,
         # A layer's cache is copied to grow by a token.
         kv_cache=(a.num_layers + 1) * layer,
         workspace=max(prefill, sampling, repeated),
@@ -65,5 +64,10 @@ def engine_bytes(layout: RunLayout, workload: Workload, *, itemsize: int) -> Eng
 
 def sync_workspace(layout: RunLayout, *, itemsize: int) -> int:
     """Bytes that the largest tensor needs on the leader while it is gathered for an engine."""
-    largest = max(math.prod(s) for mapping in layout.student.table for s in mapping.hf.values())
-    return 2 * largest * itemsize  # the ranks' shards, and the tensor they are put together to
+    # The ranks' shards, and the tensor they are put together to.
+    return 2 * max(tensor_sizes(layout)) * itemsize
+
+
+def tensor_sizes(layout: RunLayout) -> list[int]:
+    """Elements of every tensor that the student's weights are sent to an engine as."""
+    return [math.prod(s) for mapping in layout.student.table for s in mapping.hf.values()]

@@ -20,7 +20,7 @@ from megatron_oprd.planning.parameters import (
     parameter_replicas,
 )
 from megatron_oprd.planning.rollout import engine_bytes, generation_batch
-from megatron_oprd.planning.vllm import has_embedded_vllm, vllm_bytes
+from megatron_oprd.planning.vllm import has_embedded_vllm, kv_bytes_per_token, vllm_bytes
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
 
@@ -122,7 +122,7 @@ def _rollout_seconds(
         vllm = vllm_bytes(layout, workload, itemsize=itemsize, memory_gb=hardware.memory_gb)
         num_gpus, weights, batch = vllm.num_gpus, vllm.weights, max(vllm.num_responses, 1)
         a = layout.student.architecture
-        of_token = 2 * a.num_layers * max(a.num_query_groups // num_gpus, 1) * a.head_dim * itemsize
+        of_token = kv_bytes_per_token(a, size=num_gpus, itemsize=itemsize)
         whole_cache = batch * (prompt + response) * of_token
     elif layout.config.rollout.engine == "vllm":
         return 0.0, 0.0

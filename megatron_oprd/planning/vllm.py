@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.planning.layers import layer_of
+from megatron_oprd.planning.rollout import generation_batch
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
 
@@ -83,8 +84,7 @@ def vllm_bytes(
     vllm, size = rollout.vllm, rollout.vllm.tensor_model_parallel_size
     weights = -(-_weight_bytes(layout, itemsize) // size)
     length = workload.prompt_tokens + workload.response_tokens
-    longest = layout.config.data.max_prompt_tokens + rollout.max_new_tokens
-    max_model_len = vllm.max_model_len or longest
+    max_model_len = vllm.max_model_len or layout.max_sequence_length
     workspace = _workspace(
         a, size=size, itemsize=itemsize, max_model_len=max_model_len,
         max_batch_size=rollout.max_batch_size, is_large=memory_gb * 1e9 >= _LARGE_GPU,
@@ -96,7 +96,6 @@ def vllm_bytes(
         kv_cache = round(vllm.kv_cache_gb * 1e9)
     blocks = num_blocks(a, kv_cache, size=size, itemsize=itemsize)
     usable = max(blocks - 1, 0)
-    most = min(rollout.max_batch_size or workload.num_sequences, workload.num_sequences)
     return VLLMBytes(
         num_gpus=size,
         weights=weights,
@@ -108,7 +107,7 @@ def vllm_bytes(
         host_bytes=weights * size if vllm.sleep_level == 1 else 0,
         num_tokens=usable * BLOCK_TOKENS,
         max_model_len=max_model_len,
-        num_responses=min(usable // -(-length // BLOCK_TOKENS), most),
+        num_responses=min(usable // -(-length // BLOCK_TOKENS), generation_batch(layout, workload)),
     )
 
 
@@ -136,8 +135,13 @@ def num_blocks(
         itemsize: Bytes of an element.
         block_tokens: Tokens of a block.
     """
-    of_token = 2 * a.num_layers * max(a.num_query_groups // size, 1) * a.head_dim * itemsize
+    of_token = kv_bytes_per_token(a, size=size, itemsize=itemsize)
     return kv_cache // (of_token * block_tokens)
+
+
+def kv_bytes_per_token(a: Architecture, *, size: int, itemsize: int) -> int:
+    """Bytes of a token's keys and values on one of ``size`` GPUs; see `num_blocks`."""
+    return 2 * a.num_layers * max(a.num_query_groups // size, 1) * a.head_dim * itemsize
 
 
 def check_kv_cache(engine: VLLMBytes | None, layout: RunLayout, *, memory_gb: float) -> None:

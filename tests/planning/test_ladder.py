@@ -3,33 +3,17 @@ from collections.abc import Callable
 import pytest
 
 from megatron_oprd.config import RunConfig
-from megatron_oprd.config_file import load_config
 from megatron_oprd.errors import UserError
 from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory
 from megatron_oprd.planning.ladder import check_fits, nearest_that_fits
 from megatron_oprd.planning.models import read_models
 from megatron_oprd.planning.time import Hardware
-from tests.planning.models import EXAMPLES, model_folder
 
 KERNEL = KERNELS["transformer_engine"]
 NO_RECOMPUTE = (
     "recompute={recompute_granularity: null, recompute_method: null, recompute_num_layers: null}"
 )
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
-    directory = tmp_path_factory.mktemp("models")
-    models = [
-        f"model.student={model_folder(directory, 'Qwen3-4B')}",
-        f"model.teacher={model_folder(directory, 'Qwen3-32B')}",
-    ]
-
-    def load(*overrides: str) -> RunConfig:
-        return load_config(EXAMPLES / "qwen3_32b_to_4b.yaml", [*models, *overrides])
-
-    return load
 
 
 def gpu(memory_gb: float) -> Hardware:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 
 from megatron_oprd.config import RunConfig
-from megatron_oprd.config_file import load_config
 from megatron_oprd.errors import UserError
 from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.communication import sent_bytes
@@ -16,7 +15,6 @@ from megatron_oprd.planning.memory import PHASES, RankMemory
 from megatron_oprd.planning.models import read_models
 from megatron_oprd.planning.time import Hardware, step_seconds
 from megatron_oprd.planning.vllm import CONTEXT_BYTES, check_kv_cache
-from tests.planning.models import EXAMPLES, model_folder
 
 KERNEL = KERNELS["transformer_engine"]
 VLLM = ["rollout.engine=vllm", "rollout.max_batch_size=null"]
@@ -31,17 +29,8 @@ ENGINE = ("rollout engine's weights", "KV cache", "rollout engine's workspace")
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
-    directory = tmp_path_factory.mktemp("models")
-    models = [
-        f"model.student={model_folder(directory, 'Qwen3-4B')}",
-        f"model.teacher={model_folder(directory, 'Qwen3-32B')}",
-    ]
-
-    def load(*overrides: str) -> RunConfig:
-        return load_config(EXAMPLES / "qwen3_32b_to_4b.yaml", [*models, *VLLM, *overrides])
-
-    return load
+def qwen(qwen: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
+    return lambda *overrides: qwen(*VLLM, *overrides)
 
 
 def gpu(memory_gb: float) -> Hardware:

@@ -15,7 +15,7 @@ from megatron_oprd.rollout.bucket import Piece
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.rollout.vllm import VLLMEngine
-from tests.tiny import EOS_ID, PAD_ID, tiny_config
+from tests.tiny import EOS_ID, PAD_ID, random_weight, tiny_config
 
 Weights = dict[str, Tensor]
 
@@ -122,3 +122,36 @@ def change_on_the_way(engine: VLLMEngine, name: str, monkeypatch: pytest.MonkeyP
             yield pieces
 
     monkeypatch.setattr(engine._bucket, "fill", changing)
+
+
+def others(weights: Weights, seed: int) -> Weights:
+    """Random weights in place of these."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: random_weight(name, t.shape, generator) for name, t in weights.items()}
+
+
+def check_partial_sync(
+    engine: RolloutEngine,
+    folder: Path,
+    weights: Weights,
+    new: Weights,
+    sent: str | tuple[str, ...],
+    prompts: Sequence[Prompt],
+    *,
+    version: int,
+    never: Sequence[int],
+) -> Weights:
+    """Sends the new weights whose names begin so, and leaves out the others, which stay.
+
+    Returns:
+        What the engine then has.
+    """
+    assert not engine.needs_all_weights()
+    changed = {name: new[name] for name in weights if name.startswith(sent)}
+    weights = weights | changed
+    left_out = weights.keys() - changed.keys()
+    engine.load_weights(changed.items(), version=version, left_out=left_out)
+    rollouts = engine.generate(prompts, sampling())
+    check_greedy(folder, weights, rollouts, never=never)
+    assert {rollout.weights_version for rollout in rollouts} == {version}
+    return weights

@@ -11,13 +11,15 @@ from safetensors.torch import load_file
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
 from megatron_oprd.rollout.vllm import VLLMEngine
 from tests.rollout.test_sampling import chi_square
-from tests.tiny import EOS_ID, random_weight, save_tiny_model, tiny_tokenizer
+from tests.tiny import EOS_ID, save_tiny_model, tiny_tokenizer
 from tests.vllm.engines import (
     Weights,
     change_on_the_way,
     check_greedy,
+    check_partial_sync,
     check_same_as_hf,
     logits_of,
+    others,
     prompt,
     sampling,
     start,
@@ -71,11 +73,6 @@ def without_meaningless(weights: Weights) -> Weights:
     return changed
 
 
-def others(weights: Weights, seed: int) -> Weights:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: random_weight(name, t.shape, generator) for name, t in weights.items()}
-
-
 def test_no_weights(one_engine: VLLMEngine) -> None:
     """The first test of this file: no weights have come yet."""
     assert one_engine.needs_all_weights()
@@ -115,16 +112,11 @@ def test_weights_that_stay(engine: VLLMEngine, folder: Path, weights: Weights) -
         ),
         start=2,
     ):
-        assert not engine.needs_all_weights()
         new = without_meaningless(others(weights, seed=version))
-        changed = {name: new[name] for name in weights if name.startswith(sent)}
-        weights = weights | changed
-        left_out = weights.keys() - changed.keys()
         # Reads all weights back, and compares them with what was sent when they came last.
-        engine.load_weights(changed.items(), version=version, left_out=left_out)
-        rollouts = engine.generate(PROMPTS, sampling())
-        check_greedy(folder, weights, rollouts, never=MEANINGLESS)
-        assert {rollout.weights_version for rollout in rollouts} == {version}
+        weights = check_partial_sync(
+            engine, folder, weights, new, sent, PROMPTS, version=version, never=MEANINGLESS
+        )
 
 
 def test_one_row_of_a_tied_embedding(engine: VLLMEngine, folder: Path, weights: Weights) -> None:

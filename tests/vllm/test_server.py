@@ -22,16 +22,19 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.planning.vllm import num_blocks
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
-from megatron_oprd.rollout.server_client import EXTENSION, ServerClient, check_server
+from megatron_oprd.rollout.server_client import ServerClient, check_server
 from megatron_oprd.rollout.server_process import ServerProcess
+from megatron_oprd.rollout.vllm_messages import EXTENSION
 from megatron_oprd.rollout.vllm_server import VLLMServerEngine
 from megatron_oprd.weights.hf_files import HFFolder
-from tests.tiny import EOS_ID, random_weight, save_tiny_model
+from tests.tiny import EOS_ID, save_tiny_model
 from tests.vllm.engines import (
     SETTINGS,
     Weights,
     check_greedy,
+    check_partial_sync,
     check_same_as_hf,
+    others,
     prompt,
     sampling,
     tiny_llama,
@@ -115,11 +118,6 @@ def engine(url: str, folder: Path, weights: Weights) -> VLLMServerEngine:
     return engine
 
 
-def others(weights: Weights, seed: int) -> Weights:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: random_weight(name, t.shape, generator) for name, t in weights.items()}
-
-
 def test_what_does_not_fit(url: str, folder: Path, tmp_path: Path) -> None:
     """The first test of this file: the server has nobody's weights yet."""
 
@@ -176,16 +174,11 @@ def test_new_weights(engine: VLLMServerEngine, folder: Path, weights: Weights) -
 def test_weights_that_stay(engine: VLLMServerEngine, folder: Path, weights: Weights) -> None:
     """They are checked as the others, and no worker warns of them."""
     for version, sent in ((2, "model.layers.3."), (3, "model.")):
-        assert not engine.needs_all_weights()
         new = others(weights, seed=version)
         new["model.embed_tokens.weight"][list(MEANINGLESS)] = 0.0
-        changed = {name: new[name] for name in weights if name.startswith(sent)}
-        weights = weights | changed
-        left_out = weights.keys() - changed.keys()
-        engine.load_weights(changed.items(), version=version, left_out=left_out)
-        rollouts = engine.generate(PROMPTS, sampling())
-        check_greedy(folder, weights, rollouts, never=MEANINGLESS)
-        assert {rollout.weights_version for rollout in rollouts} == {version}
+        weights = check_partial_sync(
+            engine, folder, weights, new, sent, PROMPTS, version=version, never=MEANINGLESS
+        )
     log = (folder / "log").read_text()
     assert "Linear: Failed to load weights" not in log
     assert "weights were not loaded" not in log
