@@ -4,14 +4,11 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,20 +86,3 @@ def num_bytes(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size like 5GB or 500MB")
     return size
-
-
-def config_with_dtype(
-    config: Mapping[str, Any], dtype: torch.dtype | None
-) -> dict[str, Any] | None:
-    """The content of config.json for weights that were cast; None where it stays as it is.
-
-    Args:
-        config: The content.
-        dtype: What the weights were cast to; None if they were not.
-    """
-    if dtype is None:
-        return None
-    name = dtype_name(dtype)
-    cast = {field: name for field in ("dtype", "torch_dtype") if field in config}
-    changed = {**config, **cast}
-    return None if changed == config else changed

@@ -20,13 +20,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.quantization_config import GgufConfig
 
 from checkpoint_tools.common import DTYPES
+from checkpoint_tools.gguf_metadata import alone, ask_transformers, check_metadata, check_parts
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.disk import describe_files
@@ -55,13 +55,17 @@ def gguf_to_hf(gguf: Path, out: Path, *, dtype: torch.dtype, force: bool) -> HFC
     blank = blank_model(gguf)
     announced = _specs(plain_weights(blank.to(dtype)))
     check_output_folder(out, force=force, required_bytes=_num_bytes(announced), source=gguf)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),  # does not stay in the config
-        output_loading_info=True,
-    )
+    with alone(gguf) as folder:
+        model, info = ask_transformers(
+            gguf,
+            lambda: AutoModelForCausalLM.from_pretrained(
+                folder,
+                gguf_file=gguf.name,
+                dtype=dtype,
+                quantization_config=GgufConfig(dequantize=True),  # does not stay in the config
+                output_loading_info=True,
+            ),
+        )
     if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
         raise UserError(
             f"GGUF file {gguf}: transformers could not place {len(wrong)} tensors of its "
@@ -92,13 +96,20 @@ def blank_model(gguf: Path) -> PreTrainedModel:
             fewer values than the model takes.
     """
     reader = _open_gguf(gguf)
-    try:
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    check_parts(gguf, reader)
+    with alone(gguf) as folder:
+        config = ask_transformers(
+            gguf, lambda: AutoConfig.from_pretrained(folder, gguf_file=gguf.name)
+        )
+        # Read here as well, so that a tokenizer that cannot be read is known before the weights.
+        ask_transformers(gguf, lambda: AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name))
+
+    def build() -> PreTrainedModel:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise UserError(f"GGUF file {gguf}: transformers cannot read it: {error}") from error
-    _check_rope(gguf, reader, config)
+            return AutoModelForCausalLM.from_config(config)
+
+    model = ask_transformers(gguf, build)
+    check_metadata(gguf, reader, config)
     stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
     taken = sum(parameter.numel() for parameter in model.parameters())
     if stored != taken:
@@ -140,20 +151,6 @@ def _open_gguf(gguf: Path) -> GGUFReader:
     return reader
 
 
-def _check_rope(gguf: Path, reader: GGUFReader, config: PreTrainedConfig) -> None:
-    """Refuses a rope scaling that did not make its way into the config."""
-    field = reader.fields.get(
-        f"{reader.fields['general.architecture'].contents()}.rope.scaling.type"
-    )
-    scaling = "none" if field is None else field.contents()
-    rope = getattr(config, "rope_parameters", None) or {}
-    if scaling != "none" and rope.get("rope_type", "default") == "default":
-        raise UserError(
-            f"GGUF file {gguf} has rope scaling {scaling!r}, which transformers does not read from "
-            "GGUF; only files without rope scaling can be converted."
-        )
-
-
 def _save_config_files(gguf: Path, model: PreTrainedModel, folder: Path) -> dict[str, object]:
     """Saves tokenizer and generation config into `folder`; returns the content of config.json."""
     model.config.architectures = [type(model).__name__]
@@ -162,7 +159,8 @@ def _save_config_files(gguf: Path, model: PreTrainedModel, folder: Path) -> dict
     config.pop("_model_name_or_path", None)
     (folder / CONFIG_FILE).unlink()
     model.generation_config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    with alone(gguf) as source:
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(folder)
     return config
 
 

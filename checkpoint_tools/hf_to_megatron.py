@@ -19,7 +19,6 @@ from checkpoint_tools.common import (
     DTYPES,
     add_common_arguments,
     add_layout_arguments,
-    config_with_dtype,
     layout_of,
     positive,
 )
@@ -28,6 +27,7 @@ from megatron_oprd.models.families.decoder import mapping_table
 from megatron_oprd.models.layout_checks import check_layout
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.weights.accounting import EMBEDDING, HEAD, is_derived
+from megatron_oprd.weights.casting import config_with_dtype
 from megatron_oprd.weights.disk import describe_files
 from megatron_oprd.weights.megatron_checkpoint import SourceTensors
 from megatron_oprd.weights.output_folder import check_output_folder

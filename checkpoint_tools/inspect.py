@@ -91,6 +91,8 @@ def inspect(
     architecture, refusal, stored_rows = None, None, None
     try:
         opened = open_checkpoint(path, hf_config=hf_config if is_megatron(path) else None)
+        opened.check_tensors()
+        source = opened.source
         architecture = opened.architecture
         stored_rows = opened.table[0].local_shape(1)[0]
     except UserError as error:
@@ -120,11 +122,7 @@ def inspect(
         layout=layout,
         layout_padded_vocab_size=rows,
         shares=of_layout,
-        parts=parts(
-            source,
-            architecture.moe if architecture is not None else None,
-            tied=bool(source.config.get("tie_word_embeddings")),
-        ),
+        parts=parts(source, tied=bool(source.config.get("tie_word_embeddings"))),
         groups=tensor_groups(source),
         tensors=_tensors(source) if every_tensor else None,
         manifest=_manifest(source.folder),
@@ -196,10 +194,20 @@ def _parts_table(of: Sequence[Part]) -> Table:
         table.add_column(title, justify="right")
     rows = [[one.num_tensors, one.parameters, one.active, one.num_bytes] for one in of]
     for one, row in zip(of, rows, strict=True):
-        table.add_row(one.name, *(f"{value:,}" for value in row))
+        table.add_row(one.name, *map(_count, row))
     table.add_section()
-    table.add_row("total", *(f"{sum(column):,}" for column in zip(*rows, strict=True)))
+    sums = (
+        None if None in column else sum(value for value in column if value is not None)
+        for column in zip(*rows, strict=True)
+    )
+    table.add_row("total", *map(_count, sums))
+    if any(one.active is None for one in of):
+        table.caption = "?: packed weights, or experts whose number the configuration does not say"
     return table
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
 
 
 def _groups_table(groups: Sequence[TensorGroup]) -> Table:

@@ -11,12 +11,12 @@ where an interrupted one was.
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.common import num_bytes
+from checkpoint_tools.prune_checks import LAYER_TENSOR, complete_lists, fields_of_layers
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.weights.disk import describe_files
 from megatron_oprd.weights.hf_files import HFCheckpoint
@@ -28,8 +28,6 @@ from megatron_oprd.weights.hf_writer import (
 from megatron_oprd.weights.output_folder import check_output_folder
 from megatron_oprd.weights.safetensors_file import TensorSpec
 
-_LAYER_TENSOR = re.compile(r"(model\.layers\.)(\d+)(\..+)")
-
 # Config fields that depend on the layer's number, by kind.
 _PER_LAYER = {"layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type"}
 _LAYER_NUMBERS = {"mlp_only_layers"}
@@ -38,11 +36,16 @@ _FIRST_LAYERS = {
     "num_dense_layers",
     "max_window_layers",
 }  # the first so many layers differ
+# Layers behind the last one that predict further tokens; their tensors would be noticed.
+_OTHER_LAYERS = {"num_nextn_predict_layers", "num_mtp_layers"}
+_SAME_NUMBER = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}  # the model's depth
 _PERIODS = {  # every so-many-th layer differs, unless this other field lists the layers
     "decoder_sparse_step": None,
     "moe_layer_freq": None,
     "interleave_moe_layer_step": None,
     "sliding_window_pattern": "layer_types",
+    "_sliding_window_pattern": "layer_types",
+    "layer_group_size": "layer_types",
     "full_attention_interval": "layer_types",
     "no_rope_layer_interval": "no_rope_layers",
     "attn_layer_period": "layers_block_type",
@@ -135,7 +138,7 @@ def pruned_names(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, str]:
     names = {}
     layers = set()
     for name in source.names():
-        match = _LAYER_TENSOR.fullmatch(name)
+        match = LAYER_TENSOR.fullmatch(name)
         if match is None:
             names[name] = name
             continue
@@ -181,17 +184,13 @@ def pruned_config(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, Any]:
         elif field in _PERIODS:
             if value not in (0, 1) and not config.get(_PERIODS[field] or ""):
                 raise _cannot_keep(source, field, value)
-        elif _names_layers(field, value):
-            raise _cannot_keep(source, field, value)
+        elif field in _SAME_NUMBER and value == num_layers:
+            config[field] = len(keep)
+    known = {*_PER_LAYER, *_LAYER_NUMBERS, *_FIRST_LAYERS, *_PERIODS, *_SAME_NUMBER, *_OTHER_LAYERS}
+    for field, value in fields_of_layers(source.config, num_layers, known):
+        raise _cannot_keep(source, field, value)
     config["num_hidden_layers"] = len(keep)
-    return config
-
-
-def _names_layers(field: str, value: object) -> bool:
-    """Whether an unknown field looks as if it depended on the layers' numbers."""
-    if "layer" in field and isinstance(value, list):
-        return True
-    return re.search(r"layers\.\d", json.dumps(value)) is not None
+    return complete_lists(source, config, keep)
 
 
 def _cannot_keep(source: HFCheckpoint, field: str, value: object) -> UserError:

@@ -4,7 +4,7 @@ Options that Megatron has carry Megatron's names.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_oprd.config_evaluation import EvaluationConfig
 from megatron_oprd.config_losses import LossConfig, OutputLossConfig, Positions
@@ -142,6 +142,10 @@ class DataConfig:
         prompt_key: Column with the prompt: text or chat messages.
         chat_template: None renders chat messages and leaves text as it is; true wraps text as a
             user's message; false refuses chat messages.
+        chat_template_kwargs: What chat templates are given beside the messages, in training and in
+            its evaluation: enable_thinking, date_string and the like.
+        continue_final_message: Whether a conversation that ends with the assistant's message is
+            continued behind it; otherwise it is refused.
         max_prompt_tokens: Longer prompts are dropped or cut, and counted.
         long_prompts: drop leaves them out; cut takes their last ``max_prompt_tokens`` tokens.
         shuffle: Whether each epoch is a seeded permutation.
@@ -150,6 +154,8 @@ class DataConfig:
     prompts: list[str] = field(default_factory=list)
     prompt_key: str = "prompt"
     chat_template: bool | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    continue_final_message: bool = False
     max_prompt_tokens: int = 1024
     long_prompts: Literal["drop", "cut"] = "drop"
     shuffle: bool = True
@@ -225,7 +231,10 @@ class OptimizerConfig:
     Attributes:
         lr: Peak learning rate.
         min_lr: Learning rate at the end of the decay.
-        lr_warmup_fraction: Share of ``train_iters`` with a linear warm-up.
+        lr_decay_iters: Updates over which the learning rate is decayed, from the first one on;
+            later ones have ``min_lr``. None is ``train_iters``. A resumed run keeps the length that
+            it began with, also if its ``train_iters`` are others.
+        lr_warmup_fraction: Share of ``lr_decay_iters`` with a linear warm-up.
         lr_decay_style: Shape of the decay after the warm-up.
         weight_decay: Decoupled weight decay; norms and biases are not decayed.
         adam_beta1: Decay of the first moment.
@@ -245,6 +254,7 @@ class OptimizerConfig:
 
     lr: float = 1e-5
     min_lr: float = 0.0
+    lr_decay_iters: int | None = None
     lr_warmup_fraction: float = 0.03
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = 0.01
@@ -284,16 +294,28 @@ class CheckpointConfig:
     """Training checkpoints.
 
     Attributes:
-        save_interval: Steps between checkpoints; there is one more at the end. None writes none, so
-            that the run cannot be resumed; the exported student does not depend on it.
+        save_interval: Steps between checkpoints; there is one more at the end. Without it and the
+            next two the run writes none and cannot be resumed; the exported student does not depend
+            on it.
+        save_interval_minutes: Minutes from one checkpoint, of whatever cause, to the next, as well.
+        exit_after_minutes: That long after its start the run saves and ends, with exit code 75. It
+            ends at the end of a step, as it does on SIGTERM and SIGUSR1.
         keep: Newest checkpoints that stay.
         resume: auto goes on from the newest whole checkpoint of ``output_dir``; never refuses an
             ``output_dir`` that has one.
     """
 
     save_interval: int | None = 50
+    save_interval_minutes: float | None = None
+    exit_after_minutes: float | None = None
     keep: int = 2
     resume: Literal["auto", "never"] = "auto"
+
+    @property
+    def is_on(self) -> bool:
+        """Whether checkpoints are written at all."""
+        causes = (self.save_interval, self.save_interval_minutes, self.exit_after_minutes)
+        return any(cause is not None for cause in causes)
 
 
 @dataclass(kw_only=True)
@@ -343,6 +365,11 @@ class RunConfig:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def decay_iters(self) -> int:
+        """``optimizer.lr_decay_iters``, its default filled in."""
+        return self.optimizer.lr_decay_iters or self.train_iters
 
     @property
     def compares_outputs(self) -> bool:

@@ -13,6 +13,9 @@ from megatron_oprd.config_losses import OutputLoss, OutputLossConfig
 from megatron_oprd.config_teacher import TeacherConfig, TeacherPromptConfig
 from megatron_oprd.errors import UserError
 
+# Numbers of steps and ranks are added to it, and generators take 32 bits or more.
+_LARGEST_SEED = 2**31 - 1
+
 
 def check_values(config: RunConfig) -> None:
     """Refuses values and combinations that are wrong whatever the models are.
@@ -140,7 +143,12 @@ def _check_teacher(teacher: TeacherConfig) -> None:
 
 def _check_teacher_prompt(config: RunConfig) -> None:
     settings = config.teacher_prompt
-    if settings.privileged_key is None and settings.tokenizer == "same":
+    if settings.is_own and config.data.long_prompts == "cut":
+        raise UserError(
+            "data.long_prompts = cut with teacher_prompt: the teacher's prompt would keep what is "
+            "cut off of the student's; use drop"
+        )
+    if not settings.is_own:
         for name in ("template", "max_tokens"):
             value = getattr(settings, name)
             if value != getattr(TeacherPromptConfig(), name):
@@ -314,6 +322,7 @@ def _check_numbers(config: RunConfig) -> None:
         "batch.micro_batch_size",
         "optimizer.max_skipped_in_a_row",
         "recompute.recompute_num_layers",
+        "optimizer.lr_decay_iters",
         "checkpoint.save_interval",
         "checkpoint.keep",
     )
@@ -338,6 +347,8 @@ def _check_numbers(config: RunConfig) -> None:
     for key in not_negative:
         if not 0 <= _get(config, key) < math.inf:
             raise UserError(f"{key} = {_get(config, key)}: has to be 0 or more, and finite")
+    if config.seed > _LARGEST_SEED:
+        raise UserError(f"seed = {config.seed}: has to be at most {_LARGEST_SEED}")
     if config.optimizer.min_lr > config.optimizer.lr:
         raise UserError(
             f"optimizer.min_lr = {config.optimizer.min_lr} is above optimizer.lr = "
@@ -349,6 +360,10 @@ def _check_numbers(config: RunConfig) -> None:
             raise UserError(f"optimizer.{key} = {value}: has to be in [0, 1)")
     if not 0 < config.optimizer.adam_eps < math.inf:
         raise UserError(f"optimizer.adam_eps = {config.optimizer.adam_eps}: has to be above 0")
+    for key in ("checkpoint.save_interval_minutes", "checkpoint.exit_after_minutes"):
+        value = _get(config, key)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{key} = {value}: has to be above 0, and finite")
     for key in ("rollout.top_p", "evaluation.top_p"):
         if not 0 < _get(config, key) <= 1:
             raise UserError(f"{key} = {_get(config, key)}: has to be in (0, 1]")

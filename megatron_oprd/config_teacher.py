@@ -1,7 +1,7 @@
 """The teacher's settings."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 LayerSet = Literal["all", "last", "even", "odd", "none"]
 FP8Recipe = Literal[
@@ -70,12 +70,26 @@ class TeacherPromptConfig:
         tokenizer: same: the teacher reads the student's tokens, and both tokenizers are the same
             one. own: it reads the rollout's text in its own tokens, behind its own chat template;
             positions at which both have read the same text are compared.
+        chat_template_kwargs: As ``data.chat_template_kwargs``, which it takes if this is None.
+        suffix: Text behind the teacher's prompt, such as the start of its thinking.
     """
 
     privileged_key: str | None = None
     template: str = "{prompt}\n\nReference solution:\n{privileged}"
     max_tokens: int | None = None
     tokenizer: Literal["same", "own"] = "same"
+    chat_template_kwargs: dict[str, Any] | None = None
+    suffix: str = ""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the teacher reads something else than the student."""
+        return (
+            self.tokenizer == "own"
+            or self.privileged_key is not None
+            or self.chat_template_kwargs is not None
+            or bool(self.suffix)
+        )
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,7 @@ python -m megatron_oprd.evaluate --teacher TEACHER --student before=PRUNED after
 """
 
 import argparse
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rich.console import Console
 
 from megatron_oprd.config_checks_vllm import MAX_TEMPERATURE, check_url
 from megatron_oprd.data.benchmarks import load_benchmarks
+from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.evaluation.benchmark_tables import benchmarks_table
 from megatron_oprd.evaluation.benchmarks import (
@@ -143,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
             help=f"default: {BENCHMARK_OPTIONS[option]} on benchmarks, "
             f"{TEACHER_FORCED_OPTIONS[option]} against the teacher",
         )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help='what chat templates are given, such as {"enable_thinking": false}',
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--device",
@@ -226,6 +235,7 @@ def _on_benchmarks(args: argparse.Namespace) -> int:
             ),
             dtype=args.dtype,
             batch_size=args.batch_size,
+            chat_template_kwargs=args.chat_template_kwargs,
         ),
         args.output,
         device=torch.device(args.device),
@@ -244,6 +254,7 @@ def _against_teacher(args: argparse.Namespace) -> int:
         args.prompts,
         max_new_tokens=args.max_new_tokens,
         max_prompt_tokens=args.max_prompt_tokens,
+        chat=ChatFormat(kwargs=args.chat_template_kwargs),
         batch_size=args.batch_size,
         dtype=getattr(torch, args.dtype),
         device=torch.device(args.device),
@@ -266,6 +277,16 @@ def _named_folders(models: list[str], option: str) -> dict[str, Path]:
             )
         folders[name] = path
     return folders
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
 
 
 def _positive(text: str) -> int:

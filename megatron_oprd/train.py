@@ -11,13 +11,17 @@ from pathlib import Path
 import psutil
 
 from megatron_oprd.config_file import load_config
-from megatron_oprd.errors import run_entry_point
+from megatron_oprd.errors import EXIT_STOPPED, run_entry_point
 from megatron_oprd.parallel import fewest_ranks, parallel_run
 from megatron_oprd.planning.host import check_host_memory
 from megatron_oprd.training.loop import train
 from megatron_oprd.training.plan import describe, make_plan
 from megatron_oprd.training.resume import checkpoint_to_resume
-from megatron_oprd.training.rollouts import check_rollout_server, check_server_to_start
+from megatron_oprd.training.rollouts import (
+    check_rollout_server,
+    check_server_to_start,
+    describe_prompts,
+)
 
 
 def main() -> int:
@@ -50,11 +54,14 @@ def main() -> int:
     if arguments.dry_run:
         if first:
             print(describe(plan))
+            print(describe_prompts(plan))
         return 0
     if first:
         check_server_to_start(plan, ranks_on_host=ranks_on_host)
     with parallel_run(parallel, seed=config.seed) as context:
         student = train(plan, context)
+    if student is None:
+        return EXIT_STOPPED
     if first:
         print(f"the distilled student: {student}")
     return 0

@@ -11,6 +11,11 @@ from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
 Tokens = list[list[int]]
 
+# With Adam's usual epsilon a first update is the sign of the gradient: an element whose gradient is
+# nothing but rounding moves by the whole learning rate, in a direction that the processor decides.
+# With this one updates are linear in gradients.
+LINEAR_UPDATES = ["optimizer.lr=0.1", "optimizer.adam_eps=1.0", "optimizer.lr_warmup_fraction=0"]
+
 
 def save_pair(
     folder: Path,

@@ -22,7 +22,8 @@ from torch.distributed import TCPStore
 from tests.rank_server import STOP
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT = 600
+# A slow machine takes longer for many cases than for one.
+SECONDS_TO_START, SECONDS_A_CASE = 300, 30
 # What takes long to import and starts no threads. pyarrow does start one, so what imports pyarrow
 # is left to the ranks.
 PRELOADED = (
@@ -71,7 +72,7 @@ class StartedRanks:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._name = f"{worker} on {num_ranks} ranks"
-        self._end = time.monotonic() + TIMEOUT
+        self._end = time.monotonic() + SECONDS_TO_START + SECONDS_A_CASE * len(cases)
         directory.mkdir(parents=True, exist_ok=True)
         # As torchrun's agent does, this process has the store through which ranks meet, one for
         # each case: no port is chosen before it is listened on.

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_oprd import config_file
 from megatron_oprd.config import RunConfig
 from megatron_oprd.config_file import dump_config, load_config
 from megatron_oprd.errors import UserError
@@ -78,7 +79,7 @@ def test_dumped_configuration_loads_as_the_same(tmp_path: Path) -> None:
         ("optimizer.wieght_decay", "optimizer.weight_decay"),
         ("train_iter", "train_iters"),
         ("paralel.x", "parallel"),
-        ("parallel.tensor_parallel_size", "parallel.tensor_model_parallel_size"),
+        ("parallel.tensor_model_parallel", "parallel.tensor_model_parallel_size"),
         # Known, but in another group.
         ("lr", "optimizer.lr"),
         ("data.max_new_tokens", "rollout.max_new_tokens"),
@@ -113,8 +114,8 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, key: str, nearest: str) -
         ("taps.layers=[0,a]", r"setting taps\.layers"),
         ("taps.layer_map=linear", r"'linear'.*proportional.*setting taps\.layer_map"),
         ("model.params_dtype=fp16", r"'fp16'.*'fp32', 'bf16'.*setting model\.params_dtype"),
-        ("data.prompts=p.jsonl", r"list.*setting data\.prompts"),
-        ("parallel.num_layers_per_stage=4", r"list.*setting parallel\.num_layers_per_stage"),
+        ("data.prompts=p.jsonl", r"data\.prompts = p\.jsonl has to be a list"),
+        ("parallel.num_layers_per_stage=4", r"parallel\.num_layers_per_stage = 4 has to be a list"),
         ("model=s", "setting 'model': expected a group of settings, found 's'"),
         ("optimizer=null", "setting 'optimizer': expected a group of settings, found None"),
         ("model.student.path=s", r"setting model\.student"),
@@ -389,3 +390,36 @@ def test_contradictions(tmp_path: Path, overrides: list[str], message: str) -> N
 )
 def test_allowed_at_the_edge(tmp_path: Path, overrides: list[str]) -> None:
     load(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=fast", r"^override 'optimizer\.lr=fast'.*optimizer\.lr"),
+        (
+            "data.prompts=a.jsonl",
+            r"^override .*data\.prompts = a\.jsonl has .*a list; .*\[a\.js",
+        ),
+        ("seed=2147483648", r"seed = 2147483648: has to be at most 2147483647"),
+        ("optimizer.learning_rate=1", r"here it is called 'optimizer\.lr'"),
+        ("max_steps=5", r"here it is called 'train_iters'"),
+        ("num_generations=8", r"here it is called 'rollout\.samples_per_prompt'"),
+        ("rollout.max_completion_length=8", r"called 'rollout\.max_new_tokens'"),
+        ("checkpoint.save_steps=8", r"called 'checkpoint\.save_interval'"),
+    ],
+)
+def test_messages_of_settings(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, override)
+
+
+def test_errors_of_the_file_name_the_file(tmp_path: Path) -> None:
+    text = yaml.safe_dump({**SETTINGS, "optimizer": {"lr": "fast"}})
+    with pytest.raises(UserError, match=r"^--config .*run\.yaml: .*optimizer\.lr"):
+        load(tmp_path, "seed=3", text=text)
+
+
+def test_every_alias_is_of_a_setting() -> None:
+    known = set(config_file._all_keys(RunConfig))
+    assert set(config_file._ALIASES.values()) <= known
+    assert not set(config_file._ALIASES) & {key.rsplit(".", 1)[-1] for key in known}

@@ -65,7 +65,7 @@ def micro_batches(distiller: Distiller, tokens: int) -> list[MicroBatch]:
     sequences = [[2 + (7 * i + j) % 256 for j in range(tokens)] for i in range(NUM_SEQUENCES)]
     (group,) = distiller.micro_batches(
         [sequence[:1] for sequence in sequences], [sequence[1:] for sequence in sequences]
-    )
+    ).groups
     return group
 
 

@@ -5,6 +5,7 @@ the same text. Offsets count Unicode code points of the text.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
@@ -96,9 +97,16 @@ def encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[lis
     offsets = encoding["offset_mapping"]
     ends = Ends()
     for number, (start, end) in enumerate(offsets):
+        following = offsets[number + 1][0] if number + 1 < len(offsets) else len(text)
         # Of tokens that share a character only the last ends with it.
-        is_last = number + 1 == len(offsets) or offsets[number + 1][0] >= end
-        ends.append(end if is_last and end > start else None)
+        if end <= start or following < end:
+            ends.append(None)
+            continue
+        # A tokenizer that composes characters (NFC) says that a composed one ends where its first
+        # part does: the marks behind it are no token's.
+        while end < following and unicodedata.combining(text[end]):
+            end += 1
+        ends.append(end)
     return encoding["input_ids"], ends
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.data.prompts import Message, Prompt, text_or_messages, tokenize_prompt
+from megatron_oprd.data.chat import ChatFormat, Message, text_or_messages, tokenize_prompt
+from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.data.rows import read_rows
 from megatron_oprd.errors import UserError
 
@@ -105,7 +106,7 @@ def load_benchmarks(
 
 
 def tokenized(
-    benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool | None = None
+    benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat
 ) -> list[Prompt]:
     """The problems' prompts as token ids; `Prompt.index` is `Problem.index`.
 
@@ -119,7 +120,7 @@ def tokenized(
                 f"{benchmark.name}, row {problem.index + 1}",
                 problem.content,
                 tokenizer,
-                chat_template,
+                chat,
             ),
         )
         for problem in benchmark.problems

@@ -1,22 +1,31 @@
 """Prompt files (JSONL, parquet) as token ids, and which prompts a training step takes."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megatron_oprd.data.chat import (
+    ChatFormat,
+    Message,
+    text_or_messages,
+    tokenize_prompt,
+    turn_end,
+)
 from megatron_oprd.data.rows import read_rows
 from megatron_oprd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-Message = dict[str, str]
 LongPrompts = Literal["drop", "cut"]
+# Columns that other tools give to the model, and that are not read here.
+_NOT_READ = ("tools", "images", "videos", "audios")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +36,8 @@ class Prompt:
         index: Its position in the concatenated data set, dropped prompts counted.
         token_ids: Its token ids, the chat template applied; never empty.
         teacher_ids: What the teacher reads in its place, if that is something else.
+        teacher_end: Then, the token that ends the teacher's answer to it: its turn's, or behind
+            plain text the end of the document; None if it is not known.
         occurrence: How often the prompt came before in the same step, so that it gets other
             responses each time.
     """
@@ -34,6 +45,7 @@ class Prompt:
     index: int
     token_ids: tuple[int, ...]
     teacher_ids: tuple[int, ...] | None = None
+    teacher_end: int | None = None
     occurrence: int = 0
 
 
@@ -47,12 +59,38 @@ class TeacherPrompts:
             None is none.
         template: What a prompt, or its last message, becomes: text with {prompt} and {privileged}.
         max_tokens: Prompts that are longer for the teacher are left out.
+        chat: How they are rendered.
     """
 
     tokenizer: PreTrainedTokenizerBase
     privileged_key: str | None
     template: str
     max_tokens: int
+    chat: ChatFormat
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """See `turn_end`."""
+        return turn_end(self.tokenizer, self.chat)
+
+    def end_behind(self, content: str | list[Message]) -> int | None:
+        """The token that ends the teacher's answer to a prompt, see `Prompt`."""
+        if self.chat.is_chat(content):
+            return self.turn_end
+        end = self.tokenizer.eos_token_id
+        assert end is None or isinstance(end, int)
+        return end
+
+    def token_ids(
+        self, where: str, content: str | list[Message], privileged: Any
+    ) -> tuple[int, ...]:
+        """A prompt's tokens as the teacher reads them.
+
+        Raises:
+            UserError: The privileged text is missing, or see `tokenize_prompt`.
+        """
+        of_teacher = self.content(where, content, privileged)
+        return tokenize_prompt(where, of_teacher, self.tokenizer, self.chat, whose="teacher")
 
     def content(
         self, where: str, content: str | list[Message], privileged: Any
@@ -64,12 +102,13 @@ class TeacherPrompts:
         """
         if self.privileged_key is None:
             return content
-        if isinstance(privileged, int | float):
+        is_number = isinstance(privileged, int | float) and not isinstance(privileged, bool)
+        if is_number and math.isfinite(privileged):
             privileged = str(privileged)
         if not isinstance(privileged, str) or not privileged.strip():
             raise UserError(
                 f"teacher_prompt.privileged_key = {self.privileged_key}: {where} has "
-                f"{privileged!r}; it must be a text"
+                f"{privileged!r}; it must be a text or a number"
             )
         if isinstance(content, str):
             return self.template.format(prompt=content, privileged=privileged)
@@ -83,23 +122,21 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompt_key: str = "prompt",
-    chat_template: bool | None,
+    chat: ChatFormat,
     max_prompt_tokens: int,
     long_prompts: LongPrompts = "drop",
     teacher: TeacherPrompts | None = None,
 ) -> list[Prompt]:
     """Reads and tokenizes every prompt of ``files``, in order.
 
-    A prompt is a text or a list of chat messages (``{"role": ..., "content": ...}``). Messages go
-    through the tokenizer's chat template with its generation prompt; plain text gets whatever
-    special tokens the tokenizer adds by itself.
+    A prompt is a text or a list of chat messages (``{"role": ..., "content": ...}``); see
+    `tokenize_prompt`.
 
     Args:
         files: ``.jsonl`` (one object a line) or ``.parquet`` files, read as one data set.
         tokenizer: The student's tokenizer.
         prompt_key: The field (column) that holds the prompt.
-        chat_template: None: messages go through the template, text stays plain. True: text is
-            one user message. False: no template; messages are refused.
+        chat: How prompts are rendered.
         max_prompt_tokens: Longer prompts are dropped or cut; how many is logged.
         long_prompts: drop leaves them out; cut takes their last ``max_prompt_tokens`` tokens, so
             that the end of the question and the generation prompt stay.
@@ -117,25 +154,28 @@ def load_prompts(
     shortest_dropped: int | None = None
     for where, content, privileged in _all_rows(files, prompt_key, teacher):
         index, num_rows = num_rows, num_rows + 1
-        token_ids = tokenize_prompt(where, content, tokenizer, chat_template)
+        token_ids = tokenize_prompt(where, content, tokenizer, chat)
         if len(token_ids) > max_prompt_tokens and long_prompts == "cut":
             token_ids = token_ids[-max_prompt_tokens:]
             num_cut += 1
         if len(token_ids) > max_prompt_tokens:
             shortest_dropped = min(shortest_dropped or len(token_ids), len(token_ids))
             continue
-        teacher_ids = None
+        teacher_ids = teacher_end = None
         if teacher is not None:
-            teacher_ids = tokenize_prompt(
-                where,
-                teacher.content(where, content, privileged),
-                teacher.tokenizer,
-                chat_template,
-            )
+            teacher_ids = teacher.token_ids(where, content, privileged)
+            teacher_end = teacher.end_behind(content)
             if len(teacher_ids) > teacher.max_tokens:
                 num_long_for_teacher += 1
                 continue
-        prompts.append(Prompt(index=index, token_ids=token_ids, teacher_ids=teacher_ids))
+        prompts.append(
+            Prompt(
+                index=index,
+                token_ids=token_ids,
+                teacher_ids=teacher_ids,
+                teacher_end=teacher_end,
+            )
+        )
     if num_long_for_teacher:
         assert teacher is not None
         if not prompts:
@@ -176,7 +216,7 @@ def check_prompt_files(
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompt_key: str = "prompt",
-    chat_template: bool | None,
+    chat: ChatFormat,
     teacher: TeacherPrompts | None = None,
 ) -> None:
     """Tokenizes the first row of every file, as `load_prompts` would.
@@ -187,10 +227,9 @@ def check_prompt_files(
     """
     for file in _non_empty(files):
         where, content, privileged = next(_all_rows([file], prompt_key, teacher))
-        tokenize_prompt(where, content, tokenizer, chat_template)
+        tokenize_prompt(where, content, tokenizer, chat)
         if teacher is not None:
-            of_teacher = teacher.content(where, content, privileged)
-            tokenize_prompt(where, of_teacher, teacher.tokenizer, chat_template)
+            teacher.token_ids(where, content, privileged)
 
 
 def prompt_indices(
@@ -228,60 +267,6 @@ def prompt_indices(
     return indices
 
 
-def text_or_messages(
-    where: str, value: Any, prompt_key: str, *, setting: str = "data.prompts"
-) -> str | list[Message]:
-    """Checks a prompt as it stands in a file.
-
-    Args:
-        where: The row, for messages.
-        value: The prompt.
-        prompt_key: The prompt's column, for messages.
-        setting: What names the file, for messages.
-
-    Raises:
-        UserError: It is neither a text nor a list of chat messages, or is empty.
-    """
-    if isinstance(value, str) and value:
-        return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in value
-        )
-    ):
-        return value
-    raise UserError(
-        f"{setting}: {prompt_key!r} of {where} is {str(value)[:80]!r}; it must be a text or a "
-        "list of chat messages with the texts 'role' and 'content', not empty"
-    )
-
-
-def tokenize_prompt(
-    where: str,
-    content: str | list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: bool | None,
-) -> tuple[int, ...]:
-    """Token ids of a prompt, as `load_prompts` makes them; ``where`` names it in messages.
-
-    Raises:
-        UserError: The prompt has no tokens, or needs a chat template that refuses it or is not
-            there.
-    """
-    if isinstance(content, str) and not chat_template:
-        token_ids = tokenizer(content)["input_ids"]
-    else:
-        token_ids = _apply_chat_template(where, content, tokenizer, chat_template)
-    if not token_ids:
-        raise UserError(f"data.prompts: the prompt of {where} has no tokens; remove it")
-    return tuple(token_ids)
-
-
 def _non_empty(files: Sequence[Path]) -> Sequence[Path]:
     if not files:
         raise UserError("data.prompts is empty; give at least one .jsonl or .parquet file")
@@ -298,35 +283,7 @@ def _all_rows(
         key_settings.append("teacher_prompt.privileged_key")
     for file in _non_empty(files):
         for where, (prompt, *privileged) in read_rows(
-            file, keys, setting="data.prompts", key_settings=key_settings
+            file, keys, setting="data.prompts", key_settings=key_settings, not_read=_NOT_READ
         ):
             content = text_or_messages(where, prompt, prompt_key)
             yield where, content, privileged[0] if privileged else None
-
-
-def _apply_chat_template(
-    where: str,
-    content: str | list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: bool | None,
-) -> list[int]:
-    if chat_template is False:
-        raise UserError(
-            f"data.chat_template is false, but {where} is a list of chat messages; set it to true "
-            "or null, or give the prompts as text"
-        )
-    if tokenizer.chat_template is None:
-        found = "data.chat_template is true" if chat_template else f"{where} is chat messages"
-        raise UserError(
-            f"{found}, but the student's tokenizer has no chat template; give the prompts as text "
-            "with data.chat_template null or false, or a tokenizer with a chat template"
-        )
-    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-    try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"data.prompts: the student's chat template refuses {where}: {error}"
-        ) from error

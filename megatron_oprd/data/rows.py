@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,16 @@ from megatron_oprd.errors import UserError
 
 _PARQUET_ROWS_AT_ONCE = 1024
 
+logger = logging.getLogger(__name__)
+
 
 def read_rows(
-    file: Path, keys: Sequence[str], *, setting: str, key_settings: Sequence[str]
+    file: Path,
+    keys: Sequence[str],
+    *,
+    setting: str,
+    key_settings: Sequence[str],
+    not_read: Sequence[str] = (),
 ) -> Iterator[tuple[str, list[Any]]]:
     """Reads a file row by row; there is at least one.
 
@@ -25,6 +33,7 @@ def read_rows(
             ``reward_model.ground_truth``.
         setting: What names the file, for messages.
         key_settings: What names each key, likewise.
+        not_read: Columns that would change what a model reads: a warning says that they do not.
 
     Yields:
         A place to name in messages, and the keys' values.
@@ -38,15 +47,20 @@ def read_rows(
     if not file.is_file():
         found = "is a folder" if file.is_dir() else "does not exist"
         raise UserError(f"{setting}: {file} {found}; give .jsonl or .parquet files")
-    columns = [key.split(".")[0] for key in keys]
-    any_row = False
+    columns = [*(key.split(".")[0] for key in keys), *not_read]
+    any_row = has_warned = False
     try:
         for where, row in readers[file.suffix](file, columns, setting):
             any_row = True
+            ignored = [name for name in not_read if row.get(name) not in (None, [], "")]
+            if ignored and not has_warned:
+                has_warned = True
+                logger.warning("%s has the columns %s, which are not read", where, ignored)
             named = zip(keys, key_settings, strict=True)
             yield where, [_value(row, key, where, of_key) for key, of_key in named]
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise UserError(f"{setting}: cannot read {file}: {error}") from error
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{setting}: cannot read {file}: {text}") from error
     if not any_row:
         raise UserError(f"{setting}: {file} has no rows; give a file with at least one prompt")
 
@@ -54,16 +68,19 @@ def read_rows(
 def _jsonl_rows(
     file: Path, columns: Sequence[str], setting: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{file}, line {number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            # Beside what is no JSON: numbers of more digits and lists of more levels than Python
+            # takes.
+            except (ValueError, RecursionError) as error:
                 raise UserError(
-                    f"{setting}: {where} is not JSON ({error}); each line must be one object"
+                    f"{setting}: {where} is not JSON that can be read ({error}); each line must "
+                    "be one object"
                 ) from error
             if not isinstance(row, dict):
                 raise UserError(
@@ -79,7 +96,7 @@ def _parquet_rows(
     with pq.ParquetFile(file) as table:
         names = table.schema_arrow.names
         there = sorted(set(columns) & set(names))
-        if not set(columns) <= set(names):
+        if columns[0] not in names:
             yield str(file), dict.fromkeys(names)  # the caller finds what is missing
         number = 0
         for batch in table.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE, columns=there):

@@ -37,13 +37,12 @@ class TeacherReader:
         if not self.own_tokens:
             return with_other_prompt(prompt.teacher_ids, response_ids)
         tokenizer = self.prompts.tokenizer
-        assert isinstance(tokenizer.eos_token_id, int)
         return in_other_tokens(
             response_ids,
             prompt.teacher_ids,
             student=self.student_tokenizer,
             teacher=tokenizer,
             student_ends=self.student_ends,
-            teacher_end=tokenizer.eos_token_id,
+            teacher_end=prompt.teacher_end,
             max_tokens=self.max_tokens,
         )

@@ -64,7 +64,7 @@ def in_other_tokens(
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
     student_ends: Sequence[int],
-    teacher_end: int,
+    teacher_end: int | None,
     max_tokens: int,
 ) -> TeacherSequence:
     """A response's text in the teacher's tokens.
@@ -78,7 +78,8 @@ def in_other_tokens(
         student: The student's tokenizer, a fast one.
         teacher: The teacher's, a fast one.
         student_ends: Tokens that end a response of the student.
-        teacher_end: The token that ends one of the teacher.
+        teacher_end: The token that ends one of the teacher; None leaves the student's end without
+            counterpart.
         max_tokens: What the teacher reads at most; a longer response is cut, and what is cut off
             has no counterpart.
     """
@@ -86,7 +87,7 @@ def in_other_tokens(
     text, ends = decode_with_ends(student, response_ids)
     ids, teacher_ends = encode_with_ends(teacher, text)
     pairs = pairs_of(ends, teacher_ends)
-    if finished:
+    if finished and teacher_end is not None:
         pairs.append((len(response_ids) - 1, len(ids)))
         ids = [*ids, teacher_end]
     room = max(max_tokens - len(prompt_ids), 0)

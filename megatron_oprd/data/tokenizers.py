@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -11,6 +12,10 @@ from megatron_oprd.errors import UserError
 logger = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_MORE_TOKENIZER_FILES = (
+    "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+    "chat_template.json", "generation_config.json",
+)  # fmt: skip
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -35,6 +40,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return loader.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises Exception itself
         raise UserError(f"cannot read the tokenizer of {folder}: {error}") from error
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that decide how text becomes tokens, and what ends a response."""
+    return sorted(
+        path
+        for path in [
+            *(folder / name for name in (*_TOKENIZER_FILES, *_MORE_TOKENIZER_FILES)),
+            *folder.glob("additional_chat_templates/*"),
+        ]
+        if path.is_file()
+    )
 
 
 def check_same_tokenizer(
@@ -72,18 +89,20 @@ def check_same_tokenizer(
 
 
 def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that end a response, sorted: generation_config.json's and the tokenizer's own.
+    """The ids that end a response, sorted.
+
+    They are those of generation_config.json, or of config.json where that names none, as
+    transformers takes them; and the tokenizer's own.
 
     Raises:
-        UserError: Neither names one, or generation_config.json cannot be read.
+        UserError: Nothing names one, a file cannot be read, or an id is none of the model's.
     """
-    file = folder / "generation_config.json"
-    configured = None
-    if file.is_file():
-        try:
-            configured = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"cannot read {file}: {error}; it must be a JSON object") from error
+    config = _read_json(folder / "config.json")
+    configured, file = None, folder / "generation_config.json"
+    for name, content in ((file.name, _read_json(file)), ("config.json", config)):
+        if (configured := content.get("eos_token_id")) is not None:
+            file = folder / name
+            break
     ids = configured if isinstance(configured, list) else [configured]
     found = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
     if not found:
@@ -91,11 +110,37 @@ def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int
             f"{folder} names no end-of-sequence token; set eos_token in tokenizer_config.json or "
             "eos_token_id in generation_config.json"
         )
-    if not all(isinstance(i, int) for i in found):
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in found):
         raise UserError(
             f"eos_token_id in {file} is {configured!r}; it must be a token id or a list of them"
         )
+    size = config.get("vocab_size")
+    if not isinstance(size, int):
+        size = max(tokenizer.get_vocab().values()) + 1
+    if wrong := sorted(i for i in found if not 0 <= i < size):
+        raise UserError(
+            f"eos_token_id in {file} is {configured!r} (the tokenizer's own is "
+            f"{tokenizer.eos_token_id}): {wrong[0]} is no token of the model, which has ids 0 to "
+            f"{size - 1}"
+        )
     return tuple(sorted(found))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is no file.
+
+    Raises:
+        UserError: The file cannot be read, or holds something else.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {file}: {error}; it must be a JSON object") from error
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {file}: it must be a JSON object")
+    return content
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

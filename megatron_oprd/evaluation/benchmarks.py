@@ -5,8 +5,9 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd.config_vllm import VLLMConfig
 from megatron_oprd.data.benchmarks import Benchmark, check_length, tokenized
+from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.data.tokenizers import load_tokenizer
 from megatron_oprd.evaluation.grading import Grader
@@ -45,12 +47,14 @@ class GenerationSettings:
         sampling: How to sample; ``samples_per_prompt`` is n.
         dtype: What the model computes in.
         batch_size: Responses that are generated at once.
+        chat_template_kwargs: As ``data.chat_template_kwargs``.
     """
 
     engine: EngineName
     sampling: SamplingParams
     dtype: str
     batch_size: int
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +212,8 @@ def _open(
     opened = open_checkpoint(folder)
     opened.check_tensors()
     tokenizer = load_tokenizer(opened.source.hf_folder)
-    prompts = {benchmark.name: tokenized(benchmark, tokenizer) for benchmark in benchmarks}
+    chat = ChatFormat(kwargs=settings.chat_template_kwargs)
+    prompts = {benchmark.name: tokenized(benchmark, tokenizer, chat) for benchmark in benchmarks}
     for benchmark in benchmarks:
         check_length(
             f"{benchmark.name}, tokenized by {name}",

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_oprd.config import ModelConfig, ParallelConfig
 from megatron_oprd.config_teacher import TeacherConfig
 from megatron_oprd.data.batching import MicroBatch, collate, pack
+from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import load_prompts
 from megatron_oprd.data.tokenizers import eos_token_ids, load_tokenizer
 from megatron_oprd.errors import UserError
@@ -245,7 +246,7 @@ def _sequences(
     prompts = [
         prompt.token_ids
         for prompt in load_prompts(
-            prompt_files, tokenizer, chat_template=None, max_prompt_tokens=max_prompt_tokens
+            prompt_files, tokenizer, chat=ChatFormat(), max_prompt_tokens=max_prompt_tokens
         )
     ]
     if max_new_tokens == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import load_prompts
 from megatron_oprd.data.tokenizers import check_same_tokenizer, eos_token_ids, load_tokenizer
 from megatron_oprd.errors import UserError
@@ -70,6 +71,7 @@ def evaluate_students(
     *,
     max_new_tokens: int,
     max_prompt_tokens: int,
+    chat: ChatFormat,
     batch_size: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -86,6 +88,7 @@ def evaluate_students(
         prompt_files: Read by `load_prompts`.
         max_new_tokens: The longest continuation, in tokens.
         max_prompt_tokens: Longer prompts are left out.
+        chat: How prompts are rendered.
         batch_size: Sequences a forward pass.
         dtype: What both models compute in.
         device: Where both models are.
@@ -97,9 +100,7 @@ def evaluate_students(
     for folder in students.values():
         _check_comparable(folder, teacher_folder)
     tokenizer = load_tokenizer(teacher_folder)
-    prompts = load_prompts(
-        prompt_files, tokenizer, chat_template=None, max_prompt_tokens=max_prompt_tokens
-    )
+    prompts = load_prompts(prompt_files, tokenizer, chat=chat, max_prompt_tokens=max_prompt_tokens)
     teacher = _load_model(teacher_folder, dtype, device)
     begin = time.perf_counter()
     continuations = teacher_continuations(

@@ -29,7 +29,9 @@ from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.manifest import (
     ChecksumDifference,
     compare_checksums,
+    compare_files,
     read_checksums,
+    read_file_checksums,
     stored_tensors,
 )
 from megatron_oprd.weights.megatron_checkpoint import is_megatron
@@ -74,11 +76,15 @@ def verify_manifest(folder: Path) -> Verdict:
     """Compares the tensors of a folder with the checksums in its manifest.
 
     Args:
-        folder: A Hugging Face folder or a Megatron checkpoint that one of the tools wrote.
+        folder: A Hugging Face folder or a Megatron checkpoint that one of the tools or a training
+            run wrote. Of training's every file is compared.
 
     Raises:
         UserError: It cannot be read, or has no manifest with checksums.
     """
+    if is_megatron(folder) and (files := read_file_checksums(folder)) is not None:
+        with Progress("checking", sum(size for size, _ in files.values())) as progress:
+            return Verdict(checksums=compare_files(folder, files, advance=progress.advance))
     stored = stored_tensors(folder)
     expected = read_checksums(folder)
     with Progress("checking", sum(one.num_bytes for one in stored)) as progress:

@@ -10,21 +10,40 @@ from megatron_oprd.errors import UserError
 # Fields that do not enter the forward pass of a decoder without dropout.
 NEUTRAL_FIELDS = frozenset(
     {
+        "_attn_implementation",
         "_attn_implementation_autoset",
+        "_commit_hash",
+        "_flash_attn_2_enabled",
         "_name_or_path",
         "architectures",
+        "attn_implementation",
+        "bos_token",
         "bos_token_id",
+        "chunk_size_feed_forward",
         "dtype",
+        "eos_token",
         "eos_token_id",
+        "finetuning_task",
+        "id2label",
         "initializer_range",
+        "is_decoder",
         "is_llama_config",
+        "keys_to_ignore_at_inference",
+        "label2id",
         "max_position_embeddings",
         "max_window_layers",
+        "model_max_length",
         "model_type",
+        "num_labels",
         "output_attentions",
         "output_hidden_states",
+        "pad_token",
         "pad_token_id",
+        "prefix",
         "pretraining_tp",
+        "problem_type",
+        "sep_token_id",
+        "task_specific_params",
         "tokenizer_class",
         "torch_dtype",
         "transformers.js_config",
@@ -34,6 +53,19 @@ NEUTRAL_FIELDS = frozenset(
         "vocab_size",
     }
 )
+
+# What transformers 4 wrote of generation_config.json into config.json as well.
+GENERATION_FIELDS = frozenset(
+    {
+        "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty",
+        "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+        "length_penalty", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "min_p",
+        "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+        "output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+        "suppress_tokens", "temperature", "tf_legacy_loss", "top_k", "top_p", "typical_p",
+    }
+)  # fmt: skip
 
 # Fields every family here reads into an `Architecture`.
 READ_FIELDS = frozenset(
@@ -170,7 +202,9 @@ def check_fields(
                     f"{source}: {field} = {value!r} changes the model's numbers in a way that is "
                     "not supported here"
                 )
-        elif field not in NEUTRAL_FIELDS and field not in READ_FIELDS:
+        elif value is None or field.startswith("unsloth_"):
+            continue  # nothing is said; a note of the tool that wrote the folder
+        elif field not in NEUTRAL_FIELDS | GENERATION_FIELDS | READ_FIELDS:
             raise UserError(
                 f"{source}: field {field!r} (value {value!r}) is not known here. It may change "
                 "the model's numbers, so the model is refused rather than loaded wrongly"

@@ -5,11 +5,12 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.models.architecture import Architecture, MixtureOfExperts
+from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families.decoder import mapping_table
 from megatron_oprd.models.layout_checks import check_layout
 from megatron_oprd.place import Place
@@ -25,9 +26,19 @@ _PARTS = (
     ("norms", r"norm\."),
     ("attention", r"\.(self_attn|attention)\."),
     ("experts", r"\.experts\."),
-    ("router", r"\.mlp\.(gate|router)\."),
+    ("router", r"\.(mlp|block_sparse_moe)\.(gate|router)\."),
     ("MLP", r"\.mlp\."),
 )
+
+# Names that configurations have for the experts of a layer, and for those of a token.
+_EXPERTS = (
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+    "num_routed_experts",
+)  # fmt: skip
+_CHOSEN = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k",
+    "moe_top_k", "top_k_experts",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +49,15 @@ class Part:
         name: ``embedding``, ``attention``, ``MLP``, ``experts``, ``router``, ``norms``,
             ``LM head`` or ``other``.
         num_tensors: Its tensors.
-        parameters: Their values.
-        active: Those of them that one token goes through.
+        parameters: Their values; None where they are packed, several in a number.
+        active: Those of them that one token goes through; None where it is not known.
         num_bytes: Bytes in the checkpoint.
     """
 
     name: str
     num_tensors: int
-    parameters: int
-    active: int
+    parameters: int | None
+    active: int | None
     num_bytes: int
 
 
@@ -85,15 +96,32 @@ class Share:
     num_bytes: int
 
 
-def parts(source: WeightSource, moe: MixtureOfExperts | None, *, tied: bool) -> list[Part]:
+def expert_counts(config: dict[str, Any]) -> tuple[int, int] | None:
+    """(experts of a layer, experts that a token goes through), of any family.
+
+    None where the configuration does not say it in one of the usual ways.
+    """
+    for level in (config, config.get("text_config") or {}, config.get("ffn_config") or {}):
+        counts = [
+            next((level[name] for name in names if level.get(name)), None)
+            for names in (_EXPERTS, _CHOSEN)
+        ]
+        experts, chosen = counts
+        if isinstance(experts, int) and isinstance(chosen, int):
+            return experts, chosen
+    return None
+
+
+def parts(source: WeightSource, *, tied: bool) -> list[Part]:
     """Counts a checkpoint's parameters by part; no weight is read.
 
     Args:
-        source: The checkpoint.
-        moe: Its mixture of experts; None is a dense model.
+        source: The checkpoint, of any architecture.
         tied: Whether embedding and LM head are one weight. A head that is stored all the same is a
             copy, and counts as no parameter.
     """
+    counts = expert_counts(source.config)
+    unknown: dict[str, set[str]] = {"parameters": set(), "active": set()}
     sums: dict[str, list[int]] = {name: [0, 0, 0, 0] for name, _ in _PARTS} | {"other": [0] * 4}
     for name in source.names():
         part = next((part for part, pattern in _PARTS if re.search(pattern, name)), "other")
@@ -101,12 +129,24 @@ def parts(source: WeightSource, moe: MixtureOfExperts | None, *, tied: bool) -> 
         is_copy = tied and name == HEAD
         parameters = 0 if is_copy else values
         active = parameters
-        if part == "experts" and moe is not None:
-            active = parameters * moe.num_experts_per_token // moe.num_experts
+        if part == "experts":
+            if counts is None:
+                unknown["active"].add(part)
+            else:
+                active = parameters * counts[1] // counts[0]
+        if not source.dtype(name).is_floating_point:
+            unknown["parameters"].add(part)
+            unknown["active"].add(part)
         of_name = (1, parameters, active, values * source.dtype(name).itemsize)
         sums[part] = [a + b for a, b in zip(sums[part], of_name, strict=True)]
     return [
-        Part(name=name, num_tensors=count, parameters=values, active=active, num_bytes=size)
+        Part(
+            name=name,
+            num_tensors=count,
+            parameters=None if name in unknown["parameters"] else values,
+            active=None if name in unknown["active"] else active,
+            num_bytes=size,
+        )
         for name, (count, values, active, size) in sums.items()
         if count
     ]

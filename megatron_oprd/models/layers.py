@@ -30,6 +30,19 @@ from megatron_oprd.place import context_parallel_positions
 Tap = Callable[[Tensor], Tensor]
 
 
+@dataclasses.dataclass
+class HostPackedSeqParams(PackedSeqParams):
+    """Packed sequences, with their lengths on the host as well.
+
+    To ask the device for them would hold up every layer of every micro-batch.
+
+    Attributes:
+        lengths: Tokens of each sequence.
+    """
+
+    lengths: tuple[int, ...] = ()
+
+
 class TappedTransformerLayer(TransformerLayer):
     """A transformer layer whose output passes through a tap.
 
@@ -110,7 +123,8 @@ class ScaledDotProductAttention(MegatronModule):
         sequences come and go without b.
         """
         if packed_seq_params is not None:
-            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+            assert isinstance(packed_seq_params, HostPackedSeqParams)
+            lengths = packed_seq_params.lengths
             parts = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
             return torch.cat([self._attend(*part) for part in parts]).squeeze(1)
         return self._attend(query, key, value)

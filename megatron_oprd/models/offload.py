@@ -2,28 +2,70 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+# Bytes of a block of pinned memory. torch takes pinned memory in powers of two: a tensor of its own
+# would take up to twice its bytes.
+_BLOCK_BYTES = 2**26
 
-@dataclass(frozen=True, kw_only=True)
+
+class _Pinned:
+    """Host memory that copies come from, in blocks of a power of two, filled without gaps."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._blocks: list[Tensor] = []
+        self._free = 0  # bytes of the last block
+        self._left = num_bytes
+
+    def take(self, num_bytes: int) -> list[Tensor]:
+        """Room for so many bytes, in pieces."""
+        pieces = []
+        while num_bytes:
+            if not self._free:
+                self._free = min(_BLOCK_BYTES, self._left)
+                self._left -= self._free
+                self._blocks.append(torch.empty(self._free, dtype=torch.uint8).pin_memory())
+            count = min(num_bytes, self._free)
+            start = len(self._blocks[-1]) - self._free
+            pieces.append(self._blocks[-1][start : start + count])
+            self._free -= count
+            num_bytes -= count
+        return pieces
+
+
 class _Weight:
     """A tensor of the device and its copy in host memory."""
 
-    on_device: Tensor
-    on_host: Tensor
-    num_bytes: int
+    def __init__(self, tensor: Tensor, host: _Pinned) -> None:
+        assert tensor.is_contiguous()
+        self._tensor = tensor.detach()
+        self._num_bytes = tensor.nbytes
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, "it shares its memory"
+        self._on_host = host.take(tensor.nbytes)
+        for piece, on_host in self._pieces():
+            on_host.copy_(piece)
+
+    def allocate(self) -> None:
+        self._tensor.untyped_storage().resize_(self._num_bytes)
 
     def copy_to_device(self) -> None:
-        self.on_device.untyped_storage().resize_(self.num_bytes)
-        self.on_device.copy_(self.on_host, non_blocking=True)
+        for piece, on_host in self._pieces():
+            piece.copy_(on_host, non_blocking=True)
 
     def free(self) -> None:
-        self.on_device.untyped_storage().resize_(0)
+        self._tensor.untyped_storage().resize_(0)
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(bytes on the device, the same on the host)."""
+        on_device = self._tensor.view(-1).view(torch.uint8)
+        start = 0
+        for on_host in self._on_host:
+            yield on_device[start : start + len(on_host)], on_host
+            start += len(on_host)
 
 
 class OffloadedWeights:
@@ -44,8 +86,10 @@ class OffloadedWeights:
         of_layers = [_tensors(layer) for layer in layers]
         elsewhere = {id(tensor) for tensors in (*of_layers, resident) for tensor in tensors}
         others = [t for chunk in chunks for t in _tensors(chunk) if id(t) not in elsewhere]
-        self._others = [_offload(tensor) for tensor in others]
-        self._layers = [[_offload(tensor) for tensor in tensors] for tensors in of_layers]
+        moving = [*others, *(tensor for tensors in of_layers for tensor in tensors)]
+        host = _Pinned(sum(tensor.nbytes for tensor in moving))
+        self._others = [_Weight(tensor, host) for tensor in others]
+        self._layers = [[_Weight(tensor, host) for tensor in tensors] for tensors in of_layers]
         self._arrived: list[Any] = []
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(self._waiting_hook(number))
@@ -54,6 +98,11 @@ class OffloadedWeights:
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Has the weights on the device inside the block."""
+        # Allocated for the main stream, so that what is freed afterwards serves the student: memory
+        # of the copies' stream would stay theirs.
+        for weights in (self._others, *self._layers):
+            for weight in weights:
+                weight.allocate()
         # The copies go to memory that earlier work of the main stream may still read.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -87,12 +136,3 @@ class OffloadedWeights:
 def _tensors(module: torch.nn.Module) -> list[Tensor]:
     """A module's parameters and buffers, each once."""
     return [*module.parameters(), *module.buffers()]
-
-
-def _offload(tensor: Tensor) -> _Weight:
-    assert tensor.is_contiguous()
-    return _Weight(
-        on_device=tensor.detach(),
-        on_host=tensor.to("cpu", copy=True).pin_memory(),
-        num_bytes=tensor.untyped_storage().nbytes(),
-    )

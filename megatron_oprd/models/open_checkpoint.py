@@ -1,15 +1,20 @@
 """Opens a model's checkpoint, whichever format it has: Hugging Face's or Megatron's."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.models.argument_checks import check_arguments
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.models.families.decoder import mapping_table
 from megatron_oprd.weights.accounting import check_tensors, check_tied_head
+from megatron_oprd.weights.fused_experts import UnfusedExperts, has_fused_experts
 from megatron_oprd.weights.hf_files import CONFIG_FILE, HFCheckpoint, HFFolder
 from megatron_oprd.weights.mapping import Mapping
+from megatron_oprd.weights.megatron_arguments import COMMON_FILE, read_arguments
+from megatron_oprd.weights.megatron_arguments import CONFIG_FILE as RUN_CONFIG_FILE
 from megatron_oprd.weights.megatron_checkpoint import (
     HF_FOLDER,
     MegatronCheckpoint,
@@ -19,6 +24,8 @@ from megatron_oprd.weights.megatron_checkpoint import (
 )
 from megatron_oprd.weights.source import WeightSource
 from megatron_oprd.weights.torch_dist_files import METADATA_FILE, TRACKER_FILE, TorchDistFiles
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +94,11 @@ def open_checkpoint(
         )
     checkpoint = HFCheckpoint(path)
     architecture = read_architecture(checkpoint)
-    table = mapping_table(architecture, padded_vocab_size=architecture.vocab_size)
-    return OpenedCheckpoint(source=checkpoint, architecture=architecture, table=table)
+    return OpenedCheckpoint(
+        source=UnfusedExperts(checkpoint) if has_fused_experts(checkpoint) else checkpoint,
+        architecture=architecture,
+        table=mapping_table(architecture, padded_vocab_size=architecture.vocab_size),
+    )
 
 
 def _open_megatron(folder: Path, hf_config: Path | None, hf_setting: str) -> OpenedCheckpoint:
@@ -99,6 +109,11 @@ def _open_megatron(folder: Path, hf_config: Path | None, hf_setting: str) -> Ope
             f"{CONFIG_FILE}), as those of other Megatron runs do not: give the folder of the "
             f"model that it was made of, or one like it, with {hf_setting}."
         )
+    if hf_config is not None and (folder / HF_FOLDER / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{hf_setting} {hf_config} has no use: checkpoint {folder} carries a configuration of "
+            f"its own ({HF_FOLDER}/{CONFIG_FILE})."
+        )
     hf = HFFolder(hf_config or folder / HF_FOLDER)
     architecture = read_architecture(hf)
     rows = embedding_rows(files)
@@ -106,6 +121,19 @@ def _open_megatron(folder: Path, hf_config: Path | None, hf_setting: str) -> Ope
         raise UserError(
             f"checkpoint {folder} has an embedding of {rows} rows, but {hf.folder / CONFIG_FILE} "
             f"says vocab_size = {architecture.vocab_size}; give the configuration of this model."
+        )
+    found = read_arguments(files)
+    if found is not None:
+        where, arguments = found
+        check_arguments(str(folder), where, arguments, architecture, str(hf.folder / CONFIG_FILE))
+    elif hf_config is not None:
+        logger.warning(
+            "checkpoint %s has no arguments of its own (%s, %s): that %s is its configuration is "
+            "taken for granted as far as names and shapes of tensors do not tell",
+            folder,
+            COMMON_FILE,
+            RUN_CONFIG_FILE,
+            hf.folder,
         )
     table = mapping_table(architecture, padded_vocab_size=rows)
     checkpoint = MegatronCheckpoint(files, hf, table)

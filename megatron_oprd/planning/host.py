@@ -1,10 +1,13 @@
-"""Whether the host has the memory for what is offloaded to it."""
+"""Whether the host has the memory for what goes to it: what is offloaded, and checkpoints."""
 
 from megatron_oprd.config import RunConfig
 from megatron_oprd.errors import UserError
+from megatron_oprd.models.build import DTYPES
 from megatron_oprd.planning.activations import KERNELS
-from megatron_oprd.planning.estimate import estimate_memory
+from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory
 from megatron_oprd.planning.models import read_models
+from megatron_oprd.planning.teacher import teacher_bytes
+from megatron_oprd.training.plan import alone
 
 _ANY_MEMORY_GB = 80.0
 
@@ -12,7 +15,7 @@ _ANY_MEMORY_GB = 80.0
 def check_host_memory(
     config: RunConfig, *, num_ranks: int, ranks_on_host: int, available_bytes: int
 ) -> None:
-    """Refuses a run that offloads more than its hosts can take, from configurations alone.
+    """Refuses a run that puts more on its hosts than they can take, from configurations alone.
 
     Args:
         config: The run.
@@ -23,31 +26,51 @@ def check_host_memory(
     Raises:
         UserError: There is too little.
     """
-    rollout = config.rollout
-    keeps_weights = rollout.engine == "vllm" and rollout.vllm.sleep_level == 1
-    if (
-        config.teacher.offload == "none"
-        and not config.optimizer.offload_states
-        and not keeps_weights
-    ):
-        return
-    models = read_models(config)
-    # What is offloaded depends neither on the layers' implementation nor on the GPU's memory.
-    memory = estimate_memory(
-        config, models, KERNELS["local"], num_gpus=num_ranks, memory_gb=_ANY_MEMORY_GB
-    )
-    needed = ranks_on_host * max(rank.host_bytes for rank in memory.ranks)
-    what = (
-        f"teacher.offload = {config.teacher.offload} and optimizer.offload_states = "
-        f"{str(config.optimizer.offload_states).lower()}"
-    )
+    memory = _estimate(config, num_ranks)
+    fullest = max(memory.ranks, key=lambda rank: rank.host_bytes + rank.checkpoint_bytes)
+    needs: dict[str, int] = {}
+    if fullest.host_bytes:
+        needs[
+            f"teacher.offload = {config.teacher.offload} and optimizer.offload_states = "
+            f"{str(config.optimizer.offload_states).lower()}"
+        ] = ranks_on_host * fullest.host_bytes
+    if config.teacher.offload == "cpu":
+        for number, extra in enumerate(config.extra_teachers):
+            weights = _largest_teacher(_estimate(alone(config, extra), num_ranks))
+            needs[f"extra_teachers[{number}]"] = ranks_on_host * weights
     if memory.vllm is not None and memory.vllm.host_bytes:
         engines = -(-ranks_on_host * memory.layout.data_parallel_size // num_ranks)
-        needed += engines * memory.vllm.host_bytes
-        what += " and rollout.vllm.sleep_level = 1"
-    if needed > available_bytes:
-        raise UserError(
-            f"{what} need {needed / 1e9:.1f} GB of host "
-            f"memory for the {ranks_on_host} ranks of this machine; {available_bytes / 1e9:.1f} GB "
-            "are free. Offload less, or use teacher.precision = fp8 or more machines"
+        needs["rollout.vllm.sleep_level = 1"] = engines * memory.vllm.host_bytes
+    if fullest.checkpoint_bytes:
+        needs["checkpoints, while one is written or read,"] = (
+            ranks_on_host * fullest.checkpoint_bytes
         )
+    if (needed := sum(needs.values())) > available_bytes:
+        parts = " + ".join(f"{size / 1e9:.1f}" for size in needs.values())
+        raise UserError(
+            f"{' and '.join(needs)} need {needed / 1e9:.1f} GB of host memory"
+            f"{f' ({parts})' if len(needs) > 1 else ''} for the {ranks_on_host} ranks of this "
+            f"machine; {available_bytes / 1e9:.1f} GB are free. Offload less, or use "
+            "teacher.precision = fp8, more machines, or no checkpoints"
+        )
+
+
+def _estimate(config: RunConfig, num_ranks: int) -> MemoryEstimate:
+    # What is on the host depends neither on the layers' implementation nor on the GPU's memory.
+    return estimate_memory(
+        config,
+        read_models(config),
+        KERNELS["local"],
+        num_gpus=num_ranks,
+        memory_gb=_ANY_MEMORY_GB,
+    )
+
+
+def _largest_teacher(memory: MemoryEstimate) -> int:
+    """The teacher's weights on the rank that has most of them."""
+    layout = memory.layout
+    itemsize = DTYPES[layout.config.model.params_dtype].itemsize
+    return max(
+        teacher_bytes(layout, pp_rank=rank.pp_rank, itemsize=itemsize).weights
+        for rank in memory.ranks
+    )

@@ -17,7 +17,7 @@ from megatron_oprd.planning.passes import (
     teacher_workspace,
 )
 from megatron_oprd.planning.rollout import engine_bytes, sync_workspace
-from megatron_oprd.planning.teacher import teacher_bytes
+from megatron_oprd.planning.teacher import average_bytes, teacher_bytes
 from megatron_oprd.planning.vllm import CONTEXT_BYTES, VLLMBytes
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
@@ -29,6 +29,7 @@ Item = Literal[
     "gradients",
     "optimizer states",
     "teacher weights",
+    "teacher's averages",
     "targets",
     "activations",
     "rollout engine's weights",
@@ -51,6 +52,8 @@ class RankMemory:
         has_engine: Whether a vLLM engine, or a part of it, is on its device.
         phases: Bytes of each item that there is in each phase, where the phase needs most.
         host_bytes: Bytes of teacher and optimizer that are offloaded to the host.
+        checkpoint_bytes: Bytes on the host while a checkpoint is written or read: the rank's share
+            of the optimizer's states, and its part of the model.
     """
 
     pp_rank: int
@@ -58,6 +61,7 @@ class RankMemory:
     has_engine: bool
     phases: dict[Phase, dict[Item, int]]
     host_bytes: int
+    checkpoint_bytes: int
 
     @property
     def peak_phase(self) -> Phase:
@@ -139,6 +143,9 @@ def _rank_memory(
         _add_hf(phases, layout, workload, itemsize, check, is_leader=is_leader)
     else:
         _add_vllm(phases, layout, vllm if has_engine else None, itemsize, check, is_leader)
+    if averages := average_bytes(layout, pp_rank=pp_rank, itemsize=itemsize):
+        for items in phases.values():
+            items["teacher's averages"] = averages
     host = teacher.weights - teacher.head if config.teacher.offload == "cpu" else 0
     host += states if config.optimizer.offload_states else 0
     return RankMemory(
@@ -147,6 +154,7 @@ def _rank_memory(
         has_engine=has_engine,
         phases=phases,
         host_bytes=host,
+        checkpoint_bytes=states + student.total * itemsize if config.checkpoint.is_on else 0,
     )
 
 

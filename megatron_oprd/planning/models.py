@@ -47,8 +47,9 @@ def read_models(config: RunConfig) -> Models:
 
 
 def _read(folder: str, hf_config: str | None) -> Architecture:
-    if hf_config is not None:
-        return read_architecture(HFFolder(hf_config))
     if is_megatron(Path(folder)):
-        return open_checkpoint(Path(folder)).architecture
+        own = None if hf_config is None else Path(hf_config)
+        return open_checkpoint(Path(folder), hf_config=own).architecture
+    if hf_config is not None:  # a plan needs no checkpoint
+        return read_architecture(HFFolder(hf_config))
     return read_architecture(HFFolder(folder))

@@ -131,8 +131,13 @@ def items_table(memory: MemoryEstimate) -> Table:
             table.add_row(item, *(_gb(size) if size else "" for size in sizes))
     table.add_section()
     table.add_row("together", *(_gb(rank.bytes_in(phase)) for phase in PHASES))
-    if rank.host_bytes:
-        table.caption = f"on the host: {_gb(rank.host_bytes)} GB"
+    on_host = {
+        "offloaded": rank.host_bytes,
+        "while a checkpoint is written or read": rank.checkpoint_bytes,
+    }
+    if any(on_host.values()):
+        shown = ", ".join(f"{_gb(size)} GB {what}" for what, size in on_host.items() if size)
+        table.caption = f"on the host: {shown}"
     return table
 
 
@@ -211,6 +216,7 @@ def as_json(memory: MemoryEstimate, work: WorkEstimate, hardware: Hardware) -> d
                 "peak_bytes": rank.peak_bytes,
                 "phases": rank.phases,
                 "host_bytes": rank.host_bytes,
+                "checkpoint_bytes": rank.checkpoint_bytes,
             }
             for rank in memory.ranks
         ],

@@ -61,6 +61,21 @@ def teacher_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> TeacherB
     )
 
 
+def average_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> int:
+    """The fp32 averages of a teacher that follows the student (``teacher.ema_decay``).
+
+    Where the weights are fp32 they are the averages.
+
+    Args:
+        layout: The run.
+        pp_rank: The rank.
+        itemsize: Bytes of a weight.
+    """
+    if not layout.config.teacher.ema_decay or itemsize == _FP32:
+        return 0
+    return teacher_bytes(layout, pp_rank=pp_rank, itemsize=itemsize).weights // itemsize * _FP32
+
+
 def _fp8_bytes(rows: int, columns: int, *, recipe: str) -> int:
     """A weight with its scales."""
     blocks = -(-rows // 128) * -(-columns // 128)

@@ -111,6 +111,7 @@ class HeadTap:
             vocab_size=vocab_size, padded_vocab_size=padded_vocab_size, group=tp_group
         )
         self._targets: dict[int, Tensor] = {}
+        self._positions: dict[int, _Positions] = {}
         self._loss = torch.zeros((), device=self._student_head.device, dtype=torch.float64)
 
     def collect(self, hidden: Tensor, micro_batch: MicroBatch) -> None:
@@ -121,8 +122,10 @@ class HeadTap:
             micro_batch: The student's.
         """
         whole = self._whole(hidden.detach()).flatten(0, 1)
+        # Kept for the student's pass: it goes to the device, which waits for that.
+        positions = self._positions[micro_batch.index] = _Positions.of(micro_batch)
         if micro_batch.teacher is None:
-            targets = whole.index_select(0, _Positions.of(micro_batch).index)
+            targets = whole.index_select(0, positions.index)
         else:
             ours, theirs = micro_batch.output_pairs, micro_batch.teacher.output_pairs
             assert ours is not None
@@ -146,7 +149,7 @@ class HeadTap:
             micro_batch: What they are of.
         """
         whole = self._whole(hidden)
-        positions = _Positions.of(micro_batch)
+        positions = self._positions.pop(micro_batch.index)
         rows = whole.detach().flatten(0, 1).index_select(0, positions.index)
         with torch.no_grad():
             of_rows, of_weight = self._gradients(

@@ -5,11 +5,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.models.layers import HostPackedSeqParams
 
 
 def run_schedule(
@@ -51,14 +51,15 @@ def run_schedule(
     )
 
 
-def _packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams | None:
+def _packed_seq_params(micro_batch: MicroBatch) -> HostPackedSeqParams | None:
     """What attention and rotary embedding need to know of packed sequences."""
     lengths = micro_batch.packed_lengths
     if lengths is None:
         return None
     ends = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
     ends = ends.to(micro_batch.tokens.device)
-    return PackedSeqParams(
+    return HostPackedSeqParams(
+        lengths=lengths,
         qkv_format="thd",
         cu_seqlens_q=ends,
         cu_seqlens_kv=ends,

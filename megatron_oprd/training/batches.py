@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,27 @@ from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.target_groups import supervised_rows, target_groups
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepBatches:
+    """A step's micro-batches of one replica, and what the whole step supervises.
+
+    Attributes:
+        groups: Micro-batches, in groups of one teacher pass each.
+        supervises: For each teacher whether any hidden state of the global batch is compared with
+            its.
+        supervises_outputs: Whether any next-token distribution is compared.
+    """
+
+    groups: list[list[MicroBatch]]
+    supervises: list[bool]
+    supervises_outputs: bool
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to learn in the step."""
+        return not any(self.supervises) and not self.supervises_outputs
+
+
 def make_micro_batches(
     plan: RunPlan,
     context: ParallelContext,
@@ -25,7 +47,7 @@ def make_micro_batches(
     responses: Sequence[Sequence[int]],
     teacher_sequences: Sequence[TeacherSequence] | None,
     taught_by: Sequence[Sequence[bool]] | None,
-) -> list[list[MicroBatch]]:
+) -> StepBatches:
     """This replica's micro-batches of the global batch; see `Distiller.micro_batches`."""
     config = plan.config
     sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
@@ -70,7 +92,15 @@ def make_micro_batches(
         multiple=multiple,
     )
     shares = _shares(micro_batches, context)
-    return [[shares[i] for i in group] for group in groups]
+    return StepBatches(
+        groups=[[shares[i] for i in group] for group in groups],
+        supervises=[_any(one) for one in (weights, *of_others)],
+        supervises_outputs=output_weights is not None and _any(output_weights),
+    )
+
+
+def _any(weights: Sequence[Tensor]) -> bool:
+    return any(bool(one.any()) for one in weights)
 
 
 def make_response_micro_batches(

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,52 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megatron_oprd
 from megatron_oprd.config import RunConfig
-from megatron_oprd.errors import UserError
+from megatron_oprd.errors import UserError, say
 from megatron_oprd.models.refresh import TeacherRefresh
 from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.training.checkpoint_files import Files, describe_checkpoint_files
+from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.optimizer import TrainState
+from megatron_oprd.training.optimizer_states import load_states, sharded_states
 from megatron_oprd.training.plan import RunPlan
+from megatron_oprd.weights.disk import sync, write_json
+from megatron_oprd.weights.hf_files import copy_companions
 
 MANIFEST = "manifest.json"
-_MANIFEST_KEYS = {"step", "skipped_steps", "student", "teacher", "layout", "settings"}
+_MANIFEST_KEYS = {
+    "version", "run", "step", "skipped_steps", "unsupervised_steps", "student", "teacher", "layout",
+    "settings", "files",
+}  # fmt: skip
+# Of what a checkpoint holds; a checkpoint of another version is not resumed from.
+_VERSION = 2
 _NAME = re.compile(r"step_(\d{7,})")
+_TEMPORARY = re.compile(r"\.step_\d{7,}\.tmp")
 # Each layer under its own name: frozen layers have no optimizer states, and Megatron's other way,
 # all layers stacked in one tensor, has no place for gaps.
 _MODEL_METADATA = {"non_homogeneous_layers": True}
-# The one format of the distributed optimizer that loads under another TP and PP. It gathers states
-# in the first replica's host memory; the other way every device would hold them all.
-_OPTIMIZER_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
-}
+
+
+class BrokenCheckpointError(Exception):
+    """A checkpoint is not whole: the message names the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that was written.
+
+    Attributes:
+        folder: The checkpoint.
+        num_bytes: The bytes of its files.
+        seconds: Wall-clock of writing it, checksums included.
+    """
+
+    folder: Path
+    num_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +69,20 @@ class Progress:
     Attributes:
         step: Steps that are done, skipped ones included.
         skipped_steps: Steps whose loss or gradient was not finite.
+        unsupervised_steps: Steps in which no position was supervised.
     """
 
     step: int = 0
     skipped_steps: int = 0
+    unsupervised_steps: int = 0
 
 
 def is_due(steps_done: int, config: RunConfig) -> bool:
     """Whether there is a checkpoint after so many steps."""
     interval = config.checkpoint.save_interval
-    at_end = steps_done == config.train_iters
-    return interval is not None and (at_end or steps_done % interval == 0)
+    if steps_done == config.train_iters:
+        return config.checkpoint.is_on
+    return interval is not None and steps_done % interval == 0
 
 
 def checkpoint_folder(output_dir: Path) -> Path:
@@ -76,16 +101,23 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        UserError: It cannot be read, or is none.
+        BrokenCheckpointError: It cannot be read, or is none.
+        UserError: It is of another version of this package.
     """
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; remove this checkpoint") from error
-    missing = sorted(_MANIFEST_KEYS - set(manifest if isinstance(manifest, dict) else ()))
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; remove this checkpoint")
+        raise BrokenCheckpointError(f"{path} cannot be read: {error}") from error
+    known = set(manifest if isinstance(manifest, dict) else ())
+    if {"step", "settings"} <= known and manifest.get("version") != _VERSION:
+        raise UserError(
+            f"{path} is of version {manifest.get('version', 1)} of training checkpoints, this is "
+            f"version {_VERSION}; give another output_dir, with {checkpoint} as model.student to "
+            "go on from its weights"
+        )
+    if missing := sorted(_MANIFEST_KEYS - known):
+        raise BrokenCheckpointError(f"{path} lacks {', '.join(missing)}")
     return manifest
 
 
@@ -95,14 +127,16 @@ def save(
     progress: Progress,
     *,
     context: ParallelContext,
+    identity: RunIdentity,
     refresh: TeacherRefresh | None = None,
-) -> Path:
-    """Writes a checkpoint, then removes the oldest beyond ``keep``.
+) -> Saved:
+    """Writes a checkpoint, then removes the run's oldest beyond ``keep``.
 
     A teacher that is refreshed is part of it.
 
     It is written under a temporary name and renamed when it is whole. Every rank has to call.
     """
+    started = time.perf_counter()
     folder = checkpoint_folder(Path(plan.config.output_dir))
     final = folder / f"step_{progress.step:07d}"
     temporary = folder / f".{final.name}.tmp"
@@ -119,14 +153,47 @@ def save(
         dist_checkpointing.save(content, str(temporary))
     dist.barrier()
     if context.rank == 0:
-        _add_companions(temporary, plan, progress)
-        shutil.rmtree(final, ignore_errors=True)
+        _add_companions(temporary, plan)
+    files = describe_checkpoint_files(temporary)
+    if context.rank == 0:
+        _add_manifest(temporary, plan, progress, identity, files)
+        _make_room(final, identity)
         temporary.rename(final)
-        _sync_folder(folder)
-        for old in whole_checkpoints(Path(plan.config.output_dir))[: -plan.config.checkpoint.keep]:
+        sync(folder)
+        for old in own_checkpoints(folder.parent, identity)[: -plan.config.checkpoint.keep]:
             shutil.rmtree(old)
     dist.barrier()
-    return final
+    return Saved(
+        folder=final,
+        num_bytes=sum(size for size, _ in files.values()),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def own_checkpoints(output_dir: Path, identity: RunIdentity) -> list[Path]:
+    """Those of a folder's checkpoints that a run has written, oldest first."""
+    return [path for path in whole_checkpoints(output_dir) if _is_of(path, identity)]
+
+
+def _is_of(checkpoint: Path, identity: RunIdentity) -> bool:
+    try:
+        return RunIdentity.of_manifest(read_manifest(checkpoint)).name == identity.name
+    except (BrokenCheckpointError, UserError):
+        return False
+
+
+def _make_room(final: Path, identity: RunIdentity) -> None:
+    """Removes what this run has under a name, or sets it aside if another wrote it."""
+    if not final.exists():
+        return
+    if _is_of(final, identity):
+        shutil.rmtree(final)
+        return
+    number = 1
+    while (aside := final.with_name(f"{final.name}.aside-{number}")).exists():
+        number += 1
+    final.rename(aside)
+    say(f"{final} is none of this run's checkpoints, or a broken one; it is now {aside.name}")
 
 
 def load(
@@ -153,7 +220,14 @@ def load(
         loaded = dist_checkpointing.load(content, str(checkpoint))
         for name, module in _named_modules(state):
             module.load_state_dict(loaded[name])
-        _load_optimizer(state, loaded["optimizer"])
+        for number, optimizer in enumerate(state.optimizer.chained_optimizers):
+            load_states(
+                optimizer,
+                state.modules,
+                # A data-parallel rank that owns no parameter has read nothing.
+                loaded.get("optimizer", {}).get(number, {}),
+                num_updates=loaded["scheduler_steps"],
+            )
         if refresh is not None:
             refresh.load(loaded["teacher"])
     state.scheduler.num_steps = 0
@@ -163,17 +237,22 @@ def load(
         torch.set_rng_state(rng["cpu"])
         torch.cuda.set_rng_state(rng["device"])
         get_cuda_rng_tracker().set_states(rng["tracker"])
-    return Progress(step=manifest["step"], skipped_steps=manifest["skipped_steps"])
+    return Progress(
+        step=manifest["step"],
+        skipped_steps=manifest["skipped_steps"],
+        unsupervised_steps=manifest["unsupervised_steps"],
+    )
 
 
 def remove_unfinished(output_dir: Path) -> None:
     """Removes what an interrupted write left behind."""
-    leftovers = [
-        *checkpoint_folder(output_dir).glob(".step_*.tmp"),
-        *output_dir.glob(".student.*.tmp"),
-    ]
-    for path in leftovers:
-        shutil.rmtree(path)
+    for folder, pattern in (
+        (checkpoint_folder(output_dir), _TEMPORARY),
+        (output_dir, re.compile(r"\.student\.[0-9a-f]{8}\.tmp")),
+    ):
+        for path in list(folder.iterdir()) if folder.is_dir() else ():
+            if pattern.fullmatch(path.name):
+                shutil.rmtree(path)
 
 
 def _sharded_state(
@@ -188,11 +267,11 @@ def _sharded_state(
         # allows by itself.
         if "output_layer.weight" in content[name]:
             content[name]["output_layer.weight"].allow_shape_mismatch = True
-    content["optimizer"] = state.optimizer.sharded_state_dict(
-        content["model"] if "model" in content else dict(content),
-        is_loading=is_loading,
-        metadata=dict(_OPTIMIZER_METADATA),
-    )
+    model = dict(content)
+    content["optimizer"] = {
+        number: sharded_states(optimizer, state.modules, model, is_loading=is_loading)
+        for number, optimizer in enumerate(state.optimizer.chained_optimizers)
+    }
     if with_rng:
         rng = {
             "cpu": torch.get_rng_state(),
@@ -206,28 +285,6 @@ def _sharded_state(
             (context.pp_rank, context.tp_rank, context.groups.dp_cp.rank()),
         )
     return content
-
-
-def _load_optimizer(state: TrainState, loaded: dict[Any, Any]) -> None:
-    """Loads each chained optimizer.
-
-    Megatron's distributed optimizer trips over the step counter that torch's Adam keeps with
-    every parameter, so the counters are out of its sight while it loads the rest; and it gives
-    all parameters the one counter tensor, which torch would count up once for each of them.
-    """
-    chained = state.optimizer.chained_optimizers
-    parts = [loaded] if len(chained) == 1 else [loaded[i] for i in range(len(chained))]
-    for optimizer, part in zip(chained, parts, strict=True):
-        adam = optimizer.optimizer
-        if not (isinstance(optimizer, DistributedOptimizer) and isinstance(adam, torch.optim.Adam)):
-            optimizer.load_state_dict(part)
-            continue
-        moments = part.pop("param_state")
-        optimizer.load_state_dict(part)
-        steps = {parameter: own.pop("step") for parameter, own in adam.state.items()}
-        optimizer.load_parameter_state_from_fully_reshardable(moments)
-        for parameter, step in steps.items():
-            adam.state[parameter]["step"] = step.clone()
 
 
 def _named_modules(state: TrainState) -> list[tuple[str, GPTModel]]:
@@ -252,29 +309,30 @@ def _layout(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def _add_companions(folder: Path, plan: RunPlan, progress: Progress) -> None:
-    """Adds what makes the checkpoint self-contained: the manifest and Hugging Face's files."""
+def _add_companions(folder: Path, plan: RunPlan) -> None:
+    """Adds what makes the checkpoint self-contained: Hugging Face's files."""
     hf = folder / "hf"
     hf.mkdir()
     (hf / "config.json").write_text(json.dumps(plan.student.checkpoint.config, indent=2))
-    for file in plan.student.checkpoint.companion_files():
-        shutil.copyfile(file, hf / file.name)
+    copy_companions(plan.student.checkpoint.companion_files(), hf)
+
+
+def _add_manifest(
+    folder: Path, plan: RunPlan, progress: Progress, identity: RunIdentity, files: Files
+) -> None:
+    """Adds the manifest, and brings everything to the disk."""
     manifest = {
         "format": "torch_dist",
+        "version": _VERSION,
+        "run": identity.as_json(),
         "megatron_oprd": megatron_oprd.__version__,
         **dataclasses.asdict(progress),
         "student": dataclasses.asdict(plan.student.architecture),
         "teacher": dataclasses.asdict(plan.teacher.architecture),
         "layout": _layout(plan),
         "settings": dataclasses.asdict(plan.config),
+        "files": files,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_json(folder / MANIFEST, manifest)
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)

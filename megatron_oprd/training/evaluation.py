@@ -1,7 +1,7 @@
 """Evaluation on benchmarks during a run, on the rollout engines that are there."""
 
 import dataclasses
-import shutil
+import datetime
 import time
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,26 @@ from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import SamplingParams
 from megatron_oprd.rollout.replicas import ReplicaEngines
 from megatron_oprd.training.plan import RunPlan
+from megatron_oprd.training.reading import chat_format
 
 
 class BenchmarkEvaluator:
     """Evaluates the student every ``evaluation.interval`` steps."""
 
-    def __init__(self, plan: RunPlan, context: ParallelContext):
+    def __init__(self, plan: RunPlan, context: ParallelContext, *, today: datetime.date | None):
         """Tokenizes the problems of the plan's benchmarks.
 
         Args:
             plan: The run.
             context: This rank's place.
+            today: The day that chat templates are told.
         """
+        chat = dataclasses.replace(chat_format(plan.config), today=today)
         self._plan = plan
         self._context = context
-        self._prompts = [tokenized(benchmark, plan.tokenizer) for benchmark in plan.benchmarks]
+        self._prompts = [
+            tokenized(benchmark, plan.tokenizer, chat) for benchmark in plan.benchmarks
+        ]
 
     def is_due(self, steps_done: int) -> bool:
         """Whether there is an evaluation after so many steps."""
@@ -55,8 +60,9 @@ class BenchmarkEvaluator:
         started = time.perf_counter()
         folder = Path(self._plan.config.output_dir) / "evaluation" / f"step_{steps_done}"
         if self._context.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for benchmark in self._plan.benchmarks:
+                _file(folder, benchmark).unlink(missing_ok=True)
         metrics: dict[str, Any] = {}
         with Grader(timeout=GRADING_SECONDS) as grader:
             for number, benchmark in enumerate(self._plan.benchmarks):
@@ -110,8 +116,12 @@ class BenchmarkEvaluator:
 
 
 def _append(folder: Path, benchmark: Benchmark, samples: list[Sample]) -> None:
-    with (folder / f"{benchmark.name}.jsonl").open("a", encoding="utf-8") as file:
+    with _file(folder, benchmark).open("a", encoding="utf-8") as file:
         file.writelines(sample.as_line() for sample in samples)
+
+
+def _file(folder: Path, benchmark: Benchmark) -> Path:
+    return folder / f"{benchmark.name}.jsonl"
 
 
 def _flat(metrics: SamplingMetrics) -> dict[str, float]:

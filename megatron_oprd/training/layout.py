@@ -15,7 +15,12 @@ from megatron_oprd.parallel import data_parallel_size
 from megatron_oprd.place import SequenceSplit
 from megatron_oprd.taps.layer_map import LayerPair, layer_pairs
 from megatron_oprd.taps.stages import student_stages, teacher_stages
-from megatron_oprd.training.layout_checks import check_losses, check_models, check_same_model
+from megatron_oprd.training.layout_checks import (
+    check_losses,
+    check_models,
+    check_recompute,
+    check_same_model,
+)
 from megatron_oprd.weights.mapping import Mapping
 
 
@@ -193,6 +198,7 @@ def make_layout(
     )
     check_losses(config, pairs, student, teacher)
     student_layers = _student_layers(config, student, pairs, min_running_layers)
+    check_recompute(config, student_layers)
     to_the_end = config.compares_outputs
     depth = teacher.num_layers if to_the_end else max(pair.teacher for pair in pairs) + 1
     if config.teacher.refresh_interval is None:

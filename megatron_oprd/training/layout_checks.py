@@ -1,5 +1,7 @@
 """A run's settings against its models and the number of processes, before anything is built."""
 
+from collections.abc import Sequence
+
 from megatron_oprd.config import ParallelConfig, RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
@@ -32,6 +34,28 @@ def check_models(
     for setting, arch in (("model.student", student), ("model.teacher", teacher)):
         _check_sequence_length(setting, arch, config)
     _check_experts(student, teacher, config.parallel)
+
+
+def check_recompute(config: RunConfig, layers_per_stage: Sequence[int]) -> None:
+    """Checks that recomputed chunks of layers divide each stage, which Megatron takes for granted.
+
+    Args:
+        config: The run's configuration.
+        layers_per_stage: The student's.
+
+    Raises:
+        UserError: They do not.
+    """
+    recompute = config.recompute
+    number = recompute.recompute_num_layers
+    if recompute.recompute_method != "uniform" or number is None:
+        return
+    if any(layers % number for layers in layers_per_stage):
+        raise UserError(
+            f"recompute.recompute_num_layers = {number} with recompute.recompute_method = uniform "
+            f"has to divide the layers of every stage, which are {list(layers_per_stage)}; give "
+            "1, another divisor of them, or recompute_method = block"
+        )
 
 
 def check_same_model(

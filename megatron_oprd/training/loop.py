@@ -1,8 +1,9 @@
 """The training loop: sync weights, roll out, distil, log, now and then save."""
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.config import RunConfig
+from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.errors import say
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.engine import Rollout, RolloutEngineError, teacher_sequences_of
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.evaluation import BenchmarkEvaluator
+from megatron_oprd.training.identity import RunIdentity, contents_of
 from megatron_oprd.training.loggers import Loggers
 from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import RunPlan, export_folder
 from megatron_oprd.training.prompt_shares import taught_by
-from megatron_oprd.training.resume import checkpoint_to_resume
+from megatron_oprd.training.resume import (
+    check_contents,
+    check_export,
+    resumable_checkpoint,
+    with_schedule_of,
+)
 from megatron_oprd.training.rollout_source import RolloutSource
 from megatron_oprd.training.rollouts import (
     compares_logprobs,
@@ -29,7 +38,8 @@ from megatron_oprd.training.rollouts import (
     open_engines,
 )
 from megatron_oprd.training.step import Distiller, StepResult
-from megatron_oprd.weights.casting import dtype_name
+from megatron_oprd.training.stopping import StopRequests
+from megatron_oprd.weights.casting import config_with_dtype
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.hf_writer import HFContent, write_hf_folder
 from megatron_oprd.weights.safetensors_file import TensorSpec
@@ -39,20 +49,28 @@ class TrainingDivergedError(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
-def train(plan: RunPlan, context: ParallelContext) -> Path:
+def train(plan: RunPlan, context: ParallelContext) -> Path | None:
     """Runs a plan to its end and exports the student.
 
     Returns:
-        The exported Hugging Face folder.
+        The exported Hugging Face folder; None if the run was asked to stop before (`StopRequests`).
 
     Raises:
         TrainingDivergedError: ``optimizer.max_skipped_in_a_row`` steps in a row were skipped.
+        UserError: The run's folder holds another run, or one that has read other contents.
     """
+    with StopRequests(plan.config.checkpoint, context) as stops:
+        return _train(plan, context, stops)
+
+
+def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path | None:
+    output_dir = Path(plan.config.output_dir)
+    resume_from = resumable_checkpoint(plan)
+    identity = _identity(plan, resume_from)
+    plan = with_schedule_of(plan, identity)
     config = plan.config
-    output_dir = Path(config.output_dir)
-    resume_from = checkpoint_to_resume(plan)
-    prompts = load_run_prompts(plan) if context.is_leader else []
-    dist.barrier()
+    prompts = load_run_prompts(plan, today=identity.date) if context.is_leader else []
+    identity = _with_contents(identity, plan, resume_from, prompts)
     if context.rank == 0:
         checkpoints.remove_unfinished(output_dir)
     distiller = Distiller(plan, context)
@@ -62,9 +80,10 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
         done = checkpoints.load(
             resume_from, plan, distiller.state, context=context, refresh=distiller.refresh
         )
-    evaluator = BenchmarkEvaluator(plan, context)
+    evaluator = BenchmarkEvaluator(plan, context, today=identity.date)
     logprob_check = LogprobCheck(distiller)
     skipped_steps, skipped_in_a_row = done.skipped_steps, 0
+    unsupervised_steps = done.unsupervised_steps
     reached = done
 
     def stream_weights(trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
@@ -74,10 +93,19 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
     def save() -> None:
         nonlocal done
         done = reached
-        checkpoints.save(plan, distiller.state, done, context=context, refresh=distiller.refresh)
+        saved = checkpoints.save(
+            plan,
+            distiller.state,
+            done,
+            context=context,
+            identity=identity,
+            refresh=distiller.refresh,
+        )
+        stops.saved()
+        say(f"{saved.folder}: {saved.num_bytes / 1e9:.3g} GB in {saved.seconds:.3g} s")
 
-    def save_before_failing() -> str:
-        if config.checkpoint.save_interval is None:
+    def save_what_was_reached() -> str:
+        if not config.checkpoint.is_on:
             return "checkpoint.save_interval is None, so that there is no checkpoint"
         if reached != done:
             save()
@@ -87,7 +115,7 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
 
     with (
         _loggers(config, context, first_step=done.step) as loggers,
-        _saved_when_engines_fail(save_before_failing),
+        _saved_when_engines_fail(save_what_was_reached),
         open_engines(
             plan,
             context,
@@ -118,13 +146,24 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
             distiller.refresh_teacher(step + 1)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             skipped_steps += result.skipped
-            reached = Progress(step=step + 1, skipped_steps=skipped_steps)
+            if result.loss is None:
+                unsupervised_steps += 1
+                say(
+                    f"step {step}: none of its {len(rollouts)} responses has a position that is "
+                    "supervised; nothing was updated"
+                )
+            reached = Progress(
+                step=step + 1,
+                skipped_steps=skipped_steps,
+                unsupervised_steps=unsupervised_steps,
+            )
             metrics = {
                 "step": step,
                 **_step_metrics(result, plan),
                 **_rollout_metrics(rollouts, step),
                 **compared,
                 "skipped_steps": skipped_steps,
+                "unsupervised_steps": unsupervised_steps,
                 "weight_sync_gb": of_step.weight_sync_bytes / 1e9,
                 "seconds_weight_sync": of_step.seconds_weight_sync,
                 "seconds_rollout": of_step.seconds_rollout,
@@ -148,10 +187,38 @@ def train(plan: RunPlan, context: ParallelContext) -> Path:
                     f"gradient (last loss {result.loss}, gradient norm {result.grad_norm}); the "
                     f"newest checkpoint is of step {done.step}"
                 )
-            if checkpoints.is_due(step + 1, config):
+            decision = stops.agree()
+            if checkpoints.is_due(step + 1, config) or decision.saves:
                 save()
+            if decision.stops_on is not None:
+                say(f"stopped after step {step}, on {decision.stops_on}: {save_what_was_reached()}")
+                return None
     distiller.state.gather_parameters()
-    return _export(plan, exporter, context)
+    return _export(plan, exporter, context, identity)
+
+
+def _identity(plan: RunPlan, resume_from: Path | None) -> RunIdentity:
+    """That of the run that is resumed, or a new one; rank 0's on every rank."""
+    if resume_from is not None:
+        return RunIdentity.of_manifest(checkpoints.read_manifest(resume_from))
+    identity = [RunIdentity.new(plan)]
+    dist.broadcast_object_list(identity)
+    return identity[0]
+
+
+def _with_contents(
+    identity: RunIdentity, plan: RunPlan, resume_from: Path | None, prompts: Sequence[Prompt]
+) -> RunIdentity:
+    """The identity with what the run reads, which rank 0 looks at.
+
+    Raises:
+        UserError: A run that is resumed has read something else; on every rank.
+    """
+    contents: list[dict[str, str]] = [contents_of(plan, prompts) if dist.get_rank() == 0 else {}]
+    dist.broadcast_object_list(contents)
+    if resume_from is not None:
+        check_contents(resume_from, identity, contents[0])
+    return dataclasses.replace(identity, contents=contents[0])
 
 
 def _loggers(
@@ -183,7 +250,7 @@ def _step_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
     return {
         "loss": result.loss,
         "output_loss": result.output_loss,
-        "cosine": sum(result.cosine_per_layer) / len(layers) if layers else None,
+        "cosine": _mean(result.cosine_per_layer),
         "loss_per_layer": dict(zip(layers, result.loss_per_layer, strict=True)),
         "cosine_per_layer": dict(zip(layers, result.cosine_per_layer, strict=True)),
         **_extra_teacher_metrics(result, plan),
@@ -194,6 +261,11 @@ def _step_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
         "seconds_student": result.seconds_student,
         "seconds_optimizer": result.seconds_optimizer,
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _extra_teacher_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
@@ -234,13 +306,14 @@ def _peak_memory_gb(context: ParallelContext) -> float:
     return float(peak) / 1e9
 
 
-def _export(plan: RunPlan, exporter: Exporter, context: ParallelContext) -> Path:
+def _export(
+    plan: RunPlan, exporter: Exporter, context: ParallelContext, identity: RunIdentity
+) -> Path:
     """Writes the student as a Hugging Face folder, from the first replica."""
     out = export_folder(plan.config)
-    config = dict(plan.student.checkpoint.config)
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
     dtype = DTYPES[plan.config.model.params_dtype]
-    config[key] = dtype_name(dtype)
+    before = plan.student.checkpoint.config
+    config = config_with_dtype(before, dtype) or before
     content = HFContent(
         tensors={
             name: TensorSpec(shape=shape, dtype=dtype)
@@ -251,11 +324,13 @@ def _export(plan: RunPlan, exporter: Exporter, context: ParallelContext) -> Path
         companion_files=plan.student.checkpoint.companion_files(),
         origin={
             "tool": "megatron_oprd.train",
+            "run": identity.name,
             "student": plan.config.model.student,
             "teacher": plan.config.model.teacher,
             "train_iters": plan.config.train_iters,
         },
     )
+    check_export(plan.config, identity)
     stream = exporter.stream()
     if context.rank == 0:
         whole = ((name, tensor) for name, tensor in stream if tensor is not None)

@@ -152,7 +152,8 @@ def _keep_step_counters_on_host(optimizer: MegatronOptimizer) -> None:
 
 def _make_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     options = config.optimizer
-    warmup = min(round(options.lr_warmup_fraction * config.train_iters), config.train_iters - 1)
+    length = config.decay_iters
+    warmup = min(round(options.lr_warmup_fraction * length), length - 1)
     return OptimizerParamScheduler(
         optimizer,
         # Step 0 is the first rung of the warm-up, not a step with learning rate 0.
@@ -160,7 +161,7 @@ def _make_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optimize
         max_lr=options.lr,
         min_lr=options.min_lr,
         lr_warmup_steps=warmup,
-        lr_decay_steps=config.train_iters,
+        lr_decay_steps=length,
         lr_decay_style=options.lr_decay_style,
         start_wd=options.weight_decay,
         end_wd=options.weight_decay,

@@ -1,7 +1,7 @@
 """What a run will do, worked out and checked from configurations alone: no weight is read."""
 
-import os
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoi
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.vllm import check_vllm_is_there
 from megatron_oprd.training.layout import ModelLayout, RunLayout, make_layout
-from megatron_oprd.training.reading import plan_reading
+from megatron_oprd.training.reading import chat_format, plan_reading
 from megatron_oprd.weights.output_folder import check_output_folder
 from megatron_oprd.weights.source import WeightSource
 
@@ -99,7 +99,7 @@ def _plan_teachers(config: RunConfig, world_size: int) -> RunPlan:
                 raise
             raise UserError(f"extra_teachers[{number - 1}], as a teacher alone: {error}") from error
 
-    runs = [config, *(_alone(config, extra) for extra in config.extra_teachers)]
+    runs = [config, *(alone(config, extra) for extra in config.extra_teachers)]
     # All layers run in these, so that what is worked out does not depend on the other teachers.
     first = [plan(number, one, sys.maxsize) for number, one in enumerate(runs)]
     running = max((pair.student + 1 for one in first for pair in one.pairs), default=0)
@@ -118,7 +118,7 @@ def _plan_teachers(config: RunConfig, world_size: int) -> RunPlan:
     return replace(main, others=tuple(others))
 
 
-def _alone(config: RunConfig, extra: ExtraTeacherConfig) -> RunConfig:
+def alone(config: RunConfig, extra: ExtraTeacherConfig) -> RunConfig:
     """The run that has an extra teacher as its only one."""
     return replace(
         config,
@@ -291,6 +291,7 @@ def describe(plan: RunPlan) -> str:
         what = [
             *(["its own tokens"] if settings.tokenizer == "own" else []),
             *([f"the column {settings.privileged_key}"] if settings.privileged_key else []),
+            *(["its own prompt"] if settings.suffix or settings.chat_template_kwargs else []),
         ]
         lines.append(f"the teacher reads {' and '.join(what)}")
     for number, one in enumerate(plan.others, start=1):
@@ -326,7 +327,7 @@ def _benchmarks(
     for benchmark in benchmarks:
         check_length(
             benchmark.name,
-            tokenized(benchmark, tokenizer),
+            tokenized(benchmark, tokenizer, chat_format(config)),
             evaluation.max_new_tokens,
             student.max_position_embeddings,
             setting="evaluation.max_new_tokens",
@@ -336,10 +337,27 @@ def _benchmarks(
 
 def _check_output_dir(config: RunConfig) -> None:
     existing = Path(config.output_dir).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+    try:
+        while not existing.exists():
+            existing = existing.parent
+        # Whether something can be made there is known when it was: access rights do not say it of
+        # a read-only file system.
+        with tempfile.TemporaryDirectory(prefix=".megatron_oprd-", dir=existing):
+            pass
+        # A name that is too long for the file system, or for none.
+        Path(config.output_dir).exists()
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"output_dir = {config.output_dir}: {existing} is no folder that can be written to"
-        )
+            f"output_dir = {config.output_dir}: {existing} is no folder that can be written to "
+            f"({error.strerror if isinstance(error, OSError) else error})"
+        ) from error
+    # Whether a student that is there is this run's own is known when the run is: see resume.
     check_output_folder(export_folder(config), force=True)
+    for name in ("student", "teacher"):
+        model = Path(getattr(config.model, name))
+        if export_folder(config).resolve() in (model.resolve(), *model.resolve().parents):
+            raise UserError(
+                f"output_dir = {config.output_dir}: the student would be written to "
+                f"{export_folder(config)}, which is or holds model.{name} = {model}; give another "
+                "output_dir"
+            )

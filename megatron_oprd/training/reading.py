@@ -1,10 +1,13 @@
 """What both models of a run read: tokenizers and prompts, checked before anything is built."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd.config import RunConfig
+from megatron_oprd.data.chat import ChatFormat, thinking, turn_end
 from megatron_oprd.data.prompts import TeacherPrompts, check_prompt_files
 from megatron_oprd.data.teacher_reader import TeacherReader
 from megatron_oprd.data.tokenizers import (
@@ -16,6 +19,8 @@ from megatron_oprd.data.tokenizers import (
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.training.layout import RunLayout
+
+logger = logging.getLogger(__name__)
 
 
 def plan_reading(
@@ -34,7 +39,8 @@ def plan_reading(
     config = layout.config
     settings = config.teacher_prompt
     tokenizer = load_tokenizer(student_folder)
-    ends = eos_token_ids(student_folder, tokenizer)
+    ends = (*eos_token_ids(student_folder, tokenizer), *config.rollout.stop_token_ids)
+    chat = chat_format(config)
     pad_token_id(tokenizer)
     own_tokens = settings.tokenizer == "own"
     teacher_tokenizer = tokenizer
@@ -48,13 +54,15 @@ def plan_reading(
             otherwise="; with teacher_prompt.tokenizer = own the teacher reads the text in its own",
         )
     reader = None
-    if own_tokens or settings.privileged_key is not None:
+    of_teacher = chat_format_of_teacher(config)
+    if settings.is_own:
         reader = TeacherReader(
             prompts=TeacherPrompts(
                 tokenizer=teacher_tokenizer,
                 privileged_key=settings.privileged_key,
                 template=settings.template,
                 max_tokens=layout.teacher_max_prompt_tokens,
+                chat=of_teacher,
             ),
             own_tokens=own_tokens,
             student_tokenizer=tokenizer,
@@ -65,12 +73,34 @@ def plan_reading(
         [Path(file) for file in config.data.prompts],
         tokenizer,
         prompt_key=config.data.prompt_key,
-        chat_template=config.data.chat_template,
+        chat=chat,
         teacher=None if reader is None else reader.prompts,
+    )
+    _warn_of_turns(
+        config, student_folder=student_folder, teacher_folder=teacher_folder, tokenizer=tokenizer
     )
     _check_vocabulary("model.student", tokenizer, layout.student.architecture)
     _check_vocabulary("model.teacher", teacher_tokenizer, layout.teacher.architecture)
     return tokenizer, reader
+
+
+def chat_format(config: RunConfig) -> ChatFormat:
+    """How the student's prompts are rendered."""
+    data = config.data
+    return ChatFormat(
+        template=data.chat_template,
+        kwargs=data.chat_template_kwargs,
+        continue_final_message=data.continue_final_message,
+    )
+
+
+def chat_format_of_teacher(config: RunConfig) -> ChatFormat:
+    """How the teacher's are, where it reads others than the student's."""
+    own = config.teacher_prompt
+    chat = replace(chat_format(config), suffix=own.suffix)
+    if own.chat_template_kwargs is not None:
+        chat = replace(chat, kwargs=own.chat_template_kwargs)
+    return chat
 
 
 def _check_own_tokens(
@@ -83,16 +113,55 @@ def _check_own_tokens(
                 "(of the tokenizers library), which knows where in a text its tokens end; convert "
                 "it to a tokenizer.json"
             )
-    if teacher.eos_token_id is None:
-        raise UserError(
-            "teacher_prompt.tokenizer = own: the tokenizer of model.teacher names no "
-            "end-of-sequence token; set eos_token in its tokenizer_config.json"
-        )
     if config.output_loss.kind != "none":
         raise UserError(
             f"output_loss.kind = {config.output_loss.kind} with teacher_prompt.tokenizer = own: "
             "distributions over different tokens cannot be compared; use none, or a teacher with "
             "the student's tokenizer"
+        )
+
+
+def _warn_of_turns(
+    config: RunConfig,
+    *,
+    student_folder: Path,
+    teacher_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Warns where the teacher's turns begin or end otherwise than a user may expect."""
+    of_teacher = load_tokenizer(teacher_folder)
+    chat = chat_format_of_teacher(config)
+    found = thinking(tokenizer, chat_format(config))
+    # What the teacher was trained to read, whether it gets that or what the student reads.
+    expected = thinking(of_teacher, replace(chat, suffix=""))
+    read = thinking(of_teacher, chat) if config.teacher_prompt.tokenizer == "own" else found
+    if None not in (found, expected) and read != expected:
+        logger.warning(
+            "the generation prompt of model.teacher (%s) ends with %r, what it reads here with %r: "
+            "data.chat_template_kwargs, teacher_prompt.chat_template_kwargs and "
+            "teacher_prompt.suffix say what stands there",
+            teacher_folder,
+            expected,
+            read,
+        )
+    elif None not in (found, read) and found != read:
+        logger.warning(
+            "the generation prompt of model.student (%s) ends with %r, that of model.teacher with "
+            "%r: one of the two thinks before it answers; see data.chat_template_kwargs and "
+            "teacher_prompt.suffix",
+            student_folder,
+            found,
+            read,
+        )
+    if (
+        config.teacher_prompt.tokenizer == "own"
+        and of_teacher.chat_template is not None
+        and turn_end(of_teacher, chat) is None
+    ):
+        logger.warning(
+            "which token ends a turn of model.teacher (%s) cannot be told from its chat template, "
+            "so that the ends of the student's turns are compared with nothing",
+            teacher_folder,
         )
 
 

@@ -1,13 +1,23 @@
 """Which checkpoint a run goes on from, and whether it is the same run."""
 
 import dataclasses
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_oprd.config import RunConfig
-from megatron_oprd.errors import UserError
-from megatron_oprd.training.checkpoints import read_manifest, whole_checkpoints
+from megatron_oprd.errors import UserError, say
+from megatron_oprd.training.checkpoint_files import broken_content, broken_size
+from megatron_oprd.training.checkpoints import (
+    BrokenCheckpointError,
+    checkpoint_folder,
+    read_manifest,
+    whole_checkpoints,
+)
+from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.plan import RunPlan, export_folder
+from megatron_oprd.weights.output_folder import MANIFEST_FILE
 
 # Settings that change how a run is computed or how long it goes on, but not what it computes.
 _MAY_CHANGE = (
@@ -20,61 +30,187 @@ _MAY_CHANGE = (
     "batch.",
     "recompute.",
     "checkpoint.",
+    "evaluation.",
     "rollout.max_batch_size",
     "rollout.logprob_",
     "rollout.vllm.",
     "optimizer.overlap_",
     "optimizer.offload_states",
     "optimizer.max_skipped_in_a_row",
+    "optimizer.use_distributed_optimizer",
 )
+# Paths, of which the contents are compared: see `RunIdentity.contents`.
+_BY_CONTENT = (
+    "model.student", "model.student_hf_config", "model.teacher", "model.teacher_hf_config",
+    "data.prompts", "bridge.path",
+)  # fmt: skip
+_BY_CONTENT_OF_EXTRA = ("model", "hf_config", "bridge")
+_PASSED_OVER = "{} is not whole and is passed over: {}"
 
 
-def checkpoint_to_resume(plan: RunPlan) -> Path | None:
-    """The newest whole checkpoint of the run's folder, or None; only its manifest is read.
+def checkpoint_to_resume(
+    plan: RunPlan, *, without: Collection[Path] = (), says: bool = True
+) -> Path | None:
+    """The newest checkpoint of the run's folder, or None; of it only the manifest is read.
+
+    A checkpoint that lacks a file, or has one of another size, is named and passed over.
+
+    Args:
+        plan: The run.
+        without: Checkpoints that are broken in another way, which are passed over.
+        says: Whether those that are passed over are named, on rank 0.
 
     Raises:
-        UserError: The folder holds another run, or one that must not be resumed.
+        UserError: The folder holds another run, or one that must not be resumed, or nothing that is
+            whole.
     """
     config = plan.config
-    checkpoints = whole_checkpoints(Path(config.output_dir))
+    output_dir = Path(config.output_dir)
+    checkpoints = whole_checkpoints(output_dir)
     if not checkpoints:
-        if export_folder(config).exists():
-            raise UserError(
-                f"output_dir = {config.output_dir} holds a finished run without checkpoints; give "
-                f"another folder, or remove {export_folder(config)} to run anew"
-            )
+        check_export(config, None)
         return None
-    newest = checkpoints[-1]
     if config.checkpoint.resume == "never":
         raise UserError(
-            f"output_dir = {config.output_dir} has checkpoints (newest: {newest.name}) and "
-            "checkpoint.resume = never; give another folder, or resume = auto"
+            f"output_dir = {config.output_dir} has checkpoints (newest: {checkpoints[-1].name}) "
+            "and checkpoint.resume = never; give another folder, or resume = auto"
         )
-    manifest = read_manifest(newest)
+    for checkpoint in reversed(checkpoints):
+        if checkpoint in without:
+            continue
+        try:
+            manifest = read_manifest(checkpoint)
+            if (broken := broken_size(checkpoint, manifest["files"])) is not None:
+                raise BrokenCheckpointError(broken)
+        except BrokenCheckpointError as error:
+            if says:
+                say(_PASSED_OVER.format(checkpoint, error))
+            continue
+        _check_same_run(plan, checkpoint, manifest)
+        check_export(config, RunIdentity.of_manifest(manifest))
+        return checkpoint
+    raise UserError(
+        f"output_dir = {config.output_dir}: none of the {len(checkpoints)} checkpoints in "
+        f"{checkpoint_folder(output_dir)} is whole; give another folder to start anew"
+    )
+
+
+def resumable_checkpoint(plan: RunPlan) -> Path | None:
+    """As `checkpoint_to_resume`, but every byte of it has been compared with its checksum.
+
+    Every rank has to call.
+
+    Raises:
+        UserError: Likewise; on every rank.
+    """
+    broken: set[Path] = set()
+    while (checkpoint := checkpoint_to_resume(plan, without=broken, says=False)) is not None:
+        wrong = broken_content(checkpoint, read_manifest(checkpoint)["files"])
+        if wrong is None:
+            return checkpoint
+        say(_PASSED_OVER.format(checkpoint, wrong))
+        broken.add(checkpoint)
+    return None
+
+
+def with_schedule_of(plan: RunPlan, identity: RunIdentity) -> RunPlan:
+    """The plan with the learning-rate schedule that the run began with."""
+    if plan.config.decay_iters == identity.lr_decay_iters:
+        return plan
+    say(
+        f"train_iters = {plan.config.train_iters}: the learning rate keeps the schedule that the "
+        f"run began with, optimizer.lr_decay_iters = {identity.lr_decay_iters}"
+    )
+    optimizer = dataclasses.replace(plan.config.optimizer, lr_decay_iters=identity.lr_decay_iters)
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, optimizer=optimizer))
+
+
+def check_contents(checkpoint: Path, identity: RunIdentity, found: Mapping[str, str]) -> None:
+    """Refuses to go on with other prompts, tokenizers or models than the run had.
+
+    Raises:
+        UserError: Something was changed in place, or is another one at another place.
+    """
+    for what, digest in identity.contents.items():
+        if found.get(what) != digest:
+            raise UserError(
+                f"{checkpoint} was written with other contents of {what} than there are now; a run "
+                "goes on with what it began with. Give the old one, or another output_dir"
+            )
+
+
+def _check_same_run(plan: RunPlan, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    config = plan.config
     for setting, model in (("student", plan.student), ("teacher", plan.teacher)):
         ours = dataclasses.asdict(model.architecture)
         for field, value in ours.items():
             found = manifest[setting].get(field)
             if found != value:
                 raise UserError(
-                    f"{newest} is of another model: {field} = {found!r}, but model.{setting} "
+                    f"{checkpoint} is of another model: {field} = {found!r}, but model.{setting} "
                     f"({model.checkpoint.folder}) has {value!r}; give another output_dir"
                 )
     # A setting that there was not has had its default.
-    defaults = _flat(dataclasses.asdict(RunConfig()))
-    before, now = defaults | _flat(manifest["settings"]), _flat(dataclasses.asdict(config))
+    defaults = _compared(dataclasses.asdict(RunConfig()))
+    before, now = defaults | _compared(manifest["settings"]), _compared(dataclasses.asdict(config))
     for key, value in now.items():
-        if not key.startswith(_MAY_CHANGE) and before[key] != value:
+        # None keeps the schedule of the run's first start.
+        if key == "optimizer.lr_decay_iters":
+            began_with = manifest["run"]["lr_decay_iters"]
+            if value not in (None, began_with):
+                raise UserError(
+                    f"{checkpoint} was written with {key} = {began_with}, now it is {value}; a "
+                    "run keeps its schedule. Give the old value or none, or another output_dir"
+                )
+        elif before[key] != value:
             raise UserError(
-                f"{newest} was written with {key} = {before[key]!r}, now it is {value!r}; a run "
-                "goes on with the settings it has. Give the old value, or another output_dir"
+                f"{checkpoint} was written with {key} = {before[key]!r}, now it is {value!r}; a "
+                "run goes on with the settings it has. Give the old value, or another output_dir"
             )
     if config.train_iters < manifest["step"]:
         raise UserError(
-            f"train_iters = {config.train_iters}, but {newest} is already of step "
+            f"train_iters = {config.train_iters}, but {checkpoint} is already of step "
             f"{manifest['step']}; give at least as many, or another output_dir"
         )
-    return newest
+
+
+def check_export(config: RunConfig, identity: RunIdentity | None) -> None:
+    """Refuses an exported student that this run has not written and would replace.
+
+    Raises:
+        UserError: There is one.
+    """
+    folder = export_folder(config)
+    if not (folder.is_dir() and any(folder.iterdir())):
+        return
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
+        writer = manifest["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"output_dir = {config.output_dir}: the student would be written to {folder}, which is "
+            "there and is no student that a run has written; give another output_dir"
+        ) from None
+    if identity is None or writer != identity.name:
+        raise UserError(
+            f"output_dir = {config.output_dir} holds the student of "
+            f"{'a finished run without checkpoints' if identity is None else 'another run'} "
+            f"({folder}); give another output_dir"
+        )
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that have to stay, by their whole names."""
+    extra = [
+        {name: value for name, value in one.items() if name not in _BY_CONTENT_OF_EXTRA}
+        for one in settings["extra_teachers"]
+    ]
+    flat = _flat({**settings, "extra_teachers": extra})
+    return {
+        key: value
+        for key, value in flat.items()
+        if not key.startswith(_MAY_CHANGE) and key not in _BY_CONTENT
+    }
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

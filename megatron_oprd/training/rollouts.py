@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megatron_oprd.rollout.server_client import check_server
 from megatron_oprd.rollout.server_place import check_server_gpus, server_host
 from megatron_oprd.rollout.server_process import ServerProcess
 from megatron_oprd.training.plan import RunPlan
+from megatron_oprd.training.reading import chat_format
 
 
 @contextlib.contextmanager
@@ -148,27 +150,58 @@ def _max_model_len(plan: RunPlan) -> int:
     of_benchmarks = [
         len(prompt.token_ids) + plan.config.evaluation.max_new_tokens
         for benchmark in plan.benchmarks
-        for prompt in tokenized(benchmark, plan.tokenizer)
+        for prompt in tokenized(benchmark, plan.tokenizer, chat_format(plan.config))
     ]
     return max([plan.max_sequence_length, *of_benchmarks])
 
 
-def load_run_prompts(plan: RunPlan) -> list[Prompt]:
+def load_run_prompts(plan: RunPlan, *, today: datetime.date | None = None) -> list[Prompt]:
     """Reads and tokenizes the run's prompts.
+
+    Args:
+        plan: The run.
+        today: The day that chat templates are told.
 
     Raises:
         UserError: See `load_prompts`.
     """
     data = plan.config.data
+    teacher = None if plan.teacher_reader is None else plan.teacher_reader.prompts
+    if teacher is not None:
+        teacher = dataclasses.replace(teacher, chat=dataclasses.replace(teacher.chat, today=today))
     return load_prompts(
         [Path(file) for file in data.prompts],
         plan.tokenizer,
         prompt_key=data.prompt_key,
-        chat_template=data.chat_template,
+        chat=dataclasses.replace(chat_format(plan.config), today=today),
         max_prompt_tokens=data.max_prompt_tokens,
         long_prompts=data.long_prompts,
-        teacher=None if plan.teacher_reader is None else plan.teacher_reader.prompts,
+        teacher=teacher,
     )
+
+
+def describe_prompts(plan: RunPlan) -> str:
+    """The run's prompts for a reader: how many, and the first as the models read it.
+
+    Raises:
+        UserError: See `load_prompts`; every row is looked at.
+    """
+    prompts = load_run_prompts(plan)
+    first = prompts[0]
+    lines = [
+        "",
+        f"# prompts: {len(prompts)}; the first one, special tokens included",
+        f"student: {plan.tokenizer.decode(first.token_ids)!r}",
+    ]
+    if first.teacher_ids is not None:
+        assert plan.teacher_reader is not None
+        tokenizer = plan.teacher_reader.prompts.tokenizer
+        lines.append(f"teacher: {tokenizer.decode(first.teacher_ids)!r}")
+        if plan.teacher_reader.own_tokens:
+            end = first.teacher_end
+            shown = "not known" if end is None else repr(tokenizer.decode([end]))
+            lines.append(f"the token that ends the teacher's answer: {shown}")
+    return "\n".join(lines)
 
 
 def prompts_of_step(step: int, prompts: list[Prompt], config: RunConfig) -> list[Prompt]:

@@ -21,7 +21,7 @@ from megatron_oprd.models.student import freeze_past_deepest_tap
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.taps.head import HeadTap, head_weight
 from megatron_oprd.taps.schedule import run_schedule
-from megatron_oprd.training.batches import make_micro_batches
+from megatron_oprd.training.batches import StepBatches, make_micro_batches
 from megatron_oprd.training.optimizer import make_train_state
 from megatron_oprd.training.plan import ModelPlan, RunPlan
 from megatron_oprd.training.teachers import Teacher
@@ -33,11 +33,13 @@ class StepResult:
     """What one step did; the same on every rank.
 
     Attributes:
-        loss: The whole loss, coefficients included.
-        loss_per_layer: The loss of each matched pair, without coefficient and layer weight.
-        cosine_per_layer: Mean cosine of each matched pair.
-        output_loss: The output-space loss without its coefficient; None if there is none.
-        extra_teachers: (loss, cosine) of each matched pair of each extra teacher.
+        loss: The whole loss, coefficients included; None where nothing was supervised.
+        loss_per_layer: The loss of each matched pair, without coefficient and layer weight; None
+            where the teacher had no position to supervise.
+        cosine_per_layer: Mean cosine of each matched pair, likewise.
+        output_loss: The output-space loss without its coefficient; None if there is none, or it had
+            no position.
+        extra_teachers: (loss, cosine) of each matched pair of each extra teacher, likewise.
         grad_norm: Global gradient norm before clipping.
         lr: Learning rate of the update.
         skipped: Whether loss or gradient were not finite, so that nothing was updated.
@@ -46,12 +48,12 @@ class StepResult:
         seconds_optimizer: Wall-clock of the update.
     """
 
-    loss: float
-    loss_per_layer: list[float]
-    cosine_per_layer: list[float]
+    loss: float | None
+    loss_per_layer: Sequence[float | None]
+    cosine_per_layer: Sequence[float | None]
     output_loss: float | None
-    extra_teachers: list[tuple[list[float], list[float]]]
-    grad_norm: float
+    extra_teachers: list[tuple[Sequence[float | None], Sequence[float | None]]]
+    grad_norm: float | None
     lr: float
     skipped: bool
     seconds_teacher: float
@@ -146,7 +148,7 @@ class Distiller:
         responses: Sequence[Sequence[int]],
         teacher_sequences: Sequence[TeacherSequence] | None = None,
         taught_by: Sequence[Sequence[bool]] | None = None,
-    ) -> list[list[MicroBatch]]:
+    ) -> StepBatches:
         """This replica's micro-batches of the global batch, in groups of one teacher pass each.
 
         Without ``teacher.target_memory_gb`` there is one group.
@@ -230,7 +232,7 @@ class Distiller:
         Returns:
             The first four attributes of `Gradients`.
         """
-        parts = [torch.stack(one.taps.end_step()) for one in self.teachers]  # [2, pairs] of each
+        parts = [torch.stack(one.end_step()) for one in self.teachers]  # [2, pairs] of each
         metrics = torch.cat(parts, dim=1)
         output_loss = metrics.new_zeros(()) if self._head is None else self._head.end_step()
         if self.context.tp_rank != 0:
@@ -282,35 +284,61 @@ class Distiller:
 
         Arguments are those of `micro_batches`.
         """
-        gradients = self.compute_gradients(
-            self.micro_batches(prompts, responses, teacher_sequences, taught_by)
-        )
+        batches = self.micro_batches(prompts, responses, teacher_sequences, taught_by)
+        lr = self.state.optimizer.param_groups[0]["lr"]
+        if batches.is_empty:
+            return self._nothing_supervised(lr)
+        gradients = self.compute_gradients(batches.groups)
         losses = [gradients.loss_per_layer, *(loss for loss, _ in gradients.extra_teachers)]
         loss = sum(
             coefficient * float(of_layer)
             for one, of_teacher in zip(self.teachers, losses, strict=True)
             for coefficient, of_layer in zip(one.plan.pair_coefficients, of_teacher, strict=True)
         )
-        output_loss = float(gradients.output_loss) if self.plan.compares_outputs else None
+        output_loss = float(gradients.output_loss) if batches.supervises_outputs else None
         if output_loss is not None:
             loss += output_loss * self.plan.config.output_loss.coefficient
         clock = _Clock()
-        lr = self.state.optimizer.param_groups[0]["lr"]
         grad_norm, updated = self.update(math.isfinite(loss))
+        of_teachers = [
+            (gradients.loss_per_layer, gradients.cosine_per_layer),
+            *gradients.extra_teachers,
+        ]
+        (of_layers, cosines), *others = [
+            (of_teacher.tolist(), cosine.tolist()) if is_supervised else _nothing(one.plan)
+            for one, (of_teacher, cosine), is_supervised in zip(
+                self.teachers, of_teachers, batches.supervises, strict=True
+            )
+        ]
         return StepResult(
             loss=loss,
-            loss_per_layer=gradients.loss_per_layer.tolist(),
-            cosine_per_layer=gradients.cosine_per_layer.tolist(),
+            loss_per_layer=of_layers,
+            cosine_per_layer=cosines,
             output_loss=output_loss,
-            extra_teachers=[
-                (loss.tolist(), cosine.tolist()) for loss, cosine in gradients.extra_teachers
-            ],
+            extra_teachers=others,
             grad_norm=grad_norm,
             lr=lr,
             skipped=not updated,
             seconds_teacher=gradients.seconds_teacher,
             seconds_student=gradients.seconds_student,
             seconds_optimizer=clock.lap(),
+        )
+
+    def _nothing_supervised(self, lr: float) -> StepResult:
+        """A step that teaches nothing: an update would be weight decay and old moments alone."""
+        (loss, cosine), *others = [_nothing(one.plan) for one in self.teachers]
+        return StepResult(
+            loss=None,
+            loss_per_layer=loss,
+            cosine_per_layer=cosine,
+            output_loss=None,
+            extra_teachers=others,
+            grad_norm=None,
+            lr=lr,
+            skipped=False,
+            seconds_teacher=0.0,
+            seconds_student=0.0,
+            seconds_optimizer=0.0,
         )
 
     def _build_student(self, model: ModelPlan) -> tuple[list[GPTModel], Any]:
@@ -349,6 +377,11 @@ class Distiller:
         if self._head is not None and get_attr_wrapped_model(chunk, "post_process"):
             return self._head.attach(hidden, micro_batch)
         return hidden
+
+
+def _nothing(plan: RunPlan) -> tuple[Sequence[float | None], Sequence[float | None]]:
+    """Loss and cosine of each matched pair of a teacher without supervised positions."""
+    return [None] * len(plan.pairs), [None] * len(plan.pairs)
 
 
 @contextmanager

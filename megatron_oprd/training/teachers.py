@@ -13,7 +13,7 @@ from megatron_oprd.models.offload import OffloadedWeights
 from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.taps.schedule import run_schedule
-from megatron_oprd.taps.selection import RankSelector
+from megatron_oprd.taps.selection import RankSelector, Selection
 from megatron_oprd.taps.tap import Taps
 from megatron_oprd.training.plan import RunPlan
 
@@ -61,6 +61,7 @@ class Teacher:
             context, sequence_parallel=config.parallel.sequence_parallel
         )
         self._weights: OffloadedWeights | None = None
+        self._selections: dict[tuple[int, bool], tuple[MicroBatch, Selection]] = {}
 
     def offload(self, resident: Sequence[Tensor]) -> None:
         """Has the weights in host memory from here on, but during `run`, and but for some."""
@@ -79,7 +80,7 @@ class Teacher:
         """
 
         def begin(micro_batch: MicroBatch) -> MicroBatch:
-            read, selection = self._selector.select(micro_batch, for_teacher=True)
+            read, selection = self._select(micro_batch, for_teacher=True)
             self.taps.begin(selection)
             return read
 
@@ -95,8 +96,25 @@ class Teacher:
 
     def begin_student(self, micro_batch: MicroBatch) -> None:
         """Says which micro-batch the student's next forward pass is of."""
-        _, selection = self._selector.select(self._own(micro_batch), for_teacher=False)
+        _, selection = self._select(self._own(micro_batch), for_teacher=False)
         self.taps.begin(selection)
+
+    def end_step(self) -> tuple[Tensor, Tensor]:
+        """See `Taps.end_step`."""
+        self._selections.clear()
+        return self.taps.end_step()
+
+    def _select(
+        self, micro_batch: MicroBatch, *, for_teacher: bool
+    ) -> tuple[MicroBatch, Selection]:
+        """What a model reads of a micro-batch, and what is compared: worked out once in a step.
+
+        Chunks and passes share it, since it goes to the device, which waits for that.
+        """
+        key = micro_batch.index, for_teacher and micro_batch.teacher is not None
+        if key not in self._selections:
+            self._selections[key] = self._selector.select(micro_batch, for_teacher=for_teacher)
+        return self._selections[key]
 
     def _own(self, micro_batch: MicroBatch) -> MicroBatch:
         return micro_batch.others[self._number - 1] if self._number else micro_batch

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from megatron_oprd.errors import UserError
+from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.mapping import Mapping
 from megatron_oprd.weights.source import WeightSource
 
@@ -12,6 +13,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Stored by old versions of transformers; computed from the configuration here as there.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ROWS = 4096  # rows of embedding and head that are compared at a time
 
 
@@ -21,7 +23,7 @@ def check_tensors(table: Iterable[Mapping], source: WeightSource, *, tied: bool)
     No weight is read. A tied model may store its head a second time.
 
     Raises:
-        UserError: Tensors are missing, left over, or of another shape.
+        UserError: Tensors are missing, left over, of another shape, or quantised.
     """
     expected = {name: shape for mapping in table for name, shape in mapping.hf.items()}
     found = {name for name in source.names() if not is_derived(name)}
@@ -33,6 +35,12 @@ def check_tensors(table: Iterable[Mapping], source: WeightSource, *, tied: bool)
             raise UserError(
                 f"{source.folder}: {name} has shape {list(source.shape(name))}; its "
                 f"configuration says {list(shape)}"
+            )
+        if source.dtype(name) not in _WEIGHT_DTYPES:
+            raise UserError(
+                f"{source.folder}: {name} is {dtype_name(source.dtype(name))}; weights have to be "
+                "float32, bfloat16, float16 or float64. Quantised ones have to be dequantised "
+                "first, with their scales"
             )
 
 

@@ -1,5 +1,8 @@
 """Casts to dtypes with a smaller range, in which a large value must not become infinite."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,3 +69,22 @@ def _overflows(values: Tensor, dtype: torch.dtype) -> Tensor:
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype as configurations and command lines write it, as in ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
+
+
+def config_with_dtype(
+    config: Mapping[str, Any], dtype: torch.dtype | None
+) -> dict[str, Any] | None:
+    """The content of config.json for weights that were cast; None where it stays as it is.
+
+    Args:
+        config: The content.
+        dtype: What the weights were cast to; None if they were not.
+    """
+    if dtype is None:
+        return None
+    name = dtype_name(dtype)
+    # transformers 4 writes one name, 5 the other; a config may have both.
+    fields = [field for field in ("dtype", "torch_dtype") if field in config] or ["dtype"]
+    cast = dict.fromkeys(fields, name)
+    changed = {**config, **cast}
+    return None if changed == config else changed

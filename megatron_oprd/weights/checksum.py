@@ -13,6 +13,8 @@ CHECKSUMS_FIELD = "checksums_xxh3_128"
 
 _logger = logging.getLogger(__name__)
 _PIECE = 2**20  # elements that are examined at a time, so that they stay in the processor's cache
+_BLOCK_BYTES = 2**24
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 class Checksum:
@@ -75,3 +77,29 @@ def warn_of_nans(out: Path, nans: Mapping[str, int], *, what: str) -> None:
             what,
             next(iter(nans)),
         )
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3_128 of a file's bytes, 32 hexadecimal digits."""
+    result = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            result.update(block)
+    return result.hexdigest()
+
+
+def sampled_checksum(path: Path) -> str:
+    """xxh3_128 of a file's size and of samples of its bytes: of 64 pieces evenly over it.
+
+    Training changes weights everywhere, so it changes samples; and a file of any size is sampled
+    in milliseconds.
+    """
+    size = path.stat().st_size
+    result = xxhash.xxh3_128(size.to_bytes(8, "little"))
+    with path.open("rb", buffering=0) as file:
+        for number in range(_SAMPLES):
+            # The first piece is the file's start, with a safetensors file's header or part of it,
+            # the last one its end.
+            file.seek(max(size - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
+            result.update(file.read(_SAMPLE_BYTES))
+    return result.hexdigest()

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_oprd.weights.accounting import is_derived
 from megatron_oprd.weights.casting import dtype_name
+from megatron_oprd.weights.hf_files import companion_name
 from megatron_oprd.weights.rectangles import row_blocks, slices_of
 from megatron_oprd.weights.source import WeightSource
 
@@ -105,7 +106,9 @@ def compare_keys(
     for field in a.config | b.config:
         if field not in skipped:
             add("config", field, _field(a.config, field), _field(b.config, field))
-    files_a, files_b = ({path.name: path for path in source.companion_files()} for source in (a, b))
+    files_a, files_b = (
+        {companion_name(path): path for path in source.companion_files()} for source in (a, b)
+    )
     for name in files_a | files_b:
         content_a, content_b = (
             files[name].read_bytes() if name in files else None for files in (files_a, files_b)
@@ -216,8 +219,9 @@ def _bits(tensor: Tensor) -> Tensor:
 def _spelled_otherwise(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
     """Fields that are not the same in two configs but, all together, say the same."""
     found: set[str] = set()
-    dtype_a, dtype_b = (config.get("dtype") or config.get("torch_dtype") for config in (a, b))
-    if dtype_a == dtype_b:
+    # A config may spell it twice, and then otherwise.
+    dtypes = [{config[field] for field in _DTYPE_FIELDS if config.get(field)} for config in (a, b)]
+    if dtypes[0] == dtypes[1] and len(dtypes[0]) <= 1:
         found |= _DTYPE_FIELDS
     # Where one says nothing, its settings may be lost, even if they were the default ones.
     says_something = all(not _ROPE_FIELDS.isdisjoint(config) for config in (a, b))

@@ -5,6 +5,8 @@ A folder holds `config.json`, the weights as `model.safetensors` or as shards na
 """
 
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,15 @@ _WEIGHT_SUFFIXES = {
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth"}
 # What transformers' Trainer pickles beside the weights.
 _TRAINER_STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+# Where one of these is, the folder's weights are not the whole model.
+_OTHER_WEIGHTS = {
+    "adapter_config.json": "it is a LoRA adapter's, and transformers would take it into account "
+    "where peft is installed. Merge it first (peft: merge_and_unload, then save_pretrained), or "
+    "remove the adapter's files",
+    "hf_quant_config.json": "its weights are quantised by ModelOpt. Give the model's unquantised "
+    "folder",
+}
+CHAT_TEMPLATES = "additional_chat_templates"
 _LEFT_BEHIND = {CONFIG_FILE, "README.md", MANIFEST_FILE}
 
 
@@ -51,6 +62,9 @@ class HFFolder:
                 f"Hugging Face checkpoint {self.folder}: {found}; give a folder with {CONFIG_FILE} "
                 f"and {SINGLE_FILE} (or shards with {INDEX_FILE})."
             )
+        for name, instead in _OTHER_WEIGHTS.items():
+            if (self.folder / name).exists():
+                raise UserError(f"Hugging Face checkpoint {self.folder} has {name}: {instead}.")
         self.config = _read_json_object(self.folder / CONFIG_FILE)
 
     @property
@@ -62,17 +76,35 @@ class HFFolder:
         """The files an exported model carries along: tokenizer, generation config, chat template...
 
         Every regular file at the folder's top level, but for weights, their indices, config.json,
-        the manifest, the model card and hidden files; sorted by name.
+        the manifest, the model card and hidden files; sorted by name. Behind them the tokenizer's
+        named chat templates, which have a folder of their own.
         """
-        return sorted(
-            path
-            for path in self.folder.iterdir()
-            if path.is_file()
-            and path.name not in _LEFT_BEHIND
-            and path.suffix not in _WEIGHT_SUFFIXES
-            and not path.name.endswith(".index.json")
-            and not path.name.startswith(".")
-        )
+        return [
+            *sorted(
+                path
+                for path in self.folder.iterdir()
+                if path.is_file()
+                and path.name not in _LEFT_BEHIND
+                and path.suffix not in _WEIGHT_SUFFIXES
+                and not path.name.endswith(".index.json")
+                and not path.name.startswith(".")
+            ),
+            *sorted((self.folder / CHAT_TEMPLATES).glob("*.jinja")),
+        ]
+
+
+def companion_name(file: Path) -> str:
+    """A companion file's place in a folder that it is carried along to."""
+    in_folder = file.parent.name == CHAT_TEMPLATES
+    return f"{CHAT_TEMPLATES}/{file.name}" if in_folder else file.name
+
+
+def copy_companions(files: Iterable[Path], folder: Path) -> None:
+    """Copies companion files into another folder."""
+    for file in files:
+        target = folder / companion_name(file)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 class HFCheckpoint(HFFolder):

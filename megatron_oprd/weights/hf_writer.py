@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_oprd.weights.checksum import CHECKSUMS_FIELD, examine, warn_of_nans
 from megatron_oprd.weights.disk import describe_files, write_json, writing
-from megatron_oprd.weights.hf_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from megatron_oprd.weights.hf_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, copy_companions
 from megatron_oprd.weights.output_folder import OutputFolder
 from megatron_oprd.weights.progress import Progress
 from megatron_oprd.weights.ranks import Ranks
@@ -257,8 +257,7 @@ def _finish(folder: OutputFolder, content: HFContent, shards: Mapping[str, Seque
         nans |= record["nans"]
     warn_of_nans(folder.out, nans, what="tensors")
     with writing(folder.out):
-        for companion in content.companion_files:
-            shutil.copyfile(companion, folder.path / companion.name)
+        copy_companions(content.companion_files, folder.path)
         if isinstance(content.config, Path):
             shutil.copyfile(content.config, folder.path / CONFIG_FILE)
         else:

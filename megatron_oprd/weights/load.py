@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_oprd.errors import UserError
 from megatron_oprd.place import Place
 from megatron_oprd.weights.accounting import check_tensors, check_tied_head
 from megatron_oprd.weights.mapping import Mapping, Piece
@@ -52,8 +53,8 @@ def load_weights(
             that only one at a time exists as it is read.
 
     Raises:
-        UserError: The checkpoint's tensors are not those of the table, or a tied model's has a
-            head that differs from the embedding.
+        UserError: The checkpoint's tensors are not those of the table, a tied model's has a head
+            that differs from the embedding, or values are NaN or infinite.
     """
     check_tensors(table, checkpoint, tied=tied)
     if tied:
@@ -83,4 +84,11 @@ def _fill(target: Tensor, *, pieces: Sequence[Piece], checkpoint: WeightSource) 
         if piece.hf is None:
             part.zero_()
         else:
-            part.copy_(checkpoint.read_slice(piece.hf, *piece.hf_index))
+            values = checkpoint.read_slice(piece.hf, *piece.hf_index)
+            # A sum is not finite if a value is not, and rarely otherwise: then all are looked at.
+            if not values.sum().isfinite() and (count := int((~values.isfinite()).sum())):
+                raise UserError(
+                    f"{checkpoint.folder}: {count} values of {piece.hf} are NaN or infinite; give "
+                    "a checkpoint that is whole"
+                )
+            part.copy_(values)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.weights.checksum import CHECKSUMS_FIELD, Checksum
+from megatron_oprd.weights.checksum import CHECKSUMS_FIELD, Checksum, file_checksum
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.megatron_checkpoint import is_megatron, resolve_checkpoint_folder
 from megatron_oprd.weights.output_folder import MANIFEST_FILE
@@ -100,10 +100,51 @@ def read_checksums(folder: Path) -> dict[str, str]:
     checksums = manifest.get(CHECKSUMS_FIELD) if isinstance(manifest, dict) else None
     if not isinstance(checksums, dict):
         raise UserError(
-            f"{file} has no {CHECKSUMS_FIELD}, as those of training have none, so there is nothing "
-            f"to check {folder} against; give a second checkpoint to compare it with."
+            f"{file} has no {CHECKSUMS_FIELD}, so there is nothing to check {folder} against; give "
+            "a second checkpoint to compare it with."
         )
     return checksums
+
+
+def read_file_checksums(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """Size and checksum of each file of a training checkpoint; None for what is none.
+
+    Args:
+        folder: A training checkpoint, or the folder of a run.
+    """
+    file = resolve_checkpoint_folder(folder) / MANIFEST_FILE
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        return None
+    return {name: (int(size), str(checksum)) for name, (size, checksum) in files.items()}
+
+
+def compare_files(
+    folder: Path,
+    expected: Mapping[str, tuple[int, str]],
+    *,
+    advance: Callable[[int], object] = lambda num_bytes: None,
+) -> list[ChecksumDifference]:
+    """Reads every file of a training checkpoint and compares its checksum with the manifest's.
+
+    Args:
+        folder: The checkpoint, or the folder of a run.
+        expected: See `read_file_checksums`.
+        advance: Called with the bytes that were read.
+    """
+    checkpoint = resolve_checkpoint_folder(folder)
+    different = []
+    for name, (size, checksum) in expected.items():
+        path = checkpoint / name
+        found = file_checksum(path) if path.is_file() else None
+        if found != checksum:
+            different.append(ChecksumDifference(name=name, expected=checksum, found=found))
+        advance(size)
+    return different
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:

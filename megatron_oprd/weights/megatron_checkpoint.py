@@ -15,7 +15,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.weights.accounting import EMBEDDING as HF_EMBEDDING
 from megatron_oprd.weights.accounting import HEAD, refuse_differences
 from megatron_oprd.weights.casting import dtype_name
-from megatron_oprd.weights.hf_files import CONFIG_FILE, HFFolder
+from megatron_oprd.weights.hf_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, HFFolder
 from megatron_oprd.weights.mapping import Mapping, Vocabulary
 from megatron_oprd.weights.megatron_keys import (
     EMBEDDING,
@@ -238,7 +238,7 @@ def resolve_checkpoint_folder(path: Path) -> Path:
     Raises:
         UserError: The folder names a checkpoint that is not there.
     """
-    if (path / METADATA_FILE).exists() or (path / FORMAT_FILE).exists():
+    if _is_hugging_face(path) or _is_torch_dist(path):
         return path
     tracker = path / TRACKER_FILE
     if tracker.is_file():
@@ -258,9 +258,32 @@ def resolve_checkpoint_folder(path: Path) -> Path:
 
 def is_megatron(path: Path) -> bool:
     """Whether a folder looks like a Megatron checkpoint, of whatever format, or holds one."""
+    if _is_hugging_face(path):
+        return False
     folder = resolve_checkpoint_folder(path)
-    marks = (METADATA_FILE, FORMAT_FILE)
-    return any((folder / mark).exists() for mark in marks) or any(folder.glob("mp_rank_*"))
+    return _is_torch_dist(folder) or any(folder.glob("mp_rank_*"))
+
+
+def _is_hugging_face(path: Path) -> bool:
+    """Whether a folder has a Hugging Face model, whatever else may lie in it."""
+    weights = (SINGLE_FILE, INDEX_FILE)
+    has_weights = any((path / name).exists() for name in weights)
+    return (path / CONFIG_FILE).is_file() and has_weights and not _says_its_format(path)
+
+
+def _is_torch_dist(folder: Path) -> bool:
+    return (folder / METADATA_FILE).exists() or _says_its_format(folder)
+
+
+def _says_its_format(folder: Path) -> bool:
+    """Whether metadata.json is Megatron's: people call other notes so, too."""
+    try:
+        content = json.loads((folder / FORMAT_FILE).read_bytes())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return not (folder / CONFIG_FILE).is_file()  # a damaged one is said to be that
+    return isinstance(content, dict) and "sharded_backend" in content
 
 
 def _folders(folder: Path) -> Iterator[Path]:

@@ -163,6 +163,21 @@ class TorchDistFiles:
             raise self._missing_chunks(name, tensor.shape)
         return out
 
+    def read_object(self, name: str) -> bytes:
+        """The bytes of an object in `objects`, as torch.save wrote them.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
+        place = self._places[MetadataIndex(name)]
+        file = self.folder / place.relative_path
+        try:
+            with file.open("rb") as content:
+                content.seek(place.offset)
+                return content.read(place.length)
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}.") from error
+
     def _read_chunk(
         self,
         name: str,

@@ -10,7 +10,6 @@ The result is a folder that Megatron-LM's ``--load`` takes, as a released model 
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -35,7 +34,7 @@ from megatron_oprd.weights.buffers import AlternatingBuffers
 from megatron_oprd.weights.checksum import CHECKSUMS_FIELD, warn_of_nans
 from megatron_oprd.weights.disk import describe_files, sync, write_json, writing
 from megatron_oprd.weights.distcp_file import OVERHEAD_BYTES, read_back, write_file
-from megatron_oprd.weights.hf_files import CONFIG_FILE
+from megatron_oprd.weights.hf_files import CONFIG_FILE, copy_companions
 from megatron_oprd.weights.megatron_checkpoint import HF_FOLDER
 from megatron_oprd.weights.output_folder import OutputFolder
 from megatron_oprd.weights.progress import Progress
@@ -213,8 +212,7 @@ def _finish(
         (folder.path / TRACKER_FILE).write_text(RELEASE)
         hf = release / HF_FOLDER
         hf.mkdir(exist_ok=True)
-        for file in (source.hf_folder / CONFIG_FILE, *source.companion_files()):
-            shutil.copyfile(file, hf / file.name)
+        copy_companions([source.hf_folder / CONFIG_FILE, *source.companion_files()], hf)
         if content.config is not None:
             write_json(hf / CONFIG_FILE, content.config)
     folder.commit({**content.origin, "nans": nans, CHECKSUMS_FIELD: checksums})

@@ -14,6 +14,7 @@ from megatron_oprd.bridge.fit import random_student
 from megatron_oprd.bridge.format import PICTURE_FILE, TENSORS_FILE, BridgeFolder
 from megatron_oprd.bridge_build.sequences import split_prompts
 from megatron_oprd.rollout.engine import Rollout
+from tests.closeness import assert_close_relative
 from tests.pairs import save_pair
 from tests.ranks import run_ranks
 
@@ -131,7 +132,7 @@ def test_projectors_and_cosines_are_those_of_transformers_states(root: Path) -> 
         )  # fmt: skip
         h_s, h_t = both_rows(root, seen, pair)
         assert len(h_s) == manifest.data["rows"]
-        torch.testing.assert_close(mean, h_t.mean(0), rtol=1e-4, atol=1e-5)
+        assert_close_relative(mean, h_t.mean(0), 1e-5)
         directions = torch.linalg.svd(h_t - mean, full_matrices=False)[2][:8]
         overlap = (directions @ p_t.t()).abs()
         torch.testing.assert_close(overlap, torch.eye(8).double(), rtol=0, atol=2e-2)
@@ -139,7 +140,7 @@ def test_projectors_and_cosines_are_those_of_transformers_states(root: Path) -> 
         padded = torch.cat([h_s, ridge * torch.eye(32, dtype=torch.float64)])
         targets = torch.cat([(h_t - mean) @ p_t.t(), torch.zeros(32, 8, dtype=torch.float64)])
         solution = torch.linalg.lstsq(padded, targets).solution.t()
-        torch.testing.assert_close(p_s, solution, rtol=1e-3, atol=1e-4)
+        assert_close_relative(p_s, solution, 1e-3)
 
         h_s, h_t = both_rows(root, unseen, pair)
         start = random_student(8, 32, seed=1234 + number).double()

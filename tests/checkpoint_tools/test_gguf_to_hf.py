@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from checkpoint_tools.gguf_to_hf import main
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.hf_files import HFCheckpoint
+from tests.closeness import assert_close_relative
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 TOKENS = [*bytes_to_unicode().values(), "<|im_start|>", "<|im_end|>", "he", "Ġt"]
@@ -152,7 +154,7 @@ def test_values_are_the_files(tmp_path: Path, tied: bool) -> None:
     model.load_state_dict(values, strict=False)
     tokens = torch.arange(20)[None]
     with torch.no_grad():
-        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+        assert_close_relative(loaded(tokens).logits, model(tokens).logits, 1e-5)
     assert GenerationConfig.from_pretrained(out).eos_token_id == 257
 
 
@@ -224,7 +226,7 @@ def rope_frequencies(writer: GGUFWriter) -> None:
     [
         ({"architecture": "rwkv6"}, r"transformers cannot read it: .*rwkv6 is not supported yet"),
         ({"tokenizer": False}, r"has no tokenizer.ggml.tokens"),
-        ({"extra": rope_scaling}, r"rope scaling 'yarn', which transformers does not read"),
+        ({"extra": rope_scaling}, r"rope\.scaling\.type = 'yarn'; .*has 'none'"),
         ({"extra": rope_frequencies}, r"takes \d+; .*outside the layers: .*rope_freqs.weight"),
         ({"left_out": "model.layers.1.mlp.up_proj.weight"}, r"holds \d+ values, but the llama"),
     ],
@@ -237,6 +239,81 @@ def test_files_it_refuses(
     with pytest.raises(UserError, match=message):
         main(["--gguf", str(tmp_path / "tiny.gguf"), "--out", str(tmp_path / "out"), *dry_run])
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+# key -> value; each would be lost, or means a part of a model.
+LOST: dict[str, Any] = {
+    "llama.attention.sliding_window": 16,
+    "llama.attention.key_length": 16,
+    "llama.rope.scaling.attn_factor": 1.5,
+    "llama.rope.scaling.factor": 4.0,
+    "llama.rope.scale_linear": 4.0,
+    "llama.logit_scale": 0.5,
+    "llama.attention.scale": 0.2,
+    "llama.attn_logit_softcapping": 50.0,
+    "llama.attention.causal": False,
+    "llama.use_parallel_residual": True,
+    "llama.expert_count": 4,
+    "llama.tensor_data_layout": "Meta AI original pth",
+    "llama.foo": 1,
+    "split.count": 3,
+    "general.type": "adapter",
+    "tokenizer.chat_template.tool_use": "x",
+    "tokenizer.ggml.pre": "no-such-tokenizer",
+    "other.thing": 1,
+}
+
+
+@pytest.mark.parametrize("key", LOST)
+def test_metadata_that_would_be_lost(tmp_path: Path, key: str) -> None:
+    value = LOST[key]
+    add = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string"}
+
+    def extra(writer: GGUFWriter) -> None:
+        for values in writer.kv_data:
+            values.pop(key, None)
+        getattr(writer, add[type(value)])(key, value)
+
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(True), extra=extra)
+    with pytest.raises(UserError, match=re.escape(key) if "split" not in key else "3 parts"):
+        main(["--gguf", str(tmp_path / "tiny.gguf"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["llama.attention.layer_norm_rms_epsilon", "llama.context_length"])
+def test_metadata_that_a_default_would_stand_in_for(tmp_path: Path, key: str) -> None:
+    def extra(writer: GGUFWriter) -> None:
+        for values in writer.kv_data:
+            values.pop(key, None)
+
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(True), extra=extra)
+    with pytest.raises(UserError, match=f"has no {key}"):
+        main(["--gguf", str(tmp_path / "tiny.gguf"), "--out", str(tmp_path / "out"), "--dry-run"])
+
+
+def test_what_lies_beside_the_file_is_not_read(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(True))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    assert main(["--gguf", str(tmp_path / "tiny.gguf"), "--out", str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] != "Qwen2Tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("llama.attention.head_count", 0), ("llama.attention.head_count", 3),
+     ("tokenizer.ggml.model", "rwkv")],
+)  # fmt: skip
+def test_odd_files_are_one_line(tmp_path: Path, key: str, value: Any) -> None:
+    def extra(writer: GGUFWriter) -> None:
+        for values in writer.kv_data:
+            values.pop(key, None)
+        getattr(writer, "add_string" if isinstance(value, str) else "add_uint32")(key, value)
+
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(True), extra=extra)
+    with pytest.raises(UserError, match="transformers cannot read it") as raised:
+        main(["--gguf", str(tmp_path / "tiny.gguf"), "--out", str(tmp_path / "out"), "--dry-run"])
+    assert "\n" not in str(raised.value)
 
 
 def test_tensor_that_no_weight_takes(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from checkpoint_tools.prune_depth import evenly_spaced_layers, main, prune_depth
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.hf_files import HFCheckpoint
+from tests.closeness import assert_close_relative
 
 LAYERS = 6
 
@@ -113,7 +114,7 @@ def test_equals_the_model_with_layers_taken_out(
         whole.config.layer_types = kept
     tokens = torch.arange(10)[None] % 40
     with torch.no_grad():
-        assert torch.equal(loaded(tokens).logits, whole(tokens).logits)
+        assert_close_relative(loaded(tokens).logits, whole(tokens).logits, 1e-5)
 
 
 def test_everything_else_of_the_config_stays(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_everything_else_of_the_config_stays(tmp_path: Path) -> None:
         ({"layer_types": ["full_attention"] * 5}, r"layer_types has 5 entries for 6 layers"),
         ({"decoder_sparse_step": 2}, r"decoder_sparse_step=2 depends on"),
         ({"cross_attention_layers": [1, 3]}, r"cross_attention_layers=\[1, 3\] depends on"),
-        ({"quantization_config": {"skip": ["model.layers.3.mlp"]}}, r"quantization_config=.* dep"),
+        ({"quantization_config": {"skip": ["model.layers.3.mlp"]}}, r"quantization_config\.skip"),
         ({"num_hidden_layers": 7, "layer_types": None}, r"=7, but .* exist for 6 layers, up to la"),
         ({"num_hidden_layers": 5, "layer_types": None}, r"=5, but .* exist for 6 layers, up to la"),
         ({"num_hidden_layers": None}, r"has no num_hidden_layers at its top level"),

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_oprd.data.alignment import decode_with_ends, encode_with_ends, pairs_of
@@ -173,3 +173,17 @@ def test_what_looks_like_a_special_token_is_text(
         ids, ends = encode_with_ends(tokenizer, "a <s> </s> <|end|> b")
         assert not special & set(ids)
         assert ends[-1] == len("a <s> </s> <|end|> b")
+
+
+def test_a_tokenizer_that_composes_characters() -> None:
+    """Of NFC's é the mark behind the e is read, too: pairs are those without composing."""
+    composing = byte_level()
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    text = "a e\u0301b n\u0303c"  # e and n are followed by a mark each
+    for tokenizer in (composing, byte_level()):
+        _, ends = encode_with_ends(tokenizer, text)
+        found = {end for end in ends if end is not None}
+        assert {4, 8, len(text)} <= found
+    _, ends = encode_with_ends(composing, text)
+    # No token of it ends between a letter and its mark.
+    assert not {3, 7} & {end for end in ends if end is not None}

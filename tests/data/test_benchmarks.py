@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_oprd.data.benchmarks import check_length, load_benchmarks, tokenized
+from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.errors import UserError
 from tests.tiny import tiny_tokenizer
 
@@ -51,7 +52,7 @@ def test_an_instruction_is_put_behind_the_problem(tmp_path: Path) -> None:
     assert benchmark.problems[1].content == "2+1\n\nbox it"
     assert benchmark.problems[0].answer == "2"
     tokenizer = tiny_tokenizer()
-    prompts = tokenized(benchmark, tokenizer)
+    prompts = tokenized(benchmark, tokenizer, ChatFormat())
     text = tokenizer.decode(prompts[0].token_ids)
     assert text == "<user>1+1\n\nbox it<eos><assistant>"
     length = len(prompts[0].token_ids)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import check_prompt_files, load_prompts, prompt_indices
 from megatron_oprd.errors import UserError
 from tests.tiny import tiny_tokenizer
@@ -37,7 +38,8 @@ def write_parquet(path: Path, prompts: list[Any], key: str = "prompt") -> Path:
 
 
 def load(files: list[Path], **options: Any) -> list[tuple[int, tuple[int, ...]]]:
-    arguments = {"tokenizer": tiny_tokenizer(), "chat_template": None, "max_prompt_tokens": 64}
+    chat = ChatFormat(template=options.pop("chat_template", None))
+    arguments = {"tokenizer": tiny_tokenizer(), "chat": chat, "max_prompt_tokens": 64}
     return [(p.index, p.token_ids) for p in load_prompts(files, **(arguments | options))]
 
 
@@ -135,7 +137,8 @@ BROKEN_FILES = {
 
 
 def check(files: Sequence[Path], **settings: Any) -> None:
-    check_prompt_files(files, tiny_tokenizer(), **({"chat_template": None} | settings))
+    chat = ChatFormat(template=settings.pop("chat_template", None))
+    check_prompt_files(files, tiny_tokenizer(), chat=chat, **settings)
 
 
 def test_first_row_goes_through_the_template(tmp_path: Path) -> None:
@@ -144,7 +147,7 @@ def test_first_row_goes_through_the_template(tmp_path: Path) -> None:
     check([file])
     without_template = tiny_tokenizer(chat_template=None)
     with pytest.raises(UserError, match="has no chat template"):
-        check_prompt_files([file], without_template, chat_template=None)
+        check_prompt_files([file], without_template, chat=ChatFormat())
     with pytest.raises(UserError, match=r"data\.chat_template is false"):
         check([file], chat_template=False)
 

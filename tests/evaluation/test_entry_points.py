@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_oprd import evaluate, report
+from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation.students import evaluate_students, read_evaluation, write_evaluation
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
@@ -67,7 +68,7 @@ def test_evaluate_then_report(
     assert 3 <= before.measures.num_positions <= 18
     assert before.measures.cosine is not None
     assert before.measures.cosine < 0.9
-    assert after.measures.reverse_kl == 0
+    assert abs(after.measures.reverse_kl) <= 1e-6 * before.measures.reverse_kl
 
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n')
@@ -102,7 +103,7 @@ def test_students_of_another_width(
     wide, same = read_evaluation(output).students
     assert (wide.num_layers, wide.layer_map, wide.measures.cosine) == (4, [], None)
     assert wide.measures.reverse_kl > 0.1
-    assert same.measures.cosine == pytest.approx(1)
+    assert same.measures.cosine == pytest.approx(1, rel=1e-5)
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1, "loss": 0.5, "cosine_per_layer": {"0": 0.5}}\n')
     run(
@@ -124,6 +125,7 @@ def test_changes_for_the_worse_are_called_worse(
         [folders / "held.jsonl"],
         max_new_tokens=4,
         max_prompt_tokens=100,
+        chat=ChatFormat(),
         batch_size=8,
         dtype=torch.float32,
         device=torch.device("cpu"),

@@ -117,7 +117,7 @@ def test_ranks_share_the_model(root: Path) -> None:
     one, two = report(root, "prompts"), report(root, "tp2")
     for of_one, of_two in zip(one["recipes"], two["recipes"], strict=True):
         for a, b in zip(of_one["places"], of_two["places"], strict=True):
-            assert b["cosine"] == pytest.approx(a["cosine"], abs=1e-7)
+            assert 1 - b["cosine"] == pytest.approx(1 - a["cosine"], rel=0.01)
             assert b["relative_error"] == pytest.approx(a["relative_error"], rel=1e-3)
     # Norms are on both ranks, and so are the scales of what is split by input channels.
     assert two["bf16"]["linear"] == one["bf16"]["linear"]

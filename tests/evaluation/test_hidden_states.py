@@ -42,7 +42,7 @@ def test_large_states_are_compared_relatively() -> None:
     b.layers[0][1][0, 0] = 0.51
     (found, *_) = compare_states(a, b)
     assert (found.sequence, found.position) == (1, 0)
-    assert found.relative == pytest.approx(0.01, abs=1e-6)
+    assert found.relative == pytest.approx(0.01, rel=1e-5)
     assert found.absolute == 1.0
 
 

@@ -15,11 +15,9 @@ from megatron_oprd.losses.representation import (
     token_cosine,
     token_mse,
 )
+from tests.closeness import assert_close_relative
 
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
-needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason=f"the reference implementation's values are not at {GOLDEN}"
-)
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SELECTIONS = ["all.0", "last.0", "last_k.5", "first_k.7", "last_k.100"]
 
 
@@ -30,7 +28,6 @@ def golden_case(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return case, {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
 
 
-@needs_golden
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("name", ["c0", "c1"])
 def test_values_of_the_reference_implementation(name: str, selection: str) -> None:
@@ -43,13 +40,14 @@ def test_values_of_the_reference_implementation(name: str, selection: str) -> No
     plain = [masked_mse(student[:, i], teacher[:, i], mask, normalize="none") for i in layers]
     cosine = [masked_cosine(student[:, i], teacher[:, i], mask) for i in layers]
 
-    assert [v.item() for v in l2] == pytest.approx(
-        case[f"l2_normalized_mse_per_layer.{selection}"], abs=1e-6, rel=0
-    )
-    for measured, key in ((l2, "l2_normalized_mse"), (plain, "mse"), (cosine, "cosine")):
-        assert torch.stack(measured).mean().item() == pytest.approx(
-            case[f"{key}.{selection}"], abs=1e-6, rel=0
-        )
+    assert_close_relative(l2, case[f"l2_normalized_mse_per_layer.{selection}"], 1e-5)
+    for measured, key, size in (
+        (l2, "l2_normalized_mse", None),
+        (plain, "mse", None),
+        (cosine, "cosine", 0.1),  # 1e-6 of a cosine's own size, which is 1
+    ):
+        expected = case[f"{key}.{selection}"]
+        assert_close_relative(torch.stack(measured).mean(), expected, 1e-5, size=size, what=key)
 
 
 def hidden_states(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +85,7 @@ def test_cosine_is_the_formula() -> None:
         for s, t in zip(student[mask != 0].numpy(), teacher[mask != 0].numpy(), strict=True)
     ]
     assert masked_cosine(student, teacher, mask).item() == pytest.approx(
-        np.mean(cosines), rel=1e-13
+        np.mean(cosines), abs=1e-13
     )
     assert token_cosine(2 * teacher, teacher).numpy() == pytest.approx(1.0)
     assert token_cosine(-teacher, teacher).numpy() == pytest.approx(-1.0)
@@ -133,7 +131,7 @@ def test_half_precision_is_compared_in_fp32() -> None:
     exact = mse_written_out(student.double(), teacher.double(), mask, "none")
     value = masked_mse(student, teacher, mask, normalize="none")
     assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(exact, rel=1e-6)
+    assert value.item() == pytest.approx(exact, rel=1e-5)
     assert token_cosine(student, teacher).dtype == torch.float32
     assert token_cosine(student.double(), teacher).dtype == torch.float64
 
@@ -196,11 +194,14 @@ def test_the_closed_form_is_autograds(normalize: Any, dtype: torch.dtype) -> Non
     (gradient,) = torch.autograd.grad(distance.sum(), leaf)
     found = compare(student, teacher, normalize=normalize)
     assert found.distance.dtype == found.gradient.dtype == found.cosine.dtype == wide
-    rtol, atol = (1e-12, 1e-13) if wide == torch.float64 else (1e-5, 1e-6)
+    tolerance = 1e-12 if wide == torch.float64 else 1e-5
+    # A row of zeros has a gradient of 3e11, beside which the others are nothing.
+    ordinary = [row for row in range(len(student)) if row != 3]
     for value, expected in (
         (found.distance, distance.detach()),
         (found.cosine, token_cosine(student, teacher)),
         (found.gradient, gradient),
     ):
-        torch.testing.assert_close(value, expected, rtol=rtol, atol=atol)
+        for rows in (ordinary, [3]):
+            assert_close_relative(value[rows], expected[rows], tolerance)
     assert float(found.distance[5]) == float(found.gradient[5].abs().max()) == 0.0

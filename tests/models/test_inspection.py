@@ -1,8 +1,10 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_oprd.errors import UserError
@@ -29,9 +31,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_parts_are_transformers_parameters(folders: Path, name: str) -> None:
     checkpoint = HFCheckpoint(folders / name)
     architecture = read_architecture(checkpoint)
-    found = parts(checkpoint, architecture.moe, tied=architecture.tied)
+    found = parts(checkpoint, tied=architecture.tied)
     model = AutoModelForCausalLM.from_pretrained(folders / name)
-    assert sum(part.parameters for part in found) == model.num_parameters()
+    assert sum(part.parameters or 0 for part in found) == model.num_parameters()
     assert sum(part.num_bytes for part in found) == checkpoint.num_bytes()
     by_name = {part.name: part for part in found}
     norms = [p for n, p in model.named_parameters() if "norm" in n]
@@ -42,8 +44,7 @@ def test_parts_are_transformers_parameters(folders: Path, name: str) -> None:
 
 def test_active_parameters(folders: Path) -> None:
     checkpoint = HFCheckpoint(folders / "moe")
-    moe = read_architecture(checkpoint).moe
-    by_name = {part.name: part for part in parts(checkpoint, moe, tied=False)}
+    by_name = {part.name: part for part in parts(checkpoint, tied=False)}
     of_expert = 3 * H * EXPERT_WIDTH
     assert by_name["experts"].parameters == LAYERS * EXPERTS * of_expert
     assert by_name["experts"].active == LAYERS * CHOSEN * of_expert
@@ -116,3 +117,29 @@ def test_virtual_stages(folders: Path) -> None:
 def test_layouts_that_do_not_divide(folders: Path, layout: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         of(folders, "moe", padded=97, **layout)
+
+
+def test_active_parameters_of_a_family_that_is_not_known(tmp_path: Path) -> None:
+    """Mixtral's experts are 2 of 8; one whose numbers stand nowhere is not guessed."""
+    tensors = {
+        f"model.layers.0.block_sparse_moe.experts.{expert}.w1.weight": torch.zeros(4, 3)
+        for expert in range(8)
+    }
+    tensors["model.layers.0.block_sparse_moe.gate.weight"] = torch.zeros(8, 3)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    by_name = {part.name: part for part in parts(HFCheckpoint(tmp_path), tied=False)}
+    assert (by_name["experts"].parameters, by_name["experts"].active) == (96, 24)
+    assert by_name["router"].active == 24
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    by_name = {part.name: part for part in parts(HFCheckpoint(tmp_path), tied=False)}
+    assert (by_name["experts"].parameters, by_name["experts"].active) == (96, None)
+
+
+def test_packed_weights_are_not_counted(tmp_path: Path) -> None:
+    packed = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 3, dtype=torch.int32)}
+    save_file(packed, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (part,) = parts(HFCheckpoint(tmp_path), tied=False)
+    assert (part.parameters, part.active, part.num_bytes) == (None, None, 48)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_oprd.models import offload
 from tests.pairs import save_pair
 from tests.ranks import run_ranks
 
@@ -52,3 +53,34 @@ def test_gradients_are_on_the_device_from_the_students_pass_to_the_update(result
     assert whole[0] > 10_000
     found = torch.load(results / "states.pt")["seen"]["gradients"]
     assert found == [0, 0, whole[0], 0, whole[0], 0]
+
+
+def test_host_memory_is_in_blocks_of_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch rounds pinned memory up to a power of two, each block by itself."""
+    monkeypatch.setattr(offload, "_BLOCK_BYTES", 64)
+    sizes: list[int] = []
+
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    tensors = [
+        torch.arange(25, dtype=torch.float32),
+        torch.arange(7).bfloat16(),
+        torch.zeros(3, 30, dtype=torch.uint8) + 5,
+    ]
+    expected = [tensor.clone() for tensor in tensors]
+    host = offload._Pinned(sum(tensor.nbytes for tensor in tensors))
+    weights = [offload._Weight(tensor, host) for tensor in tensors]
+    total = sum(tensor.nbytes for tensor in expected)
+    assert sizes == [64] * (total // 64) + [total % 64]
+    for weight in weights:
+        weight.free()
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
+    for weight in weights:
+        weight.allocate()
+    for weight in weights:
+        weight.copy_to_device()
+    for tensor, before in zip(tensors, expected, strict=True):
+        assert torch.equal(tensor, before)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_oprd.models.open_checkpoint import open_checkpoint
+from tests.closeness import assert_close_relative
 from tests.pairs import save_pair
 from tests.ranks import run_ranks
 
@@ -78,9 +79,7 @@ def test_follows_the_student(results: Path, name: str) -> None:
                     assert torch.equal(found, expected.to(found.dtype)), (key, step)
                 else:
                     tolerance = 1e-6 if found.dtype == torch.float32 else 2**-8
-                    torch.testing.assert_close(
-                        found.double(), expected, rtol=tolerance, atol=1e-7, msg=f"{key} {step}"
-                    )
+                    assert_close_relative(found, expected, tolerance, what=(key, step))
         changed = [
             not torch.equal(first, seen["teacher"][-1][key])
             for key, first in seen["teacher"][0].items()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.closeness import assert_close_relative
 from tests.ranks import ROOT, run_ranks
 from tests.tiny import copy_with_config, save_tiny_model, tiny_config
 
@@ -221,14 +222,20 @@ def _transformers(folder: Path, sequences: list[list[int]]) -> dict[str, list]:
 
 
 def _differences(found: dict[str, list], expected: dict[str, list]) -> dict[str, float]:
-    """The largest absolute difference of each layer, of the final norm and of the logits."""
+    """The largest difference of each layer, of the final norm and of the logits.
+
+    It is relative to the largest value of its position: in some models one position's states are a
+    thousand times as large as the others'.
+    """
     names = [f"layer {layer}" for layer in range(len(expected["layers"]))]
     pairs = zip(names, found["layers"], expected["layers"], strict=True)
     tensors = {name: (of_found, of_expected) for name, of_found, of_expected in pairs}
     tensors |= {name: (found[name], expected[name]) for name in ("normed", "logits")}
     return {
         name: max(
-            float((one - other).abs().max()) if one.shape == other.shape else float("inf")
+            float(((one - other).abs().amax(-1) / other.abs().amax(-1)).max())
+            if one.shape == other.shape
+            else float("inf")
             for one, other in zip(of_found, of_expected, strict=True)
         )
         for name, (of_found, of_expected) in tensors.items()
@@ -255,7 +262,7 @@ def test_the_run_chooses_longropes_factors(results: Path, tmp_path: Path) -> Non
     differences = _differences(found, _transformers(always_long, _sequences()))
     assert max(differences.values()) <= TOLERANCE, differences
     differences = _differences(found, _transformers(results / "phi3_short", _sequences()))
-    assert min(differences.values()) > 100 * TOLERANCE, differences
+    assert min(differences.values()) > 30 * TOLERANCE, differences
 
 
 @pytest.mark.parametrize(("mistake", "model"), MISTAKES)
@@ -266,7 +273,7 @@ def test_a_loading_mistake_shows(results: Path, mistake: str, model: str) -> Non
     first, changed = MISTAKES[mistake, model]
     in_order = list(differences.values())
     assert max(in_order[:first], default=0.0) <= TOLERANCE, differences
-    assert min(in_order[first:]) > 100 * TOLERANCE, differences
+    assert min(in_order[first:]) > 30 * TOLERANCE, differences
     assert set(found["changed"]) == changed
 
 
@@ -275,11 +282,9 @@ def test_smollm2(results: Path) -> None:
     found = torch.load(results / "smollm2.pp2.pt")
     expected = _transformers(SMOLLM2, _smollm2_sequences())
     differences = _differences(found, expected)
-    at_the_end = differences.pop("normed"), differences.pop("logits")
-    assert max(at_the_end) <= TOLERANCE, at_the_end
-    # In between its hidden states reach 24,000, of which fp32 resolves 2e-3.
-    assert max(differences.values()) <= 10 * TOLERANCE, differences
+    assert max(differences.values()) <= TOLERANCE, differences
     assert sorted(found["exported"]) == sorted(found["source"])
     assert found["changed"] == []
-    logits = zip(found["logits"], expected["logits"], strict=True)
-    assert all(torch.equal(one.argmax(-1), other.argmax(-1)) for one, other in logits)
+    for one, other in zip(found["logits"], expected["logits"], strict=True):
+        chosen = other.gather(-1, one.argmax(-1, keepdim=True)).squeeze(-1)
+        assert_close_relative(chosen, other.amax(-1), TOLERANCE)

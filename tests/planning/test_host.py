@@ -9,6 +9,7 @@ from megatron_oprd.planning.host import check_host_memory
 from tests.pairs import config_of, save_pair
 
 BF16 = "model.params_dtype=bf16"
+NO_CHECKPOINTS = "checkpoint.save_interval=null"
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(pair: Path, *overrides: str, available_bytes: int) -> None:
     check_host_memory(
-        config_of(pair, list(overrides)),
+        config_of(pair, [NO_CHECKPOINTS, *overrides]),
         num_ranks=2,
         ranks_on_host=2,
         available_bytes=available_bytes,
@@ -41,3 +42,21 @@ def test_states(pair: Path) -> None:
 
 def test_nothing_offloaded_needs_nothing(pair: Path) -> None:
     check(pair, available_bytes=0)
+
+
+def test_all_teachers_together(pair: Path) -> None:
+    one = 2 * (128 * 32 + 4 * (64 * 32 + 32 * 32 + 3 * 64 * 32 + 2 * 32) + 32)
+    extra = f"extra_teachers=[{{model: {pair / 'teacher'}}}]"
+    check(pair, BF16, "teacher.offload=cpu", extra, available_bytes=4 * one)
+    with pytest.raises(UserError, match=r"extra_teachers\[0\] need"):
+        check(pair, BF16, "teacher.offload=cpu", extra, available_bytes=4 * one - 1)
+
+
+def test_checkpoints(pair: Path) -> None:
+    """Half of the trained weights' fp32 copies and moments on each of two ranks, and the model."""
+    layers = 4 * (64 * 32 + 32 * 32 + 3 * 64 * 32 + 2 * 32) + 32
+    needed = 2 * ((128 * 32 + layers) * 12 // 2 + (2 * 128 * 32 + layers) * 2)
+    on = "checkpoint.save_interval_minutes=5"
+    check(pair, BF16, on, available_bytes=needed)
+    with pytest.raises(UserError, match=r"checkpoints.* need"):
+        check(pair, BF16, on, available_bytes=needed - 1)

@@ -103,7 +103,7 @@ def test_a_cache_of_given_size(qwen: Callable[..., RunConfig]) -> None:
 def test_asleep(
     qwen: Callable[..., RunConfig], overrides: list[str], is_awake: bool, host: int
 ) -> None:
-    config = qwen(*overrides)
+    config = qwen("checkpoint.save_interval=null", *overrides)
     found = memory(config)
     leader, *_ = found.ranks
     awake = engine_items(leader, "rollout")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_oprd.taps.supervision import position_weights
+from tests.closeness import assert_close_relative
 
 # Three sequences: 2 + 3, 1 + 1 and 3 + 4 tokens. Every weight times 24 is written out.
 PROMPTS, RESPONSES = [2, 1, 3], [3, 1, 4]
@@ -50,7 +51,7 @@ def test_weights_written_out(settings: dict[str, Any], times_24: list[list[float
     assert len(found) == 3
     for weights, expected in zip(found, times_24, strict=True):
         assert weights.dtype == torch.float32
-        torch.testing.assert_close(weights, torch.tensor(expected) / 24)
+        assert_close_relative(weights, torch.tensor(expected) / 24, 1e-6)
     assert float(torch.cat(found).double().sum()) == pytest.approx(1, abs=1e-6)
 
 
@@ -58,7 +59,7 @@ def test_the_normaliser_is_the_global_batchs() -> None:
     """A sequence's weights depend on the others: replicas must not normalise their own share."""
     alone = weights_of([2], [3])[0]
     together = weights_of([2, 2], [3, 9])[0]
-    torch.testing.assert_close(together, alone * 3 / 12)
+    assert_close_relative(together, alone * 3 / 12, 1e-6)
 
 
 @pytest.mark.parametrize(("prompts", "responses"), [([0], [2]), ([2], [0])])

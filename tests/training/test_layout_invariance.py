@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_oprd.rollout.hf import checkpoint_tensors
 from tests.bridges import save_random_bridge
-from tests.pairs import fixed_rollouts, save_pair
+from tests.closeness import assert_close_relative
+from tests.pairs import LINEAR_UPDATES, fixed_rollouts, save_pair
 from tests.ranks import run_ranks
 
 TP2 = "parallel.tensor_model_parallel_size=2"
@@ -134,7 +135,6 @@ WIDER = {
 BRIDGED = "loss: {normalize: l2, coefficient: 100}\nbridge: {rank: 5, path: %s}\n"
 # Updates that are large against the tolerance, and about linear in the gradient: Adam turns the
 # rounding of a tiny gradient into a step of the same size as any other.
-UPDATE = ["optimizer.lr=0.1", "optimizer.adam_eps=1.0", "optimizer.lr_warmup_fraction=0"]
 # Settings of the method, each with its own single-process reference.
 METHODS: dict[str, list[str]] = {
     "default": [],
@@ -328,7 +328,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {
                 "name": f"{pair}.{method}.reference",
                 "pair": pairs[pair],
-                "overrides": [*UPDATE, *_with_folders(METHODS[method], root)],
+                "overrides": [*LINEAR_UPDATES, *_with_folders(METHODS[method], root)],
                 "reading": READINGS.get(method),
                 "taught_by": TAUGHT_BY.get(method),
                 "one_step": (pair, method) not in TWO_STEPS,
@@ -340,7 +340,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {
                 "name": f"{pair}.{method}.{layout}",
                 "pair": pairs[pair],
-                "overrides": [*UPDATE, *_with_folders(METHODS[method], root), *overrides],
+                "overrides": [*LINEAR_UPDATES, *_with_folders(METHODS[method], root), *overrides],
                 "reading": READINGS.get(method),
                 "taught_by": TAUGHT_BY.get(method),
                 "logprobs": method in LOGPROB_METHODS,
@@ -361,10 +361,11 @@ def test_layout_changes_nothing(results: Path, pair: str, method: str, layout: s
     reference = torch.load(results / f"{pair}.{method}.reference.pt")
     found = torch.load(results / f"{pair}.{method}.{layout}.pt")
     for name in ("loss", "output_loss", "grad_norm", "second_loss"):
-        torch.testing.assert_close(found[name], reference[name], rtol=1e-5, atol=1e-8, msg=name)
+        assert_close_relative(found[name], reference[name], 1e-5, what=name)
     for one, expected in zip(found["extra_teachers"], reference["extra_teachers"], strict=True):
-        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found["cosine"], reference["cosine"], rtol=1e-5, atol=1e-6)
+        assert_close_relative(one[0], expected[0], 1e-5)
+        assert_close_relative(one[1], expected[1], 1e-6, size=1.0)
+    assert_close_relative(found["cosine"], reference["cosine"], 1e-6, size=1.0)
     if ALL_LAYOUTS[layout][2]:
         _assert_same_tensors(found["gradients"], reference["gradients"])
     _assert_same_tensors(found["weights"], reference["weights"])
@@ -382,13 +383,13 @@ def test_logprobs_are_those_of_transformers(
         results / pair / "student", dtype=torch.float32
     ).eval()
     before = _logprobs(model)
-    torch.testing.assert_close(found["logprobs"][0].double(), before, atol=2e-5, rtol=0)
+    assert_close_relative(found["logprobs"][0], before, 1e-5)
     destinations = checkpoint_tensors(model.state_dict())
     for name, value in found["weights"].items():
         destinations[name].copy_(value)
     after = _logprobs(model)
-    assert float((after - before).abs().max()) > 1e-2
-    torch.testing.assert_close(found["logprobs"][1].double(), after, atol=2e-5, rtol=0)
+    assert float((after - before).abs().max()) > 1e-3 * float(before.abs().max())
+    assert_close_relative(found["logprobs"][1], after, 1e-5)
 
 
 def _logprobs(model: torch.nn.Module) -> torch.Tensor:
@@ -417,6 +418,5 @@ def test_cases_differ_in_micro_batches(results: Path) -> None:
 def _assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        largest = float(tensor.abs().max())
-        difference = float((found[name] - tensor).abs().max())
-        assert difference <= 1e-5 * largest, f"{name}: {difference} of {largest}"
+        # Kernels alone make 2.4e-6 of it; a lost share of a gradient is 1e-1 of it and more.
+        assert_close_relative(found[name], tensor, 5e-5, what=name)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_oprd.config_losses import OutputLossConfig
+from tests.closeness import assert_close_relative
 from tests.losses.test_output_space import formula
 from tests.pairs import fixed_rollouts, fixed_teacher_sequences, save_pair
 from tests.ranks import run_ranks
@@ -199,6 +200,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": name, "pair": str(root / "llama"), "overrides": [student, *overrides]}
         for name, overrides in SAME_TEACHER.items()
     ]
+    cases += [
+        {"name": f"other_{name}", "pair": str(root / "llama"), "overrides": overrides}
+        for name, overrides in SAME_TEACHER.items()
+    ]
     run_ranks("step", cases, 1, root)
     return root
 
@@ -304,15 +309,16 @@ def test_equals_plain_pytorch(results: Path, name: str) -> None:
     student, teacher = (_load(results / step.pair / model) for model in ("student", "teacher"))
 
     loss, cosine, output_loss = _forward_backward(student, teacher, step)
-    torch.testing.assert_close(found["output_loss"].float(), output_loss, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(found["loss"].float(), loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found["cosine"].float(), cosine, rtol=0, atol=1e-5)
+    assert_close_relative(found["output_loss"], output_loss, 1e-5)
+    assert_close_relative(found["loss"], loss, 1e-5)
+    assert_close_relative(found["cosine"], cosine, 1e-6, size=1.0)
     parameters = dict(student.named_parameters())
     gradients = _with_fused_experts(found["gradients"])
     assert gradients.keys() == parameters.keys()
     for parameter, gradient in gradients.items():
         expected = parameters[parameter].grad
-        _assert_close(gradient, torch.zeros(()) if expected is None else expected, parameter)
+        expected = torch.zeros_like(gradient) if expected is None else expected
+        assert_close_relative(gradient, expected, 5e-5, what=parameter)
     trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
     assert 0 < len(trained) <= len(parameters)
 
@@ -329,10 +335,10 @@ def test_equals_plain_pytorch(results: Path, name: str) -> None:
     second_loss, _, _ = _forward_backward(student, teacher, step)
     norms.append(torch.nn.utils.clip_grad_norm_(trained, 0.05))
     adamw.step()
-    torch.testing.assert_close(found["second_loss"][:-1], second_loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found["grad_norm"], torch.stack(norms), rtol=1e-5, atol=0)
+    assert_close_relative(found["second_loss"][:-1], second_loss, 1e-5)
+    assert_close_relative(found["grad_norm"], torch.stack(norms), 5e-5)
     for parameter, weight in _with_fused_experts(found["weights"]).items():
-        _assert_close(weight, parameters[parameter].detach(), parameter)
+        assert_close_relative(weight, parameters[parameter], 1e-5, what=parameter)
 
 
 def _with_fused_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -356,12 +362,10 @@ def _with_fused_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", SAME_TEACHER)
 def test_a_teacher_equal_to_the_student_teaches_nothing(results: Path, name: str) -> None:
     found = torch.load(results / f"{name}.pt")
-    assert float(found["loss"].abs().max()) <= 1e-12
-    torch.testing.assert_close(found["cosine"], torch.ones_like(found["cosine"]))
+    # Of what another teacher's are: squares of rounding, and rounding.
+    other = torch.load(results / f"other_{name}.pt")
+    assert float(found["loss"].max()) <= 1e-9 * float(other["loss"].min())
+    assert_close_relative(found["cosine"], torch.ones_like(found["cosine"]), 1e-6)
     for parameter, gradient in found["gradients"].items():
-        assert float(gradient.abs().max()) <= 1e-12, parameter
-
-
-def _assert_close(found: Tensor, expected: Tensor, name: str) -> None:
-    largest, difference = float(expected.abs().max()), float((found - expected).abs().max())
-    assert difference <= 1e-5 * largest, f"{name}: {difference} of {largest}"
+        largest = float(other["gradients"][parameter].abs().max())
+        assert float(gradient.abs().max()) <= 1e-4 * largest, parameter

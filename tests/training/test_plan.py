@@ -330,7 +330,7 @@ def test_output_dir_below_a_file(pair: Path, tmp_path: Path) -> None:
 
 def test_student_without_end_of_sequence(pair: Path, tmp_path: Path) -> None:
     student = changed(pair, tmp_path, "student")
-    for name in ("generation_config.json", "tokenizer_config.json"):
+    for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
         file = tmp_path / "student" / name
         settings = json.loads(file.read_text())
         settings.pop("eos_token_id", None)

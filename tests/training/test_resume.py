@@ -12,11 +12,15 @@ import pytest
 import torch
 
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from tests.pairs import save_pair
+from tests.closeness import assert_close_relative
+from tests.pairs import LINEAR_UPDATES, save_pair
 from tests.ranks import ROOT, StartedRanks, rank_environment
 
 STEPS = 6
-SETTINGS = [f"train_iters={STEPS}", "checkpoint.save_interval=2", "optimizer.lr=1e-3"]
+SETTINGS = [
+    f"train_iters={STEPS}", "checkpoint.save_interval=2", *LINEAR_UPDATES, "rollout.temperature=0",
+]  # fmt: skip
+LONGER = "optimizer.lr_decay_iters=9"
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 BF16_DP2 = ["model.params_dtype=bf16"]
 
@@ -140,16 +144,16 @@ def test_killed_while_writing(pair: Path, tmp_path: Path) -> None:
     finish(pair, other, ["parallel.tensor_model_parallel_size=2"])
     expected = weights(whole)
     for name, tensor in weights(other).items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+        assert_close_relative(tensor, expected[name], 1e-4, what=name)
 
 
 def test_finished_run_starts_again_and_changes_nothing(pair: Path, tmp_path: Path) -> None:
     """A run that is at its end only exports again; with more steps it goes on."""
     out = tmp_path / "run"
-    finish(pair, out, [*PP2, "train_iters=2"])
+    finish(pair, out, [*PP2, LONGER, "train_iters=2"])
     first = weights(out)
-    finish(pair, out, [*PP2, "train_iters=2"])
+    finish(pair, out, [*PP2, LONGER, "train_iters=2"])
     assert all(torch.equal(tensor, first[name]) for name, tensor in weights(out).items())
-    finish(pair, out, [*PP2, "train_iters=3"])
+    finish(pair, out, [*PP2, LONGER, "train_iters=3"])
     assert [r["step"] for r in records(out)] == [0, 1, 2]
     assert not all(torch.equal(tensor, first[name]) for name, tensor in weights(out).items())

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_oprd.errors import UserError
+from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.plan import RunPlan, make_plan
-from megatron_oprd.training.resume import checkpoint_to_resume
+from megatron_oprd.training.resume import checkpoint_to_resume, with_schedule_of
+from tests.data.test_benchmarks import row, write
 from tests.pairs import config_of, save_pair
 
 
@@ -26,8 +29,12 @@ def checkpoint(pair: Path, out: Path, **changes: Any) -> Path:
     """A checkpoint folder with the manifest of step 4 of the pair's run."""
     written = plan(pair, out)
     manifest = {
+        "version": 2,
+        "run": RunIdentity.new(written).as_json(),
+        "files": {},
         "step": 4,
         "skipped_steps": 0,
+        "unsupervised_steps": 0,
         "student": dataclasses.asdict(written.student.architecture),
         "teacher": dataclasses.asdict(written.teacher.architecture),
         "layout": {},
@@ -56,10 +63,22 @@ def test_goes_on_with_the_same_settings(pair: Path, tmp_path: Path) -> None:
         "teacher.offload=cpu",
         "teacher.target_memory_gb=0.5",
         "optimizer.overlap_grad_reduce=true",
+        "optimizer.use_distributed_optimizer=false",
+        "optimizer.lr_decay_iters=500",
+        "evaluation={interval: 1, data: [DATA], max_new_tokens: 4}",
+        "model.teacher=MOVED",
+        "data.prompts=[PROMPTS]",
     ],
 )
 def test_what_may_change(pair: Path, tmp_path: Path, override: str) -> None:
     folder = checkpoint(pair, tmp_path)
+    shutil.copytree(pair / "teacher", tmp_path / "moved")
+    shutil.copyfile(pair / "prompts.jsonl", tmp_path / "prompts.jsonl")
+    write(tmp_path / "sums.jsonl", [row("1+1", "2")])
+    for word, path in (
+        ("DATA", "sums.jsonl"), ("MOVED", "moved"), ("PROMPTS", "prompts.jsonl"),
+    ):  # fmt: skip
+        override = override.replace(word, str(tmp_path / path))
     assert checkpoint_to_resume(plan(pair, tmp_path, override)) == folder
 
 
@@ -67,7 +86,7 @@ def test_what_may_change(pair: Path, tmp_path: Path, override: str) -> None:
     "override",
     [
         "optimizer.lr=0.01",
-        "optimizer.use_distributed_optimizer=false",
+        "optimizer.lr_decay_iters=300",
         "taps.layers=even",
         "loss.normalize=l2",
         "model.params_dtype=bf16",
@@ -96,15 +115,66 @@ def test_teacher_of_another_shape(pair: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "not JSON", '{"step": 4}'])
-def test_manifest_that_is_none(pair: Path, tmp_path: Path, content: str) -> None:
+def test_manifest_that_is_none(
+    pair: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = checkpoint(pair, tmp_path)
     (folder / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match=r"manifest\.json .*remove this checkpoint"):
+    with pytest.raises(UserError, match=r"none of the 1 checkpoints .* is whole"):
+        checkpoint_to_resume(plan(pair, tmp_path))
+    older = folder.with_name("step_0000002")
+    shutil.copytree(checkpoint(pair, tmp_path / "other"), older)
+    assert checkpoint_to_resume(plan(pair, tmp_path)) == older
+    assert str(folder / "manifest.json") in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_version(pair: Path, tmp_path: Path) -> None:
+    folder = checkpoint(pair, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["version"], manifest["files"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"version 1 .*give another output_dir"):
         checkpoint_to_resume(plan(pair, tmp_path))
 
 
-def test_finished_run_without_checkpoints_is_not_overwritten(pair: Path, tmp_path: Path) -> None:
-    (tmp_path / "student").mkdir()
-    (tmp_path / "student" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="holds a finished run without checkpoints"):
+def test_longer_runs_keep_their_schedule(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = RunIdentity.new(plan(pair, tmp_path))
+    assert began.lr_decay_iters == 500
+    longer = with_schedule_of(plan(pair, tmp_path, "train_iters=1000"), began)
+    assert longer.config.decay_iters == 500
+    assert longer.config.train_iters == 1000
+    assert "optimizer.lr_decay_iters = 500" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', None])
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_student_that_the_run_has_not_written_stays(
+    pair: Path, tmp_path: Path, content: str | None, has_checkpoint: bool
+) -> None:
+    """A model, or a folder of the user's; no message says that it may be removed."""
+    student = tmp_path / "student"
+    student.mkdir()
+    (student / ("config.json" if content else "notes.txt")).write_text(content or "mine")
+    if has_checkpoint and content:
+        checkpoint(pair, tmp_path)
+    with pytest.raises(UserError, match=r"student.*give another") as raised:
         checkpoint_to_resume(plan(pair, tmp_path))
+    assert "remove" not in str(raised.value)
+
+
+def test_the_student_of_another_run_stays(pair: Path, tmp_path: Path) -> None:
+    checkpoint(pair, tmp_path)
+    student = tmp_path / "student"
+    student.mkdir()
+    (student / "config.json").write_text('{"model_type": "llama"}')
+    (student / "manifest.json").write_text('{"written_by": "x", "run": "another"}')
+    with pytest.raises(UserError, match=r"another run.*give another output_dir"):
+        checkpoint_to_resume(plan(pair, tmp_path))
+
+
+def test_the_student_is_not_written_over_a_model_of_the_run(pair: Path, tmp_path: Path) -> None:
+    shutil.copytree(pair / "student", tmp_path / "student")
+    with pytest.raises(UserError, match=r"is or holds model\.student"):
+        plan(pair, tmp_path, f"model.student={tmp_path / 'student'}")

@@ -98,8 +98,9 @@ def test_layout_changes_nothing(root: Path, kind: str, layout: str) -> None:
     # An update is the same up to rounding, which may flip a token of the second step's rollouts.
     assert rollouts(root, f"{kind}.{layout}")[0] == rollouts(root, f"{kind}.one")[0]
     found, expected = records(root, f"{kind}.{layout}")[0], records(root, f"{kind}.one")[0]
-    for key in ("loss", "cosine", "grad_norm", "paired_share"):
-        assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+    for key in ("loss", "grad_norm", "paired_share"):
+        assert found[key] == pytest.approx(expected[key], rel=5e-5), key
+    assert found["cosine"] == pytest.approx(expected["cosine"], abs=1e-6)
 
 
 def test_privileged_text_is_in_the_teachers_prompt_only(root: Path) -> None:

@@ -40,7 +40,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
 
         losses, gradients, after_each_step = [], [], [weights()]
         for _ in range(case["steps"]):
-            found = distiller.compute_gradients(distiller.micro_batches(*fixed_rollouts()))
+            found = distiller.compute_gradients(distiller.micro_batches(*fixed_rollouts()).groups)
             losses.append(found.loss_per_layer)
             if case["trace"]:
                 gradients.append(dict(exporter.stream(gradient, dtype=torch.float32)))

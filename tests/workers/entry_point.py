@@ -3,6 +3,8 @@
 import os
 import runpy
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,11 +13,25 @@ import pytest
 
 
 def run(case: dict[str, Any], directory: Path) -> None:
-    """Runs one case: {program, arguments} and, optionally, columns of the terminal."""
+    """Runs one case: {program, arguments}, with optional entries:
+
+    columns: Of the terminal.
+    code: The exit code.
+    signal, signal_after: A signal that rank 1 gets when the run in a folder has done two steps.
+    """
     os.environ["COLUMNS"] = str(case.get("columns", 80))
+    if "signal" in case and os.environ["RANK"] == "1":
+        metrics = Path(case["signal_after"]) / "metrics.jsonl"
+        threading.Thread(target=_send, args=(case["signal"], metrics), daemon=True).start()
     with (
         patch.object(sys, "argv", [case["program"], *case["arguments"]]),
         pytest.raises(SystemExit) as ended,
     ):
         runpy.run_module(f"megatron_oprd.{case['program']}", run_name="__main__")
-    assert ended.value.code == 0
+    assert ended.value.code == case.get("code", 0)
+
+
+def _send(number: int, metrics: Path) -> None:
+    while not metrics.exists() or metrics.read_text().count("\n") < 2:
+        time.sleep(0.02)
+    os.kill(os.getpid(), number)

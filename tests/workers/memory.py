@@ -142,7 +142,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         distiller = Distiller(plan, context)
         state = distiller.state
         count, prompt, response = case["sequences"]
-        (group,) = distiller.micro_batches([[5] * prompt] * count, [[6] * response] * count)
+        (group,) = distiller.micro_batches([[5] * prompt] * count, [[6] * response] * count).groups
         student = [t for module in state.modules for t in module.parameters()]
         buffers = [
             buffer

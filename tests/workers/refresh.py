@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_oprd.parallel import parallel_run
 from megatron_oprd.training import checkpoints
+from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.parameters import named_parameters
@@ -46,6 +47,11 @@ def run(case: dict[str, Any], directory: Path) -> None:
             if step == 1:
                 done = checkpoints.Progress(step=2)
                 checkpoints.save(
-                    plan, distiller.state, done, context=context, refresh=distiller.refresh
+                    plan,
+                    distiller.state,
+                    done,
+                    context=context,
+                    identity=RunIdentity.new(plan),
+                    refresh=distiller.refresh,
                 )
         torch.save(seen, directory / f"{case['name']}_{context.rank}.pt")

@@ -48,7 +48,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         logprobs = []
         if case.get("logprobs"):
             logprobs.append(_same_everywhere(LogprobCheck(distiller).student_logprobs(*rollouts)))
-        groups = distiller.micro_batches(*rollouts, reading, taught_by)
+        groups = distiller.micro_batches(*rollouts, reading, taught_by).groups
         first = distiller.compute_gradients(groups)
         gradients = dict(exporter.stream(gradient, dtype=torch.float32))
         grad_norm, _ = distiller.update(loss_is_finite=True)

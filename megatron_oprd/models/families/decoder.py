@@ -21,6 +21,14 @@ from megatron_oprd.weights.mapping import (
     Vocabulary,
 )
 
+# Fields that say nothing where they are off, 0 or empty.
+_OFF_FIELDS = (
+    "shared_expert_intermediate_size", "num_shared_experts", "n_shared_experts",
+    "num_nextn_predict_layers", "router_jitter_noise", "use_mrope", "is_encoder_decoder",
+    "add_cross_attention", "tie_encoder_decoder", "torchscript", "use_bfloat16", "pruned_heads",
+    "per_layer_config",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -65,6 +73,13 @@ class Family:
                 "hidden_act": lambda value: value == "silu",
                 "attention_dropout": lambda value: not value,
                 "rope_interleaved": lambda value: not value,
+                # Written by other tools, or read by code that all models of transformers share.
+                "qkv_bias": lambda value: value == self.qkv_bias,
+                "use_qk_norm": lambda value: value == self.qk_norm,
+                "layer_types": full_attention_only,
+                "is_causal": lambda value: value is True,
+                "return_dict": lambda value: value is True,
+                **dict.fromkeys(_OFF_FIELDS, lambda value: not value),
                 # `architecture` looks at its value.
                 **({"sliding_window": lambda value: True} if self.slides else {}),
                 **self.required,

@@ -13,6 +13,11 @@ from megatron_oprd.models.families.decoder import Family
 
 def _mixture_of_experts(hf_config: Any, source: str) -> MixtureOfExperts:
     experts, chosen = hf_config.num_experts, hf_config.num_experts_per_tok
+    if experts is None or chosen is None:
+        raise UserError(
+            f"{source}: num_experts = {experts} with num_experts_per_tok = {chosen}; both have to "
+            "be numbers (a null num_local_experts counts before num_experts: remove it)"
+        )
     if not 1 <= chosen <= experts:
         raise UserError(
             f"{source}: num_experts_per_tok = {chosen} with {experts} experts (num_experts or "

@@ -1,0 +1,145 @@
+"""A Megatron checkpoint's own arguments against the Hugging Face configuration it is read with.
+
+Many of them leave no trace in tensors' names and shapes: another rotary base would be a model with
+other numbers. Arguments are Megatron-LM's (``args``) or Megatron-Bridge's (``run_config.yaml``),
+whose names differ in places.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_oprd.errors import UserError
+from megatron_oprd.models.architecture import Architecture
+
+# What an argument has to be, since nothing else is built here; None says nothing.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "rotary_interleaved": (False,),
+    "apply_layernorm_1p": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "add_bias_linear": (False,),
+    "normalization": ("RMSNorm",),
+    "position_embedding_type": ("rope",),
+    "swiglu": (True,),
+    "squared_relu": (False,),
+    "quick_geglu": (False,),
+    "openai_gelu": (False,),
+    "rotary_seq_len_interpolation_factor": (1,),
+    "seq_len_interpolation_factor": (1,),
+    "qk_l2_norm": (False,),
+    "softmax_type": ("vanilla",),
+    "attention_output_gate": (False,),
+    "multi_latent_attention": (False,),
+    "no_rope_freq": (0, []),
+    "apply_residual_connection_post_layernorm": (False,),
+    "glu_linear_offset": (0,),
+    "is_hybrid_model": (False,),
+    "mtp_num_layers": (0,),
+}
+_ABSENT = (
+    "softmax_scale", "window_size", "window_attn_skip_freq", "linear_attention_freq",
+    "experimental_attention_variant", "activation_func_clamp_value", "hybrid_override_pattern",
+    "hybrid_layer_pattern", "heterogeneous_layers_config_path",
+    "heterogeneous_layers_config_encoded_json",
+)  # fmt: skip
+_FIXED_MOE: dict[str, tuple[Any, ...]] = {
+    "moe_router_score_function": ("softmax",),
+    "moe_router_topk_scaling_factor": (1,),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_shared_expert_intermediate_size": (0,),
+    "moe_apply_probs_on_input": (False,),
+}
+_ABSENT_MOE = ("moe_router_num_groups", "moe_router_group_topk", "moe_latent_size")
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def check_arguments(
+    folder: str, where: str, arguments: Mapping[str, Any], architecture: Architecture, config: str
+) -> None:
+    """Refuses a configuration that contradicts what a checkpoint says of itself.
+
+    Args:
+        folder: The checkpoint, for messages.
+        where: The file that has the arguments.
+        arguments: They.
+        architecture: What the configuration says.
+        config: The configuration's file, for messages.
+
+    Raises:
+        UserError: They contradict each other, or the model is of a kind that is not built here.
+    """
+    moe = architecture.moe is not None
+    fixed = _FIXED | (_FIXED_MOE if moe else {})
+    absent = (*_ABSENT, *(_ABSENT_MOE if moe else ()))
+    for name in (*fixed, *absent):
+        value = arguments.get(name)
+        if value is not None and value not in fixed.get(name, ()):
+            raise UserError(
+                f"checkpoint {folder}: its {where} says {name} = {value!r}, which is not supported "
+                "here"
+            )
+    wrong = [
+        f"{ours} where its {where} says {name} = {arguments[name]!r}"
+        for name, ours, agrees in _compared(arguments, architecture)
+        if not agrees
+    ]
+    if wrong:
+        raise UserError(
+            f"{config} is not the configuration of checkpoint {folder}: {'; '.join(wrong)}; give "
+            "the configuration of this model"
+        )
+
+
+def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str, bool]]:
+    """(argument, what the configuration says, whether both agree) of each argument there is."""
+    grouped = a.get("group_query_attention", True)
+    expected: dict[str, tuple[str, Any]] = {
+        "num_layers": ("num_hidden_layers", b.num_layers),
+        "hidden_size": ("hidden_size", b.hidden_size),
+        "num_attention_heads": ("num_attention_heads", b.num_attention_heads),
+        "kv_channels": ("head_dim", b.head_dim),
+        "rotary_base": ("rope_theta", b.rope.theta),
+        "rotary_percent": ("partial_rotary_factor", b.rope.partial_rotary_factor),
+        "norm_epsilon": ("rms_norm_eps", b.layernorm_epsilon),
+        "layernorm_epsilon": ("rms_norm_eps", b.layernorm_epsilon),
+        "add_qkv_bias": ("biases of q, k and v", b.qkv_bias),
+        "qk_layernorm": ("norms of q and k", b.qk_norm),
+        "untie_embeddings_and_output_weights": ("tie_word_embeddings", not b.tied),
+        "share_embeddings_and_output_weights": ("tie_word_embeddings", b.tied),
+        "use_rope_scaling": ("llama3 rope scaling", b.rope.rope_type == "llama3"),
+        "rope_scaling": ("llama3 rope scaling", b.rope.rope_type == "llama3"),
+        "num_experts": ("experts", None if b.moe is None else b.moe.num_experts),
+        "num_moe_experts": ("experts", None if b.moe is None else b.moe.num_experts),
+    }
+    if grouped:
+        expected["num_query_groups"] = ("num_key_value_heads", b.num_query_groups)
+    if b.moe is None:
+        expected["ffn_hidden_size"] = ("intermediate_size", b.ffn_hidden_size)
+    else:
+        expected |= {
+            "moe_router_topk": ("num_experts_per_tok", b.moe.num_experts_per_token),
+            "moe_ffn_hidden_size": ("moe_intermediate_size", b.moe.ffn_hidden_size),
+            "moe_router_pre_softmax": ("norm_topk_prob = false", not b.moe.norm_topk_prob),
+        }
+    if a.get("use_rope_scaling") or a.get("rope_scaling"):
+        expected["rope_scaling_factor"] = ("rope factor", b.rope.factor)
+    for name, (ours, value) in expected.items():
+        if a.get(name) is not None:
+            yield name, f"{ours} = {value!r}", _same(a[name], value)
+    if isinstance(a.get("vocab_size"), int):
+        yield "vocab_size", f"vocab_size = {b.vocab_size}", a["vocab_size"] <= b.vocab_size
+    scaled = "use_rope_scaling" if a.get("use_rope_scaling") else "rope_scaling"
+    if a.get(scaled) and b.rope.rope_type == "llama3":
+        for name, value in _LLAMA3.items():
+            yield scaled, f"{name} = {getattr(b.rope, name)}", _same(getattr(b.rope, name), value)
+
+
+def _same(found: Any, value: Any) -> bool:
+    numbers = isinstance(found, int | float) and isinstance(value, int | float)
+    if numbers and not isinstance(found, bool) and not isinstance(value, bool):
+        return math.isclose(found, value, rel_tol=1e-6)
+    return found == value

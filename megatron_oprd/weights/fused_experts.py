@@ -1,0 +1,119 @@
+"""Experts that a checkpoint has stacked in two tensors a layer, as transformers 5 runs them.
+
+``experts.gate_up_proj`` [e, 2 f, h] has each expert's gate over its up projection,
+``experts.down_proj`` [e, h, f] its down projection. Published checkpoints have three tensors for
+each expert; a model that was saved with ``save_original_format=False`` has these.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_oprd.weights.hf_files import HFCheckpoint
+
+_FUSED = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
+_SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+class UnfusedExperts:
+    """A Hugging Face folder with stacked experts, read as if each expert had its own tensors.
+
+    Args:
+        checkpoint: The folder.
+    """
+
+    def __init__(self, checkpoint: HFCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self._names: list[str] = []
+        for name in checkpoint.names():
+            match = _FUSED.fullmatch(name)
+            if match is None:
+                self._names.append(name)
+                continue
+            parts = ("gate", "up") if match[2] == "gate_up" else ("down",)
+            self._names += [
+                f"{match[1]}.{expert}.{part}_proj.weight"
+                for expert in range(checkpoint.shape(name)[0])
+                for part in parts
+            ]
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+        return self._checkpoint.folder
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return self._checkpoint.config
+
+    @property
+    def hf_folder(self) -> Path:
+        """The folder."""
+        return self._checkpoint.hf_folder
+
+    def names(self) -> list[str]:
+        """The tensors' names, one for each matrix of each expert."""
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        place = self._place(name)
+        return self._checkpoint.shape(name) if place is None else place[2]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor."""
+        place = self._place(name)
+        return self._checkpoint.dtype(name if place is None else place[0])
+
+    def num_bytes(self) -> int:
+        """The bytes of all tensors together."""
+        return self._checkpoint.num_bytes()
+
+    def read(self, name: str) -> Tensor:
+        """Reads a whole tensor."""
+        return self.read_slice(name)
+
+    def read_slice(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
+        """Reads a part of a tensor, see `WeightSource`."""
+        place = self._place(name)
+        if place is None:
+            return self._checkpoint.read_slice(name, *slices, out=out)
+        fused, (expert, first), (rows, _) = place
+        start, stop, _ = (slices[0] if slices else slice(None)).indices(rows)
+        found = self._checkpoint.read_slice(
+            fused,
+            slice(expert, expert + 1),
+            slice(first + start, first + stop),
+            *slices[1:],
+            out=None if out is None else out[None],
+        )
+        return found[0] if out is None else out
+
+    def companion_files(self) -> list[Path]:
+        """The files an exported model carries along."""
+        return self._checkpoint.companion_files()
+
+    def files(self) -> list[Path]:
+        """The files that config and tensors are read from."""
+        return self._checkpoint.files()
+
+    def _place(self, name: str) -> tuple[str, tuple[int, int], tuple[int, int]] | None:
+        """The stacked tensor, (expert, first row in it), and the shape; None if it is its own."""
+        match = _SINGLE.fullmatch(name)
+        if match is None:
+            return None
+        fused = f"{match[1]}.{'down' if match[3] == 'down' else 'gate_up'}_proj"
+        _, rows, columns = self._checkpoint.shape(fused)
+        if match[3] == "down":
+            return fused, (int(match[2]), 0), (rows, columns)
+        half = rows // 2
+        return fused, (int(match[2]), half if match[3] == "up" else 0), (half, columns)
+
+
+def has_fused_experts(checkpoint: HFCheckpoint) -> bool:
+    """Whether a folder has its experts stacked."""
+    return any(_FUSED.fullmatch(name) for name in checkpoint.names())

@@ -1,0 +1,134 @@
+"""Pruned models of transformers' own classes: right, or refused; never other layers' settings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from checkpoint_tools.prune_depth import prune_depth
+from megatron_oprd.errors import UserError
+from tests.closeness import assert_close_relative
+from tests.tiny import random_weight
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 4,
+}  # fmt: skip
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+SLIDING = {"sliding_window": 16, "head_dim": 8}
+# name: (class, fields, fields that a published config.json leaves out, layers that are kept)
+RIGHT: dict[str, tuple[str, dict[str, Any], tuple[str, ...], list[int]]] = {
+    "gemma2": ("Gemma2Config", SLIDING, (), [0, 2]),
+    "gemma2_as_published": ("Gemma2Config", SLIDING, ("layer_types",), [0, 2]),
+    "gemma3_as_published": (
+        "Gemma3TextConfig",
+        SLIDING | {"num_hidden_layers": 6},
+        ("layer_types", "_sliding_window_pattern"),
+        [0, 5],
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        ("layer_types",),
+        [0, 2],
+    ),
+    "smollm3": (
+        "SmolLM3Config",
+        {"no_rope_layer_interval": 4},
+        ("no_rope_layers", "no_rope_layer_interval"),
+        [0, 3],
+    ),
+    "olmo3": ("Olmo3Config", {"sliding_window": 16}, ("layer_types",), [0, 3]),
+    "qwen3_moe": ("Qwen3MoeConfig", MOE | {"mlp_only_layers": [0, 2]}, (), [0, 2, 3]),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+            "first_k_dense_replace": 3, "head_dim": 8, "num_hidden_layers": 6,
+        },
+        (),
+        [0, 2, 4, 5],
+    ),
+}  # fmt: skip
+# name: (class, fields, the field that has to be named)
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "hunyuan": (
+        "HunYuanMoEV1Config",
+        {"num_experts": 4, "moe_topk": [1, 2, 1, 2], "head_dim": 8},
+        "moe_topk",
+    ),
+    "ernie": (
+        "Ernie4_5_MoeConfig",
+        {
+            "moe_intermediate_size": 24, "moe_k": 2, "moe_num_experts": 4,
+            "moe_num_shared_experts": 1, "moe_layer_start_index": 2, "moe_layer_end_index": 3,
+        },
+        "moe_layer",
+    ),
+}  # fmt: skip
+
+
+def save(folder: Path, name: str, fields: dict[str, Any], left_out: tuple[str, ...]) -> None:
+    """A model of the class with random weights, and a config.json without some fields."""
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**COMMON | fields))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            parameter.copy_(random_weight(parameter_name, parameter.shape, generator))
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    kept = {field: value for field, value in config.items() if field not in left_out}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_equals_the_model_whose_other_layers_do_nothing(tmp_path: Path, name: str) -> None:
+    cls, fields, left_out, keep = RIGHT[name]
+    save(tmp_path / "hf", cls, fields, left_out)
+    prune_depth(tmp_path / "hf", tmp_path / "out", keep, force=False)
+    whole, pruned = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder, attn_implementation="eager").eval()
+        for folder in ("hf", "out")
+    )
+    # They stay in their places: decoders look up a layer's kind by its number.
+    for number, layer in enumerate(whole.model.layers):
+        if number not in keep:
+            layer.forward = lambda hidden_states, *_args, **_kwargs: hidden_states
+    tokens = torch.arange(3, 63)[None]
+    with torch.no_grad():
+        found = pruned(tokens, use_cache=False).logits
+        assert_close_relative(found, whole(tokens, use_cache=False).logits, 1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_kept_is_named(tmp_path: Path, name: str) -> None:
+    cls, fields, field = REFUSED[name]
+    save(tmp_path / "hf", cls, fields, ())
+    with pytest.raises(UserError, match=field):
+        prune_depth(tmp_path / "hf", tmp_path / "out", [0, 3], force=False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"block_configs": [{"n": 1}, {"n": 2}, {"n": 3}, {"n": 4}]},
+        {"linear_attn_config": {"kda_layers": [0, 2]}},
+        {"hybrid_override_pattern": "M-*-"},
+        {"moe_layers_enum": "1,3"},
+        {"per_layer_config": {"0": {"a": 1}, "2": {"a": 2}}},
+        {"num_kv_shared_layers": 2},
+        {"moe_layer_start_index": 1},
+        {"nested": {"deeper": [1, 2, 3, 4]}},
+    ],
+)
+def test_unknown_fields_of_layers_at_any_depth(tmp_path: Path, config: dict[str, Any]) -> None:
+    save(tmp_path / "hf", "LlamaConfig", {}, ())
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(UserError, match=f"{next(iter(config))}.* depends on the layers' numbers"):
+        prune_depth(tmp_path / "hf", tmp_path / "out", [0, 3], force=False)
