@@ -1,6 +1,7 @@
 # make demo    sets everything up and distils a real language model on two processes, on the CPU
 # make test    sets everything up and runs lint, type checks and all tests
 # make test-vllm   runs the tests with vLLM rollouts, in an environment of their own, .venv-vllm
+# make mutation    breaks the code in 84 places, one after another: tests have to notice (an hour)
 # make reproduce-small    compares the methods on a task that a small model learns on the CPU
 # make bridge-real    distils SmolLM2-135M into smaller students, also with other tokenizers
 # All but test-vllm install into .venv on first use. PYTHON chooses the interpreter (3.11 or newer).
@@ -19,7 +20,8 @@ TEACHER := $(SMOLLM2)/SmolLM2-135M-Instruct
 # Python sources of Transformer Engine, with which a test compares names; nothing is installed.
 ENGINE := .cache/transformer_engine/transformer_engine-2.11.0-py3-none-any.whl
 
-.PHONY: demo reproduce-small bridge-real test test-vllm lint format install clean help transformer-engine
+.PHONY: demo reproduce-small bridge-real test test-vllm mutation lint format install clean help \
+	transformer-engine
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -90,6 +92,10 @@ format: $(INSTALLED)
 
 test: lint $(TEACHER)/config.json $(ENGINE)
 	$(BIN)/python -m pytest
+
+# Not part of `make test`: it runs test files once for each place.
+mutation: $(TEACHER)/config.json $(ENGINE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutations.run --report runs/mutations.md
 
 # vLLM's CPU build, which pins torch's. It draws in builds of three packages that do not fit that
 # torch and break the import; text models need none of them.

@@ -83,11 +83,13 @@ def in_other_tokens(
         max_tokens: What the teacher reads at most; a longer response is cut, and what is cut off
             has no counterpart.
     """
-    finished = response_ids[-1] in student_ends
-    text, ends = decode_with_ends(student, response_ids)
+    finished = response_ids[-1] in student_ends and teacher_end is not None
+    # A stop token may have a text: as the end of the turn it corresponds to the teacher's end.
+    text, ends = decode_with_ends(student, response_ids[:-1] if finished else response_ids)
     ids, teacher_ends = encode_with_ends(teacher, text)
     pairs = pairs_of(ends, teacher_ends)
-    if finished and teacher_end is not None:
+    if finished:
+        assert teacher_end is not None
         pairs.append((len(response_ids) - 1, len(ids)))
         ids = [*ids, teacher_end]
     room = max(max_tokens - len(prompt_ids), 0)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_oprd.data.alignment import decode_with_ends, encode_with_ends, pairs_of
+from megatron_oprd.data.teacher_sequences import TeacherSequence, in_other_tokens
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. 12 + 34 = 46, so x = 7.",
@@ -187,3 +188,30 @@ def test_a_tokenizer_that_composes_characters() -> None:
     _, ends = encode_with_ends(composing, text)
     # No token of it ends between a letter and its mark.
     assert not {3, 7} & {end for end in ends if end is not None}
+
+
+@pytest.mark.parametrize("end", [7, None])
+def test_the_end_of_a_response_and_what_is_cut(end: int | None) -> None:
+    student, teacher = byte_level(), byte_level()
+    ids, _ = encode_with_ends(student, "jumps over")
+    finished = [*ids, 0]
+
+    def read(response: list[int], max_tokens: int) -> TeacherSequence:
+        return in_other_tokens(
+            response, [1, 2, 3], student=student, teacher=teacher, student_ends=(0, 5),
+            teacher_end=end, max_tokens=max_tokens,
+        )  # fmt: skip
+
+    whole = read(finished, 100)
+    same = [(number, number) for number in range(len(ids))]
+    ends = [(len(ids), len(ids))] if end is not None else []
+    assert list(whole.pairs) == same + ends
+    assert list(whole.response_ids) == [*ids, *([end] if end is not None else [])]
+    # A stop token that has a text of its own is the end all the same, and in one pair only.
+    stopped = read([*ids, 5], 100)
+    assert list(stopped.pairs) == (same + ends if end is not None else [*same, (len(ids),) * 2])
+    assert list(read(list(ids), 100).pairs) == same
+    # Room for all of the response but its last two tokens: no pair lies behind the cut.
+    cut = read(finished, 3 + len(ids) - 2)
+    assert list(cut.response_ids) == list(ids[:-2])
+    assert list(cut.pairs) == same[:-2]

@@ -205,3 +205,9 @@ def test_the_closed_form_is_autograds(normalize: Any, dtype: torch.dtype) -> Non
         for rows in (ordinary, [3]):
             assert_close_relative(value[rows], expected[rows], tolerance)
     assert float(found.distance[5]) == float(found.gradient[5].abs().max()) == 0.0
+
+
+def test_the_wider_dtype_of_both_counts() -> None:
+    student, teacher, _ = (tensor.flatten(0, -2) for tensor in hidden_states(torch.float64))
+    assert compare(student.float(), teacher, normalize="none").distance.dtype == torch.float64
+    assert token_mse(student.float(), teacher, normalize="l2").dtype == torch.float64

@@ -91,3 +91,10 @@ def test_sample_seeds_are_distinct_and_stable() -> None:
     assert len({sample_seed(*key) for key in keys}) == len(keys)
     # printf 1/2/3 | sha256sum
     assert sample_seed(1, 2, 3) == int("9de93caf7d8d2a94", 16) >> 1
+
+
+def test_the_most_likely_token_alone() -> None:
+    """top_k = 1 is greedy at any temperature."""
+    found = draw(sampling(top_k=1), rows=3, times=40)
+    assert len(found.unique(dim=1)[0]) == 1
+    assert found.eq(found[:, :1]).all()

@@ -68,3 +68,17 @@ def test_empty_prompts_and_responses_are_our_own_mistake(
 ) -> None:
     with pytest.raises(AssertionError):
         weights_of(prompts, responses)
+
+
+def test_responses_without_a_counterpart_count_for_nothing() -> None:
+    """The mean is over the others: their weights are those that they have without it."""
+    for aggregation in ("token_mean", "sequence_mean"):
+        has_counterpart = [[True, True], [False] * 3, [True, False]]
+        found = weights_of(
+            [1, 1, 1], [2, 3, 2], aggregation=aggregation, has_counterpart=has_counterpart
+        )
+        assert float(torch.cat(found).sum()) == pytest.approx(1, rel=1e-6)
+        assert not found[1].any()
+        alone = weights_of([1, 1], [2, 1], aggregation=aggregation)
+        assert_close_relative(found[0], alone[0], 1e-6)
+        assert_close_relative(found[2][:2], alone[1], 1e-6)

@@ -170,6 +170,8 @@ ADAMW = [
     "optimizer.adam_eps=1e-4",  # large, so that rounding of tiny gradients does not count
     "optimizer.weight_decay=0.1",
     "optimizer.clip_grad=0.05",
+    "optimizer.adam_beta1=0.8",
+    "optimizer.adam_beta2=0.95",
     "optimizer.lr_warmup_fraction=0",
     "optimizer.lr_decay_style=constant",
 ]
@@ -327,15 +329,21 @@ def test_equals_plain_pytorch(results: Path, name: str) -> None:
     adamw = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         lr=1e-3,
+        betas=(0.8, 0.95),
         eps=1e-4,
     )
     norms = [torch.nn.utils.clip_grad_norm_(trained, 0.05)]
     adamw.step()
     adamw.zero_grad()
-    second_loss, _, _ = _forward_backward(student, teacher, step)
+    second_loss, _, second_output_loss = _forward_backward(student, teacher, step)
     norms.append(torch.nn.utils.clip_grad_norm_(trained, 0.05))
     adamw.step()
     assert_close_relative(found["second_loss"][:-1], second_loss, 1e-5)
+    # The whole loss, coefficients included; nothing of the first step is in it.
+    weights = torch.tensor(step.layer_weights[: len(step.matches)])
+    whole = step.coefficient * (weights * second_loss).mean() if step.matches else 0.0
+    whole = whole + (step.output[1] * second_output_loss if step.output is not None else 0.0)
+    assert_close_relative(found["second_loss"][-1], whole, 1e-5)
     assert_close_relative(found["grad_norm"], torch.stack(norms), 5e-5)
     for parameter, weight in _with_fused_experts(found["weights"]).items():
         assert_close_relative(weight, parameters[parameter], 1e-5, what=parameter)

@@ -122,6 +122,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("moved", "another_day", "longer"):
         shutil.copytree(root / "whole", root / name)
     shutil.copytree(pair, root / "pair.moved")
+    manifest = root / "longer" / NEWEST / "manifest.json"
+    counted = json.loads(manifest.read_text()) | {"skipped_steps": 3, "unsupervised_steps": 2}
+    manifest.write_text(json.dumps(counted))
     manifest = root / "another_day" / NEWEST / "manifest.json"
     content = json.loads(manifest.read_text())
     content["run"]["day"] = "2020-01-02"
@@ -202,6 +205,8 @@ def test_a_longer_run_keeps_its_schedule(root: Path) -> None:
     assert after[4]["lr"] == after[5]["lr"] == 0.0
     assert before[3]["lr"] > 0
     assert "optimizer.lr_decay_iters = 4" in log(root, "others")
+    # What was counted before goes on from there.
+    assert (after[5]["skipped_steps"], after[5]["unsupervised_steps"]) == (3, 2)
 
 
 def test_manifests_say_what_was_written(root: Path) -> None:

@@ -14,10 +14,11 @@ from checkpoint_tools.megatron_to_hf import main as megatron_to_hf
 from checkpoint_tools.verify import main as verify
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.open_checkpoint import open_checkpoint
+from megatron_oprd.weights import accounting, load
 from megatron_oprd.weights.casting import config_with_dtype
 from megatron_oprd.weights.compare import compare_keys
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from megatron_oprd.weights.megatron_checkpoint import is_megatron
+from megatron_oprd.weights.megatron_checkpoint import is_megatron, resolve_checkpoint_folder
 from tests.tiny import save_tiny_model, tiny_config
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -165,3 +166,40 @@ def test_both_names_of_a_dtype_are_written() -> None:
     assert config_with_dtype(both, torch.bfloat16) == dict.fromkeys(both, "bfloat16")
     assert config_with_dtype({}, torch.bfloat16) == {"dtype": "bfloat16"}
     assert config_with_dtype({"torch_dtype": "bfloat16"}, torch.bfloat16) is None
+
+
+def test_the_newest_checkpoint_is_so_by_number(tmp_path: Path) -> None:
+    for step in ("step_9999999", "step_10000000", "step_0000005"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    assert resolve_checkpoint_folder(tmp_path).name == "step_10000000"
+
+
+def test_a_tied_head_is_compared_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounting, "_ROWS", 16)
+    config = tiny_config("llama", tie_word_embeddings=True)
+    save_tiny_model(tmp_path / "model", config, seed=0)
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, file, {"format": "pt"})
+    open_checkpoint(tmp_path / "model").check_tied_head()
+    weights["lm_head.weight"][-1, -1] += 1
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match="lm_head"):
+        open_checkpoint(tmp_path / "model").check_tied_head()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+    save_tiny_model(tmp_path / "model", tiny_config("llama"), seed=0)
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights[UP][3, 2] = value
+    save_file(weights, file, {"format": "pt"})
+    opened = open_checkpoint(tmp_path / "model")
+    (mapping,) = [one for one in opened.table if UP in one.hf]
+    pieces = mapping.pieces(0, 1)
+    with pytest.raises(UserError, match=f"model: 1 values of {UP} are NaN or infinite"):
+        load._fill(torch.empty(mapping.local_shape(1)), pieces=pieces, checkpoint=opened.source)

@@ -1,5 +1,6 @@
 """A whole run of the training loop; rank 0 writes every step's rollouts, or what stopped it."""
 
+import dataclasses
 import logging
 import os
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_oprd.data.teacher_reader import TeacherReader
+from megatron_oprd.data.teacher_sequences import TeacherSequence
 from megatron_oprd.parallel import parallel_run
 from megatron_oprd.rollout.engine import RolloutEngineError
 from megatron_oprd.rollout.hf import HFEngine
@@ -32,6 +35,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
     kill_engine_before: A step whose rollouts the first rank's vLLM process is killed before.
     stale: Whether the hf engine keeps its first weights.
     all_weights: Whether the hf engine wants all weights each time.
+    no_pairs: Whether nothing of the responses has a counterpart in what the teacher reads.
     """
     folder = directory / case.get("folder", case["name"])
     config = config_of(Path(case["pair"]), [*case["overrides"], f"output_dir={folder}"])
@@ -57,6 +61,9 @@ def run(case: dict[str, Any], directory: Path) -> None:
     needs_all_weights = HFEngine.needs_all_weights
     if case.get("all_weights"):
         HFEngine.needs_all_weights = _yes  # type: ignore[method-assign,assignment]
+    read = TeacherReader.read
+    if case.get("no_pairs"):
+        TeacherReader.read = _without_pairs(read)  # type: ignore[method-assign]
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
@@ -88,9 +95,14 @@ def run(case: dict[str, Any], directory: Path) -> None:
             )
     RolloutSource.of_step = of_step  # type: ignore[method-assign]
     Distiller.step = distil  # type: ignore[method-assign]
+    TeacherReader.read = read  # type: ignore[method-assign]
     HFEngine.load_weights = load_weights  # type: ignore[method-assign]
     HFEngine.needs_all_weights = needs_all_weights  # type: ignore[method-assign]
     logging.getLogger("megatron_oprd").removeHandler(handler)
+
+
+def _without_pairs(read: Callable[..., TeacherSequence]) -> Callable[..., TeacherSequence]:
+    return lambda *args: dataclasses.replace(read(*args), pairs=())
 
 
 def _yes(engine: HFEngine) -> bool:

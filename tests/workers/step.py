@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.parallel import parallel_run
+from megatron_oprd.taps import logprobs as taps_logprobs
 from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
@@ -47,6 +48,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         taught_by = case.get("taught_by")
         logprobs = []
         if case.get("logprobs"):
+            taps_logprobs.CHUNK_TOKENS = 7  # several chunks of a micro-batch's tokens
             logprobs.append(_same_everywhere(LogprobCheck(distiller).student_logprobs(*rollouts)))
         groups = distiller.micro_batches(*rollouts, reading, taught_by).groups
         first = distiller.compute_gradients(groups)
