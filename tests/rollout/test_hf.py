@@ -17,6 +17,7 @@ from transformers import (
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
 from megatron_oprd.rollout.hf import HFEngine
+from megatron_oprd.rollout.stopping import StopTexts, stopped_length
 from tests.closeness import assert_close_relative
 from tests.rollout.test_sampling import chi_square
 from tests.tiny import EOS_ID, PAD_ID, save_tiny_model, tiny_config
@@ -378,6 +379,23 @@ def test_stop_texts_end_a_response_with_the_token_that_completes_one(
             assert short.finished == (bool(ends) or long.finished)
             lengths.add(len(short.response_ids))
         assert len(lengths) > 5
+
+
+def test_a_stop_text_of_many_bytes() -> None:
+    """Each token is a byte, so that the text is three times as many tokens as characters."""
+    text = "\u7b54\u6848\u306f\u4ee5\u4e0a\u3067\u3059\u3002\u7d42\u308f\u308a\u307e\u3059"
+    response = [*b"so ", *text.encode(), *b" and more"]
+
+    def decode(ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    whole = len("so ") + len(text.encode())
+    assert stopped_length(response, [text], decode) == whole
+    stop = StopTexts([text], decode, prompt_width=1, num_rows=1)
+    for length in range(1, len(response) + 1):
+        ended = stop(torch.tensor([[0, *response[:length]]]), None)
+        assert ended.tolist() == [length >= whole]
+    assert stop.lengths == [whole]
 
 
 def test_a_stop_text_does_not_begin_in_the_prompt_and_leaves_no_response_empty(

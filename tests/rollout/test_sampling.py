@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_oprd.rollout.engine import SamplingParams
-from megatron_oprd.rollout.sampling import logits_processors, sample_seed
+from megatron_oprd.rollout.sampling import GumbelNoise, logits_processors, sample_seed
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -3.0, 0.0, 1.0, -0.5])
@@ -79,6 +79,16 @@ def test_successive_tokens_of_a_sample_are_independent() -> None:
 def test_a_row_does_not_depend_on_the_others() -> None:
     assert torch.equal(draw(sampling(), rows=7, times=20)[:2], draw(sampling(), rows=2, times=20))
     assert not torch.equal(draw(sampling(), rows=2, times=20), draw(sampling(), 2, 20, seed=1))
+
+
+def test_noise_is_drawn_in_fp64() -> None:
+    """In fp32 it has 24 random bits, and of 16 million draws one would be certain to win."""
+    noise = GumbelNoise([0], torch.device("cpu"))
+    scores = torch.zeros(1, 1000)
+    found = noise(torch.zeros(1, 1, dtype=torch.long), scores)
+    drawn = torch.empty(1000, dtype=torch.float64)
+    drawn.exponential_(generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found[0], -drawn.log().float())
 
 
 def test_temperature_zero_is_greedy() -> None:

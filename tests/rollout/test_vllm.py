@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.sync_check import checkpoint_shapes
-from megatron_oprd.rollout.vllm import _environment
+from megatron_oprd.rollout.vllm import VLLMEngine, _environment
 from megatron_oprd.training.plan import make_plan
 from tests.pairs import config_of, save_pair
 from tests.tiny import save_tiny_model, tiny_config
@@ -51,6 +51,15 @@ def test_checkpoint_shapes(tmp_path: Path, family: str, tied: bool) -> None:
     save_tiny_model(tmp_path, config, seed=0)
     saved = load_file(tmp_path / "model.safetensors")
     assert checkpoint_shapes(config, tied=tied) == {n: tuple(t.shape) for n, t in saved.items()}
+
+
+@pytest.mark.parametrize(("level", "lacks"), [(0, False), (1, False), (2, True)])
+def test_deep_sleep_loses_the_weights(level: int, lacks: bool) -> None:
+    engine: Any = object.__new__(VLLMEngine)
+    engine._lacks_weights, engine._sleep_level = False, level
+    engine._call = lambda method: None
+    engine.sleep()
+    assert engine.needs_all_weights() == lacks
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

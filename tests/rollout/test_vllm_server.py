@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def check(url: str, folder: Path, **options: Any) -> None:
 
 
 def engine(
-    server: FakeServer, folder: Path, owner: str = "runs/a", seconds: float = 20
+    server: FakeServer, folder: Path, owner: str = "runs/a", seconds: float = 20, **options: Any
 ) -> VLLMServerEngine:
     return VLLMServerEngine(
         folder,
@@ -70,6 +72,7 @@ def engine(
         config=VLLMConfig(
             server_url=server.url, check_weights_interval=1, sync_timeout_minutes=seconds / 60
         ),
+        **options,
     )
 
 
@@ -180,6 +183,29 @@ def test_sync_and_rollouts(server: FakeServer, folder: Path, weights: dict[str, 
     server.finish_reason = "abort"
     with pytest.raises(RolloutEngineError, match="ended a response: abort"):
         one.generate(PROMPTS, SAMPLING)
+
+
+def test_no_more_requests_at_once_than_the_batch_size(
+    server: FakeServer, folder: Path, weights: dict[str, Tensor]
+) -> None:
+    lock, counts, under_way = threading.Lock(), [], 0
+
+    def slowly() -> None:
+        nonlocal under_way
+        with lock:
+            under_way += 1
+            counts.append(under_way)
+        time.sleep(0.05)
+        with lock:
+            under_way -= 1
+
+    server.instead["/inference/v1/generate"] = slowly
+    for size, expected in ((1, 1), (2, 2), (None, 4)):
+        one = engine(server, folder, max_batch_size=size)
+        one.load_weights(weights.items(), version=1)
+        counts.clear()
+        assert len(one.generate(PROMPTS, SAMPLING)) == 4
+        assert max(counts) == expected, size
 
 
 def test_a_server_that_was_started_anew_between_two_steps(

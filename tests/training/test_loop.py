@@ -57,6 +57,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases[2].append(
         {"name": "skipping", "pair": str(broken), "overrides": [*STEPS, "tensorboard=true"]}
     )
+    cases[1].append(
+        {
+            "name": "now_and_then",
+            "pair": str(pair),
+            "overrides": ["train_iters=5", "optimizer.max_skipped_in_a_row=2"],
+            "skip_steps": [0, 2, 4],
+        }
+    )
+    # The second part goes on where the first one ended.
+    skipped = ["optimizer.lr_decay_iters=8", "optimizer.lr_decay_style=linear"]
+    for name, steps in (("skipped_part", 2), ("skipped_whole", 3)):
+        overrides = [f"train_iters={steps}", *skipped]
+        cases[1].append(
+            {"name": name, "folder": "skipped", "pair": str(broken), "overrides": overrides}
+        )
     write(root / "sums.jsonl", [row("1+1", "2"), row("2*3", "6"), row("7-4", "3")])
     evaluated = [
         "train_iters=3", "evaluation.interval=2", f"evaluation.data=[{root}/sums.jsonl]",
@@ -187,6 +202,17 @@ def test_too_many_skipped_steps_stop_the_run(root: Path) -> None:
     assert "steps 0 to 2" in stopped
     assert len(records(root, "diverged")) == 3
     assert not (root / "diverged" / "student").exists()
+
+
+def test_skipped_steps_with_others_between_them_stop_nothing(root: Path) -> None:
+    assert not torch.load(root / "now_and_then.pt", weights_only=False)["stopped"]
+    assert [r["skipped_steps"] for r in records(root, "now_and_then")] == [1, 1, 2, 2, 3]
+
+
+def test_skipped_steps_do_not_count_in_the_schedule_after_a_resume(root: Path) -> None:
+    of_run = records(root, "skipped")
+    assert [r["skipped"] for r in of_run] == [True, True, True]
+    assert of_run[0]["lr"] == of_run[1]["lr"] == of_run[2]["lr"]
 
 
 @pytest.mark.parametrize("name", ["evaluated", "evaluated_dp2"])

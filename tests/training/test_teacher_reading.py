@@ -75,6 +75,10 @@ fit: {{ranks: [2, 4], num_prompts: 16}}
             cases[ranks].append(
                 {"name": f"{kind}.{name}", "pair": str(pair), "overrides": overrides}
             )
+    for name, interval in (("never", "null"), ("after_two", "2"), ("after_one", "1")):
+        refresh = [f"model.teacher={same / 'student'}", *SELF[:2], "optimizer.lr=0.1"]
+        overrides = [*COMMON, *refresh, f"teacher.refresh_interval={interval}"]
+        cases[1].append({"name": name, "pair": str(same), "overrides": overrides})
     for ranks, of_ranks in cases.items():
         run_ranks("loop", of_ranks, ranks, root)
     return root
@@ -118,6 +122,16 @@ def test_privileged_text_is_in_the_teachers_prompt_only(root: Path) -> None:
     assert first["loss"] > 0
     assert first["output_loss"] > 0
     assert first["paired_share"] == second["paired_share"] == 1.0
+
+
+def test_the_teacher_follows_at_the_end_of_an_interval(root: Path) -> None:
+    never, after_two, after_one = (
+        [record["loss"] for record in records(root, name)]
+        for name in ("never", "after_two", "after_one")
+    )
+    assert after_two == pytest.approx(never, rel=1e-5)
+    assert after_one[0] == pytest.approx(never[0], rel=1e-5)
+    assert abs(after_one[1] - never[1]) > 1e-2 * never[1]
 
 
 def test_responses_are_read_in_the_teachers_tokens(root: Path) -> None:

@@ -236,6 +236,13 @@ def test_goes_on_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         )
         assert read == list(TENSORS), changed
 
+    with pytest.raises(Killed):
+        convert_to_hf_folder(tmp_path / "half", content, reader("4"))
+    half = {name: tensor.half() for name, tensor in TENSORS.items()}
+    folder = convert_to_hf_folder(tmp_path / "half", content_of(half), half.__getitem__)
+    written = HFCheckpoint(folder)
+    assert {written.dtype(name) for name in written.names()} == {torch.float16}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ThreadRanks(Ranks):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.weights import output_folder
+from megatron_oprd.weights import journals, output_folder
 from megatron_oprd.weights.output_folder import (
     OutputFolder,
     check_output_folder,
@@ -86,6 +86,23 @@ def test_goes_on_where_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         write(out, fingerprint=same, stop_after=1)
     assert write(out, fingerprint=same) == ["c"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_unit_is_noted_once_its_files_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    def sync(path: Path) -> None:
+        notes = list(path.parent.parent.glob("journal-*.jsonl"))
+        assert notes
+        assert not any(f'"{path.name}"' in file.read_text() for file in notes)
+        synced.append(path.name)
+
+    monkeypatch.setattr(journals, "sync", sync)
+    with pytest.raises(Killed):
+        write(tmp_path / "out", fingerprint={"source": 1}, stop_after=2)
+    assert synced == ["a", "b"]
 
 
 @pytest.mark.parametrize("other", [{"source": 2}, None])

@@ -35,6 +35,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
     kill_engine_before: A step whose rollouts the first rank's vLLM process is killed before.
     stale: Whether the hf engine keeps its first weights.
     all_weights: Whether the hf engine wants all weights each time.
+    skip_steps: Numbers of steps that count as skipped.
     no_pairs: Whether nothing of the responses has a counterpart in what the teacher reads.
     """
     folder = directory / case.get("folder", case["name"])
@@ -50,11 +51,17 @@ def run(case: dict[str, Any], directory: Path) -> None:
         rollouts.append(found.rollouts)
         return found
 
+    def skipping(distiller: Distiller, *args: Any) -> Any:
+        result = distil(distiller, *args)
+        return dataclasses.replace(result, skipped=len(rollouts) - 1 in case["skip_steps"])
+
     def announced(distiller: Distiller, *args: Any) -> Any:
         (directory / f"{case['name']}.faults" / "updating").touch()
         return distil(distiller, *args)
 
     RolloutSource.of_step = recorded  # type: ignore[method-assign,assignment]
+    if "skip_steps" in case:
+        Distiller.step = skipping  # type: ignore[method-assign,assignment]
     load_weights = HFEngine.load_weights
     if case.get("stale"):
         HFEngine.load_weights = _load_first_weights(load_weights)  # type: ignore[method-assign]
