@@ -188,6 +188,8 @@ def _check_tokenizer(gguf: Path, field: str, reader: GGUFReader) -> None:
     value = _value(reader, field)
     if field.startswith("tokenizer.ggml.") and field.endswith("_token_id"):
         return
+    if field == "tokenizer.chat_templates" or field.startswith("tokenizer.chat_template."):
+        return  # templates beside the default one, which transformers leaves out
     if field == "tokenizer.ggml.pre" and _value(reader, "tokenizer.ggml.model") == "gpt2":
         # Of an unknown kind transformers makes GPT-2's, which these are.
         if value not in GGUF_PRE_TOKENIZER_SPLITS and value not in _GPT2_SPLITS:

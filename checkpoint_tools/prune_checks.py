@@ -13,6 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from megatron_oprd.errors import UserError
+from megatron_oprd.models.architecture import NEUTRAL_FIELDS
 from megatron_oprd.weights.hf_files import HFCheckpoint
 
 LAYER_TENSOR = re.compile(r"(model\.layers\.)(\d+)(\..+)")
@@ -66,6 +67,7 @@ def _of_layers(path: str, value: Any, num_layers: int) -> Iterator[tuple[str, An
     elif isinstance(value, str):
         # One letter a layer, or a text that lists layers.
         is_pattern = len(value) == num_layers > 4 and len(set(value)) <= 4 and not value.isdigit()
+        is_pattern = is_pattern and field not in NEUTRAL_FIELDS | {"model_type"}
         if is_pattern or re.search(r"pattern|enum", field) or re.search(r"layers\.\d", value):
             yield path, value
     elif isinstance(value, int) and _LAYERS_IN_NAME.search(field):

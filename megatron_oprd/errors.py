@@ -24,7 +24,7 @@ class UserError(Exception):
 
 def say(text: str) -> None:
     """Prints a line to stderr, on global rank 0 only."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -37,7 +37,7 @@ def run_entry_point(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) != 0:
+        if _rank() != 0 and "TORCHELASTIC_RUN_ID" in os.environ:
             # torchrun ends all ranks when the first one fails: that has to be the one that speaks.
             # A rank that alone has found an error is not ended, and speaks for itself.
             time.sleep(_SECONDS_FOR_RANK_0)
@@ -48,6 +48,10 @@ def run_entry_point(main: Callable[[], int]) -> NoReturn:
         _record(error)
         raise
     sys.exit(code)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or "0")
 
 
 def _record(error: Exception) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from megatron_oprd.config_file import load_config
-from megatron_oprd.errors import EXIT_STOPPED, run_entry_point
+from megatron_oprd.errors import EXIT_STOPPED, UserError, run_entry_point, say
 from megatron_oprd.parallel import fewest_ranks, parallel_run
 from megatron_oprd.planning.host import check_host_memory
 from megatron_oprd.training.loop import train
@@ -45,12 +45,17 @@ def main() -> int:
     if first:  # other hosts may see it under another address; an engine that cannot start says so
         check_rollout_server(plan)
     ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    check_host_memory(
-        config,
-        num_ranks=num_ranks,
-        ranks_on_host=ranks_on_host,
-        available_bytes=psutil.virtual_memory().available,
-    )
+    try:
+        check_host_memory(
+            config,
+            num_ranks=num_ranks,
+            ranks_on_host=ranks_on_host,
+            available_bytes=psutil.virtual_memory().available,
+        )
+    except UserError as error:
+        if not arguments.dry_run:
+            raise
+        say(f"warning: on this machine, {error}")  # the run may be for another one
     if arguments.dry_run:
         if first:
             print(describe(plan))

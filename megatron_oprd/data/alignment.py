@@ -104,10 +104,15 @@ def encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[lis
             continue
         # A tokenizer that composes characters (NFC) says that a composed one ends where its first
         # part does: the marks behind it are no token's.
-        while end < following and unicodedata.combining(text[end]):
+        while end < following and _belongs_to_the_one_before(text[end]):
             end += 1
         ends.append(end)
     return encoding["input_ids"], ends
+
+
+def _belongs_to_the_one_before(character: str) -> bool:
+    """Whether it is a mark on the character before it, or the rest of a Hangul syllable."""
+    return bool(unicodedata.combining(character)) or "\u1160" <= character <= "\u11ff"
 
 
 def pairs_of(first: Sequence[int | None], second: Sequence[int | None]) -> list[Pair]:

@@ -57,7 +57,8 @@ class TeacherPrompts:
         tokenizer: The teacher's.
         privileged_key: Column (or field inside of one) with the text that only the teacher sees;
             None is none.
-        template: What a prompt, or its last message, becomes: text with {prompt} and {privileged}.
+        template: What a prompt, or a user's last message in it, becomes: text with {prompt} and
+            {privileged}.
         max_tokens: Prompts that are longer for the teacher are left out.
         chat: How they are rendered.
     """
@@ -112,9 +113,12 @@ class TeacherPrompts:
             )
         if isinstance(content, str):
             return self.template.format(prompt=content, privileged=privileged)
-        *earlier, last = content
-        text = self.template.format(prompt=last["content"], privileged=privileged)
-        return [*earlier, {**last, "content": text}]
+        # A begun answer that the response goes on from stays as it is.
+        asked = [i for i, message in enumerate(content) if message["role"] == "user"]
+        place = asked[-1] if asked else len(content) - 1
+        question = content[place]
+        text = self.template.format(prompt=question["content"], privileged=privileged)
+        return [*content[:place], {**question, "content": text}, *content[place + 1 :]]
 
 
 def load_prompts(

@@ -166,6 +166,7 @@ class Grader:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # what ends the trainer at its step's end does not end this
         )
         # The imports' time is not the first answer's.
         self._send("1", "1")

@@ -196,14 +196,14 @@ def check_fields(
         UserError: A field is unknown, or has a value that is not handled.
     """
     for field, value in raw.items():
+        if value is None or field.startswith("unsloth_"):
+            continue  # nothing is said; a note of the tool that wrote the folder
         if field in required:
             if not required[field](value):
                 raise UserError(
                     f"{source}: {field} = {value!r} changes the model's numbers in a way that is "
                     "not supported here"
                 )
-        elif value is None or field.startswith("unsloth_"):
-            continue  # nothing is said; a note of the tool that wrote the folder
         elif field not in NEUTRAL_FIELDS | GENERATION_FIELDS | READ_FIELDS:
             raise UserError(
                 f"{source}: field {field!r} (value {value!r}) is not known here. It may change "

@@ -21,6 +21,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope",),
     "swiglu": (True,),
+    "gated_linear_unit": (True,),
     "squared_relu": (False,),
     "quick_geglu": (False,),
     "openai_gelu": (False,),
@@ -30,15 +31,14 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "softmax_type": ("vanilla",),
     "attention_output_gate": (False,),
     "multi_latent_attention": (False,),
-    "no_rope_freq": (0, []),
     "apply_residual_connection_post_layernorm": (False,),
     "glu_linear_offset": (0,),
     "is_hybrid_model": (False,),
     "mtp_num_layers": (0,),
 }
 _ABSENT = (
-    "softmax_scale", "window_size", "window_attn_skip_freq", "linear_attention_freq",
-    "experimental_attention_variant", "activation_func_clamp_value", "hybrid_override_pattern",
+    "window_attn_skip_freq", "linear_attention_freq", "experimental_attention_variant",
+    "activation_func_clamp_value", "hybrid_override_pattern",
     "hybrid_layer_pattern", "heterogeneous_layers_config_path",
     "heterogeneous_layers_config_encoded_json",
 )  # fmt: skip
@@ -75,13 +75,16 @@ def check_arguments(
     moe = architecture.moe is not None
     fixed = _FIXED | (_FIXED_MOE if moe else {})
     absent = (*_ABSENT, *(_ABSENT_MOE if moe else ()))
-    for name in (*fixed, *absent):
-        value = arguments.get(name)
-        if value is not None and value not in fixed.get(name, ()):
-            raise UserError(
-                f"checkpoint {folder}: its {where} says {name} = {value!r}, which is not supported "
-                "here"
-            )
+    unlike = [
+        name
+        for name in (*fixed, *absent)
+        if arguments.get(name) not in (None, *fixed.get(name, ()))
+    ]
+    for name in (*unlike, *_of_other_kinds(arguments, architecture)):
+        value = arguments[name]
+        raise UserError(
+            f"checkpoint {folder}: its {where} says {name} = {value!r}, which is not supported here"
+        )
     wrong = [
         f"{ours} where its {where} says {name} = {arguments[name]!r}"
         for name, ours, agrees in _compared(arguments, architecture)
@@ -92,6 +95,24 @@ def check_arguments(
             f"{config} is not the configuration of checkpoint {folder}: {'; '.join(wrong)}; give "
             "the configuration of this model"
         )
+
+
+def _of_other_kinds(a: Mapping[str, Any], b: Architecture) -> Iterator[str]:
+    """The arguments of more than one right value that have another."""
+    function = a.get("activation_func")
+    if isinstance(function, dict):  # as Megatron-Bridge writes a function
+        function = function.get("_target_")
+    if isinstance(function, str) and function.rpartition(".")[2].lower() not in ("silu", "swish"):
+        yield "activation_func"
+    window = a.get("window_size")
+    if window is not None and tuple(window) not in ((-1, -1), (-1, 0)):
+        yield "window_size"
+    scale = a.get("softmax_scale")
+    if scale is not None and not math.isclose(scale, b.head_dim**-0.5, rel_tol=1e-6):
+        yield "softmax_scale"
+    without_rope = a.get("no_rope_freq")
+    if any(without_rope) if isinstance(without_rope, list) else without_rope:
+        yield "no_rope_freq"
 
 
 def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str, bool]]:

@@ -28,6 +28,7 @@ def check_host_memory(
     """
     memory = _estimate(config, num_ranks)
     fullest = max(memory.ranks, key=lambda rank: rank.host_bytes + rank.checkpoint_bytes)
+    once = max(rank.written_once_bytes for rank in memory.ranks)
     needs: dict[str, int] = {}
     if fullest.host_bytes:
         needs[
@@ -41,10 +42,11 @@ def check_host_memory(
     if memory.vllm is not None and memory.vllm.host_bytes:
         engines = -(-ranks_on_host * memory.layout.data_parallel_size // num_ranks)
         needs["rollout.vllm.sleep_level = 1"] = engines * memory.vllm.host_bytes
-    if fullest.checkpoint_bytes:
-        needs["checkpoints, while one is written or read,"] = (
-            ranks_on_host * fullest.checkpoint_bytes
-        )
+    if of_checkpoints := (
+        ranks_on_host * fullest.checkpoint_bytes
+        + _first_replica_ranks(config, num_ranks, ranks_on_host) * once
+    ):
+        needs["checkpoints, while one is written or read,"] = of_checkpoints
     if (needed := sum(needs.values())) > available_bytes:
         parts = " + ".join(f"{size / 1e9:.1f}" for size in needs.values())
         raise UserError(
@@ -53,6 +55,18 @@ def check_host_memory(
             f"machine; {available_bytes / 1e9:.1f} GB are free. Offload less, or use "
             "teacher.precision = fp8, more machines, or no checkpoints"
         )
+
+
+def _first_replica_ranks(config: RunConfig, num_ranks: int, ranks_on_host: int) -> int:
+    """Most ranks of one host that write what all data-parallel replicas have."""
+    parallel = config.parallel
+    num_stages = parallel.pipeline_model_parallel_size
+    stages_on_host = -(-ranks_on_host * num_stages // num_ranks)
+    of_stage = max(
+        parallel.tensor_model_parallel_size,
+        parallel.expert_model_parallel_size * parallel.expert_tensor_size,
+    )
+    return min(ranks_on_host, stages_on_host * of_stage)
 
 
 def _estimate(config: RunConfig, num_ranks: int) -> MemoryEstimate:

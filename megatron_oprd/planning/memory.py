@@ -52,8 +52,10 @@ class RankMemory:
         has_engine: Whether a vLLM engine, or a part of it, is on its device.
         phases: Bytes of each item that there is in each phase, where the phase needs most.
         host_bytes: Bytes of teacher and optimizer that are offloaded to the host.
-        checkpoint_bytes: Bytes on the host while a checkpoint is written or read: the rank's share
-            of the optimizer's states, and its part of the model.
+        checkpoint_bytes: Bytes on the host while a checkpoint is written or read, on every rank:
+            its share of a distributed optimizer's states.
+        written_once_bytes: Likewise, on one data-parallel replica's ranks alone: their part of the
+            model, and of an undivided optimizer's states.
     """
 
     pp_rank: int
@@ -62,6 +64,7 @@ class RankMemory:
     phases: dict[Phase, dict[Item, int]]
     host_bytes: int
     checkpoint_bytes: int
+    written_once_bytes: int
 
     @property
     def peak_phase(self) -> Phase:
@@ -146,6 +149,7 @@ def _rank_memory(
     if averages := average_bytes(layout, pp_rank=pp_rank, itemsize=itemsize):
         for items in phases.values():
             items["teacher's averages"] = averages
+    writes, divides = config.checkpoint.is_on, config.optimizer.use_distributed_optimizer
     host = teacher.weights - teacher.head if config.teacher.offload == "cpu" else 0
     host += states if config.optimizer.offload_states else 0
     return RankMemory(
@@ -154,7 +158,8 @@ def _rank_memory(
         has_engine=has_engine,
         phases=phases,
         host_bytes=host,
-        checkpoint_bytes=states + student.total * itemsize if config.checkpoint.is_on else 0,
+        checkpoint_bytes=states if divides and writes else 0,
+        written_once_bytes=(student.total * itemsize + (0 if divides else states)) * writes,
     )
 
 

@@ -133,7 +133,7 @@ def items_table(memory: MemoryEstimate) -> Table:
     table.add_row("together", *(_gb(rank.bytes_in(phase)) for phase in PHASES))
     on_host = {
         "offloaded": rank.host_bytes,
-        "while a checkpoint is written or read": rank.checkpoint_bytes,
+        "while a checkpoint is written or read": rank.checkpoint_bytes + rank.written_once_bytes,
     }
     if any(on_host.values()):
         shown = ", ".join(f"{_gb(size)} GB {what}" for what, size in on_host.items() if size)
@@ -217,6 +217,7 @@ def as_json(memory: MemoryEstimate, work: WorkEstimate, hardware: Hardware) -> d
                 "phases": rank.phases,
                 "host_bytes": rank.host_bytes,
                 "checkpoint_bytes": rank.checkpoint_bytes,
+                "written_once_bytes": rank.written_once_bytes,
             }
             for rank in memory.ranks
         ],

@@ -29,6 +29,9 @@ class EngineProcess:
             [sys.executable, "-m", module, str(theirs.fileno())],
             env=environment,
             pass_fds=[theirs.fileno()],
+            # torchrun and Slurm signal the trainer's group: it ends at its step's end, and needs
+            # the engine until then.
+            start_new_session=True,
         )
         theirs.close()
         # Readable when the process has ended, whoever else still has its end of the pipe.

@@ -189,11 +189,26 @@ def _make_room(final: Path, identity: RunIdentity) -> None:
     if _is_of(final, identity):
         shutil.rmtree(final)
         return
+    _set_aside(final, "is none of this run's checkpoints, or a broken one")
+
+
+def set_aside_newer(resumed: Path) -> None:
+    """Sets aside the checkpoints that are newer than the one a run goes on from.
+
+    They were passed over, being broken. Among the run's own they would count for ``keep``, in the
+    place of whole ones.
+    """
+    newer = [path for path in whole_checkpoints(resumed.parent.parent) if path.name > resumed.name]
+    for path in newer:
+        _set_aside(path, "is not whole")
+
+
+def _set_aside(checkpoint: Path, why: str) -> None:
     number = 1
-    while (aside := final.with_name(f"{final.name}.aside-{number}")).exists():
+    while (aside := checkpoint.with_name(f"{checkpoint.name}.aside-{number}")).exists():
         number += 1
-    final.rename(aside)
-    say(f"{final} is none of this run's checkpoints, or a broken one; it is now {aside.name}")
+    checkpoint.rename(aside)
+    say(f"{checkpoint} {why}; it is now {aside.name}")
 
 
 def load(

@@ -16,7 +16,7 @@ from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import SamplingParams
 from megatron_oprd.rollout.replicas import ReplicaEngines
 from megatron_oprd.training.plan import RunPlan
-from megatron_oprd.training.reading import chat_format
+from megatron_oprd.training.reading import chat_format_of_benchmarks
 
 
 class BenchmarkEvaluator:
@@ -30,7 +30,7 @@ class BenchmarkEvaluator:
             context: This rank's place.
             today: The day that chat templates are told.
         """
-        chat = dataclasses.replace(chat_format(plan.config), today=today)
+        chat = dataclasses.replace(chat_format_of_benchmarks(plan.config), today=today)
         self._plan = plan
         self._context = context
         self._prompts = [

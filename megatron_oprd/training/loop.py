@@ -73,6 +73,8 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
     identity = _with_contents(identity, plan, resume_from, prompts)
     if context.rank == 0:
         checkpoints.remove_unfinished(output_dir)
+        if resume_from is not None:
+            checkpoints.set_aside_newer(resume_from)
     distiller = Distiller(plan, context)
     exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
     done = Progress()

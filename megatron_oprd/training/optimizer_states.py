@@ -86,9 +86,8 @@ def sharded_states(
     """
     if optimizer.is_stub_optimizer:  # nothing is trained on this rank
         return {}
-    if is_loading:
-        # Other Adams than torch's have no states before the first update.
-        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    # Other Adams than torch's have no states before the first update.
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     content, _ = extract_sharded_tensors_and_factories(model)
     places = {place.data: place for place in nested_values(content)}
     if isinstance(optimizer, DistributedOptimizer):

@@ -23,7 +23,7 @@ from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoi
 from megatron_oprd.parallel import ParallelContext
 from megatron_oprd.rollout.vllm import check_vllm_is_there
 from megatron_oprd.training.layout import ModelLayout, RunLayout, make_layout
-from megatron_oprd.training.reading import chat_format, plan_reading
+from megatron_oprd.training.reading import chat_format_of_benchmarks, plan_reading
 from megatron_oprd.weights.output_folder import check_output_folder
 from megatron_oprd.weights.source import WeightSource
 
@@ -327,7 +327,7 @@ def _benchmarks(
     for benchmark in benchmarks:
         check_length(
             benchmark.name,
-            tokenized(benchmark, tokenizer, chat_format(config)),
+            tokenized(benchmark, tokenizer, chat_format_of_benchmarks(config)),
             evaluation.max_new_tokens,
             student.max_position_embeddings,
             setting="evaluation.max_new_tokens",

@@ -94,6 +94,11 @@ def chat_format(config: RunConfig) -> ChatFormat:
     )
 
 
+def chat_format_of_benchmarks(config: RunConfig) -> ChatFormat:
+    """How benchmarks' are: as in `megatron_oprd.evaluate`, whatever the training data are."""
+    return ChatFormat(kwargs=config.data.chat_template_kwargs)
+
+
 def chat_format_of_teacher(config: RunConfig) -> ChatFormat:
     """How the teacher's are, where it reads others than the student's."""
     own = config.teacher_prompt
@@ -134,7 +139,8 @@ def _warn_of_turns(
     found = thinking(tokenizer, chat_format(config))
     # What the teacher was trained to read, whether it gets that or what the student reads.
     expected = thinking(of_teacher, replace(chat, suffix=""))
-    read = thinking(of_teacher, chat) if config.teacher_prompt.tokenizer == "own" else found
+    reads_own = config.teacher_prompt.tokenizer == "own"
+    read = thinking(of_teacher if reads_own else tokenizer, chat)
     if None not in (found, expected) and read != expected:
         logger.warning(
             "the generation prompt of model.teacher (%s) ends with %r, what it reads here with %r: "

@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_oprd.config import RunConfig
 from megatron_oprd.errors import UserError, say
 from megatron_oprd.training.checkpoint_files import broken_content, broken_size
@@ -44,6 +46,8 @@ _BY_CONTENT = (
     "model.student", "model.student_hf_config", "model.teacher", "model.teacher_hf_config",
     "data.prompts", "bridge.path",
 )  # fmt: skip
+# Settings that are themselves names and values, any of which may be there or not.
+_WHOLE = ("data.chat_template_kwargs", "teacher_prompt.chat_template_kwargs")
 _BY_CONTENT_OF_EXTRA = ("model", "hf_config", "bridge")
 _PASSED_OVER = "{} is not whole and is passed over: {}"
 
@@ -104,13 +108,36 @@ def resumable_checkpoint(plan: RunPlan) -> Path | None:
         UserError: Likewise; on every rank.
     """
     broken: set[Path] = set()
-    while (checkpoint := checkpoint_to_resume(plan, without=broken, says=False)) is not None:
-        wrong = broken_content(checkpoint, read_manifest(checkpoint)["files"])
+    while True:
+        checkpoint, files, refused = _chosen_by_rank_0(plan, broken)
+        if refused is not None:
+            raise UserError(refused)
+        if checkpoint is None:
+            return None
+        wrong = broken_content(checkpoint, files)
         if wrong is None:
             return checkpoint
         say(_PASSED_OVER.format(checkpoint, wrong))
         broken.add(checkpoint)
-    return None
+
+
+def _chosen_by_rank_0(
+    plan: RunPlan, broken: Collection[Path]
+) -> tuple[Path | None, dict[str, Any], str | None]:
+    """The checkpoint, what it says of its files, and why none can be taken; on every rank.
+
+    Of a file system that machines share, each of them may see another state.
+    """
+    choice: list[tuple[Path | None, dict[str, Any], str | None]] = [(None, {}, None)]
+    if dist.get_rank() == 0:
+        try:
+            checkpoint = checkpoint_to_resume(plan, without=broken, says=False)
+            files = {} if checkpoint is None else read_manifest(checkpoint)["files"]
+            choice = [(checkpoint, files, None)]
+        except UserError as error:
+            choice = [(None, {}, str(error))]
+    dist.broadcast_object_list(choice)
+    return choice[0]
 
 
 def with_schedule_of(plan: RunPlan, identity: RunIdentity) -> RunPlan:
@@ -217,7 +244,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} --> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix + name not in _WHOLE:
             flat |= _flat(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value

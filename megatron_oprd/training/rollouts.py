@@ -22,7 +22,7 @@ from megatron_oprd.rollout.server_client import check_server
 from megatron_oprd.rollout.server_place import check_server_gpus, server_host
 from megatron_oprd.rollout.server_process import ServerProcess
 from megatron_oprd.training.plan import RunPlan
-from megatron_oprd.training.reading import chat_format
+from megatron_oprd.training.reading import chat_format, chat_format_of_benchmarks
 
 
 @contextlib.contextmanager
@@ -150,7 +150,7 @@ def _max_model_len(plan: RunPlan) -> int:
     of_benchmarks = [
         len(prompt.token_ids) + plan.config.evaluation.max_new_tokens
         for benchmark in plan.benchmarks
-        for prompt in tokenized(benchmark, plan.tokenizer, chat_format(plan.config))
+        for prompt in tokenized(benchmark, plan.tokenizer, chat_format_of_benchmarks(plan.config))
     ]
     return max([plan.max_sequence_length, *of_benchmarks])
 

@@ -134,6 +134,7 @@ def main() -> int:
         for one, test in found:
             by = f"`{test}`" if test else f"survives: {one.survives or 'not known why'}"
             lines.append(f"| {one.name} | {one.file} | {by} |")
+        arguments.report.parent.mkdir(parents=True, exist_ok=True)
         arguments.report.write_text("\n".join(lines) + "\n")
     killed = sum(test is not None for _, test in found)
     print(f"{killed} of {len(found)} killed: {killed / len(found):.1%}")

@@ -53,10 +53,12 @@ def test_all_teachers_together(pair: Path) -> None:
 
 
 def test_checkpoints(pair: Path) -> None:
-    """Half of the trained weights' fp32 copies and moments on each of two ranks, and the model."""
+    """Half of the trained weights' fp32 copies and moments on each of two ranks, one model."""
     layers = 4 * (64 * 32 + 32 * 32 + 3 * 64 * 32 + 2 * 32) + 32
-    needed = 2 * ((128 * 32 + layers) * 12 // 2 + (2 * 128 * 32 + layers) * 2)
+    needed = (128 * 32 + layers) * 12 + (2 * 128 * 32 + layers) * 2
     on = "checkpoint.save_interval_minutes=5"
-    check(pair, BF16, on, available_bytes=needed)
-    with pytest.raises(UserError, match=r"checkpoints.* need"):
-        check(pair, BF16, on, available_bytes=needed - 1)
+    for optimizer in ("true", "false"):  # whose states one rank writes
+        settings = [BF16, on, f"optimizer.use_distributed_optimizer={optimizer}"]
+        check(pair, *settings, available_bytes=needed)
+        with pytest.raises(UserError, match=r"checkpoints.* need"):
+            check(pair, *settings, available_bytes=needed - 1)

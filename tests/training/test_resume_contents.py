@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools.verify import main as verify
+from megatron_oprd.errors import EXIT_STOPPED
 from tests.closeness import assert_close_relative
 from tests.pairs import LINEAR_UPDATES, save_pair
 from tests.ranks import run_ranks
@@ -111,6 +112,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.rmtree(root / name / "student")
         damage(root / name)
         cases.append(case(pair, root / name))
+    shutil.copytree(root / "truncated", root / "kept")
+    stops = ["checkpoint.keep=1", "checkpoint.exit_after_minutes=1e-9"]
+    cases.append(case(pair, root / "kept", *stops, code=EXIT_STOPPED))
     run_ranks("entry_point", cases, 1, root / "ranks.damaged")
     for name, (change, _) in CHANGES.items():
         shutil.copytree(root / "whole", root / name)
@@ -134,6 +138,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         case(root / "pair.moved", root / "moved"),
         case(pair, root / "longer", "train_iters=6"),
         case(pair, root / "another_day", code=2),
+        case(pair, root / "moved", "data.chat_template_kwargs={tone: kind}", code=2),
     ]
     run_ranks("entry_point", cases, 1, root / "ranks.others")
     return root
@@ -155,9 +160,16 @@ def test_a_broken_checkpoint_is_named_and_passed_over(root: Path, name: str) -> 
     expected = load_file(root / "whole" / "student" / "model.safetensors")
     for key, tensor in load_file(out / "student" / "model.safetensors").items():
         assert_close_relative(tensor, expected[key], 1e-6, what=key)
-    # What is broken by its manifest cannot be told from somebody else's folder: it stays.
-    aside = (out / "checkpoints" / "step_0000004.aside-1").is_dir()
-    assert aside == (name == "other_manifest")
+    assert (out / "checkpoints" / "step_0000004.aside-1").is_dir()
+
+
+def test_a_broken_checkpoint_does_not_count_among_those_that_are_kept(root: Path) -> None:
+    kept = sorted(path.name for path in (root / "kept" / "checkpoints").iterdir())
+    assert kept == ["step_0000003", "step_0000004.aside-1"]
+
+
+def test_other_template_kwargs_are_refused(root: Path) -> None:
+    assert "data.chat_template_kwargs = {}, now it is {'tone': 'kind'}" in log(root, "others")
 
 
 @pytest.mark.parametrize("name", ["truncated", "missing_metadata", "flipped"])
