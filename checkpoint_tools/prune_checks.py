@@ -67,7 +67,7 @@ def _of_layers(path: str, value: Any, num_layers: int) -> Iterator[tuple[str, An
     elif isinstance(value, str):
         # One letter a layer, or a text that lists layers.
         is_pattern = len(value) == num_layers > 4 and len(set(value)) <= 4 and not value.isdigit()
-        is_pattern = is_pattern and field not in NEUTRAL_FIELDS | {"model_type"}
+        is_pattern = is_pattern and field not in NEUTRAL_FIELDS
         if is_pattern or re.search(r"pattern|enum", field) or re.search(r"layers\.\d", value):
             yield path, value
     elif isinstance(value, int) and _LAYERS_IN_NAME.search(field):
