@@ -24,11 +24,11 @@ from methods import METHODS, Method
 from pretrain import MODELS_RECORD
 from results import Comparison, comparison_table, curves_figure, sweep_table
 from rich.console import Console
+from runs import Budget, Result, run_method, start_memory_mb
 from task import accuracy, read_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_oprd.errors import UserError, run_entry_point
-from runs import Budget, Result, run_method, start_memory_mb
 
 BUDGET = Budget(steps=200, prompts_per_step=64, interval=20, mu=10.0)
 # For the tests: too short to tell methods apart.

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from methods import METHODS
 from rich.table import Table
-
 from runs import Budget, Result
 
 NEAR_TEACHER = 0.95
