@@ -236,12 +236,19 @@ def test_goes_on_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         )
         assert read == list(TENSORS), changed
 
-    with pytest.raises(Killed):
-        convert_to_hf_folder(tmp_path / "half", content, reader("4"))
     half = {name: tensor.half() for name, tensor in TENSORS.items()}
-    folder = convert_to_hf_folder(tmp_path / "half", content_of(half), half.__getitem__)
+    bf16 = {name: tensor.bfloat16() for name, tensor in TENSORS.items()}
+
+    def killed_at_the_last(name: str) -> Tensor:
+        if name == "4":
+            raise Killed
+        return half[name]
+
+    with pytest.raises(Killed):
+        convert_to_hf_folder(tmp_path / "half", content_of(half), killed_at_the_last)
+    folder = convert_to_hf_folder(tmp_path / "half", content_of(bf16), bf16.__getitem__)
     written = HFCheckpoint(folder)
-    assert {written.dtype(name) for name in written.names()} == {torch.float16}
+    assert {written.dtype(name) for name in written.names()} == {torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
