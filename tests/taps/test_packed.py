@@ -1,8 +1,13 @@
 """What a model is told of packed sequences."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_oprd.data.batching import collate
+from megatron_oprd.models.layers import HostPackedSeqParams, ScaledDotProductAttention
 from megatron_oprd.taps.schedule import _packed_seq_params
 
 
@@ -21,3 +26,17 @@ def test_lengths_and_ends() -> None:
     assert (found.max_seqlen_q, found.max_seqlen_kv) == (4, 4)
     for ends in (found.cu_seqlens_q, found.cu_seqlens_kv):
         assert (ends.tolist(), ends.dtype) == ([0, 4, 6, 8], torch.int32)
+
+
+def test_attention_asks_the_device_for_nothing() -> None:
+    """On the meta device there are no values: whoever asks for one gets an error."""
+    groups: Any = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))
+    config: Any = SimpleNamespace(attention_dropout=0.0)
+    attention = ScaledDotProductAttention(
+        config, 1, AttnMaskType.causal, "self", pg_collection=groups
+    )
+    ends = torch.empty(4, dtype=torch.int32, device="meta")
+    packed = HostPackedSeqParams(lengths=(4, 2, 2), cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    query, key = torch.empty(8, 4, 16, device="meta"), torch.empty(8, 2, 16, device="meta")
+    out = attention(query, key, key, None, packed_seq_params=packed)
+    assert out.shape == (8, 64)
