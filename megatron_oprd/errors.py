@@ -37,7 +37,7 @@ def run_entry_point(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except UserError as error:
-        if _rank() != 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+        if _rank() != 0:
             # torchrun ends all ranks when the first one fails: that has to be the one that speaks.
             # A rank that alone has found an error is not ended, and speaks for itself.
             time.sleep(_SECONDS_FOR_RANK_0)
