@@ -31,8 +31,8 @@ def say(text: str) -> None:
 def run_entry_point(main: Callable[[], int]) -> NoReturn:
     """Runs an entry point's ``main`` and exits with its return code.
 
-    A `UserError` is printed to stderr, on global rank 0 only (every rank finds the same one), and
-    the process exits with code 2. Under torchrun any error also stands at the end of its summary.
+    A `UserError` is printed to stderr and the process exits with code 2, on other ranks than global
+    rank 0 some seconds later. Under torchrun any error also stands at the end of its summary.
     """
     try:
         code = main()

@@ -80,10 +80,11 @@ def check_arguments(
         for name in (*fixed, *absent)
         if arguments.get(name) not in (None, *fixed.get(name, ()))
     ]
-    for name in (*unlike, *_of_other_kinds(arguments, architecture)):
-        value = arguments[name]
+    if unlike := [*unlike, *_of_other_kinds(arguments, architecture)]:
+        name = unlike[0]
         raise UserError(
-            f"checkpoint {folder}: its {where} says {name} = {value!r}, which is not supported here"
+            f"checkpoint {folder}: its {where} says {name} = {arguments[name]!r}, which is not "
+            "supported here"
         )
     wrong = [
         f"{ours} where its {where} says {name} = {arguments[name]!r}"
