@@ -189,7 +189,7 @@ def _check_tokenizer(gguf: Path, field: str, reader: GGUFReader) -> None:
     if field.startswith("tokenizer.ggml.") and field.endswith("_token_id"):
         return
     if field == "tokenizer.chat_templates" or field.startswith("tokenizer.chat_template."):
-        return  # templates beside the default one, which transformers leaves out
+        return  # `chat_templates` reads them
     if field == "tokenizer.ggml.pre" and _value(reader, "tokenizer.ggml.model") == "gpt2":
         # Of an unknown kind transformers makes GPT-2's, which these are.
         if value not in GGUF_PRE_TOKENIZER_SPLITS and value not in _GPT2_SPLITS:
@@ -205,6 +205,16 @@ def _check_tokenizer(gguf: Path, field: str, reader: GGUFReader) -> None:
 
 # llama.cpp's names of tokenizers that split text by GPT-2's expression or as good as that.
 _GPT2_SPLITS = {"default", "gpt-2", "gpt2", "smollm", "phi-2", "olmo", "mpt", "starcoder"}
+
+
+def chat_templates(reader: GGUFReader) -> dict[str, str]:
+    """The file's chat templates by name; of these transformers reads the default one only."""
+    prefix = "tokenizer.chat_template"
+    return {
+        field.removeprefix(f"{prefix}.").replace(prefix, "default"): _value(reader, field)
+        for field in reader.fields
+        if field == prefix or field.startswith(f"{prefix}.")
+    }
 
 
 def _value(reader: GGUFReader, field: str) -> Any:

@@ -26,7 +26,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.quantization_config import GgufConfig
 
 from checkpoint_tools.common import DTYPES
-from checkpoint_tools.gguf_metadata import alone, ask_transformers, check_metadata, check_parts
+from checkpoint_tools.gguf_metadata import (
+    alone,
+    ask_transformers,
+    chat_templates,
+    check_metadata,
+    check_parts,
+)
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.disk import describe_files
@@ -76,7 +82,7 @@ def gguf_to_hf(gguf: Path, out: Path, *, dtype: torch.dtype, force: bool) -> HFC
         content = HFContent(
             tensors=_specs(weights),
             config=_save_config_files(gguf, model, Path(scratch)),
-            companion_files=sorted(Path(scratch).iterdir()),
+            companion_files=sorted(file for file in Path(scratch).rglob("*") if file.is_file()),
             origin={
                 "tool": "gguf_to_hf",
                 "source": describe_files([gguf]),
@@ -160,7 +166,10 @@ def _save_config_files(gguf: Path, model: PreTrainedModel, folder: Path) -> dict
     (folder / CONFIG_FILE).unlink()
     model.generation_config.save_pretrained(folder)
     with alone(gguf) as source:
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
+    if len(templates := chat_templates(GGUFReader(gguf))) > 1:
+        tokenizer.chat_template = templates
+    tokenizer.save_pretrained(folder)
     return config
 
 

@@ -170,6 +170,17 @@ def test_tokenizer_comes_along(tmp_path: Path) -> None:
     assert tokenizer.decode(ids) == "<|im_start|>he t<|im_end|>"
 
 
+def test_named_chat_templates_come_along(tmp_path: Path) -> None:
+    def extra(writer: GGUFWriter) -> None:
+        writer.add_array("tokenizer.chat_templates", ["tool_use"])
+        writer.add_string("tokenizer.chat_template.tool_use", "tools: {{ tools }}")
+
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(True), extra=extra)
+    assert main(["--gguf", str(tmp_path / "tiny.gguf"), "--out", str(tmp_path / "out")]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == {"default": TEMPLATE, "tool_use": "tools: {{ tools }}"}
+
+
 def test_dtype(tmp_path: Path) -> None:
     values = write_gguf(tmp_path / "tiny.gguf", tiny_llama(True))
     out = tmp_path / "out"
@@ -258,7 +269,7 @@ LOST: dict[str, Any] = {
     "llama.foo": 1,
     "split.count": 3,
     "general.type": "adapter",
-    "tokenizer.chat_template.tool_use": "x",
+    "tokenizer.chat_template_of": "x",
     "tokenizer.ggml.pre": "no-such-tokenizer",
     "other.thing": 1,
 }

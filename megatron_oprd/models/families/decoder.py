@@ -78,7 +78,8 @@ class Family:
                 "use_qk_norm": lambda value: value == self.qk_norm,
                 "layer_types": full_attention_only,
                 "is_causal": lambda value: value is True,
-                "return_dict": lambda value: True,
+                # Without it transformers' own models fail: they return tuples to themselves.
+                "return_dict": lambda value: value is True,
                 **dict.fromkeys(_OFF_FIELDS, lambda value: not value),
                 # `architecture` looks at its value.
                 **({"sliding_window": lambda value: True} if self.slides else {}),
