@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import psutil
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
@@ -22,6 +23,10 @@ _OTHER_LISTS = {
     "architectures", "eos_token_id", "short_factor", "long_factor", "mrope_section", "tags",
     "keys_to_ignore_at_inference",
 }  # fmt: skip
+# Tokens that logits are compared on, and what they may differ by, relative to the largest: of
+# dtypes with 16 bits, and of others.
+_TOKENS = 16
+_TOLERANCE = (2e-2, 1e-3)
 _LAYERS_IN_NAME = re.compile(
     r"(^|_)(layer|block)s?_(start|end|index|interval|idx|offset|freq|period|step|group_size|ids)"
     r"|every_n|_interval$|_period$|_pattern$|_layers$|(^|_)layer_idx"
@@ -110,6 +115,80 @@ def complete_lists(
         )
     _check_shapes(source, classes[0], again, keep)
     return completed
+
+
+def compare_logits(source: HFCheckpoint, config: Mapping[str, Any], keep: Sequence[int]) -> str:
+    """Compares the pruned model with the whole one whose other layers pass their input on.
+
+    Both run in transformers on the same weights, so that only what a config says of its layers can
+    make a difference.
+
+    Args:
+        source: The model.
+        config: The pruned model's config.
+        keep: The layers that are kept.
+
+    Returns:
+        What was compared, or why nothing was, as a line for the user.
+
+    Raises:
+        UserError: The logits differ.
+    """
+    whole_config, pruned_config = _read(source, source.config), _read(source, config)
+    if whole_config is None or pruned_config is None:
+        return f"logits were not compared: transformers has no {source.config.get('model_type')}"
+    needed, free = 2 * source.num_bytes(), psutil.virtual_memory().available
+    if needed > free:
+        return (
+            f"logits were not compared: both models take {needed / 1e9:.1f} GB of host memory, and "
+            f"{free / 1e9:.1f} GB are free"
+        )
+    dtype = source.dtype(source.names()[0])
+    try:
+        whole = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, attn_implementation="eager"
+        ).eval()
+        pruned = AutoModelForCausalLM.from_config(
+            pruned_config, dtype=dtype, attn_implementation="eager"
+        ).eval()
+    except (ValueError, ImportError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:200]
+        return f"logits were not compared: transformers cannot load the model: {text}"
+    new_number = {old: new for new, old in enumerate(keep)}
+    state = {}
+    for name, tensor in whole.state_dict().items():
+        match = LAYER_TENSOR.fullmatch(name)
+        if match is None:
+            state[name] = tensor
+        elif int(match[2]) in new_number:
+            state[f"{match[1]}{new_number[int(match[2])]}{match[3]}"] = tensor
+    pruned.load_state_dict(state, assign=True)
+    for number, layer in enumerate(whole.get_decoder().layers):
+        if number not in new_number:
+            layer.register_forward_hook(_pass_input_on, with_kwargs=True)
+    tokens = torch.arange(_TOKENS)[None] * 7919 % whole_config.get_text_config().vocab_size
+    with torch.no_grad():
+        expected = whole(tokens, use_cache=False).logits.float()
+        found = pruned(tokens, use_cache=False).logits.float()
+    largest = float(expected.abs().max())
+    difference = float((found - expected).abs().max())
+    if not difference <= _TOLERANCE[dtype.itemsize > 2] * largest:
+        raise UserError(
+            f"{source.folder}: logits of the model of layers {list(keep)} are off by "
+            f"{difference:.3g} (the largest is {largest:.3g}) from those of the whole model "
+            "without its other layers. The config has a field that depends on the layers' numbers."
+        )
+    return (
+        f"logits of {_TOKENS} tokens are those of the whole model without its other layers: "
+        f"largest difference {difference:.2g} of {largest:.3g}"
+    )
+
+
+def _pass_input_on(
+    layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def _read(source: HFCheckpoint, config: Mapping[str, Any]) -> PreTrainedConfig | None:

@@ -11,12 +11,18 @@ where an interrupted one was.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.common import num_bytes
-from checkpoint_tools.prune_checks import LAYER_TENSOR, complete_lists, fields_of_layers
+from checkpoint_tools.prune_checks import (
+    LAYER_TENSOR,
+    compare_logits,
+    complete_lists,
+    fields_of_layers,
+)
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.weights.disk import describe_files
 from megatron_oprd.weights.hf_files import HFCheckpoint
@@ -93,11 +99,13 @@ def prune_depth(
 
     Raises:
         UserError: If `keep` is empty, not ascending or out of range, if the model's tensors or
-            config do not let its layers be picked, or if a folder cannot be read or written.
+            config do not let its layers be picked, if the pruned model's logits are not those of
+            the kept layers, or if a folder cannot be read or written.
     """
     source = HFCheckpoint(hf)
     content = pruned_content(source, keep, max_shard_size)
     check_output_folder(out, force=force, required_bytes=content.num_bytes, source=hf)
+    print(compare_logits(source, pruned_config(source, keep), keep), file=sys.stderr)
     old_names = {new: old for old, new in pruned_names(source, keep).items()}
     convert_to_hf_folder(out, content, lambda name: source.read(old_names[name]), force=force)
     return HFCheckpoint(out)

@@ -2,7 +2,8 @@
 
 With Transformer Engine the modules are Megatron's Transformer Engine modules. Without it they are
 Megatron's local ones, but for two: a norm that works under sequence parallelism, and attention
-through torch's scaled_dot_product_attention, which keeps no [b, heads, s, s] matrix.
+through torch's scaled_dot_product_attention, which keeps no [b, heads, s, s] matrix. In both,
+packed sequences are rotated without a question to the device.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -18,6 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -25,22 +28,25 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_oprd.models.rotary import RotaryTransformerConfig
 from megatron_oprd.place import context_parallel_positions
 
 Tap = Callable[[Tensor], Tensor]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class HostPackedSeqParams(PackedSeqParams):
-    """Packed sequences, with their lengths on the host as well.
+    """Packed sequences, with what else Megatron's layers would ask the device for.
 
-    To ask the device for them would hold up every layer of every micro-batch.
+    To ask would hold up every layer of every micro-batch.
 
     Attributes:
         lengths: Tokens of each sequence.
+        positions: The place of each token in its sequence, [s], int64, on the device.
     """
 
     lengths: tuple[int, ...] = ()
+    positions: Tensor
 
 
 class TappedTransformerLayer(TransformerLayer):
@@ -65,6 +71,57 @@ class TappedTransformerLayer(TransformerLayer):
         if self.tap is not None:
             hidden_states = self.tap(hidden_states)
         return hidden_states, context
+
+
+class PackedSelfAttention(SelfAttention):
+    """Megatron's self-attention, which rotates packed sequences by their tokens' positions.
+
+    Megatron's own rotation of packed sequences cuts them apart, and for that asks the device for
+    their lengths, for query and key of every layer. The numbers are the same.
+    """
+
+    config: RotaryTransformerConfig
+    _frequencies: Tensor | None = None
+
+    def forward(
+        self,
+        *args: Any,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends; the rotation goes to `get_query_key_value_tensors` if sequences are packed."""
+        if packed_seq_params is not None:
+            assert isinstance(packed_seq_params, HostPackedSeqParams)
+            assert rotary_pos_emb is not None
+            # [longest, 1, 1, dim] --> [s, 1, 1, dim]
+            self._frequencies = rotary_pos_emb[packed_seq_params.positions]
+            rotary_pos_emb = None
+        try:
+            return super().forward(
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+        finally:
+            self._frequencies = None
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Query [s, b, heads, dim], key and value [s, b, groups, dim], rotated where packed."""
+        query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
+        if self._frequencies is not None:
+            query, key = (
+                apply_rotary_pos_emb(
+                    x,
+                    self._frequencies,
+                    self.config,
+                    mscale=self.config.yarn_mscale + 1.0,
+                    cp_group=self.pg_collection.cp,
+                )
+                for x in (query, key)
+            )
+        return query, key, *others
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -177,7 +234,11 @@ def layer_spec(*, qk_norm: bool, num_experts: int | None, transformer_engine: bo
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=qk_norm
         )
-        return ModuleSpec(module=TappedTransformerLayer, submodules=spec.submodules)
+        attention = dataclasses.replace(spec.submodules.self_attention, module=PackedSelfAttention)
+        return ModuleSpec(
+            module=TappedTransformerLayer,
+            submodules=dataclasses.replace(spec.submodules, self_attention=attention),
+        )
     spec = get_gpt_layer_local_spec(
         num_experts=num_experts, qk_layernorm=qk_norm, normalization="RMSNorm"
     )
@@ -194,6 +255,7 @@ def layer_spec(*, qk_norm: bool, num_experts: int | None, transformer_engine: bo
         sharded_state_dict_keys_map=names,
         self_attention=dataclasses.replace(
             attention,
+            module=PackedSelfAttention,
             submodules=dataclasses.replace(
                 attention.submodules,
                 core_attention=ScaledDotProductAttention,

@@ -60,6 +60,7 @@ def _packed_seq_params(micro_batch: MicroBatch) -> HostPackedSeqParams | None:
     ends = ends.to(micro_batch.tokens.device)
     return HostPackedSeqParams(
         lengths=lengths,
+        positions=micro_batch.position_ids[0],
         qkv_format="thd",
         cu_seqlens_q=ends,
         cu_seqlens_kv=ends,

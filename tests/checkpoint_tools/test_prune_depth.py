@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import (
@@ -16,7 +17,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from checkpoint_tools.prune_depth import evenly_spaced_layers, main, prune_depth
+from checkpoint_tools.prune_checks import compare_logits
+from checkpoint_tools.prune_depth import evenly_spaced_layers, main, prune_depth, pruned_config
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.hf_files import HFCheckpoint
@@ -115,6 +117,29 @@ def test_equals_the_model_with_layers_taken_out(
     tokens = torch.arange(10)[None] % 40
     with torch.no_grad():
         assert_close_relative(loaded(tokens).logits, whole(tokens).logits, 1e-5)
+
+
+def test_logits_are_compared_with_the_layers_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = HFCheckpoint(saved(tmp_path / "hf"))
+    config = pruned_config(source, [0, 2, 4, 5])
+    assert "logits of 16 tokens are those" in compare_logits(source, config, [0, 2, 4, 5])
+    # Layer 2, which sees everything, with layer 4's sliding window.
+    config["layer_types"][1] = "sliding_attention"
+    with pytest.raises(UserError, match=r"layers \[0, 2, 4, 5\] are off by"):
+        compare_logits(source, config, [0, 2, 4, 5])
+    prune_depth(tmp_path / "hf", tmp_path / "out", [0, 2], force=False)
+    assert "logits of 16 tokens are those" in capsys.readouterr().err
+
+
+def test_logits_that_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = HFCheckpoint(saved(tmp_path / "hf"))
+    config = pruned_config(source, [0, 2])
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert "0.0 GB are free" in compare_logits(source, config, [0, 2])
+    unknown = HFCheckpoint(saved(tmp_path / "unknown", model_type="no_such_model"))
+    assert "transformers has no no_such_model" in compare_logits(unknown, config, [0, 2])
 
 
 def test_everything_else_of_the_config_stays(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def test_lengths_and_ends() -> None:
     found = _packed_seq_params(whole)
     assert found is not None
     assert (found.lengths, found.qkv_format) == ((4, 2, 2), "thd")
+    assert found.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
     assert (found.max_seqlen_q, found.max_seqlen_kv) == (4, 4)
     for ends in (found.cu_seqlens_q, found.cu_seqlens_kv):
         assert (ends.tolist(), ends.dtype) == ([0, 4, 6, 8], torch.int32)
@@ -36,7 +37,9 @@ def test_attention_asks_the_device_for_nothing() -> None:
         config, 1, AttnMaskType.causal, "self", pg_collection=groups
     )
     ends = torch.empty(4, dtype=torch.int32, device="meta")
-    packed = HostPackedSeqParams(lengths=(4, 2, 2), cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    packed = HostPackedSeqParams(
+        lengths=(4, 2, 2), positions=ends, cu_seqlens_q=ends, cu_seqlens_kv=ends
+    )
     query, key = torch.empty(8, 4, 16, device="meta"), torch.empty(8, 2, 16, device="meta")
     out = attention(query, key, key, None, packed_seq_params=packed)
     assert out.shape == (8, 64)
