@@ -1,5 +1,7 @@
 # make demo    sets everything up and distils a real language model on two processes, on the CPU
-# make test    sets everything up and runs lint, type checks and all tests
+# make test    sets everything up and runs lint, type checks and the tests
+# make test-fast    runs the tests that start no processes
+# make test-nightly    runs all tests, those with vLLM and the mutations too (hours)
 # make test-vllm   runs the tests with vLLM rollouts, in an environment of their own, .venv-vllm
 # make mutation    breaks the code in 84 places, one after another: tests have to notice (an hour)
 # make reproduce-small    compares the methods on a task that a small model learns on the CPU
@@ -20,8 +22,8 @@ TEACHER := $(SMOLLM2)/SmolLM2-135M-Instruct
 # Python sources of Transformer Engine, with which a test compares names; nothing is installed.
 ENGINE := .cache/transformer_engine/transformer_engine-2.11.0-py3-none-any.whl
 
-.PHONY: demo reproduce-small bridge-real test test-vllm mutation lint format install clean help \
-	transformer-engine
+.PHONY: demo reproduce-small bridge-real test test-fast test-nightly test-vllm mutation lint \
+	format install clean help transformer-engine
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -90,8 +92,15 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+test-fast: $(TEACHER)/config.json $(ENGINE)
+	$(BIN)/python -m pytest -m "not ranks and not slow"
+
 test: lint $(TEACHER)/config.json $(ENGINE)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-nightly: lint $(TEACHER)/config.json $(ENGINE)
 	$(BIN)/python -m pytest
+	$(MAKE) test-vllm mutation
 
 # Not part of `make test`: it runs test files once for each place.
 mutation: $(TEACHER)/config.json $(ENGINE)

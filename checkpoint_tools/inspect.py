@@ -19,11 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from checkpoint_tools.common import add_layout_arguments, check_report_file, layout_of, positive
-from megatron_oprd.errors import UserError, run_entry_point
-from megatron_oprd.evaluation.verification import open_weights
-from megatron_oprd.models.architecture import Architecture
-from megatron_oprd.models.build import padded_vocab_size
-from megatron_oprd.models.inspection import (
+from checkpoint_tools.inspection import (
     Part,
     Share,
     TensorGroup,
@@ -32,6 +28,10 @@ from megatron_oprd.models.inspection import (
     shares,
     tensor_groups,
 )
+from checkpoint_tools.verification import open_weights
+from megatron_oprd.errors import UserError, run_entry_point
+from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.models.build import padded_vocab_size
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.megatron_checkpoint import is_megatron

@@ -22,9 +22,9 @@ from checkpoint_tools.common import (
 )
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
-from megatron_oprd.weights.buffers import AlternatingBuffers
 from megatron_oprd.weights.casting import config_with_dtype, count_overflows, overflow_error
 from megatron_oprd.weights.disk import describe_files
+from megatron_oprd.weights.distcp_file import AlternatingBuffers
 from megatron_oprd.weights.hf_files import CONFIG_FILE
 from megatron_oprd.weights.hf_writer import (
     DEFAULT_MAX_SHARD_SIZE,

@@ -41,21 +41,21 @@ from checkpoint_tools.common import (
     not_negative,
     positive,
 )
-from checkpoint_tools.verify_tables import (
-    checksums_table,
-    keys_table,
-    states_table,
-    values_table,
-)
-from megatron_oprd.config import ParallelConfig
-from megatron_oprd.errors import UserError, run_entry_point
-from megatron_oprd.evaluation.verification import (
+from checkpoint_tools.verification import (
     Verdict,
     open_weights,
     verify_files,
     verify_manifest,
     verify_states,
 )
+from checkpoint_tools.verify_tables import (
+    checksums_table,
+    keys_table,
+    states_table,
+    values_table,
+)
+from megatron_oprd.config.schema import ParallelConfig
+from megatron_oprd.errors import UserError, run_entry_point
 
 _CHECKSUMS = "checksums"  # the level of a comparison with the manifest
 

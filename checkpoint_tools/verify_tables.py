@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_oprd.evaluation.hidden_states import StateDifference
+from checkpoint_tools.hidden_states import StateDifference
 from megatron_oprd.weights.compare import KeyDifference, ValueDifference
 from megatron_oprd.weights.manifest import ChecksumDifference
 

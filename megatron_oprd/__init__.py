@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 # Before anything imports megatron-core.
 if any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex", "amp_C")):
-    from megatron_oprd import cpu
+    from megatron_oprd.parallel import cpu
 
     cpu.hide_kernel_packages()
 

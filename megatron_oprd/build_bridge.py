@@ -14,11 +14,11 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_oprd.bridge_build.config import load_build_config
-from megatron_oprd.bridge_build.plan import plan_build
+from megatron_oprd.bridge_build.models import plan_build
 from megatron_oprd.bridge_build.report import cosine_table
 from megatron_oprd.bridge_build.run import build_bridge
 from megatron_oprd.errors import run_entry_point
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.rollouts import check_rollout_server, check_server_to_start
 
 

@@ -22,20 +22,19 @@ import torch
 import transformers
 from rich.console import Console
 
-from megatron_oprd.config_checks_vllm import MAX_TEMPERATURE, check_url
+from megatron_oprd.config.checks import MAX_TEMPERATURE, check_url
 from megatron_oprd.data.benchmarks import load_benchmarks
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.errors import UserError, run_entry_point
-from megatron_oprd.evaluation.benchmark_tables import benchmarks_table
 from megatron_oprd.evaluation.benchmarks import (
     GenerationSettings,
     evaluate_on_benchmarks,
     write_benchmark_evaluation,
 )
 from megatron_oprd.evaluation.students import evaluate_students, write_evaluation
-from megatron_oprd.evaluation.tables import students_table
+from megatron_oprd.evaluation.tables import benchmarks_table, students_table
 from megatron_oprd.rollout.engine import SamplingParams
-from megatron_oprd.rollout.vllm import check_vllm_is_there
+from megatron_oprd.rollout.vllm.engine import check_vllm_is_there
 
 BENCHMARK_OPTIONS: dict[str, Any] = {
     "data": None,

@@ -14,13 +14,12 @@ from typing import get_args
 import transformers
 from rich.console import Console
 
-from megatron_oprd.config import ModelConfig, ParallelConfig
-from megatron_oprd.config_teacher import FP8Recipe, TeacherConfig
+from megatron_oprd.config.schema import FP8Recipe, ModelConfig, ParallelConfig, TeacherConfig
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.evaluation.fp8_fidelity import measure_fidelity, write_report
 from megatron_oprd.evaluation.fp8_views import bytes_table, fidelity_figure, places_table
 from megatron_oprd.evaluation.plots import write_picture
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.parallel.context import parallel_run
 
 
 def main() -> int:

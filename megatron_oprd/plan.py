@@ -11,15 +11,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_oprd.config import RunConfig
-from megatron_oprd.config_file import load_config
-from megatron_oprd.config_teacher import TeacherPromptConfig
+from megatron_oprd.config.load import load_config
+from megatron_oprd.config.schema import RunConfig, TeacherPromptConfig
 from megatron_oprd.errors import UserError, run_entry_point
-from megatron_oprd.parallel import fewest_ranks
+from megatron_oprd.parallel.context import fewest_ranks
 from megatron_oprd.planning.activations import KERNELS
-from megatron_oprd.planning.estimate import estimate_memory, estimate_work
+from megatron_oprd.planning.estimate import estimate_memory, estimate_work, read_models
 from megatron_oprd.planning.ladder import check_fits
-from megatron_oprd.planning.models import read_models
 from megatron_oprd.planning.report import as_json, print_plan, write_json
 from megatron_oprd.planning.time import Hardware
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 
-from megatron_oprd.config_file import load_config
+from megatron_oprd.config.load import load_config
 from megatron_oprd.errors import EXIT_STOPPED, UserError, run_entry_point, say
-from megatron_oprd.parallel import fewest_ranks, parallel_run
-from megatron_oprd.planning.host import check_host_memory
+from megatron_oprd.parallel.context import fewest_ranks, parallel_run
+from megatron_oprd.planning.estimate import check_host_memory
 from megatron_oprd.training.loop import train
 from megatron_oprd.training.plan import describe, make_plan
 from megatron_oprd.training.resume import checkpoint_to_resume

@@ -16,8 +16,8 @@ import pytest
 from megatron_oprd import train
 from megatron_oprd.errors import run_entry_point
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from tests.pairs import config_of, save_pair
-from tests.tiny import copy_with_config, tiny_tokenizer
+from tests.helpers.pairs import config_of, save_pair
+from tests.helpers.tiny import copy_with_config, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 

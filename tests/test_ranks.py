@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ranks import ROOT, StartedRanks, rank_environment, run_ranks
+from tests.helpers.ranks import ROOT, StartedRanks, rank_environment, run_ranks
 
 
 def said(directory: Path, rank: int, num_ranks: int) -> list[str]:
@@ -78,7 +78,7 @@ def test_ranks_can_be_killed(tmp_path: Path) -> None:
 
 def test_nothing_outlives_a_killed_pytest(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from tests.ranks import run_ranks\n"
+        "import sys; from pathlib import Path; from tests.helpers.ranks import run_ranks\n"
         "run_ranks('failing', [{}], 2, Path(sys.argv[1]), environment={})"
     )
     process = subprocess.Popen(

@@ -39,7 +39,7 @@ from pair import NUM_SEQUENCES, Switch, make_run, micro_batches
 from torch import Tensor
 
 from megatron_oprd.data.batching import MicroBatch
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 

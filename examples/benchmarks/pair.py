@@ -7,8 +7,8 @@ import torch
 from synthetic import save_random_model
 from transformers import Qwen2Config
 
-from megatron_oprd.config import RunConfig
-from megatron_oprd.config_file import load_config
+from megatron_oprd.config.load import load_config
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.batching import MicroBatch
 from megatron_oprd.training.step import Distiller
 

@@ -24,20 +24,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 
-from megatron_oprd.config_vllm import VLLMConfig
+from megatron_oprd.config.schema import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.models.build import DTYPES
-from megatron_oprd.rollout.bucket import (
+from megatron_oprd.rollout.engine import RolloutEngine, SamplingParams
+from megatron_oprd.rollout.hf import HFEngine
+from megatron_oprd.rollout.vllm.bucket import (
     BucketHandle,
     ReceivingBucket,
     SendingBucket,
     receive_through,
     send_through,
 )
-from megatron_oprd.rollout.engine import RolloutEngine, SamplingParams
-from megatron_oprd.rollout.hf import HFEngine
-from megatron_oprd.rollout.vllm import VLLMEngine
-from megatron_oprd.rollout.worker_socket import TrainerSocket, WorkerSocket
+from megatron_oprd.rollout.vllm.engine import VLLMEngine
+from megatron_oprd.rollout.vllm.sockets import TrainerSocket, WorkerSocket
 from megatron_oprd.weights.hf_files import HFCheckpoint
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from typing import Any
 from measure import measure, time_and_memory
 from pair import NUM_SEQUENCES, Switch, make_run, micro_batches
 
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_oprd.config import (
+from megatron_oprd.config.checks import check_values
+from megatron_oprd.config.load import load_settings
+from megatron_oprd.config.schema import (
     BatchConfig,
     DataConfig,
     ModelConfig,
@@ -14,10 +16,9 @@ from megatron_oprd.config import (
     RolloutConfig,
     RunConfig,
     TapConfig,
+    TeacherConfig,
+    TeacherPromptConfig,
 )
-from megatron_oprd.config_checks import check_values
-from megatron_oprd.config_file import load_settings
-from megatron_oprd.config_teacher import TeacherConfig, TeacherPromptConfig
 from megatron_oprd.errors import UserError
 
 # Row numbers are carried in fp32.

@@ -1,26 +1,61 @@
 """Both models, frozen, run on the same sequences under Megatron's schedule, pair by pair."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_oprd.bridge_build.plan import frozen_student_extent
+from megatron_oprd.bridge_build.config import BuildBridgeConfig
 from megatron_oprd.bridge_build.sequences import Sequences
-from megatron_oprd.config_teacher import TeacherConfig
-from megatron_oprd.data.batching import MicroBatch, collate, context_parallel_share, pack
-from megatron_oprd.data.pairing import with_teacher
+from megatron_oprd.config.schema import TeacherConfig
+from megatron_oprd.data.batching import (
+    MicroBatch,
+    collate,
+    context_parallel_share,
+    pack,
+    with_teacher,
+)
+from megatron_oprd.distill.bridge_file import check_bridge_place
+from megatron_oprd.distill.layer_map import LayerPair
+from megatron_oprd.distill.taps import PairTaps, RankSelector
+from megatron_oprd.errors import UserError
 from megatron_oprd.models.build import Extent
 from megatron_oprd.models.layers import Tap
 from megatron_oprd.models.offload import OffloadedWeights
+from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.teacher import build_teacher
-from megatron_oprd.parallel import ParallelContext
-from megatron_oprd.taps.layer_map import LayerPair
-from megatron_oprd.taps.schedule import run_schedule
-from megatron_oprd.taps.selection import RankSelector
-from megatron_oprd.taps.tap import PairTaps
-from megatron_oprd.training.plan import ModelPlan, RunPlan
+from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.training.plan import ModelPlan, RunPlan, plan_models
+
+
+def plan_build(config: BuildBridgeConfig, *, world_size: int) -> RunPlan:
+    """Places both models, as a training run with the same settings does.
+
+    Raises:
+        UserError: A model, a tokenizer or the prompts cannot be used, the settings do not fit the
+            models or the number of processes, or ``output_dir`` is taken.
+    """
+    check_bridge_place(Path(config.output_dir))
+    plan = plan_models(config.as_run(), world_size=world_size, builds_bridge=True)
+    narrower = min(plan.student.architecture.hidden_size, plan.teacher.architecture.hidden_size)
+    if max(config.fit.ranks) > narrower:
+        raise UserError(
+            f"fit.ranks = {config.fit.ranks}: at most {narrower}, the width of the narrower model"
+        )
+    return plan
+
+
+def frozen_student_extent(plan: RunPlan) -> Extent:
+    """How much of the student is built: up to its deepest tap, on the stages of training."""
+    left = plan.num_running_layers
+    layers = []
+    for count in plan.student.extent.layers_per_stage:
+        layers.append(min(count, left))
+        left -= layers[-1]
+    return Extent(layers_per_stage=tuple(layers), final_norm=plan.trains_final_norm, lm_head=False)
+
 
 # Takes (the pair's number, the rows' marks [n], h_S [n, d_S], h_T [n, d_T]).
 Consumer = Callable[[int, Tensor, Tensor, Tensor], None]

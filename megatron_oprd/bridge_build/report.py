@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from megatron_oprd.bridge.format import Manifest
+from megatron_oprd.distill.bridge_file import Manifest
 
 
 def cosine_table(manifest: Manifest) -> Table:

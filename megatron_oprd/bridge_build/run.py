@@ -9,15 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oprd.bridge.fit import FittedPair, fit_gradient, fit_least_squares, random_student
-from megatron_oprd.bridge.format import (
-    PICTURE_FILE,
-    Manifest,
-    architecture_numbers,
-    write_bridge,
-)
-from megatron_oprd.bridge.moments import MomentSums
 from megatron_oprd.bridge_build.config import BuildBridgeConfig
+from megatron_oprd.bridge_build.fit import (
+    FittedPair,
+    MomentSums,
+    fit_gradient,
+    fit_least_squares,
+    random_student,
+)
 from megatron_oprd.bridge_build.models import FrozenModels
 from megatron_oprd.bridge_build.report import cosine_picture
 from megatron_oprd.bridge_build.sequences import (
@@ -25,10 +24,16 @@ from megatron_oprd.bridge_build.sequences import (
     number_rows,
     split_prompts,
 )
+from megatron_oprd.distill.bridge_file import (
+    PICTURE_FILE,
+    Manifest,
+    architecture_numbers,
+    write_bridge,
+)
+from megatron_oprd.distill.projectors import Projectors, project_student, project_teacher
+from megatron_oprd.distill.representation import token_cosine
 from megatron_oprd.errors import UserError
-from megatron_oprd.losses.bridge import Projectors, project_student, project_teacher
-from megatron_oprd.losses.representation import token_cosine
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training.plan import ModelPlan, RunPlan

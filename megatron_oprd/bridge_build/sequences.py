@@ -8,11 +8,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_oprd.config import TapConfig
-from megatron_oprd.data.pairing import TeacherReading
+from megatron_oprd.config.schema import TapConfig
+from megatron_oprd.data.batching import TeacherReading
+from megatron_oprd.distill.positions import supervise
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import Rollout, teacher_sequences_of
-from megatron_oprd.taps.supervision import supervise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,8 @@
-"""A step's sequences -> micro-batches, the same number for every data-parallel replica."""
+"""Collates a step's sequences into micro-batches, the same number for every data-parallel replica.
+
+A teacher that reads other sequences gets micro-batches of its own, with the same sequences in the
+same order, and the pairs of positions that are compared.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_oprd.place import context_parallel_positions
+from megatron_oprd.parallel.layout import context_parallel_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,3 +246,91 @@ def context_parallel_share(micro_batch: MicroBatch, *, rank: int, size: int) -> 
         field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(MicroBatch)
     }
     return MicroBatch(**{name: share(value) for name, value in fields.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherReading:
+    """What the teacher reads in a step.
+
+    Attributes:
+        sequences: Token ids of every sequence.
+        positions: For each position of each of the student's sequences the one of the teacher's
+            that it is compared with, [length of the student's], int64; -1 is none.
+        output_positions: The same for the output-space loss; None without one.
+    """
+
+    sequences: Sequence[Sequence[int]]
+    positions: Sequence[Tensor]
+    output_positions: Sequence[Tensor] | None
+
+
+def with_teacher(
+    micro_batches: Sequence[MicroBatch],
+    batches: Sequence[Sequence[int]],
+    reading: TeacherReading,
+    *,
+    is_packed: bool,
+    pad_to_multiple_of: int,
+    device: torch.device,
+) -> list[MicroBatch]:
+    """Adds to the student's micro-batches what the teacher reads.
+
+    Args:
+        micro_batches: The student's.
+        batches: Indices of each micro-batch's sequences.
+        reading: Of all sequences of the step.
+        is_packed: See `collate`, of both sides.
+        pad_to_multiple_of: Likewise.
+        device: Likewise.
+    """
+    nothing = [torch.zeros(len(sequence)) for sequence in reading.sequences]
+    of_teacher = collate(
+        batches,
+        reading.sequences,
+        nothing,
+        is_packed=is_packed,
+        pad_to_multiple_of=pad_to_multiple_of,
+        device=device,
+    )
+
+    def pairs_of(
+        batch: Sequence[int], positions: Sequence[Tensor] | None
+    ) -> tuple[Pairs, Pairs] | tuple[None, None]:
+        if positions is None:
+            return None, None
+        lengths = [len(reading.sequences[i]) for i in batch]
+        of_student, of_teacher, count = _numbers([positions[i] for i in batch], lengths)
+        on_student, on_teacher = (
+            Rows([len(ids) for ids in side], is_packed=is_packed, multiple=pad_to_multiple_of)
+            for side in (of_student, of_teacher)
+        )
+        return (
+            Pairs(ids=on_student.fill(of_student), count=count),
+            Pairs(ids=on_teacher.fill(of_teacher), count=count),
+        )
+
+    result = []
+    for student, teacher, batch in zip(micro_batches, of_teacher, batches, strict=True):
+        pairs, their_pairs = pairs_of(batch, reading.positions)
+        output_pairs, their_output_pairs = pairs_of(batch, reading.output_positions)
+        teacher = dataclasses.replace(teacher, pairs=their_pairs, output_pairs=their_output_pairs)
+        result.append(
+            dataclasses.replace(student, teacher=teacher, pairs=pairs, output_pairs=output_pairs)
+        )
+    return result
+
+
+def _numbers(
+    positions: Sequence[Tensor], teacher_lengths: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """The pair that each position of the student and of the teacher is in, from 1, and how many."""
+    of_student, of_teacher, count = [], [], 0
+    for targets, length in zip(positions, teacher_lengths, strict=True):
+        is_paired = targets >= 0
+        ids = torch.where(is_paired, is_paired.cumsum(0) + count, 0)
+        mirrored = torch.zeros(length, dtype=torch.int64)
+        mirrored[targets[is_paired]] = ids[is_paired]
+        count += int(is_paired.sum())
+        of_student.append(ids)
+        of_teacher.append(mirrored)
+    return of_student, of_teacher, count

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.config_vllm import VLLMConfig
+from megatron_oprd.config.schema import VLLMConfig
 from megatron_oprd.data.benchmarks import Benchmark, check_length, tokenized
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import Prompt
@@ -27,8 +27,8 @@ from megatron_oprd.models.layout_checks import check_divides
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.rollout.create import EngineName, create_engine
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
-from megatron_oprd.rollout.engine_gpus import visible_gpus
-from megatron_oprd.rollout.server_client import check_server
+from megatron_oprd.rollout.vllm.client import check_server
+from megatron_oprd.rollout.vllm.engine import visible_gpus
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.source import WeightSource
 from megatron_oprd.weights.torch_dist_plan import TargetLayout

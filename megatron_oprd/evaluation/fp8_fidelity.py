@@ -14,15 +14,15 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_oprd.config import ModelConfig, ParallelConfig
-from megatron_oprd.config_teacher import TeacherConfig
+from megatron_oprd.config.schema import ModelConfig, ParallelConfig, TeacherConfig
 from megatron_oprd.data.batching import MicroBatch, collate, pack
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import load_prompts
 from megatron_oprd.data.tokenizers import eos_token_ids, load_tokenizer
+from megatron_oprd.distill.representation import token_cosine
+from megatron_oprd.distill.taps import Selection
 from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation.teacher_forced import teacher_continuations
-from megatron_oprd.losses.representation import token_cosine
 from megatron_oprd.models import fp8_codes, fp8_transformer_engine
 from megatron_oprd.models.build import DTYPES, Extent, padded_vocab_size
 from megatron_oprd.models.families.decoder import mapping_table
@@ -30,10 +30,9 @@ from megatron_oprd.models.fp8 import scale_bytes
 from megatron_oprd.models.layout_checks import check_divides
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.models.teacher import build_teacher, check_precision, token_multiple
-from megatron_oprd.parallel import ParallelContext
-from megatron_oprd.taps.tap import Selection
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.weights.megatron_checkpoint import is_megatron
-from megatron_oprd.weights.parameters import is_linear_weight, named_parameters
+from megatron_oprd.weights.megatron_keys import is_linear_weight, named_parameters
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 FINAL_NORM = "final norm"

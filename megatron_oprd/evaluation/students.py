@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import load_prompts
 from megatron_oprd.data.tokenizers import check_same_tokenizer, eos_token_ids, load_tokenizer
+from megatron_oprd.distill.layer_map import layer_pairs
 from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation.teacher_forced import (
     TeacherForcedMeasures,
     teacher_continuations,
     teacher_forced_measures,
 )
-from megatron_oprd.taps.layer_map import layer_pairs
 
 logger = logging.getLogger(__name__)
 

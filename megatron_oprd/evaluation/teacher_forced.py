@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_oprd.losses.representation import token_cosine
-from megatron_oprd.taps.layer_map import LayerPair
+from megatron_oprd.distill.layer_map import LayerPair
+from megatron_oprd.distill.representation import token_cosine
 
 _ROWS = 256  # positions whose distributions over the vocabulary are held at a time
 

@@ -14,13 +14,13 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_oprd.config import ModelConfig, ParallelConfig, RecomputeConfig
+from megatron_oprd.config.schema import ModelConfig, ParallelConfig, RecomputeConfig
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts
 from megatron_oprd.models.fp8 import with_fp8_linears
 from megatron_oprd.models.fp8_codes import WeightFormat
 from megatron_oprd.models.layers import final_norm_class, layer_spec
 from megatron_oprd.models.rotary import RotaryTransformerConfig, set_frequencies
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.parallel.context import ParallelContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

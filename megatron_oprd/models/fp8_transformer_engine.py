@@ -17,13 +17,12 @@ from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_oprd.config import ParallelConfig
-from megatron_oprd.config_teacher import TeacherConfig
+from megatron_oprd.config.schema import ParallelConfig, TeacherConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.weights.load import Store
 from megatron_oprd.weights.mapping import Mapping, Piece
-from megatron_oprd.weights.parameters import is_linear_weight, named_parameters
+from megatron_oprd.weights.megatron_keys import is_linear_weight, named_parameters
 
 # Recipe: which function of transformer_engine.pytorch says whether this machine has it.
 RECIPES = {

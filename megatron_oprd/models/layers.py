@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_oprd.models.rotary import RotaryTransformerConfig
-from megatron_oprd.place import context_parallel_positions
+from megatron_oprd.parallel.layout import context_parallel_positions
 
 Tap = Callable[[Tensor], Tensor]
 

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megatron_oprd.config import ModelConfig, ParallelConfig, RecomputeConfig
-from megatron_oprd.config_teacher import TeacherConfig
+from megatron_oprd.config.schema import ModelConfig, ParallelConfig, RecomputeConfig, TeacherConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models import fp8_transformer_engine as te_fp8
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import Extent, FP8Layers, build_model, transformer_config
 from megatron_oprd.models.fp8 import fp8_stores
 from megatron_oprd.models.fp8_codes import FORMATS
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.weights.load import load_weights
 from megatron_oprd.weights.mapping import Mapping
 from megatron_oprd.weights.source import WeightSource

@@ -9,7 +9,7 @@ NCCL is counted. A mixture of experts is assumed to share tokens out equally.
 
 from dataclasses import dataclass
 
-from megatron_oprd.config import ParallelConfig
+from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.models.architecture import Architecture
 
 _FP32 = 4

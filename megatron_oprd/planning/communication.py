@@ -8,21 +8,19 @@ import math
 from dataclasses import dataclass
 
 from megatron_oprd.models.build import DTYPES
-from megatron_oprd.planning.layers import (
+from megatron_oprd.planning.parameters import (
+    count_parameters,
+    expert_replicas,
     has_output_loss,
     num_checkpoints,
     num_recomputed,
     num_running,
+    parameter_replicas,
+    place_of,
     stage_of,
     stages_of_rank,
 )
-from megatron_oprd.planning.parameters import (
-    count_parameters,
-    expert_replicas,
-    parameter_replicas,
-    place_of,
-)
-from megatron_oprd.planning.rollout import tensor_sizes
+from megatron_oprd.planning.vllm import tensor_sizes
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 

@@ -1,18 +1,69 @@
-"""Everything about what a run costs, and whether it fits."""
+"""A run's cost from configurations alone: memory, time, and the check of the host's memory."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from megatron_oprd.config import RunConfig
+from megatron_oprd.config.schema import RunConfig
+from megatron_oprd.distill.bridge_file import open_bridge
+from megatron_oprd.errors import UserError
+from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import DTYPES
-from megatron_oprd.planning.activations import Kernels
+from megatron_oprd.models.families import read_architecture
+from megatron_oprd.models.open_checkpoint import open_checkpoint
+from megatron_oprd.planning.activations import KERNELS, Kernels
 from megatron_oprd.planning.communication import SentBytes, sent_bytes
 from megatron_oprd.planning.flops import StageFlops, decode_flops, prefill_flops, stage_flops
-from megatron_oprd.planning.memory import RankMemory, rank_memories
-from megatron_oprd.planning.models import Models
+from megatron_oprd.planning.memory import RankMemory, rank_memories, teacher_bytes
 from megatron_oprd.planning.time import Hardware, StepSeconds, step_seconds
 from megatron_oprd.planning.vllm import VLLMBytes, has_embedded_vllm, holds_longest, vllm_bytes
 from megatron_oprd.planning.workload import Workload, workload
 from megatron_oprd.training.layout import RunLayout, make_layout
+from megatron_oprd.training.plan import alone
+from megatron_oprd.weights.hf_files import HFFolder
+from megatron_oprd.weights.megatron_checkpoint import is_megatron
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """What a plan knows of both models.
+
+    Attributes:
+        student: The student's architecture.
+        teacher: The teacher's.
+        bridge_rank: Width of the states behind the run's bridge; None is no bridge.
+    """
+
+    student: Architecture
+    teacher: Architecture
+    bridge_rank: int | None = None
+
+
+def read_models(config: RunConfig) -> Models:
+    """Reads the models' configurations. A Hugging Face folder needs nothing but config.json.
+
+    The bridge is not needed where ``bridge.rank`` is given.
+
+    Raises:
+        UserError: A folder has no configuration, or one that is not supported; or the bridge
+            cannot be read.
+    """
+    bridge_rank = config.bridge.rank
+    if config.bridge.path is not None and bridge_rank is None:
+        bridge_rank = open_bridge(Path(config.bridge.path)).rank
+    return Models(
+        student=_read(config.model.student, config.model.student_hf_config),
+        teacher=_read(config.model.teacher, config.model.teacher_hf_config),
+        bridge_rank=bridge_rank,
+    )
+
+
+def _read(folder: str, hf_config: str | None) -> Architecture:
+    if is_megatron(Path(folder)):
+        own = None if hf_config is None else Path(hf_config)
+        return open_checkpoint(Path(folder), hf_config=own).architecture
+    if hf_config is not None:  # a plan needs no checkpoint
+        return read_architecture(HFFolder(hf_config))
+    return read_architecture(HFFolder(folder))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,4 +167,85 @@ def estimate_work(
         prefill=prefill_flops(layout, typical),
         decode=decode_flops(layout, typical),
         seconds=step_seconds(layout, typical, hardware),
+    )
+
+
+_ANY_MEMORY_GB = 80.0
+
+
+def check_host_memory(
+    config: RunConfig, *, num_ranks: int, ranks_on_host: int, available_bytes: int
+) -> None:
+    """Refuses a run that puts more on its hosts than they can take, from configurations alone.
+
+    Args:
+        config: The run.
+        num_ranks: Ranks of the run.
+        ranks_on_host: Those that share this host.
+        available_bytes: Memory that is free on it.
+
+    Raises:
+        UserError: There is too little.
+    """
+    memory = _estimate(config, num_ranks)
+    fullest = max(memory.ranks, key=lambda rank: rank.host_bytes + rank.checkpoint_bytes)
+    once = max(rank.written_once_bytes for rank in memory.ranks)
+    needs: dict[str, int] = {}
+    if fullest.host_bytes:
+        needs[
+            f"teacher.offload = {config.teacher.offload} and optimizer.offload_states = "
+            f"{str(config.optimizer.offload_states).lower()}"
+        ] = ranks_on_host * fullest.host_bytes
+    if config.teacher.offload == "cpu":
+        for number, extra in enumerate(config.extra_teachers):
+            weights = _largest_teacher(_estimate(alone(config, extra), num_ranks))
+            needs[f"extra_teachers[{number}]"] = ranks_on_host * weights
+    if memory.vllm is not None and memory.vllm.host_bytes:
+        engines = -(-ranks_on_host * memory.layout.data_parallel_size // num_ranks)
+        needs["rollout.vllm.sleep_level = 1"] = engines * memory.vllm.host_bytes
+    if of_checkpoints := (
+        ranks_on_host * fullest.checkpoint_bytes
+        + _first_replica_ranks(config, num_ranks, ranks_on_host) * once
+    ):
+        needs["checkpoints, while one is written or read,"] = of_checkpoints
+    if (needed := sum(needs.values())) > available_bytes:
+        parts = " + ".join(f"{size / 1e9:.1f}" for size in needs.values())
+        raise UserError(
+            f"{' and '.join(needs)} need {needed / 1e9:.1f} GB of host memory"
+            f"{f' ({parts})' if len(needs) > 1 else ''} for the {ranks_on_host} ranks of this "
+            f"machine; {available_bytes / 1e9:.1f} GB are free. Offload less, or use "
+            "teacher.precision = fp8, more machines, or no checkpoints"
+        )
+
+
+def _first_replica_ranks(config: RunConfig, num_ranks: int, ranks_on_host: int) -> int:
+    """Most ranks of one host that write what all data-parallel replicas have."""
+    parallel = config.parallel
+    num_stages = parallel.pipeline_model_parallel_size
+    stages_on_host = -(-ranks_on_host * num_stages // num_ranks)
+    of_stage = max(
+        parallel.tensor_model_parallel_size,
+        parallel.expert_model_parallel_size * parallel.expert_tensor_size,
+    )
+    return min(ranks_on_host, stages_on_host * of_stage)
+
+
+def _estimate(config: RunConfig, num_ranks: int) -> MemoryEstimate:
+    # What is on the host depends neither on the layers' implementation nor on the GPU's memory.
+    return estimate_memory(
+        config,
+        read_models(config),
+        KERNELS["local"],
+        num_gpus=num_ranks,
+        memory_gb=_ANY_MEMORY_GB,
+    )
+
+
+def _largest_teacher(memory: MemoryEstimate) -> int:
+    """The teacher's weights on the rank that has most of them."""
+    layout = memory.layout
+    itemsize = DTYPES[layout.config.model.params_dtype].itemsize
+    return max(
+        teacher_bytes(layout, pp_rank=rank.pp_rank, itemsize=itemsize).weights
+        for rank in memory.ranks
     )

@@ -8,7 +8,7 @@ costs twice the forward pass, attention's two and a half times (it computes the 
 from dataclasses import dataclass
 
 from megatron_oprd.models.architecture import Architecture
-from megatron_oprd.planning.layers import is_last_stage, num_recomputed, num_running
+from megatron_oprd.planning.parameters import is_last_stage, num_recomputed, num_running
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from megatron_oprd.config import RunConfig
-from megatron_oprd.config_checks import check_values
+from megatron_oprd.config.checks import check_values
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.planning.activations import Kernels
-from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory
-from megatron_oprd.planning.models import Models
+from megatron_oprd.planning.estimate import MemoryEstimate, Models, estimate_memory
 from megatron_oprd.planning.time import Hardware
 from megatron_oprd.planning.vllm import check_kv_cache
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from megatron_oprd.distill.head import CHUNK_TOKENS
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.teacher import uses_engine
 from megatron_oprd.planning.activations import (
@@ -21,7 +22,7 @@ from megatron_oprd.planning.activations import (
     saved_by_tap,
     tap_workspace,
 )
-from megatron_oprd.planning.layers import (
+from megatron_oprd.planning.parameters import (
     is_last_stage,
     layers_of_stage,
     num_checkpoints,
@@ -30,7 +31,6 @@ from megatron_oprd.planning.layers import (
 )
 from megatron_oprd.planning.schedule import ChunkBytes, Peak, peak_of_student_pass
 from megatron_oprd.planning.workload import Workload
-from megatron_oprd.taps.logprobs import CHUNK_TOKENS
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 
 

@@ -12,10 +12,8 @@ from rich.table import Table
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.planning.estimate import MemoryEstimate, WorkEstimate
-from megatron_oprd.planning.layers import layers_of_stage, stages_of_rank
-from megatron_oprd.planning.memory import ITEMS, PHASES, RankMemory
-from megatron_oprd.planning.parameters import count_parameters
-from megatron_oprd.planning.teacher import teacher_bytes
+from megatron_oprd.planning.memory import ITEMS, PHASES, RankMemory, teacher_bytes
+from megatron_oprd.planning.parameters import count_parameters, layers_of_stage, stages_of_rank
 from megatron_oprd.planning.time import Hardware
 from megatron_oprd.planning.vllm import CONTEXT_BYTES
 from megatron_oprd.training.layout import ModelLayout, RunLayout

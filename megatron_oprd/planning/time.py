@@ -12,15 +12,20 @@ from dataclasses import dataclass
 
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.planning.flops import decode_flops, prefill_flops, stage_flops
-from megatron_oprd.planning.layers import stages_of_rank
 from megatron_oprd.planning.parameters import (
     count_parameters,
     gradient_bytes,
     optimizer_bytes,
     parameter_replicas,
+    stages_of_rank,
 )
-from megatron_oprd.planning.rollout import engine_bytes, generation_batch
-from megatron_oprd.planning.vllm import has_embedded_vllm, kv_bytes_per_token, vllm_bytes
+from megatron_oprd.planning.vllm import (
+    engine_bytes,
+    generation_batch,
+    has_embedded_vllm,
+    kv_bytes_per_token,
+    vllm_bytes,
+)
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
 

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, replace
 
-from megatron_oprd.config import Alignment
-from megatron_oprd.config_losses import Positions
+from megatron_oprd.config.schema import Alignment, Positions
 from megatron_oprd.data.batching import pack
-from megatron_oprd.place import SequenceSplit
-from megatron_oprd.taps.supervision import position_weights
+from megatron_oprd.distill.positions import position_weights
+from megatron_oprd.parallel.layout import SequenceSplit
+from megatron_oprd.training.batches import supervised_rows, target_groups
 from megatron_oprd.training.layout import RunLayout
-from megatron_oprd.training.target_groups import supervised_rows, target_groups
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from megatron_oprd.data.prompts import Prompt
-from megatron_oprd.data.teacher_reader import TeacherReader
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.data.teacher_sequences import TeacherReader
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
 from megatron_oprd.rollout.replicas import ReplicaEngines
 

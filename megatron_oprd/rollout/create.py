@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.config_vllm import VLLMConfig
+from megatron_oprd.config.schema import VLLMConfig
 from megatron_oprd.data.tokenizers import eos_token_ids, pad_token_id
 from megatron_oprd.rollout.engine import RolloutEngine
 from megatron_oprd.rollout.hf import HFEngine
-from megatron_oprd.rollout.vllm import VLLMEngine
-from megatron_oprd.rollout.vllm_server import VLLMServerEngine
+from megatron_oprd.rollout.vllm.engine import VLLMEngine
+from megatron_oprd.rollout.vllm.server import VLLMServerEngine
 
 EngineName = Literal["hf", "vllm"]
 

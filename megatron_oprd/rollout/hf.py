@@ -16,8 +16,7 @@ from transformers.initialization import no_init_weights
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
-from megatron_oprd.rollout.sampling import logits_processors, seed_of
-from megatron_oprd.rollout.stopping import StopTexts
+from megatron_oprd.rollout.sampling import StopTexts, logits_processors, seed_of
 
 
 class HFEngine:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.data.prompts import Prompt
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.engine import (
     OverlappingEngine,
     Rollout,

@@ -17,15 +17,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megatron_oprd
-from megatron_oprd.config import RunConfig
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError, say
-from megatron_oprd.models.refresh import TeacherRefresh
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.training.checkpoint_files import Files, describe_checkpoint_files
 from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.optimizer import TrainState
 from megatron_oprd.training.optimizer_states import load_states, sharded_states
 from megatron_oprd.training.plan import RunPlan
+from megatron_oprd.training.teacher_refresh import TeacherRefresh
 from megatron_oprd.weights.disk import sync, write_json
 from megatron_oprd.weights.hf_files import copy_companions
 

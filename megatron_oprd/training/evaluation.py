@@ -11,7 +11,7 @@ from megatron_oprd.evaluation.benchmarks import GRADING_SECONDS, grade_rollouts
 from megatron_oprd.evaluation.grading import Grader
 from megatron_oprd.evaluation.samples_file import Sample
 from megatron_oprd.evaluation.sampling_metrics import SamplingMetrics, sampling_metrics
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import SamplingParams
 from megatron_oprd.rollout.replicas import ReplicaEngines

@@ -5,16 +5,15 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from megatron_oprd.config import ParallelConfig, RunConfig
+from megatron_oprd.config.schema import ParallelConfig, RunConfig
+from megatron_oprd.distill.layer_map import LayerPair, layer_pairs, student_stages, teacher_stages
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import DTYPES, Extent, padded_vocab_size
 from megatron_oprd.models.families.decoder import mapping_table
 from megatron_oprd.models.teacher import check_precision, token_multiple
-from megatron_oprd.parallel import data_parallel_size
-from megatron_oprd.place import SequenceSplit
-from megatron_oprd.taps.layer_map import LayerPair, layer_pairs
-from megatron_oprd.taps.stages import student_stages, teacher_stages
+from megatron_oprd.parallel.context import data_parallel_size
+from megatron_oprd.parallel.layout import SequenceSplit
 from megatron_oprd.training.layout_checks import (
     check_losses,
     check_models,

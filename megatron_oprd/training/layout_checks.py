@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from megatron_oprd.config import ParallelConfig, RunConfig
+from megatron_oprd.config.schema import ParallelConfig, RunConfig
+from megatron_oprd.distill.layer_map import LayerPair
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.layout_checks import as_setting, check_divides, refuse_expert_sizes
-from megatron_oprd.parallel import data_parallel_size
-from megatron_oprd.taps.layer_map import LayerPair
+from megatron_oprd.parallel.context import data_parallel_size
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 

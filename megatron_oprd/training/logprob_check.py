@@ -13,12 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.data.batching import MicroBatch
-from megatron_oprd.losses.vocabulary import VocabularyShard
+from megatron_oprd.distill.head import ResponseLogprobs, head_weight
+from megatron_oprd.distill.output_space import VocabularyShard
+from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.student import whole_model
 from megatron_oprd.rollout.engine import Rollout
-from megatron_oprd.taps.head import head_weight
-from megatron_oprd.taps.logprobs import ResponseLogprobs
-from megatron_oprd.taps.schedule import run_schedule
 from megatron_oprd.training.batches import make_response_micro_batches
 from megatron_oprd.training.step import Distiller
 

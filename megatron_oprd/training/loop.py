@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oprd.config import RunConfig
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import say
 from megatron_oprd.models.build import DTYPES
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.engine import Rollout, RolloutEngineError, teacher_sequences_of
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
@@ -24,7 +24,6 @@ from megatron_oprd.training.identity import RunIdentity, contents_of
 from megatron_oprd.training.loggers import Loggers
 from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import RunPlan, export_folder
-from megatron_oprd.training.prompt_shares import taught_by
 from megatron_oprd.training.resume import (
     check_contents,
     check_export,
@@ -36,6 +35,7 @@ from megatron_oprd.training.rollouts import (
     compares_logprobs,
     load_run_prompts,
     open_engines,
+    taught_by,
 )
 from megatron_oprd.training.step import Distiller, StepResult
 from megatron_oprd.training.stopping import StopRequests

@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_oprd.config import RunConfig
+from megatron_oprd.config.schema import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,21 +7,23 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.bridge.open import open_bridge
-from megatron_oprd.bridge.source import BridgeSource
-from megatron_oprd.config import BridgeConfig, RunConfig
-from megatron_oprd.config_evaluation import EvaluationConfig
-from megatron_oprd.config_file import dump_config
-from megatron_oprd.config_losses import OutputLossConfig
-from megatron_oprd.config_teacher import ExtraTeacherConfig
+from megatron_oprd.config.load import dump_config
+from megatron_oprd.config.schema import (
+    BridgeConfig,
+    EvaluationConfig,
+    ExtraTeacherConfig,
+    OutputLossConfig,
+    RunConfig,
+)
 from megatron_oprd.data.benchmarks import Benchmark, check_length, load_benchmarks, tokenized
-from megatron_oprd.data.teacher_reader import TeacherReader
+from megatron_oprd.data.teacher_sequences import TeacherReader
+from megatron_oprd.distill.bridge_file import BridgeSource, open_bridge
+from megatron_oprd.distill.projectors import Projectors
 from megatron_oprd.errors import UserError
-from megatron_oprd.losses.bridge import Projectors
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
-from megatron_oprd.parallel import ParallelContext
-from megatron_oprd.rollout.vllm import check_vllm_is_there
+from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.rollout.vllm.engine import check_vllm_is_there
 from megatron_oprd.training.layout import ModelLayout, RunLayout, make_layout
 from megatron_oprd.training.reading import chat_format_of_benchmarks, plan_reading
 from megatron_oprd.weights.output_folder import check_output_folder

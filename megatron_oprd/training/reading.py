@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.config import RunConfig
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.chat import ChatFormat, thinking, turn_end
 from megatron_oprd.data.prompts import TeacherPrompts, check_prompt_files
-from megatron_oprd.data.teacher_reader import TeacherReader
+from megatron_oprd.data.teacher_sequences import TeacherReader
 from megatron_oprd.data.tokenizers import (
     check_same_tokenizer,
     eos_token_ids,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_oprd.config import RunConfig
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError, say
 from megatron_oprd.training.checkpoint_files import broken_content, broken_size
 from megatron_oprd.training.checkpoints import (

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_oprd.data.prompts import Prompt
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.collect import collect, gather, share_of_replica
 from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.rollout.replicas import ReplicaEngines

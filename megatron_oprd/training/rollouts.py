@@ -1,26 +1,26 @@
-"""A run's prompts and how its responses are generated, step by step."""
+"""A run's prompts, the teacher of each prompt, and the engines that generate responses."""
 
 import contextlib
 import dataclasses
 import datetime
-from collections.abc import Callable, Collection, Iterator
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oprd.config import RunConfig
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.benchmarks import tokenized
 from megatron_oprd.data.prompts import Prompt, load_prompts, prompt_indices
 from megatron_oprd.models.build import DTYPES
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.create import create_engine
-from megatron_oprd.rollout.engine import RolloutEngine, RolloutEngineError, SamplingParams
-from megatron_oprd.rollout.engine_gpus import engine_gpus
+from megatron_oprd.rollout.engine import Rollout, RolloutEngine, RolloutEngineError, SamplingParams
 from megatron_oprd.rollout.replicas import ReplicaEngines
-from megatron_oprd.rollout.server_client import check_server
-from megatron_oprd.rollout.server_place import check_server_gpus, server_host
-from megatron_oprd.rollout.server_process import ServerProcess
+from megatron_oprd.rollout.vllm.client import check_server
+from megatron_oprd.rollout.vllm.engine import engine_gpus
+from megatron_oprd.rollout.vllm.launch import ServerProcess, check_server_gpus, server_host
 from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.reading import chat_format, chat_format_of_benchmarks
 
@@ -242,3 +242,41 @@ def sampling_of_step(step: int, config: RunConfig) -> SamplingParams:
         seed=config.seed + step,
         logprobs=compares_logprobs(step, config),
     )
+
+
+def taught_by(
+    rollouts: Sequence[Rollout], shares: Sequence[float | None], *, seed: int
+) -> list[list[bool]] | None:
+    """For each teacher, whether it teaches each rollout.
+
+    A prompt belongs to a teacher by a hash of its number in the data set, in every step alike.
+
+    Args:
+        rollouts: The step's.
+        shares: The share of the prompts that each teacher teaches; None is all of them, beside the
+            one whose share a prompt is in.
+        seed: Enters the hash.
+
+    Returns:
+        [teachers][rollouts]; None if all teach everything.
+    """
+    if all(share is None for share in shares):
+        return None
+    numbers = [_number(rollout.prompt_index, seed) for rollout in rollouts]
+    result, start = [], 0.0
+    for share in shares:
+        if share is None:
+            result.append([True] * len(rollouts))
+            continue
+        stop = start + share
+        # The last share ends at 1, whatever rounding made of the sum.
+        end = 1.0 if stop > 1 - 1e-9 else stop
+        result.append([start <= number < end for number in numbers])
+        start = stop
+    return result
+
+
+def _number(prompt_index: int, seed: int) -> float:
+    """A number in [0, 1), the same on every machine."""
+    digest = hashlib.sha256(f"{seed}:{prompt_index}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from megatron_oprd.data.batching import MicroBatch
 from megatron_oprd.data.teacher_sequences import TeacherSequence
+from megatron_oprd.distill.head import HeadTap, head_weight
 from megatron_oprd.models.build import build_model, transformer_config
-from megatron_oprd.models.refresh import TeacherRefresh
+from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.student import freeze_past_deepest_tap
-from megatron_oprd.parallel import ParallelContext
-from megatron_oprd.taps.head import HeadTap, head_weight
-from megatron_oprd.taps.schedule import run_schedule
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.training.batches import StepBatches, make_micro_batches
 from megatron_oprd.training.optimizer import make_train_state
 from megatron_oprd.training.plan import ModelPlan, RunPlan
+from megatron_oprd.training.teacher_refresh import TeacherRefresh
 from megatron_oprd.training.teachers import Teacher
 from megatron_oprd.weights.load import load_weights
 

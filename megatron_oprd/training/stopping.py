@@ -10,8 +10,8 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from megatron_oprd.config import CheckpointConfig
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.config.schema import CheckpointConfig
+from megatron_oprd.parallel.context import ParallelContext
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -9,12 +9,11 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.distill.taps import RankSelector, Selection, Taps
 from megatron_oprd.models.offload import OffloadedWeights
+from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.teacher import build_teacher
-from megatron_oprd.parallel import ParallelContext
-from megatron_oprd.taps.schedule import run_schedule
-from megatron_oprd.taps.selection import RankSelector, Selection
-from megatron_oprd.taps.tap import Taps
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.training.plan import RunPlan
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.weights.rectangles import row_blocks, slices_of
+from megatron_oprd.weights.positioned_reads import row_blocks, slices_of
 from megatron_oprd.weights.source import WeightSource
 
 _ROWS_BYTES = 2**26  # of a tensor that are looked at at a time

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from megatron_oprd.weights.accounting import is_derived
 from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.hf_files import companion_name
-from megatron_oprd.weights.rectangles import row_blocks, slices_of
+from megatron_oprd.weights.positioned_reads import row_blocks, slices_of
 from megatron_oprd.weights.source import WeightSource
 
 _ROWS_BYTES = 2**26  # of a tensor that are compared at a time

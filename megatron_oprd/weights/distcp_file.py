@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,45 @@ import torch
 from torch import Tensor
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.weights.buffers import AlternatingBuffers
 from megatron_oprd.weights.casting import count_overflows, overflow_error
 from megatron_oprd.weights.checksum import Checksum, examine
-from megatron_oprd.weights.positioned_reads import read_into
-from megatron_oprd.weights.rectangles import bounds_of, common, moved, shape_of, slices_of
+from megatron_oprd.weights.positioned_reads import (
+    bounds_of,
+    common,
+    moved,
+    read_into,
+    shape_of,
+    slices_of,
+)
 from megatron_oprd.weights.source import WeightSource
 from megatron_oprd.weights.torch_dist_chunk import find_plain_tensor
 from megatron_oprd.weights.torch_dist_plan import Chunk, File, chunk_name
+
+# A larger tensor gets memory of its own, so that little is kept.
+_LARGEST = 2**27
+
+
+class AlternatingBuffers:
+    """Tensors of which the last two are in use, and not the one before them."""
+
+    def __init__(self) -> None:
+        self._memory = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A contiguous CPU tensor with any values, in the memory of the last but one.
+
+        Its storage is no larger than the tensor, as that of a view would be, since torch.save
+        writes whole storages.
+        """
+        size = prod(shape) * dtype.itemsize
+        if not 0 < size <= _LARGEST:
+            return torch.empty(shape, dtype=dtype)
+        if len(self._memory[0]) < size:
+            self._memory[0] = torch.empty(0, dtype=torch.uint8)  # frees it first
+            self._memory[0] = torch.empty(size, dtype=torch.uint8)
+        self._memory.reverse()
+        return torch.frombuffer(self._memory[1].numpy(), dtype=dtype, count=prod(shape)).view(shape)
+
 
 # What a file has for each chunk or object beside its values.
 OVERHEAD_BYTES = 2048

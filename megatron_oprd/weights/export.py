@@ -11,9 +11,9 @@ import torch.distributed as dist
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.weights.mapping import Mapping
-from megatron_oprd.weights.parameters import named_parameters
+from megatron_oprd.weights.megatron_keys import named_parameters
 
 
 class Exporter:

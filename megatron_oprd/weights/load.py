@@ -9,10 +9,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.place import Place
+from megatron_oprd.parallel.layout import Place
 from megatron_oprd.weights.accounting import check_tensors, check_tied_head
 from megatron_oprd.weights.mapping import Mapping, Piece
-from megatron_oprd.weights.parameters import named_parameters
+from megatron_oprd.weights.megatron_keys import named_parameters
 from megatron_oprd.weights.source import WeightSource
 
 

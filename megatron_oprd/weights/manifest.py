@@ -15,7 +15,7 @@ from megatron_oprd.weights.checksum import CHECKSUMS_FIELD, Checksum, file_check
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.megatron_checkpoint import is_megatron, resolve_checkpoint_folder
 from megatron_oprd.weights.output_folder import MANIFEST_FILE
-from megatron_oprd.weights.rectangles import Bounds, row_blocks, shape_of, slices_of
+from megatron_oprd.weights.positioned_reads import Bounds, row_blocks, shape_of, slices_of
 from megatron_oprd.weights.torch_dist_files import RELEASE, TorchDistFiles
 from megatron_oprd.weights.torch_dist_plan import chunk_name
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from megatron_oprd.place import Place
+from megatron_oprd.parallel.layout import Place
 
 Index = tuple[slice, ...]
 Shape = tuple[int, ...]

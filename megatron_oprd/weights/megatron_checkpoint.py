@@ -28,13 +28,13 @@ from megatron_oprd.weights.megatron_keys import (
     slots,
 )
 from megatron_oprd.weights.output_folder import MANIFEST_FILE
-from megatron_oprd.weights.positioned_reads import slice_bounds
-from megatron_oprd.weights.rectangles import (
+from megatron_oprd.weights.positioned_reads import (
     Bounds,
     bounds_of,
     common,
     moved,
     shape_of,
+    slice_bounds,
     slices_of,
 )
 from megatron_oprd.weights.torch_dist_files import (

@@ -21,8 +21,16 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStora
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.weights.positioned_reads import TensorInfo, read_bounds, slice_bounds
-from megatron_oprd.weights.rectangles import Bounds, common, moved, shape_of, slices_of
+from megatron_oprd.weights.positioned_reads import (
+    Bounds,
+    TensorInfo,
+    common,
+    moved,
+    read_bounds,
+    shape_of,
+    slice_bounds,
+    slices_of,
+)
 from megatron_oprd.weights.torch_dist_chunk import find_plain_tensor, load_chunk
 
 METADATA_FILE = ".metadata"

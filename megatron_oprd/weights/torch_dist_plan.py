@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 
-from megatron_oprd.config import ParallelConfig
+from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.mapping import Mapping as WeightMapping
 from megatron_oprd.weights.megatron_keys import (
@@ -22,7 +22,7 @@ from megatron_oprd.weights.megatron_keys import (
     num_layers,
     slots,
 )
-from megatron_oprd.weights.rectangles import Bounds, shape_of
+from megatron_oprd.weights.positioned_reads import Bounds, shape_of
 
 MAX_FILE_BYTES = 10**9
 

@@ -30,10 +30,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from typing_extensions import override
 
-from megatron_oprd.weights.buffers import AlternatingBuffers
 from megatron_oprd.weights.checksum import CHECKSUMS_FIELD, warn_of_nans
 from megatron_oprd.weights.disk import describe_files, sync, write_json, writing
-from megatron_oprd.weights.distcp_file import OVERHEAD_BYTES, read_back, write_file
+from megatron_oprd.weights.distcp_file import (
+    OVERHEAD_BYTES,
+    AlternatingBuffers,
+    read_back,
+    write_file,
+)
 from megatron_oprd.weights.hf_files import CONFIG_FILE, copy_companions
 from megatron_oprd.weights.megatron_checkpoint import HF_FOLDER
 from megatron_oprd.weights.output_folder import OutputFolder

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_oprd.bridge_build.config import load_build_config
 from megatron_oprd.errors import UserError
-from tests.ranks import ROOT
+from tests.helpers.ranks import ROOT
 
 EXAMPLE = ROOT / "examples" / "bridge.yaml"
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_oprd.bridge.fit import random_student
-from megatron_oprd.bridge.format import PICTURE_FILE, TENSORS_FILE, BridgeFolder
+from megatron_oprd.bridge_build.fit import random_student
 from megatron_oprd.bridge_build.sequences import split_prompts
+from megatron_oprd.distill.bridge_file import PICTURE_FILE, TENSORS_FILE, BridgeFolder
 from megatron_oprd.rollout.engine import Rollout
-from tests.closeness import assert_close_relative
-from tests.pairs import save_pair
-from tests.ranks import run_ranks
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import run_ranks
 
 TP2 = "parallel.tensor_model_parallel_size=2"
 SP = "parallel.sequence_parallel=true"

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megatron_oprd.bridge_build.sequences import number_rows, split_prompts
-from megatron_oprd.config import TapConfig
+from megatron_oprd.config.schema import TapConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import Rollout
 

@@ -25,7 +25,7 @@ from checkpoint_tools.gguf_to_hf import main
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from tests.closeness import assert_close_relative
+from tests.helpers.closeness import assert_close_relative
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 TOKENS = [*bytes_to_unicode().values(), "<|im_start|>", "<|im_end|>", "he", "Ġt"]

@@ -15,7 +15,7 @@ from checkpoint_tools.megatron_to_hf import main as megatron_to_hf
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
-from tests.tiny import copy_with_config, save_tiny_model, tiny_config
+from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
 from checkpoint_tools.inspect import main
 from megatron_oprd.errors import UserError
-from tests.ranks import ROOT, rank_environment
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.ranks import ROOT, rank_environment
+from tests.helpers.tiny import save_tiny_model, tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
 from checkpoint_tools.prune_depth import main as prune_depth
 from megatron_oprd.errors import UserError
-from tests.ranks import run_ranks
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import save_tiny_model, tiny_config
 
 
 @pytest.fixture(scope="module")

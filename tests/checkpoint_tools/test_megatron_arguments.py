@@ -15,7 +15,7 @@ from megatron.core.enums import ModelType
 from checkpoint_tools.hf_to_megatron import main as hf_to_megatron
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.open_checkpoint import open_checkpoint
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.tiny import save_tiny_model, tiny_config
 
 # As Megatron-LM's and Megatron-Bridge's training write them of this model.
 ARGS: dict[str, Any] = {

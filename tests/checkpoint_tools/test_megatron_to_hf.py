@@ -17,8 +17,8 @@ from checkpoint_tools.megatron_to_hf import main, megatron_to_hf
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
-from tests.tiny import save_tiny_model, tiny_config
-from tests.torch_dist import save_torch_dist
+from tests.helpers.tiny import save_tiny_model, tiny_config
+from tests.helpers.torch_dist import save_torch_dist
 
 SMOLLM2 = Path(__file__).parents[2] / ".cache" / "smollm2" / "SmolLM2-135M-Instruct"
 MODELS: dict[str, dict[str, Any]] = {

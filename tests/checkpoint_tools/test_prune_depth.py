@@ -22,7 +22,7 @@ from checkpoint_tools.prune_depth import evenly_spaced_layers, main, prune_depth
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from tests.closeness import assert_close_relative
+from tests.helpers.closeness import assert_close_relative
 
 LAYERS = 6
 

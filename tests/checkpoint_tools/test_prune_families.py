@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from checkpoint_tools.prune_depth import prune_depth
 from megatron_oprd.errors import UserError
-from tests.closeness import assert_close_relative
-from tests.tiny import random_weight
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.tiny import random_weight
 
 COMMON: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,

@@ -14,8 +14,8 @@ from torch import Tensor
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
 from checkpoint_tools.verify import main, random_tokens, read_tokens
 from megatron_oprd.errors import UserError, run_entry_point
-from tests.ranks import run_ranks
-from tests.tiny import copy_with_config, save_tiny_model, tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 
 HEADS, GROUPS = 4, 2
 ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"

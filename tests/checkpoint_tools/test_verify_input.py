@@ -11,7 +11,7 @@ from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
 from checkpoint_tools.megatron_to_hf import megatron_to_hf
 from checkpoint_tools.verify import main
 from megatron_oprd.errors import UserError
-from tests.tiny import copy_with_config, save_tiny_model, tiny_config
+from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 
 NORM = "model.layers.1.input_layernorm.weight"
 

@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_oprd.data.alignment import decode_with_ends, encode_with_ends, pairs_of
-from megatron_oprd.data.teacher_sequences import TeacherSequence, in_other_tokens
+from megatron_oprd.data.teacher_sequences import (
+    TeacherSequence,
+    decode_with_ends,
+    encode_with_ends,
+    in_other_tokens,
+    pairs_of,
+)
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. 12 + 34 = 46, so x = 7.",

@@ -11,7 +11,7 @@ import pytest
 from megatron_oprd.data.benchmarks import check_length, load_benchmarks, tokenized
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.errors import UserError
-from tests.tiny import tiny_tokenizer
+from tests.helpers.tiny import tiny_tokenizer
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -16,7 +16,7 @@ from megatron_oprd.data.chat import (
 )
 from megatron_oprd.data.prompts import TeacherPrompts
 from megatron_oprd.errors import UserError
-from tests.tiny import EOS, EOS_ID, PAD_ID, tiny_tokenizer
+from tests.helpers.tiny import EOS, EOS_ID, PAD_ID, tiny_tokenizer
 
 USER = [{"role": "user", "content": "hi"}]
 # As Phi-4-mini's: turns end with one token, a document with another.

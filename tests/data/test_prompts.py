@@ -11,7 +11,7 @@ import pytest
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import check_prompt_files, load_prompts, prompt_indices
 from megatron_oprd.errors import UserError
-from tests.tiny import tiny_tokenizer
+from tests.helpers.tiny import tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"

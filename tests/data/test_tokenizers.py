@@ -13,7 +13,7 @@ from megatron_oprd.data.tokenizers import (
     pad_token_id,
 )
 from megatron_oprd.errors import UserError
-from tests.tiny import EOS_ID, PAD_ID, tiny_config, tiny_tokenizer
+from tests.helpers.tiny import EOS_ID, PAD_ID, tiny_config, tiny_tokenizer
 
 
 def save(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:

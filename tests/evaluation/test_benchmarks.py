@@ -15,7 +15,7 @@ from megatron_oprd import evaluate
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.hf import HFEngine
 from tests.data.test_benchmarks import row, write
-from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
+from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
 QUESTIONS = [("1+1", "2"), ("what is 2*3", "6"), ("12-7", "5"), ("1+1", "2"), ("9", "9")]
 

@@ -13,7 +13,7 @@ from megatron_oprd import evaluate, report
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation.students import evaluate_students, read_evaluation, write_evaluation
-from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
+from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megatron_oprd.evaluation.hidden_states import transformers_states
+from checkpoint_tools.hidden_states import transformers_states
+from tests.helpers.ranks import ROOT, run_ranks
+from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 from tests.models.test_fp8 import rounded
-from tests.ranks import ROOT, run_ranks
-from tests.tiny import copy_with_config, save_tiny_model, tiny_config
+
+pytestmark = pytest.mark.slow
 
 SMOLLM2 = ROOT / ".cache/smollm2/SmolLM2-135M-Instruct"
 HELD_OUT = ROOT / "examples/data/math_heldout.jsonl"

@@ -14,7 +14,7 @@ from megatron_oprd import evaluate
 from megatron_oprd.errors import UserError
 from tests.data.test_benchmarks import row, write
 from tests.fakes.vllm_server import FakeServer
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.tiny import save_tiny_model, tiny_config
 
 
 def run(monkeypatch: pytest.MonkeyPatch, root: Path, options: str) -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from megatron_oprd.distill.layer_map import LayerPair, layer_pairs
 from megatron_oprd.evaluation.teacher_forced import (
     Continuation,
     TeacherForcedMeasures,
     teacher_continuations,
     teacher_forced_measures,
 )
-from megatron_oprd.taps.layer_map import LayerPair, layer_pairs
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.tiny import save_tiny_model, tiny_config
 
 
 def tiny_model(

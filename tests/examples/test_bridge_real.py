@@ -15,8 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_oprd.data.tokenizers import load_tokenizer
-from tests.closeness import assert_close_relative
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.tiny import save_tiny_model, tiny_config
+
+pytestmark = pytest.mark.slow
 
 _ROOT = Path(__file__).parents[2]
 _EXAMPLE = _ROOT / "examples" / "bridge_real"

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 _ROOT = Path(__file__).parents[2]
 _EXAMPLE = _ROOT / "examples" / "reproduce_small"
 _METHODS = ["oprd", "top1", "top16", "full", "top1_oprd"]

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_oprd.rollout.vllm_messages import EXTENSION
-from megatron_oprd.rollout.vllm_readback import value_checksum
-from megatron_oprd.rollout.vllm_weights import with_tied_head
-from megatron_oprd.rollout.weight_socket import receive_weights
-from megatron_oprd.rollout.worker_socket import WorkerSocket
+from megatron_oprd.rollout.vllm.messages import EXTENSION
+from megatron_oprd.rollout.vllm.sockets import WorkerSocket, receive_weights
+from megatron_oprd.rollout.vllm.worker import value_checksum, with_tied_head
 
 
 class FakeServer:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.bucket_process import check_other_process
+from tests.helpers.bucket_process import check_other_process
 
 pytestmark = pytest.mark.gpu
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_oprd.models.fp8_codes import FORMATS
-from tests.ranks import run_ranks
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import save_tiny_model, tiny_config
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.closeness import assert_close_relative
-from tests.pairs import save_pair
-from tests.ranks import run_ranks
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.gpu,

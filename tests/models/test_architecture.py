@@ -9,7 +9,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture, Rope
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.weights.hf_files import HFFolder
-from tests.tiny import copy_with_config, tiny_config
+from tests.helpers.tiny import copy_with_config, tiny_config
 
 LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",

@@ -9,7 +9,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, Rope
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from tests.tiny import copy_with_config, save_tiny_model, tiny_config
+from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 
 LLAMA3 = {
     "rope_type": "llama3",

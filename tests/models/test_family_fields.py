@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.weights.hf_files import HFFolder
-from tests.closeness import assert_close_relative
-from tests.tiny import copy_with_config, tiny_config
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.tiny import copy_with_config, tiny_config
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_moe")
 # Fields with no effect on a forward pass, and another value of each.

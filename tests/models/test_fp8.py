@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_oprd.evaluation.hidden_states import transformers_states
-from tests.ranks import run_ranks
-from tests.tiny import copy_with_config, save_tiny_model, tiny_config
+from checkpoint_tools.hidden_states import transformers_states
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 
 SEQUENCES = [[0, 96, 5, 17, 60, 33, 8, 21], [44, 3, 90, 12]]
 TP2, TP4 = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 4}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_oprd.models.fp8_blocks import Blocks
+from megatron_oprd.models.fp8 import Blocks
 from megatron_oprd.models.fp8_codes import FORMATS, WeightFormat, decode, encode
 from megatron_oprd.weights.mapping import QKV, GatedMLP, Mapping, RowSplit
 

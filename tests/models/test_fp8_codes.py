@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_oprd.models import fp8_codes
 from megatron_oprd.models.fp8_codes import FORMATS, Scales, WeightFormat, decode, encode
-from tests.closeness import assert_close_relative
+from tests.helpers.closeness import assert_close_relative
 
 EPS = 1 / 8
 FINITE = [code for code in range(256) if code & 0x7F != 0x7F]

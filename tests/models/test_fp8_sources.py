@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import transformer_block
 
 from megatron_oprd.models.fp8_transformer_engine import RECIPES
-from tests.ranks import ROOT
+from tests.helpers.ranks import ROOT
 
 WHEELS = sorted((ROOT / ".cache/transformer_engine").glob("transformer_engine-*.whl"))
 pytestmark = pytest.mark.skipif(

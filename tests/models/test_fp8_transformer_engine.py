@@ -8,8 +8,7 @@ from typing import get_args
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_oprd.config import ModelConfig, ParallelConfig
-from megatron_oprd.config_teacher import FP8Recipe, TeacherConfig
+from megatron_oprd.config.schema import FP8Recipe, ModelConfig, ParallelConfig, TeacherConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models import fp8_transformer_engine as te_fp8
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, Rope

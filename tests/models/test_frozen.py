@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.closeness import assert_close_relative
-from tests.pairs import LINEAR_UPDATES, save_pair
-from tests.ranks import run_ranks
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.pairs import LINEAR_UPDATES, save_pair
+from tests.helpers.ranks import run_ranks
 
 PAIRS: dict[str, dict[str, Any]] = {
     "untied": {"family": "llama", "teacher_layers": 7},

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_oprd.models import offload
-from tests.pairs import save_pair
-from tests.ranks import run_ranks
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import run_ranks
 
 BF16 = "model.params_dtype=bf16"
 MBS1 = "batch.micro_batch_size=1"

@@ -10,7 +10,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.megatron_checkpoint import MegatronCheckpoint
-from tests.tiny import copy_with_config, save_tiny_model, tiny_config
+from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 
 
 @pytest.fixture(scope="module")

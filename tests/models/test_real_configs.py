@@ -17,16 +17,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from megatron_oprd.config import ParallelConfig, RunConfig
+from megatron_oprd.config.schema import ParallelConfig, RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.models.families.decoder import mapping_table
-from megatron_oprd.place import Place
+from megatron_oprd.parallel.layout import Place
 from megatron_oprd.training.layout import make_layout
 from megatron_oprd.weights.hf_files import HFFolder
 from megatron_oprd.weights.mapping import Index, Mapping, Shape
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 CONFIGS = Path(__file__).parent / "configs"
 # Parameters as the models' pages state them; a tied head is not counted again.

@@ -20,8 +20,8 @@ from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.models.rotary import RotaryTransformerConfig, inverse_frequencies
 from megatron_oprd.weights.hf_files import HFFolder
-from tests.closeness import assert_close_relative
-from tests.tiny import tiny_config
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.tiny import tiny_config
 
 CONFIGS = Path(__file__).parent / "configs"
 LLAMA3 = {

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.closeness import assert_close_relative
-from tests.ranks import ROOT, run_ranks
-from tests.tiny import copy_with_config, save_tiny_model, tiny_config
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.ranks import ROOT, run_ranks
+from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 
 TOLERANCE = 1e-4
 MAX_SEQUENCE_LENGTH = 64

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_oprd.config import RunConfig
-from megatron_oprd.config_file import load_config
+from megatron_oprd.config.load import load_config
+from megatron_oprd.config.schema import RunConfig
 from tests.planning.models import EXAMPLES, model_folder
 
 

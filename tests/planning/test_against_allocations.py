@@ -12,11 +12,17 @@ import pytest
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.communication import sent_bytes
-from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory
+from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory, read_models
 from megatron_oprd.planning.flops import attention_flops, stage_flops
-from megatron_oprd.planning.layers import num_recomputed, num_running, stages_of_rank
-from megatron_oprd.planning.models import read_models
-from megatron_oprd.planning.parameters import count_parameters, gradient_bytes, optimizer_bytes
+from megatron_oprd.planning.memory import teacher_bytes
+from megatron_oprd.planning.parameters import (
+    count_parameters,
+    gradient_bytes,
+    num_recomputed,
+    num_running,
+    optimizer_bytes,
+    stages_of_rank,
+)
 from megatron_oprd.planning.passes import (
     kept_target_bytes,
     logprob_check_workspace,
@@ -24,9 +30,10 @@ from megatron_oprd.planning.passes import (
     teacher_workspace,
 )
 from megatron_oprd.planning.schedule import peak_of_student_pass
-from megatron_oprd.planning.teacher import teacher_bytes
-from tests.pairs import config_of, save_pair
-from tests.ranks import run_ranks
+from tests.helpers.pairs import config_of, save_pair
+from tests.helpers.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
 
 PROMPT, RESPONSE, SEQUENCES = 52, 12, 8
 WIDTHS: dict[str, Any] = {

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.planning.host import check_host_memory
-from tests.pairs import config_of, save_pair
+from megatron_oprd.planning.estimate import check_host_memory
+from tests.helpers.pairs import config_of, save_pair
 
 BF16 = "model.params_dtype=bf16"
 NO_CHECKPOINTS = "checkpoint.save_interval=null"

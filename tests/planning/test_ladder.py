@@ -2,12 +2,11 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_oprd.config import RunConfig
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.planning.activations import KERNELS
-from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory
+from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory, read_models
 from megatron_oprd.planning.ladder import check_fits, nearest_that_fits
-from megatron_oprd.planning.models import read_models
 from megatron_oprd.planning.time import Hardware
 
 KERNEL = KERNELS["transformer_engine"]

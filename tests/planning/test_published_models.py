@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_oprd.config_file import load_config
+from megatron_oprd.config.load import load_config
 from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.estimate import (
     MemoryEstimate,
     WorkEstimate,
     estimate_memory,
     estimate_work,
+    read_models,
 )
-from megatron_oprd.planning.models import read_models
+from megatron_oprd.planning.memory import teacher_bytes
 from megatron_oprd.planning.parameters import count_parameters
-from megatron_oprd.planning.teacher import teacher_bytes
 from megatron_oprd.planning.time import Hardware
 from tests.planning.models import EXAMPLES, model_folder
 

@@ -4,15 +4,18 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_oprd.config import RunConfig
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.communication import sent_bytes
-from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory
-from megatron_oprd.planning.host import check_host_memory
+from megatron_oprd.planning.estimate import (
+    MemoryEstimate,
+    check_host_memory,
+    estimate_memory,
+    read_models,
+)
 from megatron_oprd.planning.ladder import check_fits, nearest_that_fits
 from megatron_oprd.planning.memory import PHASES, RankMemory
-from megatron_oprd.planning.models import read_models
 from megatron_oprd.planning.time import Hardware, step_seconds
 from megatron_oprd.planning.vllm import CONTEXT_BYTES, check_kv_cache
 

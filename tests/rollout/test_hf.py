@@ -17,10 +17,10 @@ from transformers import (
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
 from megatron_oprd.rollout.hf import HFEngine
-from megatron_oprd.rollout.stopping import StopTexts, stopped_length
-from tests.closeness import assert_close_relative
+from megatron_oprd.rollout.sampling import StopTexts, stopped_length
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.tiny import EOS_ID, PAD_ID, save_tiny_model, tiny_config
 from tests.rollout.test_sampling import chi_square
-from tests.tiny import EOS_ID, PAD_ID, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
 COMMON = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": PAD_ID}

@@ -9,7 +9,7 @@ import torch
 
 from megatron_oprd.training.batches import StepBatches, make_micro_batches
 from megatron_oprd.training.plan import RunPlan, make_plan
-from tests.pairs import config_of, save_pair
+from tests.helpers.pairs import config_of, save_pair
 
 # One sequence is much longer than the others: one replica has most of the targets.
 PROMPTS = [[5, 6]] * 4

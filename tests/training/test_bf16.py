@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.closeness import assert_close_relative
-from tests.pairs import save_pair
-from tests.ranks import run_ranks
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import run_ranks
 
 BF16, MBS2 = "model.params_dtype=bf16", "batch.micro_batch_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"

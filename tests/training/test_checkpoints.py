@@ -9,9 +9,9 @@ import torch
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.training.checkpoints import read_manifest, whole_checkpoints
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from tests.closeness import assert_close_relative
-from tests.pairs import LINEAR_UPDATES, save_pair
-from tests.ranks import run_ranks
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.pairs import LINEAR_UPDATES, save_pair
+from tests.helpers.ranks import run_ranks
 
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]

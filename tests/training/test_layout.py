@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_oprd.config import RunConfig
-from megatron_oprd.config_file import load_config
+from megatron_oprd.config.load import load_config
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture, Rope
 from megatron_oprd.training.layout import RunLayout, make_layout

@@ -14,9 +14,9 @@ from megatron_oprd.evaluation.benchmarks import GenerationSettings, evaluate_on_
 from megatron_oprd.rollout.engine import SamplingParams
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from tests.data.test_benchmarks import row, write
-from tests.pairs import LINEAR_UPDATES, save_pair
-from tests.ranks import run_ranks
-from tests.tiny import tiny_tokenizer
+from tests.helpers.pairs import LINEAR_UPDATES, save_pair
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import tiny_tokenizer
 
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]

@@ -13,8 +13,8 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
-from tests.pairs import config_of, save_pair
-from tests.ranks import run_ranks
+from tests.helpers.pairs import config_of, save_pair
+from tests.helpers.ranks import run_ranks
 
 PP2 = "parallel.pipeline_model_parallel_size=2"
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pairs import save_pair
-from tests.ranks import run_ranks
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import run_ranks
 
 # The vocabulary is prime, padded to twice a prime, and no other size is a multiple of either, so
 # that also a flattened [b * s * vocabulary] gives itself away.

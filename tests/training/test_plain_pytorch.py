@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_oprd.config_losses import OutputLossConfig
-from tests.closeness import assert_close_relative
-from tests.losses.test_output_space import formula
-from tests.pairs import fixed_rollouts, fixed_teacher_sequences, save_pair
-from tests.ranks import run_ranks
+from megatron_oprd.config.schema import OutputLossConfig
+from tests.distill.test_output_space import formula
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.pairs import fixed_rollouts, fixed_teacher_sequences, save_pair
+from tests.helpers.ranks import run_ranks
 
 PAIRS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},

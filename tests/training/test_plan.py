@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from megatron_oprd.config_file import load_config
+from megatron_oprd.config.load import load_config
 from megatron_oprd.errors import UserError
 from megatron_oprd.training.plan import RunPlan, describe, make_plan
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from tests.bridges import save_random_bridge
 from tests.data.test_benchmarks import row, write
-from tests.pairs import config_of, save_pair
-from tests.tiny import copy_with_config, tiny_tokenizer
+from tests.helpers.bridges import save_random_bridge
+from tests.helpers.pairs import config_of, save_pair
+from tests.helpers.tiny import copy_with_config, tiny_tokenizer
 
 TP2, TP3 = (f"parallel.tensor_model_parallel_size={tp}" for tp in (2, 3))
 PP2, PP5 = (f"parallel.pipeline_model_parallel_size={pp}" for pp in (2, 5))

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from tests.closeness import assert_close_relative
-from tests.pairs import LINEAR_UPDATES, save_pair
-from tests.ranks import ROOT, StartedRanks, rank_environment
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.pairs import LINEAR_UPDATES, save_pair
+from tests.helpers.ranks import ROOT, StartedRanks, rank_environment
 
 STEPS = 6
 SETTINGS = [

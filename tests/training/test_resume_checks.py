@@ -13,7 +13,7 @@ from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.plan import RunPlan, make_plan
 from megatron_oprd.training.resume import checkpoint_to_resume, with_schedule_of
 from tests.data.test_benchmarks import row, write
-from tests.pairs import config_of, save_pair
+from tests.helpers.pairs import config_of, save_pair
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_tools.verify import main as verify
 from megatron_oprd.errors import EXIT_STOPPED
-from tests.closeness import assert_close_relative
-from tests.pairs import LINEAR_UPDATES, save_pair
-from tests.ranks import run_ranks
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.pairs import LINEAR_UPDATES, save_pair
+from tests.helpers.ranks import run_ranks
 
 DATED = (
     "{{ '<user>' + strftime_now('%d %b %Y') + eos_token }}"

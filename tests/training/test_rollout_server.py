@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_oprd.rollout.server_client import GENERATE
+from megatron_oprd.rollout.vllm.client import GENERATE
 from tests.fakes.vllm_server import FakeServer
-from tests.pairs import save_pair
-from tests.ranks import run_ranks
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import run_ranks
 
 SETTINGS = [
     *("rollout.engine=vllm", "rollout.vllm.check_weights_interval=1"),

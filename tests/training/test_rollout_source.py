@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.data.test_benchmarks import row, write
-from tests.pairs import save_pair
-from tests.ranks import run_ranks
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import run_ranks
 
 # A checkpoint after step 2, and at the end.
 AHEAD = [

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from megatron_oprd.config import RunConfig
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import Prompt, TeacherPrompts, load_prompts
 from megatron_oprd.training.rollouts import prompts_of_step, sampling_of_step
-from tests.tiny import tiny_tokenizer
+from tests.helpers.tiny import tiny_tokenizer
 
 
 def test_a_prompt_that_comes_again_in_a_step_is_told_apart() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.pairs import save_pair
-from tests.ranks import run_ranks
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import run_ranks
 
 STEPS, WARMUP, LENGTH = 7, 2, 5  # the last two are past the end of the decay
 PEAK, END = 1e-3, 1e-4

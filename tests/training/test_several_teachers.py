@@ -9,10 +9,10 @@ import torch
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training.plan import RunPlan, describe, make_plan
-from megatron_oprd.training.prompt_shares import taught_by
-from tests.closeness import assert_close_relative
-from tests.pairs import config_of, save_pair
-from tests.ranks import run_ranks
+from megatron_oprd.training.rollouts import taught_by
+from tests.helpers.closeness import assert_close_relative
+from tests.helpers.pairs import config_of, save_pair
+from tests.helpers.ranks import run_ranks
 
 EVEN, ODD = [True, False] * 4, [False, True] * 4
 SECOND_TAPS = ["taps.layers=[0,2]", "taps.layer_map=[1,3]", "loss.coefficient=3"]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_oprd.errors import EXIT_STOPPED
-from tests.pairs import save_pair
-from tests.ranks import run_ranks
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import run_ranks
 
 SIGNALS = {"sigterm": signal.SIGTERM, "sigusr1": signal.SIGUSR1}
 BY_THE_CLOCK = ["checkpoint.exit_after_minutes=0.0001", "checkpoint.save_interval=null"]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pairs import save_pair
-from tests.ranks import run_ranks
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import run_ranks
 
 SETTINGS = {
     "padded": [],

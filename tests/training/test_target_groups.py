@@ -3,9 +3,9 @@ import torch
 from torch import Tensor
 
 from megatron_oprd.data.batching import collate, context_parallel_share
-from megatron_oprd.place import SequenceSplit
-from megatron_oprd.taps.tap import Selection
-from megatron_oprd.training.target_groups import supervised_rows, target_groups
+from megatron_oprd.distill.taps import Selection
+from megatron_oprd.parallel.layout import SequenceSplit
+from megatron_oprd.training.batches import supervised_rows, target_groups
 
 # 0 is not supervised: 3 of 6 tokens, 4 of 4, none of 2.
 WEIGHTS = [

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from megatron_oprd.data.tokenizers import load_tokenizer
 from megatron_oprd.rollout.engine import Rollout
 from tests.data.test_alignment import byte_level
-from tests.pairs import save_pair
-from tests.ranks import run_ranks
-from tests.tiny import CHAT_TEMPLATE
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import CHAT_TEMPLATE
 
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 COMMON = ["train_iters=2", "optimizer.lr=0.01"]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from megatron_oprd.config_vllm import VLLMConfig
+from megatron_oprd.config.schema import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
-from megatron_oprd.rollout.bucket import Piece
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.hf import HFEngine
-from megatron_oprd.rollout.vllm import VLLMEngine
-from tests.tiny import EOS_ID, PAD_ID, random_weight, tiny_config
+from megatron_oprd.rollout.vllm.bucket import Piece
+from megatron_oprd.rollout.vllm.engine import VLLMEngine
+from tests.helpers.tiny import EOS_ID, PAD_ID, random_weight, tiny_config
 
 Weights = dict[str, Tensor]
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
-from megatron_oprd.rollout.vllm import VLLMEngine
+from megatron_oprd.rollout.vllm.engine import VLLMEngine
+from tests.helpers.tiny import EOS_ID, save_tiny_model, tiny_tokenizer
 from tests.rollout.test_sampling import chi_square
-from tests.tiny import EOS_ID, save_tiny_model, tiny_tokenizer
 from tests.vllm.engines import (
     Weights,
     change_on_the_way,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_oprd import evaluate
-from megatron_oprd.config_vllm import VLLMConfig
+from megatron_oprd.config.schema import VLLMConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation import benchmarks
 from tests.data.test_benchmarks import row, write
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.tiny import save_tiny_model, tiny_config
 from tests.vllm.engines import SETTINGS
 
 SPLIT = "--tensor-model-parallel-size"

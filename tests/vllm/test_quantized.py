@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_oprd.rollout.engine import Rollout
-from tests.tiny import save_tiny_model
+from tests.helpers.tiny import save_tiny_model
 from tests.vllm.engines import Weights, logits_of, prompt, sampling, start, tiny_llama
 
 PROMPTS = [prompt(index, 7 + index, 8, 9) for index in range(6)]

@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_oprd.config_vllm import VLLMConfig
+from megatron_oprd.config.schema import VLLMConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.planning.vllm import num_blocks
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
-from megatron_oprd.rollout.server_client import ServerClient, check_server
-from megatron_oprd.rollout.server_process import ServerProcess
-from megatron_oprd.rollout.vllm_messages import EXTENSION
-from megatron_oprd.rollout.vllm_server import VLLMServerEngine
+from megatron_oprd.rollout.vllm.client import ServerClient, check_server
+from megatron_oprd.rollout.vllm.launch import ServerProcess
+from megatron_oprd.rollout.vllm.messages import EXTENSION
+from megatron_oprd.rollout.vllm.server import VLLMServerEngine
 from megatron_oprd.weights.hf_files import HFFolder
-from tests.tiny import EOS_ID, save_tiny_model
+from tests.helpers.tiny import EOS_ID, save_tiny_model
 from tests.vllm.engines import (
     SETTINGS,
     Weights,

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
-from megatron_oprd.rollout.vllm import VLLMEngine
-from tests.tiny import save_tiny_model
+from megatron_oprd.rollout.vllm.engine import VLLMEngine
+from tests.helpers.tiny import save_tiny_model
 from tests.vllm.engines import (
     Weights,
     change_on_the_way,

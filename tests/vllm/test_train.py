@@ -10,8 +10,8 @@ import torch
 
 from checkpoint_tools.prune_depth import evenly_spaced_layers, prune_depth
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from tests.pairs import save_pair
-from tests.ranks import ROOT, run_ranks
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import ROOT, run_ranks
 from tests.vllm.engines import check_greedy
 
 SMOLLM2 = ROOT / ".cache/smollm2/SmolLM2-135M-Instruct"

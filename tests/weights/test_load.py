@@ -14,9 +14,9 @@ from megatron_oprd.models.families import read_architecture
 from megatron_oprd.models.families.decoder import mapping_table
 from megatron_oprd.weights.accounting import check_tensors
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from tests.pairs import save_pair
-from tests.ranks import run_ranks
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import save_tiny_model, tiny_config
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 K_PROJ = "model.layers.2.self_attn.k_proj.weight"

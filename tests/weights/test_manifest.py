@@ -19,7 +19,7 @@ from megatron_oprd.weights.manifest import (
 )
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.tiny import save_tiny_model, tiny_config
 
 NORM = "model.norm.weight"
 TP2_PP2 = TargetLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)

@@ -13,9 +13,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, Rope
 from megatron_oprd.models.families import FAMILIES
 from megatron_oprd.models.families.decoder import mapping_table
-from megatron_oprd.place import Place
+from megatron_oprd.parallel.layout import Place
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 SIZES = (1, 2, 4)
 HIDDEN = 6

@@ -19,8 +19,8 @@ from megatron_oprd.weights.megatron_checkpoint import (
     resolve_checkpoint_folder,
 )
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
-from tests.tiny import save_tiny_model, tiny_config
-from tests.torch_dist import change_metadata, save_torch_dist
+from tests.helpers.tiny import save_tiny_model, tiny_config
+from tests.helpers.torch_dist import change_metadata, save_torch_dist
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 QKV = "decoder.layers.self_attention.linear_qkv.weight"

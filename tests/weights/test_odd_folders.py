@@ -19,7 +19,7 @@ from megatron_oprd.weights.casting import config_with_dtype
 from megatron_oprd.weights.compare import compare_keys
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.megatron_checkpoint import is_megatron, resolve_checkpoint_folder
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.tiny import save_tiny_model, tiny_config
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_oprd.weights.parameters import named_parameters
+from megatron_oprd.weights.megatron_keys import named_parameters
 
 
 def module(**children: Any) -> Any:

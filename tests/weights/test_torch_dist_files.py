@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
-from tests.torch_dist import change_metadata, save_torch_dist
+from tests.helpers.torch_dist import change_metadata, save_torch_dist
 
 ROWS = slice(3, 11)
 

@@ -13,8 +13,8 @@ from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron, megatron_c
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
-from tests.ranks import run_ranks
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import save_tiny_model, tiny_config
 from tests.workers.torch_dist import VOCAB_MULTIPLE
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -16,13 +16,12 @@ from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron, megatron_c
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.weights import distcp_file, torch_dist_plan, torch_dist_writer
-from megatron_oprd.weights.buffers import AlternatingBuffers
-from megatron_oprd.weights.distcp_file import read_chunk, write_file
+from megatron_oprd.weights.distcp_file import AlternatingBuffers, read_chunk, write_file
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
-from tests.ranks import run_ranks
-from tests.tiny import save_tiny_model, tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import save_tiny_model, tiny_config
 
 # Files of a few chunks, so that a tiny model has several.
 FILE_BYTES = 30_000

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
-from megatron_oprd.weights.parameters import named_parameters
-from tests.pairs import config_of, fixed_rollouts
+from megatron_oprd.weights.megatron_keys import named_parameters
+from tests.helpers.pairs import config_of, fixed_rollouts
 from tests.workers.step import gradient
 
 

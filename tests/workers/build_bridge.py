@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from megatron_oprd.bridge_build import run as building
 from megatron_oprd.bridge_build.config import load_build_config
-from megatron_oprd.bridge_build.plan import plan_build
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.bridge_build.models import plan_build
+from megatron_oprd.parallel.context import parallel_run
 
 
 def run(case: dict[str, Any], directory: Path) -> None:

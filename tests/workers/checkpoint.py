@@ -12,14 +12,14 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training import optimizer as training_optimizer
 from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
-from tests.pairs import config_of, fixed_rollouts
+from tests.helpers.pairs import config_of, fixed_rollouts
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
-from tests.pairs import config_of, fixed_rollouts
+from tests.helpers.pairs import config_of, fixed_rollouts
 
 Made = set[tuple[str, tuple[int, ...]]]
 

@@ -7,18 +7,17 @@ from unittest.mock import patch
 
 import torch
 
-from megatron_oprd.config import ModelConfig, ParallelConfig
-from megatron_oprd.config_teacher import TeacherConfig
+from checkpoint_tools.megatron_states import megatron_states
+from megatron_oprd.config.schema import ModelConfig, ParallelConfig, TeacherConfig
 from megatron_oprd.errors import UserError
-from megatron_oprd.evaluation.megatron_states import megatron_states
 from megatron_oprd.models import fp8_transformer_engine
 from megatron_oprd.models.build import Extent
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.models.families.decoder import mapping_table
 from megatron_oprd.models.teacher import build_teacher
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from megatron_oprd.weights.parameters import named_parameters
+from megatron_oprd.weights.megatron_keys import named_parameters
 from tests.workers.memory import Allocations
 
 VOCAB_SIZE = 128  # a multiple of every tensor-parallel size

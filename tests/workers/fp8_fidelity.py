@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_oprd.config import ModelConfig, ParallelConfig
-from megatron_oprd.config_teacher import TeacherConfig
+from megatron_oprd.config.schema import ModelConfig, ParallelConfig, TeacherConfig
 from megatron_oprd.evaluation.fp8_fidelity import measure_fidelity, write_report
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.parallel.context import parallel_run
 
 
 def run(case: dict[str, Any], directory: Path) -> None:

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from tests.pairs import config_of
+from tests.helpers.pairs import config_of
 
 
 def run(case: dict[str, Any], directory: Path) -> None:

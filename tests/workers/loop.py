@@ -11,17 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_oprd.data.teacher_reader import TeacherReader
-from megatron_oprd.data.teacher_sequences import TeacherSequence
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.data.teacher_sequences import TeacherReader, TeacherSequence
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.rollout.engine import RolloutEngineError
 from megatron_oprd.rollout.hf import HFEngine
 from megatron_oprd.training import loop
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.rollout_source import RolloutSource, StepRollouts
 from megatron_oprd.training.step import Distiller
-from tests.pairs import config_of
-from tests.ranks import ROOT
+from tests.helpers.pairs import config_of
+from tests.helpers.ranks import ROOT
 
 FAKES = str(ROOT / "tests" / "fakes")
 

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_oprd.parallel import ParallelContext, parallel_run
+from megatron_oprd.parallel.context import ParallelContext, parallel_run
 from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
-from tests.pairs import config_of
+from tests.helpers.pairs import config_of
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oprd.parallel import parallel_run
-from megatron_oprd.taps import schedule
+from megatron_oprd.models import schedule
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
-from tests.pairs import config_of, fixed_rollouts
+from tests.helpers.pairs import config_of, fixed_rollouts
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:

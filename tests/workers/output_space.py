@@ -7,12 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_oprd.config import ParallelConfig
-from megatron_oprd.config_losses import OutputLossConfig
-from megatron_oprd.losses.output_space import output_space_loss
-from megatron_oprd.losses.vocabulary import VocabularyShard
-from megatron_oprd.parallel import parallel_run
-from tests.losses.test_output_space import PADDED, inputs
+from megatron_oprd.config.schema import OutputLossConfig, ParallelConfig
+from megatron_oprd.distill.output_space import VocabularyShard, output_space_loss
+from megatron_oprd.parallel.context import parallel_run
+from tests.distill.test_output_space import PADDED, inputs
 
 
 def run(case: dict[str, Any], directory: Path) -> None:

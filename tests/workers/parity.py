@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from megatron_oprd.config import ParallelConfig
-from megatron_oprd.evaluation.megatron_states import load_whole_model, megatron_states
+from checkpoint_tools.megatron_states import load_whole_model, megatron_states
+from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.models.families import read_architecture
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from megatron_oprd.weights.parameters import named_parameters
+from megatron_oprd.weights.megatron_keys import named_parameters
 from tests.models.mutations import mutate
 
 # Rows of the embedding become a multiple of this: for 97 tokens, 7 rows of padding.

@@ -14,13 +14,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_oprd import cpu
-from megatron_oprd.config import ModelConfig, ParallelConfig, RecomputeConfig
+from megatron_oprd.config.schema import ModelConfig, ParallelConfig, RecomputeConfig
 from megatron_oprd.models.build import Extent, build_model, padded_vocab_size, transformer_config
 from megatron_oprd.models.families import read_architecture
-from megatron_oprd.parallel import ParallelContext
+from megatron_oprd.parallel import cpu
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.weights.hf_files import HFFolder
-from megatron_oprd.weights.parameters import named_parameters
+from megatron_oprd.weights.megatron_keys import named_parameters
 
 META = torch.device("meta")
 

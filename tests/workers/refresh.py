@@ -6,13 +6,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_oprd.parallel import parallel_run
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
-from megatron_oprd.weights.parameters import named_parameters
-from tests.pairs import config_of, fixed_rollouts
+from megatron_oprd.weights.megatron_keys import named_parameters
+from tests.helpers.pairs import config_of, fixed_rollouts
 
 
 def run(case: dict[str, Any], directory: Path) -> None:

@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oprd.parallel import parallel_run
-from megatron_oprd.taps import logprobs as taps_logprobs
+from megatron_oprd.distill import head as taps_logprobs
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
-from tests.pairs import config_of, fixed_rollouts, fixed_teacher_sequences
+from tests.helpers.pairs import config_of, fixed_rollouts, fixed_teacher_sequences
 
 
 def gradient(parameter: torch.nn.Parameter) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_oprd.parallel import parallel_run
-from megatron_oprd.taps.selection import RankSelector
+from megatron_oprd.distill.taps import RankSelector
+from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
-from tests.pairs import config_of, fixed_rollouts
+from tests.helpers.pairs import config_of, fixed_rollouts
 
 # Each waits for the device where its tensor is on one; of a tensor on the CPU tolist is neither.
 WAITING = {

@@ -16,13 +16,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_oprd.config import ParallelConfig
+from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.models.families.decoder import mapping_table
-from megatron_oprd.parallel import ParallelContext, parallel_run
+from megatron_oprd.parallel.context import ParallelContext, parallel_run
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from megatron_oprd.weights.parameters import named_parameters
+from megatron_oprd.weights.megatron_keys import named_parameters
 
 # Rows of the embedding become a multiple of this times the tensor-parallel size.
 VOCAB_MULTIPLE = 8

@@ -1,4 +1,4 @@
-"""What `megatron_oprd.rollout.vllm_process` calls of vLLM, without a model, and failing on demand.
+"""The part of vLLM that `engine_main` calls, without a model, and failing on demand.
 
 Tokens are drawn from the weights and the seed, so that the same of both give the same response.
 

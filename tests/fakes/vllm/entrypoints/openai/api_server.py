@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from megatron_oprd.rollout.vllm_messages import EXTENSION
+from megatron_oprd.rollout.vllm.messages import EXTENSION
 from tests.fakes.vllm_server import FakeServer
 from vllm import LLM, SamplingParams
 

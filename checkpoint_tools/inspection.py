@@ -1,0 +1,246 @@
+"""What a checkpoint holds, counted: parameters by part, tensors by pattern, a layout's shares."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_oprd.errors import UserError
+from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.layout_checks import check_layout
+from megatron_oprd.parallel.layout import Place
+from megatron_oprd.weights.accounting import HEAD
+from megatron_oprd.weights.megatron_keys import EMBEDDING, layer_of
+from megatron_oprd.weights.source import WeightSource
+from megatron_oprd.weights.torch_dist_plan import TargetLayout, stage_of_layers
+
+# Part of a tensor by its name; the first pattern that matches counts.
+_PARTS = (
+    ("embedding", r"embed_tokens\."),
+    ("LM head", r"^lm_head\."),
+    ("norms", r"norm\."),
+    ("attention", r"\.(self_attn|attention)\."),
+    ("experts", r"\.experts\."),
+    ("router", r"\.(mlp|block_sparse_moe)\.(gate|router)\."),
+    ("MLP", r"\.mlp\."),
+)
+
+# Names that configurations have for the experts of a layer, and for those of a token.
+_EXPERTS = (
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+    "num_routed_experts",
+)  # fmt: skip
+_CHOSEN = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k",
+    "moe_top_k", "top_k_experts",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of a model.
+
+    Attributes:
+        name: ``embedding``, ``attention``, ``MLP``, ``experts``, ``router``, ``norms``,
+            ``LM head`` or ``other``.
+        num_tensors: Its tensors.
+        parameters: Their values; None where they are packed, several in a number.
+        active: Those of them that one token goes through; None where it is not known.
+        num_bytes: Bytes in the checkpoint.
+    """
+
+    name: str
+    num_tensors: int
+    parameters: int | None
+    active: int | None
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorGroup:
+    """Tensors that differ in the numbers in their names only.
+
+    Attributes:
+        pattern: Their name with ranges of numbers, ``model.layers.{0-29}.mlp.up_proj.weight``.
+        shape: Their shape.
+        dtype: Their dtype.
+        count: How many they are.
+    """
+
+    pattern: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What each rank of one pipeline rank holds in a layout.
+
+    Attributes:
+        pp_rank: The pipeline rank.
+        layers: Its layers, counted from 0, chunk by chunk.
+        parameters: Parameters of one rank of it; tensor- and expert-parallel ranks hold the same
+            number.
+        num_bytes: Their bytes, in the dtypes of the checkpoint.
+    """
+
+    pp_rank: int
+    layers: list[int]
+    parameters: int
+    num_bytes: int
+
+
+def expert_counts(config: dict[str, Any]) -> tuple[int, int] | None:
+    """(experts of a layer, experts that a token goes through), of any family.
+
+    None where the configuration does not say it in one of the usual ways.
+    """
+    for level in (config, config.get("text_config") or {}, config.get("ffn_config") or {}):
+        counts = [
+            next((level[name] for name in names if level.get(name)), None)
+            for names in (_EXPERTS, _CHOSEN)
+        ]
+        experts, chosen = counts
+        if isinstance(experts, int) and isinstance(chosen, int):
+            return experts, chosen
+    return None
+
+
+def parts(source: WeightSource, *, tied: bool) -> list[Part]:
+    """Counts a checkpoint's parameters by part; no weight is read.
+
+    Args:
+        source: The checkpoint, of any architecture.
+        tied: Whether embedding and LM head are one weight. A head that is stored all the same is a
+            copy, and counts as no parameter.
+    """
+    counts = expert_counts(source.config)
+    unknown: dict[str, set[str]] = {"parameters": set(), "active": set()}
+    sums: dict[str, list[int]] = {name: [0, 0, 0, 0] for name, _ in _PARTS} | {"other": [0] * 4}
+    for name in source.names():
+        part = next((part for part, pattern in _PARTS if re.search(pattern, name)), "other")
+        values = math.prod(source.shape(name))
+        is_copy = tied and name == HEAD
+        parameters = 0 if is_copy else values
+        active = parameters
+        if part == "experts":
+            if counts is None:
+                unknown["active"].add(part)
+            else:
+                active = parameters * counts[1] // counts[0]
+        if not source.dtype(name).is_floating_point:
+            unknown["parameters"].add(part)
+            unknown["active"].add(part)
+        of_name = (1, parameters, active, values * source.dtype(name).itemsize)
+        sums[part] = [a + b for a, b in zip(sums[part], of_name, strict=True)]
+    return [
+        Part(
+            name=name,
+            num_tensors=count,
+            parameters=None if name in unknown["parameters"] else values,
+            active=None if name in unknown["active"] else active,
+            num_bytes=size,
+        )
+        for name, (count, values, active, size) in sums.items()
+        if count
+    ]
+
+
+def tensor_groups(source: WeightSource) -> list[TensorGroup]:
+    """Groups a checkpoint's tensors, in the order in which they come."""
+    numbers: dict[tuple[str, tuple[int, ...], torch.dtype], list[list[int]]] = {}
+    for name in source.names():
+        key = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name), source.shape(name), source.dtype(name)
+        found = [int(number) for number in re.findall(r"(?<=\.)\d+(?=\.)", name)]
+        numbers.setdefault(key, []).append(found)
+    return [
+        TensorGroup(
+            pattern=pattern.format(*map(_ranges, zip(*found, strict=True))),
+            shape=shape,
+            dtype=dtype,
+            count=len(found),
+        )
+        for (pattern, shape, dtype), found in numbers.items()
+    ]
+
+
+def shares(
+    architecture: Architecture,
+    source: WeightSource,
+    layout: TargetLayout,
+    *,
+    virtual_stages: int = 1,
+    padded_vocab_size: int,
+) -> list[Share]:
+    """Works out what each pipeline rank holds in a layout.
+
+    Args:
+        architecture: The model's.
+        source: Its checkpoint, for the dtypes.
+        layout: The layout.
+        virtual_stages: Model chunks of each pipeline rank.
+        padded_vocab_size: Rows of the embedding.
+
+    Raises:
+        UserError: The layout does not divide the model.
+    """
+    pp = layout.pipeline_model_parallel_size
+    check_layout(architecture, layout, model=str(source.folder))
+    if virtual_stages > 1 and pp * virtual_stages > architecture.num_layers:
+        raise UserError(
+            f"--pipeline-model-parallel-size {pp} x --virtual-pipeline-model-parallel-size "
+            f"{virtual_stages}: {source.folder} has {architecture.num_layers} layers; give sizes "
+            "whose product is at most that."
+        )
+    stages = stage_of_layers(architecture.num_layers, pp * virtual_stages)
+    place = Place(
+        tp_size=layout.tensor_model_parallel_size,
+        etp_size=layout.expert_tensor_size,
+        ep_size=layout.expert_model_parallel_size,
+    )
+    parameters, num_bytes = [0] * pp, [0] * pp
+    for mapping in mapping_table(architecture, padded_vocab_size=padded_vocab_size):
+        layer = layer_of(mapping)
+        if layer is not None:
+            stage = stages[layer]
+        else:
+            stage = 0 if mapping.megatron == EMBEDDING else stages[-1]
+        try:
+            if not mapping.is_held_at(place):
+                continue
+            values = math.prod(mapping.local_shape(mapping.split_at(place)[1]))
+        except ValueError as error:
+            raise UserError(f"the layout does not fit the model: {error}.") from None
+        dtype = source.dtype(next(iter(mapping.hf)))
+        parameters[stage % pp] += values
+        num_bytes[stage % pp] += values * dtype.itemsize
+    return [
+        Share(
+            pp_rank=rank,
+            layers=[layer for layer, stage in enumerate(stages) if stage % pp == rank],
+            parameters=parameters[rank],
+            num_bytes=num_bytes[rank],
+        )
+        for rank in range(pp)
+    ]
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """0-3,5 for 0, 1, 2, 3 and 5, in any order."""
+    ordered = sorted(set(numbers))
+    runs: list[Sequence[int]] = []
+    # A number less its place is the same all along a run.
+    for _, run in itertools.groupby(enumerate(ordered), key=lambda item: item[1] - item[0]):
+        runs.append([number for _, number in run])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    text = ranges(numbers)
+    return text if text.isdigit() else f"{{{text}}}"

@@ -1,0 +1,223 @@
+"""Hidden states and logits of a model that runs in Megatron, in any layout."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from checkpoint_tools.hidden_states import HiddenStates
+from megatron_oprd.config.schema import ModelConfig, ParallelConfig, RecomputeConfig
+from megatron_oprd.data.batching import MicroBatch, collate
+from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.models.build import Extent, build_model, padded_vocab_size, transformer_config
+from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.schedule import run_schedule
+from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.weights.load import load_weights
+from megatron_oprd.weights.mapping import Mapping
+from megatron_oprd.weights.megatron_keys import named_parameters
+from megatron_oprd.weights.source import WeightSource
+from megatron_oprd.weights.torch_dist_plan import stage_of_layers
+
+Outputs = dict[str, list[Tensor]]
+
+
+def load_whole_model(
+    architecture: Architecture,
+    source: WeightSource,
+    *,
+    parallel: ParallelConfig,
+    context: ParallelContext,
+    max_sequence_length: int,
+    make_vocab_size_divisible_by: int = 128,
+) -> tuple[list[GPTModel], list[Mapping]]:
+    """Builds this rank's part of a whole model in fp32 and loads it.
+
+    Layers are divided over the stages as evenly as they go.
+
+    Args:
+        architecture: The model's.
+        source: The checkpoint.
+        parallel: The layout.
+        context: This rank's place.
+        max_sequence_length: Tokens of the longest sequence (`build_model`).
+        make_vocab_size_divisible_by: The embedding's rows are padded to a multiple of this.
+
+    Returns:
+        The chunks, in evaluation mode, and the whole model's mappings.
+
+    Raises:
+        UserError: The checkpoint cannot be loaded, or there are more stages than layers.
+    """
+    stages = context.pp_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    stage_of = stage_of_layers(architecture.num_layers, stages)
+    extent = Extent(
+        layers_per_stage=tuple(stage_of.count(stage) for stage in range(stages)),
+        final_norm=True,
+        lm_head=not architecture.tied,
+    )
+    config = transformer_config(
+        architecture,
+        extent,
+        model=ModelConfig(params_dtype="fp32"),
+        parallel=parallel,
+        recompute=RecomputeConfig(),
+        fused_kernels=context.transformer_engine,
+    )
+    padded = padded_vocab_size(
+        architecture,
+        divisible_by=make_vocab_size_divisible_by,
+        tensor_model_parallel_size=context.tp_size,
+    )
+    chunks = build_model(
+        architecture,
+        extent,
+        config,
+        context=context,
+        padded_vocab_size=padded,
+        max_sequence_length=max_sequence_length,
+    )
+    table = mapping_table(architecture, padded_vocab_size=padded)
+    load_weights(chunks, table, source, place=context.place, tied=architecture.tied)
+    for chunk in chunks:
+        chunk.eval()  # Megatron refuses to train experts with TP without SP, but it can run them
+    return chunks, table
+
+
+@torch.no_grad()
+def megatron_states(
+    chunks: Sequence[GPTModel],
+    architecture: Architecture,
+    sequences: Sequence[Sequence[int]],
+    *,
+    parallel: ParallelConfig,
+    context: ParallelContext,
+    batches: Sequence[Sequence[int]] | None = None,
+) -> HiddenStates | None:
+    """Runs a whole model on some sequences under Megatron's schedule.
+
+    Every rank has to call. Communicates on the model's groups and on the replica's control group;
+    data-parallel replicas all do the same.
+
+    Args:
+        chunks: This rank's chunks, with final norm and, unless tied, LM head.
+        architecture: The model's.
+        sequences: Token ids.
+        parallel: The layout.
+        context: This rank's place.
+        batches: Indices of the sequences of each micro-batch, which are padded on the right; one
+            sequence each by default.
+
+    Returns:
+        The states on the replica's leader, None on other ranks.
+    """
+    batches = batches or [[number] for number in range(len(sequences))]
+    micro_batches = collate(
+        batches,
+        sequences,
+        [torch.zeros(len(sequence)) for sequence in sequences],
+        pad_to_multiple_of=context.tp_size if parallel.sequence_parallel else 1,
+        device=context.device,
+    )
+    outputs = _forward(chunks, micro_batches)
+    if parallel.sequence_parallel:
+        outputs = {name: [_whole(t, context) for t in ts] for name, ts in outputs.items()}
+    states = {name: _by_sequence(tensors, batches, sequences) for name, tensors in outputs.items()}
+    states |= _logits(chunks, states.get("norm"), architecture, context)
+    if context.tp_rank != 0:
+        states = {}
+    stages = _gather(states, context)
+    if stages is None:
+        return None
+    of_all = {name: tensors for stage in stages for name, tensors in stage.items()}
+    return HiddenStates(
+        layers=[of_all[f"layer {layer}"] for layer in range(architecture.num_layers)],
+        normed=of_all["norm"],
+        logits=of_all["logits"],
+    )
+
+
+def _forward(chunks: Sequence[GPTModel], batches: Sequence[MicroBatch]) -> Outputs:
+    """Runs the model; what this rank's modules put out, by micro-batch."""
+    outputs: Outputs = {}
+
+    def record(name: str, output: Tensor) -> Tensor:
+        outputs.setdefault(name, []).append(output.clone())
+        return output
+
+    hooks = []
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            layer.tap = partial(record, f"layer {layer.layer_number - 1}")
+        if chunk.decoder.final_layernorm is not None:
+            hooks.append(
+                chunk.decoder.final_layernorm.register_forward_hook(
+                    lambda _module, _inputs, output: record("norm", output)
+                )
+            )
+
+    run_schedule(chunks, batches, forward_only=True, begin=lambda batch: batch)
+    for hook in hooks:
+        hook.remove()
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            layer.tap = None
+    return outputs
+
+
+def _whole(tensor: Tensor, context: ParallelContext) -> Tensor:
+    """[s/tp, b, h] --> [s, b, h] under sequence parallelism."""
+    slices = [torch.empty_like(tensor) for _ in range(context.tp_size)]
+    dist.all_gather(slices, tensor, group=context.groups.tp)
+    return torch.cat(slices)
+
+
+def _by_sequence(
+    tensors: Sequence[Tensor], batches: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """[s, b, h] of each micro-batch --> [length, h] of each sequence, on the CPU."""
+    rows: dict[int, Tensor] = {}
+    for batch, tensor in zip(batches, tensors, strict=True):
+        for row, number in enumerate(batch):
+            rows[number] = tensor[: len(sequences[number]), row].cpu().clone()
+    return [rows[number] for number in range(len(sequences))]
+
+
+def _logits(
+    chunks: Sequence[GPTModel],
+    normed: list[Tensor] | None,
+    architecture: Architecture,
+    context: ParallelContext,
+) -> Outputs:
+    """The logits, on the ranks that hold the head: the last stage, or the first if it is tied.
+
+    Models are built to give hidden states, not logits; this is the head that they hold.
+    """
+    name = "embedding.word_embeddings.weight" if architecture.tied else "output_layer.weight"
+    if architecture.tied and context.pp_size > 1:
+        stages: list[list[Tensor] | None] = [None] * context.groups.mp.size()
+        dist.all_gather_object(stages, normed, group=context.replica_control)
+        normed = next(one for one in stages if one is not None)
+    head = named_parameters(chunks).get(name)
+    if head is None:
+        return {}
+    assert normed is not None
+    logits = []
+    for hidden in normed:
+        local = hidden.to(context.device) @ head.data.t()  # [length, padded vocabulary / tp]
+        parts = [torch.empty_like(local) for _ in range(context.tp_size)]
+        dist.all_gather(parts, local, group=context.groups.tp)
+        logits.append(torch.cat(parts, dim=1)[:, : architecture.vocab_size].cpu())
+    return {"logits": logits}
+
+
+def _gather(states: Outputs, context: ParallelContext) -> list[Outputs] | None:
+    """The states of all ranks of the replica, on its leader."""
+    gathered: list[Outputs] | None = None
+    if context.is_leader:
+        gathered = [{} for _ in range(context.groups.mp.size())]
+    dist.gather_object(states, gathered, dst=context.leader, group=context.replica_control)
+    return gathered

@@ -1,1 +1,0 @@
-"""Bridges between the hidden states of two models: how they are fitted, and their file."""

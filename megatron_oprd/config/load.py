@@ -1,0 +1,172 @@
+"""YAML file and command line -> a checked `RunConfig`.
+
+What can be checked without a model is checked here; what needs the models' configurations is
+checked in `megatron_oprd.training.plan`.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_oprd.config.checks import check_values
+from megatron_oprd.config.schema import RunConfig
+from megatron_oprd.errors import UserError
+
+Settings = TypeVar("Settings")
+
+# What TRL, verl and NeMo-RL call the settings that have another name here.
+_ALIASES = {
+    "learning_rate": "optimizer.lr",
+    "max_steps": "train_iters",
+    "max_num_steps": "train_iters",
+    "total_training_steps": "train_iters",
+    "num_train_steps": "train_iters",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_response_length": "rollout.max_new_tokens",
+    "response_length": "rollout.max_new_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "num_generations": "rollout.samples_per_prompt",
+    "num_generations_per_prompt": "rollout.samples_per_prompt",
+    "num_prompts_per_step": "rollout.prompts_per_step",
+    "train_batch_size": "rollout.prompts_per_step",
+    "per_device_train_batch_size": "batch.micro_batch_size",
+    "ppo_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "train_micro_batch_size": "batch.micro_batch_size",
+    "ppo_max_token_len_per_gpu": "batch.max_tokens",
+    "use_remove_padding": "batch.sequence_packing",
+    "teacher_model_name_or_path": "model.teacher",
+    "teacher_model_path": "model.teacher",
+    "model_name_or_path": "model.student",
+    "train_files": "data.prompts",
+    "dataset_name": "data.prompts",
+    "warmup_ratio": "optimizer.lr_warmup_fraction",
+    "lr_warmup_steps_ratio": "optimizer.lr_warmup_fraction",
+    "lr_scheduler_type": "optimizer.lr_decay_style",
+    "max_grad_norm": "optimizer.clip_grad",
+    "grad_clip": "optimizer.clip_grad",
+    "save_steps": "checkpoint.save_interval",
+    "save_freq": "checkpoint.save_interval",
+    "save_period": "checkpoint.save_interval",
+    "save_total_limit": "checkpoint.keep",
+    "eval_steps": "evaluation.interval",
+    "test_freq": "evaluation.interval",
+    "tensor_parallel_size": "parallel.tensor_model_parallel_size",
+    "pipeline_parallel_size": "parallel.pipeline_model_parallel_size",
+    "expert_parallel_size": "parallel.expert_model_parallel_size",
+    "bf16": "model.params_dtype",
+    "default_local_dir": "output_dir",
+    "checkpoint_dir": "output_dir",
+    "gradient_checkpointing": "recompute.recompute_granularity",
+}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Loads a YAML file and applies dotted overrides (``optimizer.lr=1e-5``), the last one wins.
+
+    Raises:
+        UserError: The file cannot be read, a key is unknown, a value has the wrong type or is not
+            allowed, a required setting is missing, or two settings contradict each other.
+    """
+    config = load_settings(path, overrides, RunConfig)
+    check_values(config)
+    return config
+
+
+def load_settings(path: Path, overrides: Sequence[str], schema: type[Settings]) -> Settings:
+    """Loads a YAML file as ``schema``, a dataclass, and applies dotted overrides.
+
+    Raises:
+        UserError: The file cannot be read, a key is unknown, a value has the wrong type or is not
+            one of those allowed, or a required setting is missing.
+    """
+    try:
+        given: Any = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read: {_one_line(error)}") from error
+    if not OmegaConf.is_dict(given):
+        raise UserError(f"--config {path}: expected settings (key: value), found something else")
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r}: expected key=value, as in optimizer.lr=1e-5")
+        try:
+            given = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, TypeError, yaml.YAMLError) as error:
+            raise UserError(f"override {override!r}: {_one_line(error)}") from error
+    origins = _origins(overrides)
+    try:
+        _check_keys(OmegaConf.to_container(given), schema, prefix="", root=schema)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        if unset := sorted(OmegaConf.missing_keys(merged)):
+            raise UserError(f"{unset[0]} is not set; give it in the YAML file or as {unset[0]}=...")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        origin = next(
+            (where for of, where in origins.items() if key == of or key.startswith(f"{of}.")),
+            f"--config {path}",
+        )
+        value = OmegaConf.select(given, key) if key else None
+        if isinstance(value, str | int | float) and "ListConfig" in str(error):
+            raise UserError(
+                f"{origin}: {key} = {value} has to be a list; write {key}: [{value}] in the file, "
+                f"or {key}=[{value}] on the command line"
+            ) from error
+        where = f" (setting {key})" if key else ""
+        raise UserError(f"{origin}: {str(error).splitlines()[0]}{where}") from error
+    assert isinstance(config, schema)
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _origins(overrides: Sequence[str]) -> dict[str, str]:
+    """What to call the place that a setting comes from, for those of the command line."""
+    return {
+        override.partition("=")[0]: f"override {override!r}" for override in reversed(overrides)
+    }
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _check_keys(given: Any, schema: type, prefix: str, *, root: type) -> None:
+    """Refuses a key that no dataclass has, and names the nearest one that exists."""
+    if not isinstance(given, dict):
+        raise UserError(
+            f"setting {prefix.rstrip('.')!r}: expected a group of settings, found {given!r}"
+        )
+    hints = get_type_hints(schema)
+    for key, value in given.items():
+        full = f"{prefix}{key}"
+        if key not in hints:
+            all_keys = _all_keys(root)
+            meant = _ALIASES.get(str(key))
+            if meant in all_keys:
+                raise UserError(f"unknown setting {full!r}; here it is called {meant!r}")
+            elsewhere = [k for k in all_keys if k.rsplit(".", 1)[-1] == str(key)]
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
+            nearest = elsewhere[0] if elsewhere else f"{prefix}{near[0]}"
+            raise UserError(f"unknown setting {full!r}; the nearest is {nearest!r}")
+        if is_dataclass(hints[key]):
+            _check_keys(value, hints[key], prefix=f"{full}.", root=root)
+
+
+def _all_keys(schema: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in get_type_hints(schema).items():
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            keys += _all_keys(hint, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys

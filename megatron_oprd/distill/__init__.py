@@ -1,0 +1,1 @@
+"""The method: which layers and positions are compared, taps, losses and bridges."""

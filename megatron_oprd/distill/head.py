@@ -1,0 +1,286 @@
+"""The output-space loss and token log-probabilities at the LM head, on the last pipeline stage.
+
+The teacher keeps its last hidden states only. Both models' logits exist for one chunk of positions
+at a time: no [b, s, vocabulary] tensor is ever made.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron_oprd.config.schema import OutputLossConfig
+from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.distill.output_space import (
+    VocabularyShard,
+    gather,
+    log_softmax,
+    output_space_loss,
+)
+from megatron_oprd.distill.taps import Exchange, slice_of_sequence
+
+
+class _AttachGradients(torch.autograd.Function):
+    """Passes hidden states through and adds a loss's gradients, theirs and the head's, backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        of_rows: Tensor,
+        of_weight: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(index, of_rows, of_weight)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        index, of_rows, of_weight = ctx.saved_tensors
+        of_hidden = grad.flatten(0, 1).index_add(0, index, of_rows).view_as(grad)
+        return of_hidden, of_weight, None, None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Positions:
+    """The compared positions of a micro-batch; rows of the flattened hidden state [s * b, h].
+
+    Attributes:
+        index: Rows, [n], int64.
+        weights: What each counts for, [n], fp32.
+        labels: The tokens that follow, [n], int64.
+    """
+
+    index: Tensor
+    weights: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, micro_batch: MicroBatch) -> "_Positions":
+        assert micro_batch.output_weights is not None
+        # [b, s] --> [s * b]
+        weights = micro_batch.output_weights.t().flatten()
+        index = weights.nonzero().squeeze(1)
+        device = micro_batch.tokens.device
+        return cls(
+            index=index.to(device),
+            weights=weights[index].to(device),
+            labels=micro_batch.labels.t().flatten()[index].to(device),
+        )
+
+
+class HeadTap:
+    """Compares both models' next-token distributions where the last stage has both heads.
+
+    Only the ranks of the last stage call `collect` and `attach`, in any order of micro-batches.
+
+    Args:
+        settings: The loss.
+        student: The last stage's chunk of the student.
+        teacher: That of the teacher.
+        vocab_size: Columns that both vocabularies have and that are no padding.
+        padded_vocab_size: Rows of either head, over all tensor-parallel ranks.
+        tp_group: The tensor-parallel group, whose ranks share each head's rows.
+        cp_group: The context-parallel group, whose ranks share each sequence.
+        sequence_parallel: Whether hidden states are split over that group.
+    """
+
+    def __init__(
+        self,
+        settings: OutputLossConfig,
+        *,
+        student: GPTModel,
+        teacher: GPTModel,
+        vocab_size: int,
+        padded_vocab_size: int,
+        tp_group: dist.ProcessGroup,
+        cp_group: dist.ProcessGroup,
+        sequence_parallel: bool,
+    ) -> None:
+        self._settings = settings
+        self._student_head = head_weight(student)
+        self._teacher_head = head_weight(teacher)
+        self._tp_group = tp_group
+        self._cp_group = cp_group if cp_group.size() > 1 else None
+        self._sequence_parallel = sequence_parallel
+        self._shard = VocabularyShard.of(
+            vocab_size=vocab_size, padded_vocab_size=padded_vocab_size, group=tp_group
+        )
+        self._targets: dict[int, Tensor] = {}
+        self._positions: dict[int, _Positions] = {}
+        self._loss = torch.zeros((), device=self._student_head.device, dtype=torch.float64)
+
+    def collect(self, hidden: Tensor, micro_batch: MicroBatch) -> None:
+        """Keeps the teacher's last hidden states at the positions.
+
+        Args:
+            hidden: [s, b, h], or [s/tp, b, h] under sequence parallelism.
+            micro_batch: The student's.
+        """
+        whole = self._whole(hidden.detach()).flatten(0, 1)
+        # Kept for the student's pass: it goes to the device, which waits for that.
+        positions = self._positions[micro_batch.index] = _Positions.of(micro_batch)
+        if micro_batch.teacher is None:
+            targets = whole.index_select(0, positions.index)
+        else:
+            ours, theirs = micro_batch.output_pairs, micro_batch.teacher.output_pairs
+            assert ours is not None
+            assert theirs is not None
+            index, exchange = Exchange.of(
+                wanted=slice_of_sequence(ours.ids, 0, 1),
+                ids=slice_of_sequence(theirs.ids, 0, 1),
+                count=ours.count,
+                group=self._cp_group,
+                device=whole.device,
+            )
+            targets = exchange.targets(whole.index_select(0, index))
+        self._targets[micro_batch.index] = targets
+
+    def attach(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Attaches the loss to the student's last hidden states, which it returns.
+
+        Args:
+            hidden: After the final norm, [s, b, h]; [s/tp, b, h] under sequence parallelism, and
+                then gathered in what is returned.
+            micro_batch: What they are of.
+        """
+        whole = self._whole(hidden)
+        positions = self._positions.pop(micro_batch.index)
+        rows = whole.detach().flatten(0, 1).index_select(0, positions.index)
+        with torch.no_grad():
+            of_rows, of_weight = self._gradients(
+                rows, self._targets.pop(micro_batch.index), positions
+            )
+        return _AttachGradients.apply(
+            whole, self._student_head, positions.index, of_rows, of_weight
+        )
+
+    def end_step(self) -> Tensor:
+        """Hands out the loss, without the coefficient, and starts it anew.
+
+        Returns:
+            This rank's part, weighted over the global batch, fp64, the same on every rank of the
+            tensor-parallel group.
+        """
+        assert not self._targets, "a target was not used"
+        loss = self._loss.clone()
+        self._loss.zero_()
+        return loss
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """The hidden states of all positions, whose gradients are summed over the group's ranks."""
+        if self._sequence_parallel:
+            return gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=self._tp_group
+            )
+        return copy_to_tensor_model_parallel_region(hidden, group=self._tp_group)
+
+    def _gradients(
+        self, rows: Tensor, targets: Tensor, positions: _Positions
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the rows [n, h], of this rank's part of the logits, and of the head."""
+        size = self._shard.size
+        student, teacher = self._student_head[:size], self._teacher_head[:size]
+        of_rows = torch.empty_like(rows)
+        # Summed in fp32 over the chunks.
+        of_weight = torch.zeros_like(self._student_head, dtype=_at_least_fp32(rows.dtype))
+        for chunk in torch.arange(len(rows), device=rows.device).split(self._settings.chunk_tokens):
+            weights = positions.weights[chunk]
+            distance = output_space_loss(
+                rows[chunk] @ student.t(),
+                targets[chunk] @ teacher.t(),
+                positions.labels[chunk],
+                self._shard,
+                self._settings,
+            )
+            self._loss += (weights * distance.value).sum()
+            scaled = (weights * self._settings.coefficient)[:, None] * distance.gradient
+            of_logits = scaled.to(rows.dtype)
+            of_rows[chunk] = of_logits @ student
+            of_weight[:size] += of_logits.t() @ rows[chunk]
+        return of_rows, of_weight.to(self._student_head.dtype)
+
+
+def head_weight(model: GPTModel) -> Tensor:
+    """The last stage's head, [padded_vocab_size/tp, h], which may be the embedding."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+CHUNK_TOKENS = 512
+
+
+class ResponseLogprobs:
+    """Takes the log-probabilities of the step's response tokens by a model's raw logits.
+
+    The vocabulary stays divided over the tensor-parallel ranks, and logits exist for
+    ``CHUNK_TOKENS`` positions at a time. Only the ranks of the last stage call `collect`.
+
+    Args:
+        head: This rank's rows of the LM head, [padded_vocab_size/tp, h]; None on other stages.
+        shard: This rank's columns of the vocabulary.
+        is_meaningless: Which of them are left out of the distribution, [v], bool.
+        num_tokens: Response tokens of the whole step.
+        sequence_parallel: Whether hidden states are split over the shard's group.
+    """
+
+    def __init__(
+        self,
+        head: Tensor | None,
+        *,
+        shard: VocabularyShard,
+        is_meaningless: Tensor,
+        num_tokens: int,
+        sequence_parallel: bool,
+    ) -> None:
+        self._head = head
+        self._shard = shard
+        self._is_meaningless = is_meaningless
+        self._sequence_parallel = sequence_parallel
+        self._found = torch.zeros(num_tokens, device=is_meaningless.device)
+
+    def collect(self, hidden: Tensor, micro_batch: MicroBatch) -> None:
+        """Takes those of a micro-batch. Communicates on the shard's group.
+
+        Args:
+            hidden: After the final norm, [s, b, h], or [s/tp, b, h] under sequence parallelism.
+            micro_batch: What it is of, with ``response_tokens``.
+        """
+        assert micro_batch.response_tokens is not None
+        assert self._head is not None
+        if self._sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=self._shard.group)
+        # [b, s] --> [s * b]
+        numbers = micro_batch.response_tokens.t().flatten()
+        index = numbers.nonzero().squeeze(1)
+        labels = micro_batch.labels.t().flatten()[index].to(hidden.device)
+        numbers, index = (numbers[index] - 1).to(hidden.device), index.to(hidden.device)
+        rows, head = hidden.flatten(0, 1), self._head[: self._shard.size]
+        for chunk in torch.arange(len(index), device=index.device).split(CHUNK_TOKENS):
+            logits = (rows[index[chunk]] @ head.t()).float()
+            logits.masked_fill_(self._is_meaningless, -torch.inf)
+            logprobs = gather(log_softmax(logits, self._shard), labels[chunk, None], self._shard)
+            self._found[numbers[chunk]] = logprobs.squeeze(1)
+
+    def all(self) -> Tensor:
+        """Those of all tokens of the step, [num_tokens], fp32, the same on every rank.
+
+        Every rank has to call.
+        """
+        if self._shard.group.rank() != 0:
+            self._found.zero_()  # these ranks have what tensor rank 0 has
+        dist.all_reduce(self._found)
+        return self._found

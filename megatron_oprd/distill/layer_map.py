@@ -1,0 +1,242 @@
+"""The layer map: supervised student layers, their teacher layers, and the pipeline stage of each.
+
+Layers are counted from 0. Layer l is the l-th block, whatever a model calls its outputs. Every
+matched pair shares a stage, so that no hidden state crosses a stage boundary.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from megatron_oprd.config.schema import LayerSet
+from megatron_oprd.errors import UserError
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A student layer and the teacher layer it is matched with, both counted from 0."""
+
+    student: int
+    teacher: int
+
+
+def proportional_layer_map(num_student_layers: int, num_teacher_layers: int) -> list[int]:
+    """The teacher layer for every student layer by depth (the paper's eq. 11).
+
+    With layers counted from 1, phi(l) = round((l-1)/(L_S-1) * (L_T-1)) + 1. The quotient is exact
+    and halves go to the even side, as in the reference code. A student of one layer is matched with
+    the teacher's last. The map never decreases.
+
+    Args:
+        num_student_layers: L_S, at least 1.
+        num_teacher_layers: L_T, at least 1.
+
+    Returns:
+        One teacher layer, from 0, for each student layer.
+
+    Raises:
+        ValueError: A number of layers is below 1.
+    """
+    if num_student_layers < 1 or num_teacher_layers < 1:
+        raise ValueError(
+            f"a model has at least one layer; got num_student_layers={num_student_layers}, "
+            f"num_teacher_layers={num_teacher_layers}"
+        )
+    last_student, last_teacher = num_student_layers - 1, num_teacher_layers - 1
+    if last_student == 0:
+        return [last_teacher]
+    return [
+        round(Fraction(layer * last_teacher, last_student)) for layer in range(num_student_layers)
+    ]
+
+
+def select_layers(layers: LayerSet | Sequence[int], num_layers: int) -> list[int]:
+    """The student layers a setting ``taps.layers`` stands for.
+
+    Args:
+        layers: ``all``, ``last``, ``even`` (0, 2, 4, ...), ``odd`` (1, 3, 5, ...), ``none``, or
+            layers counted from 0, in rising order and each once.
+        num_layers: The student's number of layers.
+
+    Returns:
+        The layers, from 0, in rising order; empty for ``none`` only.
+
+    Raises:
+        UserError: Unknown word, a list that is empty, not rising or out of range, or ``odd`` with a
+            model of one layer.
+    """
+    if isinstance(layers, str):
+        chosen = {
+            "all": range(num_layers),
+            "last": range(num_layers - 1, num_layers),
+            "even": range(0, num_layers, 2),
+            "odd": range(1, num_layers, 2),
+            "none": range(0),
+        }.get(layers)
+        if chosen is None:
+            raise UserError(
+                f"taps.layers is {layers!r}; it must be all, last, even, odd, none or a list of "
+                "layers"
+            )
+        if not chosen and layers != "none":
+            raise UserError(f"taps.layers is {layers!r}, which selects none of {num_layers} layers")
+        return list(chosen)
+
+    listed = list(layers)
+    if not listed:
+        raise UserError("taps.layers is an empty list; it must name at least one layer")
+    _check_range("taps.layers", listed, num_layers, "student")
+    if any(after <= before for before, after in itertools.pairwise(listed)):
+        raise UserError(
+            f"taps.layers is {listed}; it must be in rising order, each layer once: "
+            f"{sorted(set(listed))}"
+        )
+    return listed
+
+
+def layer_pairs(
+    layers: LayerSet | Sequence[int],
+    layer_map: Literal["proportional"] | Sequence[int],
+    *,
+    num_student_layers: int,
+    num_teacher_layers: int,
+) -> list[LayerPair]:
+    """The layers that are compared.
+
+    Args:
+        layers: The student layers, see `select_layers`.
+        layer_map: ``proportional`` (see `proportional_layer_map`), or one teacher layer, from 0,
+            for each selected student layer, in any order.
+        num_student_layers: The student's number of layers.
+        num_teacher_layers: The teacher's number of layers.
+
+    Returns:
+        One pair for each selected student layer, by rising student layer.
+
+    Raises:
+        UserError: A mistake in ``taps.layers`` or ``taps.layer_map``.
+    """
+    student_layers = select_layers(layers, num_student_layers)
+    if isinstance(layer_map, str):
+        if layer_map != "proportional":
+            raise UserError(
+                f"taps.layer_map is {layer_map!r}; it must be proportional or a list of teacher "
+                "layers"
+            )
+        by_depth = proportional_layer_map(num_student_layers, num_teacher_layers)
+        teacher_layers = [by_depth[layer] for layer in student_layers]
+    else:
+        teacher_layers = list(layer_map)
+        if len(teacher_layers) != len(student_layers):
+            raise UserError(
+                f"taps.layer_map has {len(teacher_layers)} teacher layers {teacher_layers}; it "
+                f"must have {len(student_layers)}, one for each student layer {student_layers} "
+                "that taps.layers selects"
+            )
+        _check_range("taps.layer_map", teacher_layers, num_teacher_layers, "teacher")
+    return [LayerPair(s, t) for s, t in zip(student_layers, teacher_layers, strict=True)]
+
+
+def _check_range(setting: str, listed: list[int], num_layers: int, whose: str) -> None:
+    outside = [layer for layer in listed if not 0 <= layer < num_layers]
+    if outside:
+        raise UserError(
+            f"{setting} has {', '.join(map(str, outside))}; the {whose}'s layers are 0 to "
+            f"{num_layers - 1}"
+        )
+
+
+def student_stages(
+    num_layers: int, pairs: Sequence[LayerPair], num_stages: int, *, num_running: int
+) -> tuple[int, ...]:
+    """The student's layers on each stage, as even as they go.
+
+    Layers that do not run cost no time and go to the last stage, unless there are more stages
+    than other layers. A stage does not end where the map could not be placed (a shallower teacher's
+    layer that is matched with the layers on both sides), as long as there are other places.
+
+    Args:
+        num_layers: The student's depth.
+        pairs: The matched pairs.
+        num_stages: Pipeline stages, virtual ones counted one by one.
+        num_running: Layers that run in training.
+
+    Raises:
+        UserError: There are fewer layers than stages.
+    """
+    if num_layers < num_stages:
+        raise UserError(
+            f"{num_stages} pipeline stages (parallel.pipeline_model_parallel_size x virtual "
+            f"stages) for the student's {num_layers} layers: every stage needs at least one"
+        )
+    spread = num_running if num_running >= num_stages else num_layers
+    share, more = divmod(spread, num_stages)
+    ends = list(itertools.accumulate(share + (stage < more) for stage in range(num_stages - 1)))
+    possible = [end for end in range(1, spread) if _separates(end, pairs)]
+    if len(possible) >= len(ends):
+        ends = _nearest(ends, possible)
+    return tuple(end - start for start, end in itertools.pairwise([0, *ends, num_layers]))
+
+
+def _separates(end: int, pairs: Sequence[LayerPair]) -> bool:
+    """Whether the teacher layers of student layers before ``end`` come before all others."""
+    before = (pair.teacher for pair in pairs if pair.student < end)
+    after = (pair.teacher for pair in pairs if pair.student >= end)
+    return max(before, default=-1) < min(after, default=math.inf)
+
+
+def _nearest(wanted: Sequence[int], possible: Sequence[int]) -> list[int]:
+    """For each wanted number the nearest possible one, rising, with enough left for the rest."""
+    chosen: list[int] = []
+    first = 0
+    for number, end in enumerate(wanted):
+        last = len(possible) - (len(wanted) - number) + 1
+        nearest = min(range(first, last), key=lambda i: abs(possible[i] - end))
+        chosen.append(possible[nearest])
+        first = nearest + 1
+    return chosen
+
+
+def teacher_stages(
+    pairs: Sequence[LayerPair], layers_per_student_stage: Sequence[int], *, depth: int
+) -> tuple[int, ...]:
+    """The teacher's layers on each stage.
+
+    Teacher layers up to phi(l) live on the stage of student layer l or before it. Where the map
+    leaves a choice, the teacher's layers are divided as evenly as it allows.
+
+    Args:
+        pairs: The matched pairs, in any order.
+        layers_per_student_stage: The student's layers on each stage.
+        depth: The teacher's layers that are built, its deepest mapped one or more.
+
+    Raises:
+        UserError: No division puts every pair on one stage; the message names the pair.
+    """
+    stage_of = [stage for stage, count in enumerate(layers_per_student_stage) for _ in range(count)]
+    num_stages = len(layers_per_student_stage)
+    counts, done = [], 0
+    for stage in range(num_stages):
+        here_or_before = [p for p in pairs if stage_of[p.student] <= stage]
+        after = [p for p in pairs if stage_of[p.student] > stage]
+        first_after = min(after, key=lambda p: p.teacher, default=None)
+        low = max((p.teacher + 1 for p in here_or_before), default=0)
+        high = first_after.teacher if first_after is not None else depth
+        if low > high:
+            assert first_after is not None
+            deepest = max(here_or_before, key=lambda p: p.teacher)
+            raise UserError(
+                f"taps.layer_map: student layer {first_after.student} (pipeline stage "
+                f"{stage_of[first_after.student]}) is matched with teacher layer "
+                f"{first_after.teacher}, but student layer {deepest.student} of the earlier stage "
+                f"{stage_of[deepest.student]} with teacher layer {deepest.teacher}; matched "
+                "layers share a stage, so later student stages need deeper teacher layers"
+            )
+        even = round((stage + 1) * depth / num_stages)
+        end = min(max(even, low, done), high)
+        counts.append(end - done)
+        done = end
+    return tuple(counts)

@@ -1,0 +1,292 @@
+"""On-policy distillation in output space (OPD): distances between next-token distributions.
+
+Every loss gives a value for each position and its gradient with respect to the student's logits in
+closed form. No graph is kept, and a chunk of positions needs a few matrices [n, v]. p is the
+student's distribution, q the teacher's, both after their temperatures. The vocabulary's columns are
+divided over the tensor-parallel ranks. Shape suffixes: n positions, v this rank's columns, k tokens
+of a support.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_oprd.config.schema import OutputLossConfig, Support, SupportWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyShard:
+    """This rank's columns of the vocabulary, those that only pad it left out.
+
+    Attributes:
+        start: The first column.
+        size: Columns; may be 0 on the last ranks of a very small vocabulary.
+        group: The ranks that share the vocabulary (tensor-parallel).
+    """
+
+    start: int
+    size: int
+    group: dist.ProcessGroup
+
+    @classmethod
+    def of(
+        cls, *, vocab_size: int, padded_vocab_size: int, group: dist.ProcessGroup
+    ) -> "VocabularyShard":
+        """This rank's part of the first ``vocab_size`` of ``padded_vocab_size`` columns."""
+        width = padded_vocab_size // group.size()
+        start = group.rank() * width
+        return cls(start=start, size=min(max(vocab_size - start, 0), width), group=group)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Adds ``value``, of any shape, up over the ranks, in place."""
+        if self.group.size() > 1:
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def max(self, value: Tensor) -> Tensor:
+        """The largest of each element over the ranks, in place."""
+        if self.group.size() > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+        return value
+
+
+def log_softmax(logits: Tensor, shard: VocabularyShard) -> Tensor:
+    """Log-probabilities of this rank's columns, normalised over all ranks': [n, v] --> [n, v].
+
+    Two sums of [n] go over the shard's group.
+    """
+    no_column = logits.new_full((len(logits), 1), -torch.inf)
+    largest = (logits if shard.size else no_column).amax(dim=1)
+    centred = logits - shard.max(largest)[:, None]
+    return centred - shard.sum(centred.exp().sum(dim=1)).log()[:, None]
+
+
+def gather(values: Tensor, ids: Tensor, shard: VocabularyShard) -> Tensor:
+    """The values of chosen columns, whichever rank has them.
+
+    Args:
+        values: [n, v].
+        ids: Columns of the whole vocabulary [n, k], int64, the same on every rank.
+        shard: This rank's columns.
+
+    Returns:
+        [n, k].
+    """
+    local, is_here = _local(ids, shard)
+    found = values.new_zeros(ids.shape)
+    if shard.size:
+        found = torch.where(is_here, values.gather(1, local), 0)
+    return shard.sum(found)
+
+
+def scatter(values: Tensor, ids: Tensor, shard: VocabularyShard) -> Tensor:
+    """Puts values into their columns, where they are this rank's: [n, k] --> [n, v].
+
+    A column that is named twice gets the sum.
+    """
+    local, is_here = _local(ids, shard)
+    result = values.new_zeros(len(ids), shard.size)
+    if shard.size:
+        result.scatter_add_(1, local, torch.where(is_here, values, 0))
+    return result
+
+
+def top_k(values: Tensor, k: int, shard: VocabularyShard) -> Tensor:
+    """The columns with the k largest values over all ranks: [n, v] --> [n, k], largest first.
+
+    ``k`` values and columns of each rank go over the shard's group.
+    """
+    here = min(k, shard.size)
+    best, ids = values.topk(here, dim=1)
+    ids = ids + shard.start
+    size = shard.group.size()
+    if size == 1:
+        return ids
+    best = torch.nn.functional.pad(best, (0, k - here), value=-torch.inf)
+    ids = torch.nn.functional.pad(ids, (0, k - here))
+    all_best = [torch.empty_like(best) for _ in range(size)]
+    all_ids = [torch.empty_like(ids) for _ in range(size)]
+    dist.all_gather(all_best, best.contiguous(), group=shard.group)
+    dist.all_gather(all_ids, ids.contiguous(), group=shard.group)
+    chosen = torch.cat(all_best, dim=1).topk(k, dim=1).indices
+    return torch.cat(all_ids, dim=1).gather(1, chosen)
+
+
+def _local(ids: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+    """Columns counted from this rank's first, 0 for those of others, and which are this rank's."""
+    local = ids - shard.start
+    is_here = (local >= 0) & (local < shard.size)
+    return torch.where(is_here, local, 0), is_here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """What a loss is at each position.
+
+    Attributes:
+        value: [n], the same on every rank of the shard's group.
+        gradient: With respect to this rank's student logits [n, v].
+    """
+
+    value: Tensor
+    gradient: Tensor
+
+
+def output_space_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    shard: VocabularyShard,
+    settings: OutputLossConfig,
+) -> Distance:
+    """The distance of two distributions at every position.
+
+    Communicates on the shard's group. Everything is in fp32, or fp64 for fp64 logits.
+
+    Args:
+        student_logits: This rank's columns of the raw logits [n, v], any floating dtype.
+        teacher_logits: Likewise, of the same columns.
+        labels: The token that was sampled at each position [n], int64; for ``sampled_token``.
+        shard: This rank's columns.
+        settings: The loss, without its coefficient.
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = log_softmax(student_logits.to(dtype) / settings.student_temperature, shard)
+    log_q = log_softmax(teacher_logits.to(dtype) / settings.teacher_temperature, shard)
+    match settings.kind:
+        case "sampled_token":
+            found = sampled_token(log_p, log_q, labels, shard)
+        case "top_k":
+            found = top_k_reverse_kl(
+                log_p,
+                log_q,
+                shard,
+                k=settings.k,
+                support=settings.support,
+                weights=settings.support_weights,
+            )
+        case "reverse_kl":
+            found = reverse_kl(log_p, log_q, shard)
+        case "forward_kl":
+            found = forward_kl(log_p, log_q, shard)
+        case "jsd":
+            found = jsd(log_p, log_q, shard, beta=settings.beta)
+        case _:
+            raise ValueError(f"there is no output-space loss {settings.kind!r}")
+    return Distance(value=found.value, gradient=found.gradient / settings.student_temperature)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, shard: VocabularyShard) -> Distance:
+    """KL(p || q) over the whole vocabulary; gradients are those of the logits of ``log_p``."""
+    p, log_ratio = log_p.exp(), log_p - log_q
+    value = shard.sum((p * log_ratio).sum(dim=1))
+    return Distance(value=value, gradient=p * (log_ratio - value[:, None]))
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, shard: VocabularyShard) -> Distance:
+    """KL(q || p) over the whole vocabulary."""
+    q = log_q.exp()
+    value = shard.sum((q * (log_q - log_p)).sum(dim=1))
+    return Distance(value=value, gradient=log_p.exp() - q)
+
+
+def jsd(log_p: Tensor, log_q: Tensor, shard: VocabularyShard, *, beta: float) -> Distance:
+    """The generalised Jensen-Shannon divergence (Agarwal et al., arXiv:2306.13649, eq. 1).
+
+    beta * KL(q || m) + (1 - beta) * KL(p || m) with m = beta * q + (1 - beta) * p, 0 < beta < 1.
+    """
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    p = log_p.exp()
+    of_teacher = shard.sum((log_q.exp() * (log_q - log_m)).sum(dim=1))
+    log_ratio = log_p - log_m
+    of_student = shard.sum((p * log_ratio).sum(dim=1))
+    return Distance(
+        value=beta * of_teacher + (1 - beta) * of_student,
+        gradient=(1 - beta) * p * (log_ratio - of_student[:, None]),
+    )
+
+
+def sampled_token(log_p: Tensor, log_q: Tensor, labels: Tensor, shard: VocabularyShard) -> Distance:
+    """The policy gradient with advantage log q(y) - log p(y) of the sampled token y.
+
+    The value is log p(y) - log q(y), whose mean over rollouts of the student estimates KL(p || q).
+    The gradient is that value, detached, times the gradient of log p(y); differentiating the value
+    itself would give a gradient whose expectation is zero.
+    """
+    ids = labels[:, None]
+    value = gather(log_p - log_q, ids, shard)
+    gradient = scatter(value, ids, shard) - value * log_p.exp()
+    return Distance(value=value[:, 0], gradient=gradient)
+
+
+def top_k_reverse_kl(
+    log_p: Tensor,
+    log_q: Tensor,
+    shard: VocabularyShard,
+    *,
+    k: int,
+    support: Support,
+    weights: SupportWeights,
+) -> Distance:
+    """Reverse KL of both distributions renormalised on a support of a few tokens.
+
+    The value is the sum of w * (log p - log q) over the support, with p and q renormalised on it.
+    The gradient is the policy gradient with the same terms, detached, as (negative) advantages:
+    sum of [w * (log p - log q)] * grad log p. With w = p it is the exact gradient of the
+    renormalised KL. (The reference implementation takes log p and log q before renormalisation.)
+
+    Args:
+        log_p: [n, v].
+        log_q: [n, v].
+        shard: This rank's columns.
+        k: Tokens that are taken of a model.
+        support: The student's k most likely tokens, the teacher's, those in both, or in either.
+        weights: w: the renormalised p, the renormalised q, or the same for all of the support.
+
+    Returns:
+        Value and gradient; both are 0 at positions with an empty support.
+    """
+    ids, is_in = _support(log_p, log_q, shard, k=k, support=support)
+    log_p_k = _renormalised(gather(log_p, ids, shard), is_in)
+    log_q_k = _renormalised(gather(log_q, ids, shard), is_in)
+    p = log_p_k.exp()
+    match weights:
+        case "student_p":
+            w = p
+        case "teacher_p":
+            w = log_q_k.exp()
+        case "none":
+            w = is_in.to(p.dtype) / is_in.sum(dim=1, keepdim=True).clamp(min=1)
+    terms = torch.where(is_in, w * (log_p_k - log_q_k), 0)
+    value = terms.sum(dim=1)
+    return Distance(value=value, gradient=scatter(terms - p * value[:, None], ids, shard))
+
+
+def _support(
+    log_p: Tensor, log_q: Tensor, shard: VocabularyShard, *, k: int, support: Support
+) -> tuple[Tensor, Tensor]:
+    """Tokens [n, k or 2k], and which of them count; each counts at most once."""
+    if support == "only_tch":
+        ids = top_k(log_q, k, shard)
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    ids = top_k(log_p, k, shard)
+    if support == "only_stu":
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    of_teacher = top_k(log_q, k, shard)
+    same = ids[:, :, None] == of_teacher[:, None, :]  # [n, k, k]
+    if support == "intersection":
+        return ids, same.any(dim=2)
+    return (
+        torch.cat([ids, of_teacher], dim=1),
+        torch.cat([torch.ones_like(ids, dtype=torch.bool), ~same.any(dim=1)], dim=1),
+    )
+
+
+def _renormalised(log_probabilities: Tensor, is_in: Tensor) -> Tensor:
+    """Log-probabilities [n, k] that sum to one over the support; -inf outside of it."""
+    inside = log_probabilities.masked_fill(~is_in, -torch.inf)
+    total = inside.logsumexp(dim=1, keepdim=True)
+    return inside - torch.where(is_in.any(dim=1, keepdim=True), total, 0)

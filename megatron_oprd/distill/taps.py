@@ -1,0 +1,371 @@
+"""Taps on live models: the teacher's collect targets, the student's attach the loss.
+
+The loss is attached where the hidden state is, on the pipeline stage that owns the layer, through
+an autograd function in the layer's forward pass. The schedule is not changed, and no hidden state
+leaves its stage. A `Selection` holds the compared rows of this rank's slice of the sequence.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from megatron_oprd.config.schema import Normalize
+from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.distill.layer_map import LayerPair
+from megatron_oprd.distill.projectors import Projectors
+from megatron_oprd.distill.representation import compare
+from megatron_oprd.models.layers import Tap
+from megatron_oprd.parallel.context import ParallelContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """How the rows of a teacher that reads other sequences come to the student's positions.
+
+    Attributes:
+        slots: The pair that each of this rank's rows is of, from 0, [m], int64.
+        wanted: The pairs that this rank compares, in the order of its positions, [n], int64.
+        num_pairs: Pairs of the micro-batch, over all ranks that share its sequences.
+        group: These ranks; None if each has whole sequences.
+    """
+
+    slots: Tensor
+    wanted: Tensor
+    num_pairs: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        wanted: Tensor,
+        ids: Tensor,
+        count: int,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+    ) -> "tuple[Tensor, Exchange]":
+        """The exchange, and the teacher's rows that this rank gives to it.
+
+        Args:
+            wanted: The pair of each of the student's rows here, from 1; 0 is none.
+            ids: That of each of the teacher's rows here.
+            count: Pairs of the micro-batch.
+            group: The ranks that share its sequences; None if each has whole ones.
+            device: Where the tensors go.
+        """
+        index = ids.nonzero().squeeze(1)
+        return index.to(device), cls(
+            slots=(ids[index] - 1).to(device),
+            wanted=(wanted[wanted > 0] - 1).to(device),
+            num_pairs=count,
+            group=group,
+        )
+
+    def targets(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks that this rank compares with: [m, width] --> [n, width].
+
+        All pairs go over the group, so rows should be projected before.
+        """
+        pairs = rows.new_zeros(self.num_pairs, rows.shape[1]).index_copy(0, self.slots, rows)
+        if self.group is not None:
+            dist.all_reduce(pairs, group=self.group)
+        return pairs.index_select(0, self.wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The compared positions of a micro-batch on this rank's slice of the sequence.
+
+    Attributes:
+        micro_batch: The micro-batch's number.
+        index: Rows of the flattened hidden state [s * b, h] (or [s/tp * b, h]), [n], int64.
+        weights: What each counts for in the loss, [n], fp32; not used on the teacher's side.
+        exchange: Set on the side of a teacher that reads other sequences.
+    """
+
+    micro_batch: int
+    index: Tensor
+    weights: Tensor
+    exchange: Exchange | None = None
+
+    @classmethod
+    def of(cls, micro_batch: MicroBatch, *, tp_rank: int, tp_size: int) -> "Selection":
+        """Selects on one of ``tp_size`` equal slices of the sequence (1: the whole of it)."""
+        weights = slice_of_sequence(micro_batch.weights, tp_rank, tp_size)
+        index = weights.nonzero().squeeze(1)
+        device = micro_batch.tokens.device
+        return cls(
+            micro_batch=micro_batch.index,
+            index=index.to(device),
+            weights=weights[index].to(device),
+        )
+
+    @classmethod
+    def of_teacher(
+        cls,
+        micro_batch: MicroBatch,
+        *,
+        tp_rank: int,
+        tp_size: int,
+        group: dist.ProcessGroup | None,
+    ) -> "Selection":
+        """Selects what a teacher that reads other sequences has at the compared positions.
+
+        Args:
+            micro_batch: The student's, with the teacher's.
+            tp_rank: See `of`.
+            tp_size: See `of`.
+            group: The ranks that share sequences; None if each has whole ones.
+        """
+        assert micro_batch.teacher is not None
+        student, teacher = micro_batch.pairs, micro_batch.teacher.pairs
+        assert student is not None
+        assert teacher is not None
+        index, exchange = Exchange.of(
+            wanted=slice_of_sequence(student.ids, tp_rank, tp_size),
+            ids=slice_of_sequence(teacher.ids, tp_rank, tp_size),
+            count=student.count,
+            group=group,
+            device=micro_batch.tokens.device,
+        )
+        return cls(
+            micro_batch=micro_batch.index,
+            index=index,
+            weights=torch.empty(0, device=index.device),
+            exchange=exchange,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSelector:
+    """Selects on a rank's slice of each sequence.
+
+    Attributes:
+        tp_rank: The slice among those of the tensor-parallel ranks, from 0.
+        tp_size: Such slices: the tensor-parallel size under sequence parallelism, else 1.
+        group: The ranks that share sequences; None if each has whole ones.
+    """
+
+    tp_rank: int
+    tp_size: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, context: ParallelContext, *, sequence_parallel: bool) -> "RankSelector":
+        """That of a rank."""
+        groups = context.groups
+        sharing = {
+            (False, False): None,
+            (True, False): groups.tp,
+            (False, True): groups.cp,
+            (True, True): groups.tp_cp,
+        }
+        return cls(
+            tp_rank=context.tp_rank if sequence_parallel else 0,
+            tp_size=context.tp_size if sequence_parallel else 1,
+            group=sharing[sequence_parallel, context.cp_size > 1],
+        )
+
+    def select(self, micro_batch: MicroBatch, *, for_teacher: bool) -> tuple[MicroBatch, Selection]:
+        """What a model reads of a micro-batch, and what of it is compared."""
+        slice_ = {"tp_rank": self.tp_rank, "tp_size": self.tp_size}
+        if for_teacher and micro_batch.teacher is not None:
+            selection = Selection.of_teacher(micro_batch, **slice_, group=self.group)
+            return micro_batch.teacher, selection
+        return micro_batch, Selection.of(micro_batch, **slice_)
+
+
+def slice_of_sequence(values: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """One of equal slices of the sequence, in a hidden state's order: [b, s] --> [s/tp * b]."""
+    return values.t().chunk(tp_size)[tp_rank].flatten()
+
+
+class _AttachGradient(torch.autograd.Function):
+    """Passes a hidden state through unchanged and adds a loss's gradient to the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, index: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(index, gradient)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, gradient = ctx.saved_tensors
+        return grad.flatten(0, 1).index_add(0, index, gradient).view_as(grad), None, None
+
+
+class PairTaps:
+    """Taps on this rank's chunks of both models: the teacher's keep rows for the student's to take.
+
+    Args:
+        pairs: All matched layers, by rising student layer; each rank taps those it owns.
+        post_norm: Whether a model's last layer is taken after the final norm.
+        projectors: Of a bridge, of this rank's layers at least: targets are projected where they
+            are taken, so that r numbers of each are kept.
+    """
+
+    def __init__(
+        self, pairs: Sequence[LayerPair], *, post_norm: bool, projectors: Projectors | None = None
+    ) -> None:
+        self._pairs = list(pairs)
+        self._post_norm = post_norm
+        self._projectors = projectors
+        self._current: Selection | None = None
+        self._is_paused = False
+        self._users = Counter(pair.teacher for pair in self._pairs)
+        # (teacher layer, micro-batch): the target, and how many student layers still want it
+        self._targets: dict[tuple[int, int], tuple[Tensor, int]] = {}
+
+    def attach_teacher(self, chunks: Sequence[GPTModel], *, depth: int) -> None:
+        """Puts collecting taps on a teacher of ``depth`` layers (before it was cut)."""
+        for layer in sorted({pair.teacher for pair in self._pairs}):
+            self._attach(chunks, layer, depth, self._collecting_tap(layer))
+
+    def attach_student(self, chunks: Sequence[GPTModel], *, depth: int) -> None:
+        """Puts taps on a student of ``depth`` layers."""
+        for number, pair in enumerate(self._pairs):
+            self._attach(chunks, pair.student, depth, self._student_tap(number, pair))
+
+    def begin(self, selection: Selection) -> None:
+        """Says which micro-batch the next forward pass is of."""
+        self._current = selection
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Has the student's taps do nothing inside the block: for a pass without a loss."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def _student_tap(self, number: int, pair: LayerPair) -> Tap:
+        """The tap on the student's layer of the ``number``-th pair."""
+        raise NotImplementedError
+
+    def _attach(self, chunks: Sequence[GPTModel], layer: int, depth: int, tap: Tap) -> None:
+        for chunk in chunks:
+            for module in chunk.decoder.layers:
+                if module.layer_number - 1 != layer:
+                    continue
+                if layer == depth - 1 and self._post_norm:
+                    norm = chunk.decoder.final_layernorm
+                    norm.register_forward_hook(lambda _module, _inputs, output: tap(output))
+                elif module.tap is None:
+                    module.tap = tap
+                else:
+                    module.tap = _one_after_the_other(module.tap, tap)
+
+    def _take_target(self, layer: int, micro_batch: int) -> Tensor:
+        """The target, which goes with its last user."""
+        target, users = self._targets.pop((layer, micro_batch))
+        if users > 1:
+            self._targets[layer, micro_batch] = target, users - 1
+        return target
+
+    def _collecting_tap(self, layer: int) -> Tap:
+        def collect(hidden: Tensor) -> Tensor:
+            selection = self._current
+            assert selection is not None
+            rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)
+            if self._projectors is not None:
+                rows = self._projectors.project_teacher(layer, rows)
+            if selection.exchange is not None:
+                rows = selection.exchange.targets(rows)
+            self._targets[layer, selection.micro_batch] = rows, self._users[layer]
+            return hidden
+
+        return collect
+
+
+def _one_after_the_other(first: Tap, second: Tap) -> Tap:
+    """Two teachers' taps on one layer of the student."""
+    return lambda hidden: second(first(hidden))
+
+
+class Taps(PairTaps):
+    """The taps of a training run, and what they hold during a step.
+
+    Args:
+        pairs: All matched layers, by rising student layer; each rank taps those it owns.
+        normalize: See `token_mse`.
+        coefficients: Factor on the loss of each pair as it is attached; metrics are without it.
+        post_norm: Whether a model's last layer is taken after the final norm.
+        device: Where the metrics live.
+        projectors: Of a bridge; losses and cosines are then those of the projected states.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[LayerPair],
+        *,
+        normalize: Normalize,
+        coefficients: Sequence[float],
+        post_norm: bool,
+        device: torch.device,
+        projectors: Projectors | None = None,
+    ) -> None:
+        super().__init__(pairs, post_norm=post_norm, projectors=projectors)
+        self._normalize = normalize
+        self._coefficients = list(coefficients)
+        self._pending: dict[int, deque[Selection]] = {}
+        self._loss = torch.zeros(len(pairs), device=device, dtype=torch.float64)
+        self._cosine = torch.zeros(len(pairs), device=device, dtype=torch.float64)
+
+    def end_step(self) -> tuple[Tensor, Tensor]:
+        """Hands out the metrics and starts them anew.
+
+        Returns:
+            This rank's part of each pair's loss (without the coefficient) and of its cosine, both
+            weighted over the global batch, [pairs], fp64. Summed over the ranks that hold a part
+            they are the global values.
+        """
+        assert not any(self._pending.values()), "a recomputed layer was not run again"
+        assert not self._targets, "a target was not used"
+        loss, cosine = self._loss.clone(), self._cosine.clone()
+        self._loss.zero_()
+        self._cosine.zero_()
+        return loss, cosine
+
+    def _student_tap(self, number: int, pair: LayerPair) -> Tap:
+        # Under full recompute the layer's forward runs twice: first without grad, then, during
+        # the backward pass, with it, when later micro-batches have begun. Backward passes come in
+        # the order of the forward passes, so a queue says which micro-batch it is.
+        pending = self._pending.setdefault(number, deque())
+        projectors, layer = self._projectors, pair.student
+
+        def attach(hidden: Tensor) -> Tensor:
+            if self._is_paused:
+                return hidden
+            assert self._current is not None
+            if not torch.is_grad_enabled():
+                pending.append(self._current)
+                return hidden
+            selection = pending.popleft() if pending else self._current
+            rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)  # [n, h]
+            target = self._take_target(pair.teacher, selection.micro_batch)
+            # The gradient is worked out here and kept in the hidden state's dtype; a graph would
+            # keep several fp32 copies of the rows until the backward pass.
+            with torch.no_grad():
+                states = rows if projectors is None else projectors.project_student(layer, rows)
+                found = compare(states, target, normalize=self._normalize)
+                self._loss[number] += (selection.weights * found.distance).sum()
+                self._cosine[number] += (selection.weights * found.cosine).sum()
+                factors = selection.weights * self._coefficients[number]
+                gradient = found.gradient.mul_(factors[:, None])
+                if projectors is not None:
+                    gradient = projectors.student_gradient(layer, gradient)
+                gradient = gradient.to(hidden.dtype)
+            attached = _AttachGradient.apply(hidden, selection.index, gradient)
+            # The schedule frees stage outputs and cannot free a view.
+            return make_viewless_tensor(attached, requires_grad=True, keep_graph=True)
+
+        return attach

@@ -1,0 +1,254 @@
+"""Process groups, this rank's place in the model-parallel layout, and seeds."""
+
+import copy
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_oprd.config.schema import ParallelConfig
+from megatron_oprd.errors import UserError
+from megatron_oprd.parallel import cpu
+from megatron_oprd.parallel.layout import Place
+
+_CONTROL_TIMEOUT = timedelta(days=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """This rank's place in the run.
+
+    A data-parallel replica is one of everything but the experts of a mixture of experts. Their
+    groups cut the same ranks of a stage another way: expert-tensor-parallel x expert-parallel ranks
+    in a row have one of each expert, be they a part of a replica or several. So replicas have to
+    do everything that runs or moves experts together, in the same order.
+
+    Attributes:
+        device: Where this rank's tensors live.
+        groups: megatron-core's process groups.
+        replica_control: Over the ranks of this data-parallel replica (TP x CP x PP), for objects.
+        leaders_control: Over one rank of each replica (the data-parallel group), for objects.
+            Both are gloo groups on the host, on which a rank may wait as long as a rollout takes.
+        leader: Global rank of the replica's first rank (tensor rank 0 of stage 0), which generates
+            rollouts and collects exported weights.
+        transformer_engine: Whether layers come from Transformer Engine.
+    """
+
+    device: torch.device
+    groups: ProcessGroupCollection
+    replica_control: dist.ProcessGroup
+    leaders_control: dist.ProcessGroup
+    leader: int
+    transformer_engine: bool
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return dist.get_rank()
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is the first rank of its data-parallel replica."""
+        return self.rank == self.leader
+
+    @property
+    def tp_rank(self) -> int:
+        """Rank in the tensor-parallel group."""
+        return self.groups.tp.rank()
+
+    @property
+    def tp_size(self) -> int:
+        """Size of the tensor-parallel group."""
+        return self.groups.tp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage of this rank."""
+        return self.groups.pp.rank()
+
+    @property
+    def pp_size(self) -> int:
+        """Pipeline stages."""
+        return self.groups.pp.size()
+
+    @property
+    def place(self) -> Place:
+        """This rank's share of the parameters of its layers."""
+        groups = self.groups
+        return Place(
+            tp_rank=self.tp_rank,
+            tp_size=self.tp_size,
+            etp_rank=groups.expt_tp.rank(),
+            etp_size=groups.expt_tp.size(),
+            ep_rank=groups.ep.rank(),
+            ep_size=groups.ep.size(),
+        )
+
+    def with_expert_sizes(self, parallel: ParallelConfig) -> "ParallelContext":
+        """This place for a model whose experts are divided otherwise than ``groups`` divides them.
+
+        Every rank has to call with the same sizes; makes process groups where they differ.
+
+        Args:
+            parallel: That model's layout, of which only the experts' sizes may differ.
+        """
+        etp, ep = parallel.expert_tensor_size, parallel.expert_model_parallel_size
+        if (etp, ep) == (self.groups.expt_tp.size(), self.groups.ep.size()):
+            return self
+        ranks = parallel_state.RankGenerator(
+            tp=etp,
+            ep=ep,
+            dp=dist.get_world_size() // (etp * ep * self.pp_size),
+            pp=self.pp_size,
+            cp=1,
+            order="tp-cp-ep-dp-pp",  # as initialize_model_parallel's
+        )
+        timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+        groups = copy.copy(self.groups)
+        for name, kinds in (
+            ("ep", "ep"),
+            ("expt_tp", "tp"),
+            ("tp_ep", "tp-ep"),
+            ("tp_ep_pp", "tp-ep-pp"),
+            ("expt_dp", "dp"),
+        ):
+            own, _ = dist.new_subgroups_by_enumeration(ranks.get_ranks(kinds), timeout=timeout)
+            setattr(groups, name, own)
+        return dataclasses.replace(self, groups=groups)
+
+    @property
+    def cp_rank(self) -> int:
+        """Rank in the context-parallel group."""
+        return self.groups.cp.rank()
+
+    @property
+    def cp_size(self) -> int:
+        """Size of the context-parallel group."""
+        return self.groups.cp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        """This replica's index."""
+        return self.groups.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel replicas."""
+        return self.groups.dp.size()
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Replicas that ``world_size`` ranks make.
+
+    Experts may be spread over several replicas: these are replicas of everything else.
+
+    Raises:
+        UserError: The model-parallel sizes do not divide the number of ranks.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp, size = parallel.context_parallel_size, parallel.replica_size
+    if world_size % size:
+        shared = f" x parallel.context_parallel_size = {cp}" if cp > 1 else ""
+        raise UserError(
+            f"{world_size} processes do not divide into model-parallel groups of "
+            f"parallel.tensor_model_parallel_size = {tp} x "
+            f"parallel.pipeline_model_parallel_size = {pp}{shared}; start a multiple of "
+            f"{size} (torchrun --nproc-per-node)"
+        )
+    etp, ep = parallel.expert_tensor_size, parallel.expert_model_parallel_size
+    if world_size % (etp * ep * pp):
+        raise UserError(
+            f"{world_size} processes do not divide into groups that share the experts, of "
+            f"parallel.expert_tensor_parallel_size = {etp} x parallel.expert_model_parallel_size = "
+            f"{ep} x parallel.pipeline_model_parallel_size = {pp}; start a multiple of "
+            f"{etp * ep * pp} (torchrun --nproc-per-node)"
+        )
+    return world_size // size
+
+
+def fewest_ranks(parallel: ParallelConfig) -> int:
+    """The smallest number of ranks that the model-parallel sizes divide."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    of_experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
+    return math.lcm(tp * parallel.context_parallel_size, of_experts) * pp
+
+
+@contextmanager
+def parallel_run(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelContext]:
+    """Joins the process group, lays out the ranks, seeds them, and leaves cleanly at the end.
+
+    Under torchrun the world is torchrun's; a process started by itself is a world of one.
+    """
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0"),
+    ):
+        os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend, transformer_engine = "nccl", _has_transformer_engine()
+    else:
+        cpu.enter()
+        backend, transformer_engine = "gloo", False
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    # The same on every tensor-parallel rank's own sequence of seeds; stages differ.
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed + 100 * pp_rank)
+    model_parallel_cuda_manual_seed(seed + 100 * pp_rank)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    replica_control = _control_group(groups.dp.rank())
+    try:
+        yield ParallelContext(
+            device=torch.device(torch.cuda.current_device()),
+            groups=groups,
+            replica_control=replica_control,
+            leaders_control=_control_group(dist.get_process_group_ranks(groups.dp)[0]),
+            leader=dist.get_process_group_ranks(replica_control)[0],
+            transformer_engine=transformer_engine,
+        )
+        # A rank that leaves while another still talks to it makes the other fail.
+        dist.barrier()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _control_group(label: int) -> dist.ProcessGroup:
+    """A gloo group over the ranks that call with the same label."""
+    labels = [0] * dist.get_world_size()
+    dist.all_gather_object(labels, label)
+    members = [
+        [rank for rank, of_rank in enumerate(labels) if of_rank == one] for one in set(labels)
+    ]
+    own, _ = dist.new_subgroups_by_enumeration(
+        sorted(members), timeout=_CONTROL_TIMEOUT, backend="gloo"
+    )
+    return own
+
+
+def _has_transformer_engine() -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE

@@ -1,0 +1,199 @@
+"""megatron-core on a machine without CUDA.
+
+megatron-core takes its optimizer from packages of CUDA kernels if they are installed, device or no
+device: `hide_kernel_packages` keeps it from finding them.
+
+megatron-core 0.16 to 0.19 names CUDA literally (``torch.cuda.current_device()``,
+``device="cuda"``, CUDA generators and streams). `enter` maps those names to the CPU, once, for the
+whole process; `megatron_oprd.parallel.context` calls it where CUDA is absent, and no other module
+asks whether CUDA is there.
+"""
+
+import contextlib
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_active: "_CudaNamesOnCpu | None" = None
+
+
+def hide_kernel_packages() -> None:
+    """Makes the import of packages of CUDA kernels fail where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for name in ("transformer_engine", "apex", "amp_C"):
+            sys.modules[name] = None  # type: ignore[assignment]
+
+
+class _CudaNamesOnCpu(TorchFunctionMode):
+    """Answers torch calls that name a CUDA device as if the CPU were that device."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The distributed optimizer compares this string with 'torch.cuda.*Tensor'.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+def _names_cuda(device: object) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class _Stream:
+    """Stands in for a CUDA stream: work on the CPU is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        """Nothing is pending."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing is pending."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing is pending."""
+
+    def record_event(self, event: Any = None) -> "_Event":
+        """Returns an event that has already happened."""
+        return event or _Event()
+
+
+class _Event(_Stream):
+    """Stands in for a CUDA event that has already happened."""
+
+    def record(self, stream: Any = None) -> None:
+        """Nothing is pending."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Nothing is pending."""
+
+    def query(self) -> bool:
+        """Whether the event has happened: always."""
+        return True
+
+
+@contextlib.contextmanager
+def _in_stream(stream: Any) -> Iterator[None]:
+    yield
+
+
+def _peak_bytes(device: Any = None) -> int:
+    """The process's peak resident set: Linux reports it in KiB, and it cannot be reset."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _mend_mixture_of_experts() -> None:
+    """Lets the all-to-all token dispatcher, which is the one for GPUs, run over gloo."""
+    import torch.distributed as dist
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # The router has a small compiled function. Compiling takes a C++ compiler and seconds.
+    torch.compiler.set_stance("force_eager")
+
+    # megatron-core 0.16 asks whether this is None without having defined it.
+    moe_utils.te_general_gemm = None
+
+    # Split sizes come as arrays where they were copied from a GPU, else as tensors, which gloo
+    # does not take.
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host
+
+    # NCCL gathers tensors of different sizes, gloo does not. The dispatcher does so within the
+    # expert-tensor-parallel group.
+    all_gather = dist.all_gather
+
+    def all_gather_of_any_sizes(
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if all(one.shape == tensor_list[0].shape for one in tensor_list):
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        assert not async_op
+        for rank, one in enumerate(tensor_list):
+            if rank == dist.get_rank(group):
+                one.copy_(tensor)
+            dist.broadcast(one, group=group, group_src=rank)
+        return None
+
+    dist.all_gather = all_gather_of_any_sizes
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Does nothing: CPU work is synchronous, and its peak memory cannot be reset."""
+
+
+def enter() -> None:
+    """Lets megatron-core run on the CPU for the rest of the process. A second call does nothing.
+
+    Call it before megatron-core builds anything. CUDA's generator becomes the CPU's, streams and
+    events become stand-ins, ``torch.cuda.max_memory_allocated`` answers the process's peak
+    resident set.
+    """
+    global _active
+    if _active is not None:
+        return
+    import megatron.core.tensor_parallel.random as mcore_random
+    from megatron.core.pipeline_parallel import p2p_communication
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = _nothing
+    cuda.synchronize = _nothing
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    cuda.Stream = _Stream
+    cuda.Event = _Event
+    cuda.stream = _in_stream
+    cuda.current_stream = lambda device=None: _Stream()
+    cuda.default_stream = lambda device=None: _Stream()
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.max_memory_allocated = _peak_bytes
+    cuda.reset_peak_memory_stats = _nothing
+
+    def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(new_state)
+
+    mcore_random._get_cuda_rng_state = get_rng_state
+    mcore_random._set_cuda_rng_state = set_rng_state
+
+    # gloo reads a tensor's memory until the send is done. Megatron's interleaved schedule frees a
+    # stage's output right after it began to send it, which CUDA's allocator knows how to take.
+    p2p_ops = p2p_communication._p2p_ops
+
+    def p2p_ops_on_copies(**kwargs: Any) -> Any:
+        for name in ("tensor_send_prev", "tensor_send_next"):
+            if kwargs[name] is not None:
+                kwargs[name] = kwargs[name].detach().clone()
+        return p2p_ops(**kwargs)
+
+    p2p_communication._p2p_ops = p2p_ops_on_copies
+    _mend_mixture_of_experts()
+
+    _active = _CudaNamesOnCpu()
+    _active.__enter__()

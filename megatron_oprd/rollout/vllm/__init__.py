@@ -1,0 +1,1 @@
+"""Rollouts by vLLM: engine, server and client, and the weight transfer to vLLM's workers."""

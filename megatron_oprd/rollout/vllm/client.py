@@ -1,0 +1,252 @@
+"""HTTP to a vLLM server, and whether it is one that a run can use."""
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from transformers import AutoConfig
+
+from megatron_oprd.errors import UserError
+from megatron_oprd.rollout.engine import RolloutEngineError
+from megatron_oprd.rollout.vllm.messages import EXTENSION
+from megatron_oprd.weights.casting import dtype_name
+
+GENERATE = "/inference/v1/generate"
+# What has to be the same in the server's model, as far as both configurations have it.
+_SAME = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    *("rope_type", "rope_theta", "partial_rotary_factor", "factor"),
+    *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    *("short_factor", "long_factor"),
+    *("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"),
+)
+_SECONDS_TO_ANSWER = 30
+_SECONDS_FOR_INFO = 300  # it looks at the whole machine
+_SECONDS_BETWEEN_TRIES = 2
+
+
+class ServerError(RolloutEngineError):
+    """A server does not answer, or answers with an error."""
+
+
+class ServerClient:
+    """Calls one server. Threads may share it."""
+
+    def __init__(self, url: str) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            url: As in ``http://host:8000``.
+        """
+        self.url = url.rstrip("/")
+        # A server of the same cluster is not behind the proxy of the environment.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        parts = urlsplit(self.url)
+        return str(parts.hostname), parts.port or 80
+
+    def call(self, path: str, body: Any = None, *, seconds: float = _SECONDS_TO_ANSWER) -> Any:
+        """POSTs a body as JSON, or GETs where there is none; the answer's JSON, or None.
+
+        Raises:
+            ServerError: The server does not answer within ``seconds``, or with an error.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.url + path, data=data, headers={"Content-Type": "application/json"}
+        )
+        try:
+            with self._opener.open(request, timeout=seconds) as response:
+                text = response.read()
+                return json.loads(text) if text else None
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:2000]
+            raise ServerError(
+                f"the vLLM server at {self.url} answers {path} with {error.code}: {said}"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            # URLError and timeouts are OSErrors.
+            raise ServerError(
+                f"the vLLM server at {self.url} does not answer {path}: {error}"
+            ) from error
+        except ValueError as error:
+            raise ServerError(
+                f"the vLLM server at {self.url} answers {path} with what is no JSON: {error}"
+            ) from error
+
+    def workers(
+        self, method: str, *arguments: Any, seconds: float = _SECONDS_TO_ANSWER
+    ) -> list[Any]:
+        """Calls a method of `WeightReceiver` on every worker; what they returned.
+
+        Raises:
+            ServerError: See `call`.
+        """
+        body = {"method": method, "args": list(arguments)}
+        answer = self.call("/collective_rpc", body, seconds=seconds)
+        return answer["results"]
+
+    def wait(self, seconds: float) -> None:
+        """Waits until the server is there.
+
+        Raises:
+            ServerError: It is not after ``seconds``.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                self.call("/health")
+            except ServerError:
+                if time.monotonic() > end:
+                    raise
+            else:
+                return
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+
+
+def check_server(
+    url: str, folder: Path, *, dtype: torch.dtype, max_model_len: int, checks_weights: bool
+) -> None:
+    """Refuses a server that the student's rollouts cannot come from.
+
+    Args:
+        url: ``rollout.vllm.server_url``.
+        folder: The student's Hugging Face folder.
+        dtype: ``model.params_dtype``.
+        max_model_len: Tokens of the longest prompt with its response.
+        checks_weights: Whether weights are to be read back.
+
+    Raises:
+        UserError: It is not there, was not started for this, or serves another model.
+    """
+    found = _describe(url, folder)
+    at = f"rollout.vllm.server_url = {url}: the server's"
+    name = dtype_name(dtype)
+    again = "; start it as " + _command(
+        folder, f"--dtype {name}", f"--max-model-len {max_model_len}"
+    )
+    try:
+        check_served(found, folder, dtype=dtype, max_model_len=max_model_len, at=at)
+    except UserError as error:
+        raise UserError(f"{error}{again}") from error
+    if checks_weights and (quantization := found[0]["quantization"]) is not None:
+        raise UserError(
+            f"rollout.vllm.check_weights_interval: {at} quantization is {quantization}, with which "
+            "it has other weights than are sent; leave one of them out"
+        )
+
+
+def check_served(
+    found: list[dict[str, Any]], folder: Path, *, dtype: torch.dtype, max_model_len: int, at: str
+) -> None:
+    """Refuses a server with another model, or that was started with other settings.
+
+    Args:
+        found: What its workers say of themselves (`WeightReceiver.oprd_describe`).
+        folder: The student's Hugging Face folder.
+        dtype: ``model.params_dtype``.
+        max_model_len: Tokens of the longest prompt with its response.
+        at: How an error begins: which server's.
+
+    Raises:
+        UserError: It has.
+    """
+    own = AutoConfig.from_pretrained(folder, local_files_only=True)
+    served, ours = (
+        config | (config.get("rope_parameters") or {})
+        for config in (found[0]["config"], json.loads(own.to_json_string(use_diff=False)))
+    )
+    if served["vocab_size"] != ours["vocab_size"]:
+        raise UserError(
+            f"{at} model has a vocabulary of {served['vocab_size']}, model.student ({folder}) of "
+            f"{ours['vocab_size']}"
+        )
+    for key in _SAME:
+        if key in served and key in ours and served[key] != ours[key]:
+            name, theirs, expected = _first_difference(key, served[key], ours[key])
+            raise UserError(
+                f"{at} model has {name} = {theirs}, model.student ({folder}) has {expected}"
+            )
+    name = dtype_name(dtype)
+    if found[0]["dtype"] != name:
+        raise UserError(f"{at} dtype is {found[0]['dtype']}, model.params_dtype means {name}")
+    if found[0]["max_model_len"] < max_model_len:
+        raise UserError(
+            f"{at} max_model_len is {found[0]['max_model_len']}, the longest prompt with its "
+            f"response has {max_model_len} tokens"
+        )
+    if not found[0]["logprobs_mode"].endswith("raw_logprobs"):
+        raise UserError(
+            f"{at} logprobs_mode is {found[0]['logprobs_mode']}: leave --logprobs-mode at "
+            "raw_logprobs"
+        )
+
+
+def _first_difference(key: str, one: Any, other: Any) -> tuple[str, Any, Any]:
+    """Names the first place where two values of a config differ, with what is there."""
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        index = next(i for i, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
+        return f"{key}[{index}]", one[index], other[index]
+    return key, one, other
+
+
+def _describe(url: str, folder: Path) -> list[dict[str, Any]]:
+    """What each of the server's workers says of itself."""
+    client = ServerClient(url)
+    setting = f"rollout.vllm.server_url = {url}"
+    start = _command(folder)
+    try:
+        client.call("/health")
+    except ServerError as error:
+        raise UserError(f"{setting}: {error}. Start it first: {start}") from error
+    try:
+        info = client.call("/server_info?config_format=json", seconds=_SECONDS_FOR_INFO)
+    except ServerError as error:
+        raise UserError(
+            f"{setting}: the server takes no weights; start it with VLLM_SERVER_DEV_MODE=1 in its "
+            f"environment, on a network that only you reach: {start} ({error})"
+        ) from error
+    if (found := info["vllm_config"]["parallel_config"]["worker_extension_cls"]) != EXTENSION:
+        raise UserError(
+            f"{setting}: the server's --worker-extension-cls is {found!r}; install this package "
+            f"beside vLLM (pip install megatron-oprd), and start it as {start}"
+        )
+    try:
+        client.call(GENERATE, {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
+    except ServerError as error:
+        raise UserError(
+            f"{setting}: the server takes no token ids; start it as {start} ({error})"
+        ) from error
+    return client.workers("oprd_describe")
+
+
+def _command(folder: Path, *options: str) -> str:
+    return " ".join(
+        (
+            f"VLLM_SERVER_DEV_MODE=1 vllm serve {folder} --enable-scale-out",
+            f"--worker-extension-cls {EXTENSION}",
+            *options,
+        )
+    )

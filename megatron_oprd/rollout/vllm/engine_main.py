@@ -1,0 +1,177 @@
+"""vLLM in a process of its own: ``python -m megatron_oprd.rollout.vllm.engine_main DESCRIPTOR``.
+
+`VLLMEngine` starts it and talks to it over an inherited pipe. vLLM takes torch.distributed's world
+for its own and makes its groups from all of its ranks. Inside a trainer with several ranks every
+rank would have to build an engine. vLLM also binds the process to threads and memory nodes, and
+ends the process group with the engine. Here it has a world of one, and the trainer's stays as it
+is.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_oprd.rollout.engine import SamplingParams
+from megatron_oprd.rollout.vllm.messages import (
+    EXTENSION,
+    EngineSettings,
+    Request,
+    Response,
+    sampling_fields,
+)
+from megatron_oprd.weights.casting import dtype_name
+
+# Before vLLM is imported. Its scheduler in this process; with one worker, that too.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+class Engine:
+    """vLLM's ``LLM``, its weights and their version."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        """Builds vLLM's engine with weights that mean nothing."""
+        from vllm import LLM
+
+        self._settings = settings
+        self._llm = LLM(
+            str(settings.folder),
+            dtype=dtype_name(settings.dtype),
+            load_format="dummy",
+            generation_config="vllm",
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            logprobs_mode="raw_logprobs",
+            enable_sleep_mode=settings.sleep_level > 0,
+            worker_extension_cls=EXTENSION,
+            **settings.options,
+        )
+        if settings.meaningless_ids:
+            self._llm.collective_rpc("oprd_mask", args=(list(settings.meaningless_ids),))
+        self._llm.collective_rpc("oprd_map", args=(settings.bucket,))
+        self._version: int | None = None
+        self._asleep = False
+
+    def load_weights(
+        self,
+        version: int,
+        invitation: dict[str, Any],
+        keep: bool,
+        left_out: dict[str, tuple[int, ...]],
+    ) -> dict[str, str]:
+        """Replaces weights by those that the trainer sends the workers.
+
+        Args:
+            version: The number that rollouts with these weights come back with.
+            invitation: How workers call the trainer (`TrainerSocket`).
+            keep: Whether to read the engine's weights afterwards.
+            left_out: Shapes of the weights that do not come and stay as they are.
+
+        Returns:
+            With ``keep`` the checksum of every tensor as the engine has it, by name; else nothing.
+        """
+        self._version = None  # until all have come: half of them are no model
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        options = {"tied": self._settings.tied, "keep": keep, "left_out": left_out}
+        answers = self._llm.collective_rpc("oprd_receive", args=(invitation, options))
+        for answer in answers:
+            if "error" in answer:
+                raise RuntimeError(f"weight sync {version} did not come to its end: {answer}")
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not forget the old weights' prefixes")
+        self._version = version
+        return answers[0]["checksums"]
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> tuple[int, list[Response]]:
+        """Generates the responses, in the order of ``requests``, and names the weights' version."""
+        from vllm import SamplingParams as VLLMSamplingParams
+
+        if self._version is None:
+            raise RuntimeError("generate() before load_weights(): the model has no weights yet")
+        if self._asleep:
+            raise RuntimeError("generate() after sleep(): load_weights() wakes the engine")
+        params = [
+            VLLMSamplingParams(
+                **sampling_fields(request, sampling, stop_token_ids=self._settings.stop_token_ids)
+            )
+            for request in requests
+        ]
+        prompts: Any = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        responses = []
+        for output in outputs:
+            (completion,) = output.outputs
+            tokens = tuple(completion.token_ids)
+            assert completion.finish_reason in ("stop", "length"), completion.finish_reason
+            responses.append(
+                Response(
+                    token_ids=tokens,
+                    logprobs=_of_sampled(tokens, completion.logprobs),
+                    finished=completion.finish_reason == "stop",
+                )
+            )
+        return self._version, responses
+
+    def sleep(self) -> None:
+        """Gives up what memory the settings say, until the next `load_weights`."""
+        if self._settings.sleep_level and not self._asleep:
+            self._llm.sleep(level=self._settings.sleep_level)
+            self._asleep = True
+
+
+def _of_sampled(tokens: Sequence[int], logprobs: Any) -> tuple[float, ...] | None:
+    if logprobs is None:
+        return None
+    return tuple(of[token].logprob for token, of in zip(tokens, logprobs, strict=True))
+
+
+def serve(connection: Connection) -> None:
+    """Answers calls until the other end closes: (method, arguments) -> (True, what it returned).
+
+    An exception is answered with (False, its traceback).
+    """
+    engine: Engine | None = None
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            if method == "build":
+                engine = Engine(*arguments)
+                answer: Any = (True, None)
+            else:
+                answer = (True, getattr(engine, method)(*arguments))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        try:
+            connection.send(answer)
+        except BrokenPipeError:
+            return
+
+
+def main() -> None:
+    """Serves on the pipe whose descriptor is the argument."""
+    # However the trainer ends, this process does not outlive it.
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    serve(Connection(int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

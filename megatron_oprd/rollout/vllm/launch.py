@@ -1,0 +1,318 @@
+"""A vLLM server that the run starts itself: its address and GPUs, its start, checks and end."""
+
+import importlib.metadata
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_oprd.config.schema import VLLMConfig
+from megatron_oprd.errors import UserError
+from megatron_oprd.rollout.engine import RolloutEngineError
+from megatron_oprd.rollout.vllm import guard as server_guard
+from megatron_oprd.rollout.vllm.client import (
+    GENERATE,
+    ServerClient,
+    ServerError,
+    check_served,
+)
+from megatron_oprd.rollout.vllm.engine import environment_without_rank
+from megatron_oprd.rollout.vllm.messages import EXTENSION
+from megatron_oprd.weights.casting import dtype_name
+
+logger = logging.getLogger(__name__)
+
+_QUOTED_LINES, _QUOTED_BYTES = 20, 8000
+_SECONDS_BETWEEN_TRIES = 0.5
+
+
+class ServerProcess:
+    """A vLLM server on one port, which it gets again whenever it is started again.
+
+    Nothing of it outlives this process, also where that is killed. The thread that starts it has to
+    live as long.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        max_model_len: int,
+        host: str,
+        log: Path,
+        config: VLLMConfig,
+    ) -> None:
+        """Takes a free port; `ensure` starts the server.
+
+        Args:
+            folder: The student's Hugging Face folder, of which no weight is read.
+            dtype: The weights' and activations' type.
+            max_model_len: Most tokens of a prompt with its response.
+            host: An address of this machine, where the server listens.
+            log: Gets the server's output, behind what is there.
+            config: The settings, ``start_server`` among them.
+
+        Raises:
+            OSError: ``host`` is no address of this machine.
+        """
+        self._folder = folder
+        self._dtype = dtype
+        self._max_model_len = max_model_len
+        self._host = host
+        self._log = log
+        self._log_start = 0
+        self._config = config
+        self._guard: subprocess.Popen | None = None
+        # Bound and never listened on: nobody else is given the port while no server has it.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._reserved = socket.socket(family)
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind((host, 0))
+        self._port = self._reserved.getsockname()[1]
+        self._client = ServerClient(self.url)
+
+    @property
+    def url(self) -> str:
+        """Where the server is, as in ``http://127.0.0.1:40000``."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}"
+
+    def ensure(self) -> None:
+        """Has a server that answers: starts it, or again where it ended or hangs.
+
+        Raises:
+            RolloutEngineError: It ended while it started, took too long, or serves something else.
+        """
+        if self._guard is not None:
+            trouble = self._trouble()
+            if trouble is None:
+                return
+            logger.warning("the vLLM server at %s is started again: %s", self.url, trouble)
+            self._end(signal.SIGINT)
+        self._start()
+
+    def close(self) -> None:
+        """Ends the server, which gets some seconds to do so itself. A second call does nothing."""
+        self._end()
+        self._reserved.close()
+
+    def _start(self) -> None:
+        minutes = self._config.timeout_minutes
+        end = time.monotonic() + minutes * 60
+        with self._log.open("ab") as log:
+            self._log_start = log.tell()
+            self._guard = subprocess.Popen(
+                # Isolated, so that modules beside the file hide none of Python's own.
+                [sys.executable, "-I", server_guard.__file__, str(os.getpid()), *self._command()],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # What is sent to the run's processes as a group, this one answers to.
+                start_new_session=True,
+            )
+        while True:
+            if (code := self._guard.poll()) is not None:
+                raise RolloutEngineError(
+                    f"the vLLM server ended with exit code {code} while it started{self._said()}"
+                )
+            try:
+                self._client.call("/health")
+                found = self._client.workers("oprd_describe")
+            except ServerError as error:
+                if time.monotonic() > end:
+                    self._end(signal.SIGINT)
+                    raise RolloutEngineError(
+                        f"{error}, {minutes:.3g} minutes after its start "
+                        f"(rollout.vllm.timeout_minutes){self._said()}"
+                    ) from error
+                time.sleep(_SECONDS_BETWEEN_TRIES)
+            else:
+                break
+        try:
+            check_served(
+                found,
+                self._folder,
+                dtype=self._dtype,
+                max_model_len=self._max_model_len,
+                at="rollout.vllm.start_server: the server's",
+            )
+        except UserError as error:
+            raise RolloutEngineError(f"{error}{self._said()}") from error
+
+    def _trouble(self) -> str | None:
+        """What is wrong with the server that was started; None if nothing is."""
+        assert self._guard is not None
+        if (code := self._guard.poll()) is not None:
+            return f"it ended with exit code {code}{self._said()}"
+        try:
+            # Not /health: the front end may be well and the workers not.
+            self._client.workers("oprd_describe", seconds=self._config.sync_timeout_minutes * 60)
+        except ServerError as error:
+            return f"{error}{self._said()}"
+        return None
+
+    def _end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """Ends the server: with SIGTERM it gets some seconds, with SIGINT none."""
+        if self._guard is not None:
+            self._guard.send_signal(how)
+            self._guard.wait()
+            self._guard = None
+
+    def _said(self) -> str:
+        """The end of what the server has written since its start, as a part of a message."""
+        with self._log.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, size - _QUOTED_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()[-_QUOTED_LINES:]
+        return "\n".join((f"; the end of {self._log}:", *lines))
+
+    def _command(self) -> list[str]:
+        config = self._config
+        options: dict[str, object] = {
+            "--host": self._host,
+            "--port": self._port,
+            "--worker-extension-cls": EXTENSION,
+            "--dtype": dtype_name(self._dtype),
+            "--max-model-len": self._max_model_len,
+            "--tensor-parallel-size": config.tensor_model_parallel_size,
+            "--gpu-memory-utilization": config.gpu_memory_utilization,
+            "--load-format": "dummy",
+            "--generation-config": "vllm",
+            "--disable-access-log-for-endpoints": f"/health,{GENERATE}",
+        }
+        if config.kv_cache_gb is not None:
+            options["--kv-cache-memory-bytes"] = round(config.kv_cache_gb * 1e9)
+        if config.quantization is not None:
+            options["--quantization"] = config.quantization
+        flags = ["--enable-scale-out", "--skip-tokenizer-init"]
+        if config.enforce_eager:
+            flags.append("--enforce-eager")
+        return [
+            *_serve(self._folder),
+            *flags,
+            *(str(part) for option in options.items() for part in option),
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        environment = environment_without_rank() | {
+            "VLLM_SERVER_DEV_MODE": "1",
+            # Threads are not bound to cores, which the trainer's need as well.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENGINE_READY_TIMEOUT_S": str(max(1, round(self._config.timeout_minutes * 60))),
+        }
+        if gpus := self._config.server_gpus:
+            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        return environment
+
+
+def _serve(folder: Path) -> list[str]:
+    """``vllm serve``, of the vLLM of this environment."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        # The command asks for the package's version, and the CPU build's has another name.
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+
+
+LOOPBACK = "127.0.0.1"
+_SETTING = "rollout.vllm.server_gpus"
+
+
+def server_host() -> str:
+    """The address on which all ranks reach the machine of global rank 0.
+
+    Loopback where all ranks are on that machine, so that nobody else reaches the server; else what
+    ``MASTER_ADDR``, which is that machine, means on the others. Every rank has to call, with the
+    default process group.
+    """
+    master = socket.getaddrinfo(os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM)
+    own = (_network(), str(master[0][4][0]))
+    everyone: list[tuple[str, str]] = [own] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return host_of(everyone)
+
+
+def host_of(ranks: Sequence[tuple[str, str]]) -> str:
+    """The address of the first rank's machine.
+
+    Args:
+        ranks: Of each rank what tells its network from others (ranks with the same one share a
+            loopback device), and what it takes for the first rank's address.
+    """
+    first, _ = ranks[0]
+    return next((address for network, address in ranks if network != first), LOOPBACK)
+
+
+def _network() -> str:
+    """Tells this process's network (a machine's, or a container's) from others."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/net').stat().st_ino}"
+
+
+def check_server_gpus(gpus: Sequence[int], *, ranks_on_host: int) -> None:
+    """Refuses GPUs for the server that are not there, or that ranks train on.
+
+    Called on global rank 0, whose machine the server is on; local rank i has the i-th GPU that is
+    visible to it.
+
+    Args:
+        gpus: ``rollout.vllm.server_gpus``.
+        ranks_on_host: Ranks on this machine.
+
+    Raises:
+        UserError: There is such a GPU, or none where one is needed.
+    """
+    found = f"{_SETTING} = {list(gpus)}"
+    if not torch.cuda.is_available():
+        if gpus:
+            raise UserError(f"{found}: there is no GPU here; leave it out")
+        return
+    try:
+        table = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{found}: nvidia-smi, which counts GPUs, does not run: {error}") from error
+    trained_on = [str(torch.cuda.get_device_properties(i).uuid) for i in range(ranks_on_host)]
+    check_gpus(gpus, table, trained_on)
+
+
+def check_gpus(gpus: Sequence[int], table: str, trained_on: Sequence[str]) -> None:
+    """Does what `check_server_gpus` does.
+
+    Args:
+        gpus: ``rollout.vllm.server_gpus``.
+        table: nvidia-smi's lines of index and UUID.
+        trained_on: The UUIDs of the GPUs that ranks have.
+
+    Raises:
+        UserError: See `check_server_gpus`.
+    """
+    rows = [line.split(",") for line in table.splitlines()]
+    uuids = {int(index): uuid.strip().removeprefix("GPU-") for index, uuid in rows}
+    taken = {uuid.removeprefix("GPU-") for uuid in trained_on}
+    free = [index for index, uuid in uuids.items() if uuid not in taken]
+    found = f"{_SETTING} = {list(gpus)}"
+    right = f"free for a server here are {free}" if free else "no GPU is left for a server here"
+    if not gpus:
+        raise UserError(f"rollout.vllm.start_server needs {_SETTING}: {right}")
+    for gpu in gpus:
+        if gpu not in uuids:
+            raise UserError(f"{found}: there is no GPU {gpu} here (nvidia-smi); {right}")
+        if uuids[gpu] in taken:
+            raise UserError(f"{found}: a rank trains on GPU {gpu}; {right}")

@@ -1,1 +1,0 @@
-"""Hidden-state taps: which layers, which positions, and the modules that collect and compare."""

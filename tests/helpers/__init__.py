@@ -1,0 +1,1 @@
+"""What tests share: tiny models, pairs of them, ranks, closeness."""
