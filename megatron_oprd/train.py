@@ -5,23 +5,15 @@ run would do; it needs no torchrun.
 """
 
 import argparse
-import os
 from pathlib import Path
 
-import psutil
-
 from megatron_oprd.config.load import load_config
-from megatron_oprd.errors import EXIT_STOPPED, UserError, run_entry_point, say
-from megatron_oprd.parallel.context import fewest_ranks, parallel_run
-from megatron_oprd.planning.estimate import check_host_memory
+from megatron_oprd.errors import EXIT_STOPPED, run_entry_point
+from megatron_oprd.parallel.context import parallel_run
+from megatron_oprd.preflight import prepare
+from megatron_oprd.training.describe import describe
 from megatron_oprd.training.loop import train
-from megatron_oprd.training.plan import describe, make_plan
-from megatron_oprd.training.resume import checkpoint_to_resume
-from megatron_oprd.training.rollouts import (
-    check_rollout_server,
-    check_server_to_start,
-    describe_prompts,
-)
+from megatron_oprd.training.rollouts import describe_prompts
 
 
 def main() -> int:
@@ -36,38 +28,17 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="settings, as in optimizer.lr=1e-5")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
-    parallel = config.parallel
-    started = fewest_ranks(parallel) if arguments.dry_run else 1
-    num_ranks = int(os.environ.get("WORLD_SIZE", started))
-    plan = make_plan(config, world_size=num_ranks)
-    checkpoint_to_resume(plan)
-    first = os.environ.get("RANK", "0") == "0"
-    if first:  # other hosts may see it under another address; an engine that cannot start says so
-        check_rollout_server(plan)
-    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    try:
-        check_host_memory(
-            config,
-            num_ranks=num_ranks,
-            ranks_on_host=ranks_on_host,
-            available_bytes=psutil.virtual_memory().available,
-        )
-    except UserError as error:
-        if not arguments.dry_run:
-            raise
-        say(f"warning: on this machine, {error}")  # the run may be for another one
+    plan, launch = prepare(config, dry_run=arguments.dry_run)
     if arguments.dry_run:
-        if first:
+        if launch.is_first:
             print(describe(plan))
             print(describe_prompts(plan))
         return 0
-    if first:
-        check_server_to_start(plan, ranks_on_host=ranks_on_host)
-    with parallel_run(parallel, seed=config.seed) as context:
+    with parallel_run(config.parallel, seed=config.seed) as context:
         student = train(plan, context)
     if student is None:
         return EXIT_STOPPED
-    if first:
+    if launch.is_first:
         print(f"the distilled student: {student}")
     return 0
 

@@ -27,7 +27,9 @@ from megatron_oprd.models.offload import OffloadedWeights
 from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel.context import ParallelContext
-from megatron_oprd.training.plan import ModelPlan, RunPlan, plan_models
+from megatron_oprd.training.layout import ModelLayout
+from megatron_oprd.training.plan import RunPlan, make_plan
+from megatron_oprd.weights.source import WeightSource
 
 
 def plan_build(config: BuildBridgeConfig, *, world_size: int) -> RunPlan:
@@ -38,8 +40,9 @@ def plan_build(config: BuildBridgeConfig, *, world_size: int) -> RunPlan:
             models or the number of processes, or ``output_dir`` is taken.
     """
     check_bridge_place(Path(config.output_dir))
-    plan = plan_models(config.as_run(), world_size=world_size, builds_bridge=True)
-    narrower = min(plan.student.architecture.hidden_size, plan.teacher.architecture.hidden_size)
+    plan = make_plan(config.as_run(), world_size=world_size, builds_bridge=True)
+    layout = plan.layout
+    narrower = min(layout.student.architecture.hidden_size, layout.teacher.architecture.hidden_size)
     if max(config.fit.ranks) > narrower:
         raise UserError(
             f"fit.ranks = {config.fit.ranks}: at most {narrower}, the width of the narrower model"
@@ -49,12 +52,15 @@ def plan_build(config: BuildBridgeConfig, *, world_size: int) -> RunPlan:
 
 def frozen_student_extent(plan: RunPlan) -> Extent:
     """How much of the student is built: up to its deepest tap, on the stages of training."""
-    left = plan.num_running_layers
+    layout = plan.layout
+    left = layout.num_running_layers
     layers = []
-    for count in plan.student.extent.layers_per_stage:
+    for count in layout.student.extent.layers_per_stage:
         layers.append(min(count, left))
         left -= layers[-1]
-    return Extent(layers_per_stage=tuple(layers), final_norm=plan.trains_final_norm, lm_head=False)
+    return Extent(
+        layers_per_stage=tuple(layers), final_norm=layout.trains_final_norm, lm_head=False
+    )
 
 
 # Takes (the pair's number, the rows' marks [n], h_S [n, d_S], h_T [n, d_T]).
@@ -89,23 +95,26 @@ class FrozenModels:
     def __init__(self, plan: RunPlan, context: ParallelContext) -> None:
         self._plan = plan
         self._context = context
-        self._taps = _RowTaps(plan.pairs, post_norm=plan.config.taps.last_layer == "post_norm")
+        layout = plan.layout
+        self._taps = _RowTaps(layout.pairs, post_norm=plan.config.taps.last_layer == "post_norm")
         teacher = plan.config.teacher
         self._teacher = self._build(
-            plan.teacher,
-            plan.teacher.extent,
+            layout.teacher,
+            plan.teachers[0].checkpoint,
+            layout.teacher.extent,
             teacher,
-            max_sequence_length=plan.teacher_max_sequence_length,
+            max_sequence_length=layout.teacher_max_sequence_length,
         )
-        self._taps.attach_teacher(self._teacher, depth=plan.teacher.architecture.num_layers)
+        self._taps.attach_teacher(self._teacher, depth=layout.teacher.architecture.num_layers)
         self._offloaded = OffloadedWeights(self._teacher) if teacher.offload == "cpu" else None
         self._student = self._build(
-            plan.student,
+            layout.student,
+            plan.student_checkpoint,
             frozen_student_extent(plan),
             TeacherConfig(),
-            max_sequence_length=plan.max_sequence_length,
+            max_sequence_length=layout.max_sequence_length,
         )
-        self._taps.attach_student(self._student, depth=plan.student.architecture.num_layers)
+        self._taps.attach_student(self._student, depth=layout.student.architecture.num_layers)
 
     def run(self, sequences: Sequences, consume: Consumer) -> None:
         """Runs both models over sequences; every rank has to call.
@@ -125,7 +134,8 @@ class FrozenModels:
 
     def _build(
         self,
-        model: ModelPlan,
+        model: ModelLayout,
+        checkpoint: WeightSource,
         extent: Extent,
         teacher: TeacherConfig,
         *,
@@ -136,7 +146,7 @@ class FrozenModels:
             model.architecture,
             extent,
             model.table,
-            model.checkpoint,
+            checkpoint,
             teacher=teacher,
             model=config.model,
             parallel=model.parallel,
@@ -161,7 +171,7 @@ class FrozenModels:
         batches = replicas[context.dp_rank]
         rows: dict[str, Any] = {
             "is_packed": False,
-            "pad_to_multiple_of": self._plan.sequence_split.pad_to_multiple_of,
+            "pad_to_multiple_of": self._plan.layout.sequence_split.pad_to_multiple_of,
             "device": context.device,
         }
         micro_batches = collate(batches, sequences.token_ids, sequences.marks, **rows)

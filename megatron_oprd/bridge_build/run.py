@@ -36,7 +36,8 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import Rollout
-from megatron_oprd.training.plan import ModelPlan, RunPlan
+from megatron_oprd.training.layout import ModelLayout
+from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.rollouts import (
     load_run_prompts,
     open_engines,
@@ -81,9 +82,9 @@ def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelCont
     fits = _fit(config, plan, models, seen, context)
     cosine = _cosines(config, plan, models, unseen, fits, context)
     manifest = Manifest(
-        student=_describe(config.model.student, plan.student),
-        teacher=_describe(config.model.teacher, plan.teacher),
-        layer_pairs=[(pair.student, pair.teacher) for pair in plan.pairs],
+        student=_describe(config.model.student, plan.layout.student),
+        teacher=_describe(config.model.teacher, plan.layout.teacher),
+        layer_pairs=[(pair.student, pair.teacher) for pair in plan.layout.pairs],
         positions=config.taps.positions,
         k=config.taps.k,
         alignment=config.taps.alignment,
@@ -118,7 +119,7 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
     """Stage 0: responses of the student as it is on disk, the same on every rank."""
     prompts = load_run_prompts(plan) if context.is_leader else []
     rollouts: list[Rollout] = []
-    source = plan.student.checkpoint
+    source = plan.student_checkpoint
     names = source.names() if context.is_leader else []
 
     def stream(_trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
@@ -136,7 +137,7 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
             of_step = prompts_of_step(step, prompts, plan.config)
             sampling = sampling_of_step(step, plan.config)
             rollouts += collect(
-                engines, of_step, sampling, context=context, reader=plan.teacher_reader
+                engines, of_step, sampling, context=context, reader=plan.teachers[0].reader
             )
             engines.take_restarts()  # they are limited for each round
     return rollouts
@@ -154,7 +155,8 @@ def _fit(
     own = _own_pairs(plan, context)
     rank = max(fit.ranks)
     if fit.method == "least_squares":
-        widths = plan.student.architecture.hidden_size, plan.teacher.architecture.hidden_size
+        layout = plan.layout
+        widths = layout.student.architecture.hidden_size, layout.teacher.architecture.hidden_size
         sums = {number: MomentSums.zeros(*widths, context.device) for number in own}
 
         def add(number: int, _marks: Tensor, student: Tensor, teacher: Tensor) -> None:
@@ -202,13 +204,14 @@ def _cosines(
 ) -> dict[str, dict[str, list[float]]]:
     """Mean cosine of the projected states on the held-out sequences, before and after the fit."""
     ranks = sorted(set(config.fit.ranks))
-    width = plan.student.architecture.hidden_size
+    width = plan.layout.student.architecture.hidden_size
     before = {
         number: random_student(max(ranks), width, seed=config.seed + number).to(context.device)
         for number in fits
     }
     # [pairs, before and after, ranks]
-    sums = torch.zeros(len(plan.pairs), 2, len(ranks), dtype=torch.float64, device=context.device)
+    shape = len(plan.layout.pairs), 2, len(ranks)
+    sums = torch.zeros(shape, dtype=torch.float64, device=context.device)
 
     def add(number: int, _marks: Tensor, student: Tensor, teacher: Tensor) -> None:
         fitted = fits[number]
@@ -233,8 +236,8 @@ def _cosines(
 
 
 def _own_pairs(plan: RunPlan, context: ParallelContext) -> list[int]:
-    own = plan.pairs_of_rank(context.pp_rank)
-    return [number for number, pair in enumerate(plan.pairs) if pair in own]
+    own = plan.layout.pairs_of_rank(context.pp_rank)
+    return [number for number, pair in enumerate(plan.layout.pairs) if pair in own]
 
 
 def _sum_over_parts(tensors: list[Tensor], plan: RunPlan, context: ParallelContext) -> None:
@@ -262,7 +265,7 @@ def _gather(
     dist.gather_object(own, gathered, dst=context.leader, group=context.replica_control)
     if gathered is None:
         return None
-    of_pair = {plan.pairs[n]: one for of_rank in gathered for n, one in of_rank.items()}
+    of_pair = {plan.layout.pairs[n]: one for of_rank in gathered for n, one in of_rank.items()}
     return Projectors(
         student={pair.student: one.student for pair, one in of_pair.items()},
         teacher={pair.teacher: one.teacher for pair, one in of_pair.items()},
@@ -270,5 +273,5 @@ def _gather(
     )
 
 
-def _describe(name: str, model: ModelPlan) -> dict[str, Any]:
+def _describe(name: str, model: ModelLayout) -> dict[str, Any]:
     return {"name": name, "architecture": architecture_numbers(model.architecture)}

@@ -21,6 +21,7 @@ from megatron_oprd.data.teacher_sequences import TeacherSequence
 from megatron_oprd.distill.positions import Supervision, supervise
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.parallel.layout import SequenceSplit
+from megatron_oprd.training.layout import RunLayout
 from megatron_oprd.training.plan import RunPlan
 
 
@@ -96,16 +97,16 @@ def make_micro_batches(
     """This replica's micro-batches of the global batch; see `Distiller.micro_batches`."""
     config = plan.config
     sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    plans = [plan, *plan.others]
-    taught = [None] * len(plans) if taught_by is None else list(taught_by)
+    layouts = [one.layout for one in plan.teachers]
+    taught = [None] * len(layouts) if taught_by is None else list(taught_by)
     weights, output_weights, reading = _supervision(
-        plan, prompts, responses, teacher_sequences, taught[0]
+        plan.layout, prompts, responses, teacher_sequences, taught[0]
     )
     of_others = [
         _supervision(one, prompts, responses, None, is_taught)[0]
-        for one, is_taught in zip(plan.others, taught[1:], strict=True)
+        for one, is_taught in zip(layouts[1:], taught[1:], strict=True)
     ]
-    split, is_packed = plan.sequence_split, config.batch.sequence_packing
+    split, is_packed = plan.layout.sequence_split, config.batch.sequence_packing
     replicas, multiple = _replicas(plan, context, sequences), _multiple(plan, context)
     batches, rows = replicas[context.dp_rank], _row_options(plan, context)
     micro_batches = collate(batches, sequences, weights, output_weights, **rows)
@@ -122,12 +123,12 @@ def make_micro_batches(
         size = sum(
             supervised_rows(batch, of_teacher, split, is_packed=is_packed)
             * one.target_bytes_per_row
-            for one, of_teacher in zip(plans, [weights, *of_others], strict=True)
+            for one, of_teacher in zip(layouts, [weights, *of_others], strict=True)
         )
         if output_weights is not None:
             whole = dataclasses.replace(split, tp_size=1)
             rows = supervised_rows(batch, output_weights, whole, is_packed=is_packed)
-            size += rows * plan.output_target_bytes_per_row
+            size += rows * plan.layout.output_target_bytes_per_row
         return size
 
     groups = target_groups(
@@ -207,7 +208,7 @@ def _row_options(plan: RunPlan, context: ParallelContext) -> dict[str, Any]:
     """How sequences lie in a micro-batch's rows, as `collate` takes it."""
     return {
         "is_packed": plan.config.batch.sequence_packing,
-        "pad_to_multiple_of": plan.sequence_split.pad_to_multiple_of,
+        "pad_to_multiple_of": plan.layout.sequence_split.pad_to_multiple_of,
         "device": context.device,
     }
 
@@ -221,14 +222,14 @@ def _shares(micro_batches: Sequence[MicroBatch], context: ParallelContext) -> li
 
 
 def _supervision(
-    plan: RunPlan,
+    layout: RunLayout,
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     teacher_sequences: Sequence[TeacherSequence] | None,
     is_taught: Sequence[bool] | None,
 ) -> tuple[list[Tensor], list[Tensor] | None, TeacherReading | None]:
     """Position weights of the step, of both losses, and what the teacher reads."""
-    config = plan.config
+    config = layout.config
     taps, output = config.taps, config.output_loss
     lengths = [len(prompt) for prompt in prompts], [len(response) for response in responses]
 
@@ -245,7 +246,7 @@ def _supervision(
 
     states = of(taps.positions, taps.k, taps.alignment)
     outputs = None
-    if plan.compares_outputs:
+    if layout.compares_outputs:
         outputs = of(output.positions, output.positions_k, "predictor")
     reading = None
     if teacher_sequences is not None:

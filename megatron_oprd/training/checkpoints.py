@@ -320,7 +320,7 @@ def _layout(plan: RunPlan) -> dict[str, Any]:
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_size,
-        "data_parallel_size": plan.data_parallel_size,
+        "data_parallel_size": plan.layout.data_parallel_size,
     }
 
 
@@ -328,8 +328,8 @@ def _add_companions(folder: Path, plan: RunPlan) -> None:
     """Adds what makes the checkpoint self-contained: Hugging Face's files."""
     hf = folder / "hf"
     hf.mkdir()
-    (hf / "config.json").write_text(json.dumps(plan.student.checkpoint.config, indent=2))
-    copy_companions(plan.student.checkpoint.companion_files(), hf)
+    (hf / "config.json").write_text(json.dumps(plan.student_checkpoint.config, indent=2))
+    copy_companions(plan.student_checkpoint.companion_files(), hf)
 
 
 def _add_manifest(
@@ -342,8 +342,8 @@ def _add_manifest(
         "run": identity.as_json(),
         "megatron_oprd": megatron_oprd.__version__,
         **dataclasses.asdict(progress),
-        "student": dataclasses.asdict(plan.student.architecture),
-        "teacher": dataclasses.asdict(plan.teacher.architecture),
+        "student": dataclasses.asdict(plan.layout.student.architecture),
+        "teacher": dataclasses.asdict(plan.layout.teacher.architecture),
         "layout": _layout(plan),
         "settings": dataclasses.asdict(plan.config),
         "files": files,

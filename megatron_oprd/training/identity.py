@@ -16,8 +16,9 @@ import xxhash
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.data.tokenizers import tokenizer_files
-from megatron_oprd.training.plan import ModelPlan, RunPlan
+from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.weights.checksum import sampled_checksum
+from megatron_oprd.weights.source import WeightSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,24 +73,19 @@ def contents_of(plan: RunPlan, prompts: Sequence[Prompt]) -> dict[str, str]:
     """
     contents = {
         "the prompts (data.prompts, rendered and tokenized)": _digest(_prompt_bytes(prompts)),
-        **_of_model("model.student", plan.student),
-        **_of_model("model.teacher", plan.teacher),
+        **_of_model("model.student", plan.student_checkpoint),
     }
-    if plan.bridge is not None:
-        contents["the bridge (bridge.path)"] = _files_digest(
-            _files_below(Path(str(plan.config.bridge.path)))
-        )
-    for number, one in enumerate(plan.others):
-        contents |= _of_model(f"extra_teachers[{number}].model", one.teacher)
-        if one.bridge is not None:
-            contents[f"the bridge (extra_teachers[{number}].bridge)"] = _files_digest(
-                _files_below(Path(str(one.config.bridge.path)))
-            )
+    for number, teacher in enumerate(plan.teachers):
+        setting, bridge = "model.teacher", "bridge.path"
+        if number:
+            setting, bridge = (f"extra_teachers[{number - 1}].{x}" for x in ("model", "bridge"))
+        contents |= _of_model(setting, teacher.checkpoint)
+        if (path := teacher.layout.config.bridge.path) is not None:
+            contents[f"the bridge ({bridge})"] = _files_digest(_files_below(Path(path)))
     return contents
 
 
-def _of_model(setting: str, model: ModelPlan) -> dict[str, str]:
-    checkpoint = model.checkpoint
+def _of_model(setting: str, checkpoint: WeightSource) -> dict[str, str]:
     return {
         f"the tokenizer or its chat template ({setting})": _digest(
             content

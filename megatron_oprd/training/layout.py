@@ -165,6 +165,22 @@ class RunLayout:
         )
 
 
+def matched_layers(
+    config: RunConfig, student: Architecture, teacher: Architecture
+) -> list[LayerPair]:
+    """The pairs of layers that the settings match.
+
+    Raises:
+        UserError: See `layer_pairs`.
+    """
+    return layer_pairs(
+        config.taps.layers,
+        config.taps.layer_map,
+        num_student_layers=student.num_layers,
+        num_teacher_layers=teacher.num_layers,
+    )
+
+
 def make_layout(
     config: RunConfig,
     *,
@@ -189,12 +205,7 @@ def make_layout(
     """
     dp_size = data_parallel_size(config.parallel, world_size)
     check_models(config, student=student, teacher=teacher, world_size=world_size)
-    pairs = layer_pairs(
-        config.taps.layers,
-        config.taps.layer_map,
-        num_student_layers=student.num_layers,
-        num_teacher_layers=teacher.num_layers,
-    )
+    pairs = matched_layers(config, student, teacher)
     check_losses(config, pairs, student, teacher)
     student_layers = _student_layers(config, student, pairs, min_running_layers)
     check_recompute(config, student_layers)

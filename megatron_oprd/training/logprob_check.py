@@ -72,11 +72,11 @@ class LogprobCheck:
         self._distiller = distiller
         plan, context = distiller.plan, distiller.context
         self._shard = VocabularyShard.of(
-            vocab_size=plan.student.architecture.vocab_size,
-            padded_vocab_size=plan.student.padded_vocab_size,
+            vocab_size=plan.layout.student.architecture.vocab_size,
+            padded_vocab_size=plan.layout.student.padded_vocab_size,
             group=context.groups.tp,
         )
-        is_meaningless = torch.ones(plan.student.padded_vocab_size, dtype=torch.bool)
+        is_meaningless = torch.ones(plan.layout.student.padded_vocab_size, dtype=torch.bool)
         is_meaningless[list(plan.tokenizer.get_vocab().values())] = False
         columns = slice(self._shard.start, self._shard.start + self._shard.size)
         self._is_meaningless = is_meaningless[columns].to(context.device)
@@ -179,7 +179,7 @@ class LogprobCheck:
 
         A tied head that the last stage has no copy of comes from the first, for this once.
         """
-        plan, pp = self._distiller.plan.student, self._distiller.context.groups.pp
+        plan, pp = self._distiller.plan.layout.student, self._distiller.context.groups.pp
         chunks, last = self._distiller.state.modules, pp.size() - 1
         if not plan.architecture.tied or plan.extent.uses_lm_head:
             return head_weight(chunks[-1]).data if pp.rank() == last else None

@@ -76,7 +76,7 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
         if resume_from is not None:
             checkpoints.set_aside_newer(resume_from)
     distiller = Distiller(plan, context)
-    exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
+    exporter = Exporter(distiller.state.modules, plan.layout.student.table, context=context)
     done = Progress()
     if resume_from is not None:
         done = checkpoints.load(
@@ -141,7 +141,7 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
                 teacher_sequences_of(rollouts),
                 taught_by(
                     rollouts,
-                    [one.plan.config.teacher.prompt_share for one in distiller.teachers],
+                    [one.layout.config.teacher.prompt_share for one in plan.teachers],
                     seed=config.seed,
                 ),
             )
@@ -248,7 +248,7 @@ def _saved_when_engines_fail(save: Callable[[], str]) -> Iterator[None]:
 
 
 def _step_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
-    layers = [str(pair.student) for pair in plan.pairs]
+    layers = [str(pair.student) for pair in plan.layout.pairs]
     return {
         "loss": result.loss,
         "output_loss": result.output_loss,
@@ -273,9 +273,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _extra_teacher_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
     metrics = {}
     for number, (one, (loss, cosine)) in enumerate(
-        zip(plan.others, result.extra_teachers, strict=True), start=1
+        zip(plan.teachers[1:], result.extra_teachers, strict=True), start=1
     ):
-        layers = [str(pair.student) for pair in one.pairs]
+        layers = [str(pair.student) for pair in one.layout.pairs]
         metrics[f"teacher{number}_loss_per_layer"] = dict(zip(layers, loss, strict=True))
         metrics[f"teacher{number}_cosine_per_layer"] = dict(zip(layers, cosine, strict=True))
     return metrics
@@ -314,16 +314,16 @@ def _export(
     """Writes the student as a Hugging Face folder, from the first replica."""
     out = export_folder(plan.config)
     dtype = DTYPES[plan.config.model.params_dtype]
-    before = plan.student.checkpoint.config
+    before = plan.student_checkpoint.config
     config = config_with_dtype(before, dtype) or before
     content = HFContent(
         tensors={
             name: TensorSpec(shape=shape, dtype=dtype)
-            for mapping in plan.student.table
+            for mapping in plan.layout.student.table
             for name, shape in mapping.hf.items()
         },
         config=config,
-        companion_files=plan.student.checkpoint.companion_files(),
+        companion_files=plan.student_checkpoint.companion_files(),
         origin={
             "tool": "megatron_oprd.train",
             "run": identity.name,

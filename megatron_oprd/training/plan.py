@@ -1,13 +1,14 @@
 """What a run will do, worked out and checked from configurations alone: no weight is read."""
 
-import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.config.load import dump_config
 from megatron_oprd.config.schema import (
     BridgeConfig,
     EvaluationConfig,
@@ -24,100 +25,150 @@ from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.vllm.engine import check_vllm_is_there
-from megatron_oprd.training.layout import ModelLayout, RunLayout, make_layout
-from megatron_oprd.training.reading import chat_format_of_benchmarks, plan_reading
+from megatron_oprd.training.layout import RunLayout, make_layout, matched_layers
+from megatron_oprd.training.reading import (
+    chat_format_of_benchmarks,
+    check_prompts,
+    student_tokenizer,
+    teacher_reader,
+)
 from megatron_oprd.weights.output_folder import check_output_folder
 from megatron_oprd.weights.source import WeightSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelPlan(ModelLayout):
-    """One model of the run.
+class TeacherPlan:
+    """One teacher of a run.
 
     Attributes:
+        layout: The student and this teacher, placed. Its config is the run with this teacher alone.
         checkpoint: The Hugging Face folder or Megatron checkpoint.
-    """
-
-    checkpoint: WeightSource
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan(RunLayout):
-    """A whole run.
-
-    Attributes:
-        student: The student.
-        teacher: The teacher, cut at its deepest mapped layer.
-        tokenizer: The student's.
-        benchmarks: What the student is evaluated on during the run.
         bridge: What the states go through before they are compared; None compares them directly.
-        teacher_reader: How the teacher reads rollouts; None: the student's sequences.
-        others: The run as it concerns each of the extra teachers.
+        reader: How the teacher reads rollouts; None: the student's sequences.
     """
 
-    student: ModelPlan
-    teacher: ModelPlan
-    tokenizer: PreTrainedTokenizerBase
-    benchmarks: list[Benchmark]
-    bridge: BridgeSource | None = None
-    teacher_reader: TeacherReader | None = None
-    others: "tuple[RunPlan, ...]" = ()
+    layout: RunLayout
+    checkpoint: WeightSource
+    bridge: BridgeSource | None
+    reader: TeacherReader | None
 
     def projectors(self, context: ParallelContext) -> Projectors | None:
         """Reads the projectors of this rank's layers; None without a bridge."""
         if self.bridge is None:
             return None
-        assert self.bridge_rank is not None
-        pairs = self.pairs_of_rank(context.pp_rank)
-        return self.bridge.read(pairs, rank=self.bridge_rank, device=context.device)
+        assert self.layout.bridge_rank is not None
+        return self.bridge.read(
+            self.layout.pairs_of_rank(context.pp_rank),
+            rank=self.layout.bridge_rank,
+            device=context.device,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A whole run.
+
+    Attributes:
+        student_checkpoint: The Hugging Face folder or Megatron checkpoint of the student.
+        teachers: The teachers, ``model.teacher`` first.
+        tokenizer: The student's.
+        benchmarks: The benchmarks of the evaluation during the run.
+    """
+
+    student_checkpoint: WeightSource
+    teachers: tuple[TeacherPlan, ...]
+    tokenizer: PreTrainedTokenizerBase
+    benchmarks: list[Benchmark]
+
+    @property
+    def layout(self) -> RunLayout:
+        """The student and the first teacher, placed."""
+        return self.teachers[0].layout
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+        return self.layout.config
+
+    def with_config(self, config: RunConfig) -> Self:
+        """The same plan with settings that place nothing changed, such as the schedule's length."""
+        first = replace(self.teachers[0], layout=replace(self.layout, config=config))
+        return replace(self, teachers=(first, *self.teachers[1:]))
 
 
 def export_folder(config: RunConfig) -> Path:
-    """Where the distilled student is written at the end."""
+    """The folder that the distilled student is written to at the end."""
     return Path(config.output_dir) / "student"
 
 
-def make_plan(config: RunConfig, *, world_size: int) -> RunPlan:
-    """Works out a run for ``world_size`` processes, reading configurations and file headers only.
+def make_plan(config: RunConfig, *, world_size: int, builds_bridge: bool = False) -> RunPlan:
+    """Works out a run for ``world_size`` processes from configurations and file headers.
+
+    Args:
+        config: The run's configuration.
+        world_size: Processes.
+        builds_bridge: Whether the run builds a bridge: then hidden states need not be comparable,
+            and no student is written.
 
     Raises:
         UserError: A model, a tokenizer, the bridge or the prompts cannot be used, or the settings
             do not fit the models or the number of processes.
     """
-    _check_output_dir(config)
-    if not config.extra_teachers:
-        return plan_models(config, world_size=world_size)
-    return _plan_teachers(config, world_size)
+    if not builds_bridge:
+        _check_output_dir(config)
+    models = open_models(config)
+    layouts = place(models, world_size=world_size)
+    check(models, layouts, builds_bridge=builds_bridge)
+    return read(models, layouts)
 
 
-def _plan_teachers(config: RunConfig, world_size: int) -> RunPlan:
-    """Plans a run for each of its teachers alone, and puts the plans together."""
+@dataclass(frozen=True, kw_only=True)
+class OpenedTeacher:
+    """A teacher whose weights have not been read.
 
-    def plan(number: int, one: RunConfig, min_running_layers: int) -> RunPlan:
-        try:
-            return plan_models(one, world_size=world_size, min_running_layers=min_running_layers)
-        except UserError as error:
-            if number == 0:
-                raise
-            raise UserError(f"extra_teachers[{number - 1}], as a teacher alone: {error}") from error
+    Attributes:
+        config: The run with this teacher alone.
+        opened: Its checkpoint.
+        bridge: Its bridge, if it has one.
+    """
 
-    runs = [config, *(alone(config, extra) for extra in config.extra_teachers)]
-    # All layers run in these, so that what is worked out does not depend on the other teachers.
-    first = [plan(number, one, sys.maxsize) for number, one in enumerate(runs)]
-    running = max((pair.student + 1 for one in first for pair in one.pairs), default=0)
-    if config.compares_outputs:
-        running = first[0].student.architecture.num_layers
-    main = plan(0, config, running)
-    stages = list(main.student.extent.layers_per_stage)
-    others = [
-        plan(
-            number,
-            replace(one, parallel=replace(one.parallel, num_layers_per_stage=stages)),
-            running,
-        )
-        for number, one in enumerate(runs[1:], start=1)
-    ]
-    return replace(main, others=tuple(others))
+    config: RunConfig
+    opened: OpenedCheckpoint
+    bridge: BridgeSource | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModels:
+    """The models of a run, opened: configurations and file headers are known."""
+
+    student: OpenedCheckpoint
+    teachers: list[OpenedTeacher]
+
+
+def open_models(config: RunConfig) -> OpenedModels:
+    """Opens every checkpoint and bridge of a run, each once.
+
+    Raises:
+        UserError: One cannot be used.
+    """
+    if config.rollout.engine == "vllm" and config.rollout.vllm.server_url is None:
+        check_vllm_is_there()
+    student = open_checkpoint(
+        Path(config.model.student),
+        hf_config=_path(config.model.student_hf_config),
+        hf_setting="model.student_hf_config",
+    )
+    teachers = []
+    for number, one in enumerate([config, *(alone(config, x) for x in config.extra_teachers)]):
+        with _naming(number):
+            opened = open_checkpoint(
+                Path(one.model.teacher),
+                hf_config=_path(one.model.teacher_hf_config),
+                hf_setting="model.teacher_hf_config",
+            )
+            bridge = None if one.bridge.path is None else open_bridge(Path(one.bridge.path))
+            teachers.append(OpenedTeacher(config=one, opened=opened, bridge=bridge))
+    return OpenedModels(student=student, teachers=teachers)
 
 
 def alone(config: RunConfig, extra: ExtraTeacherConfig) -> RunConfig:
@@ -135,60 +186,112 @@ def alone(config: RunConfig, extra: ExtraTeacherConfig) -> RunConfig:
     )
 
 
-def plan_models(
-    config: RunConfig, *, world_size: int, min_running_layers: int = 0, builds_bridge: bool = False
-) -> RunPlan:
-    """Opens and places the student and the first teacher of a run.
+def place(models: OpenedModels, *, world_size: int) -> list[RunLayout]:
+    """Places the student with each of its teachers. Reads no file.
 
-    Args:
-        config: The run's configuration.
-        world_size: Processes.
-        min_running_layers: Student layers that run in any case, for another teacher.
-        builds_bridge: Whether this is for building a bridge, so that hidden states need not be
-            comparable.
+    The first teacher's layout divides the student's layers over the stages; the others follow it.
 
     Raises:
-        UserError: See `make_plan`.
+        UserError: The settings do not fit the models or the number of processes.
     """
-    if config.rollout.engine == "vllm" and config.rollout.vllm.server_url is None:
-        check_vllm_is_there()
-    student = _open(config.model.student, config.model.student_hf_config, "student")
-    teacher = _open(config.model.teacher, config.model.teacher_hf_config, "teacher")
-    student_arch, teacher_arch = student.architecture, teacher.architecture
-    bridge = None if config.bridge.path is None else open_bridge(Path(config.bridge.path))
-    layout = make_layout(
-        config,
-        student=student_arch,
-        teacher=teacher_arch,
-        world_size=world_size,
-        min_running_layers=min_running_layers,
-        bridge_rank=None if bridge is None else _bridge_rank(config.bridge, bridge),
-    )
-    _check_max_model_len(config, student_arch)
-    if bridge is not None:
-        bridge.check(
-            student=student_arch, teacher=teacher_arch, pairs=layout.pairs, taps=config.taps
-        )
-    elif layout.pairs and not builds_bridge:
-        _check_widths(student_arch, teacher_arch)
-    tokenizer, teacher_reader = plan_reading(
-        layout, student_folder=student.source.hf_folder, teacher_folder=teacher.source.hf_folder
-    )
+    student = models.student.architecture
+    running = 0
+    for number, one in enumerate(models.teachers):
+        with _naming(number):
+            pairs = matched_layers(one.config, student, one.opened.architecture)
+            running = max([running, *(pair.student + 1 for pair in pairs)])
+    if models.teachers[0].config.compares_outputs:
+        running = student.num_layers
+    layouts: list[RunLayout] = []
+    for number, one in enumerate(models.teachers):
+        config = one.config
+        if layouts:
+            stages = list(layouts[0].student.extent.layers_per_stage)
+            parallel = replace(config.parallel, num_layers_per_stage=stages)
+            config = replace(config, parallel=parallel)
+        with _naming(number):
+            layouts.append(
+                make_layout(
+                    config,
+                    student=student,
+                    teacher=one.opened.architecture,
+                    world_size=world_size,
+                    min_running_layers=running,
+                    bridge_rank=None if one.bridge is None else _bridge_rank(config, one.bridge),
+                )
+            )
+    return layouts
+
+
+def check(models: OpenedModels, layouts: Sequence[RunLayout], *, builds_bridge: bool) -> None:
+    """Checks the settings against the placed models.
+
+    Raises:
+        UserError: A setting does not fit, or a checkpoint's tensors are not its model's.
+    """
+    student = models.student
+    _check_max_model_len(models.teachers[0].config, student.architecture)
     student.check_tensors()
-    teacher.check_tensors()
+    for number, (one, layout) in enumerate(zip(models.teachers, layouts, strict=True)):
+        with _naming(number):
+            teacher = one.opened.architecture
+            if one.bridge is not None:
+                one.bridge.check(
+                    student=student.architecture,
+                    teacher=teacher,
+                    pairs=layout.pairs,
+                    taps=layout.config.taps,
+                )
+            elif layout.pairs and not builds_bridge:
+                _check_widths(student.architecture, teacher)
+            one.opened.check_tensors()
+
+
+def read(models: OpenedModels, layouts: Sequence[RunLayout]) -> RunPlan:
+    """Reads tokenizers, benchmarks and the beginning of the prompts.
+
+    Raises:
+        UserError: One cannot be used.
+    """
+    config = models.teachers[0].config
+    source = models.student.source
+    tokenizer = student_tokenizer(layouts[0], source.hf_folder)
+    teachers = []
+    for number, (one, layout) in enumerate(zip(models.teachers, layouts, strict=True)):
+        with _naming(number):
+            reader = teacher_reader(
+                layout,
+                tokenizer,
+                student_folder=source.hf_folder,
+                teacher_folder=one.opened.source.hf_folder,
+            )
+        teachers.append(
+            TeacherPlan(
+                layout=layout, checkpoint=one.opened.source, bridge=one.bridge, reader=reader
+            )
+        )
+    check_prompts(config, tokenizer, teachers[0].reader)
     return RunPlan(
-        config=config,
-        student=ModelPlan(checkpoint=student.source, **vars(layout.student)),
-        teacher=ModelPlan(checkpoint=teacher.source, **vars(layout.teacher)),
+        student_checkpoint=source,
+        teachers=tuple(teachers),
         tokenizer=tokenizer,
-        benchmarks=_benchmarks(config, tokenizer, student_arch),
-        pairs=layout.pairs,
-        data_parallel_size=layout.data_parallel_size,
-        min_running_layers=min_running_layers,
-        bridge_rank=layout.bridge_rank,
-        bridge=bridge,
-        teacher_reader=teacher_reader,
+        benchmarks=_benchmarks(config, tokenizer, models.student.architecture),
     )
+
+
+@contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """Names an extra teacher in errors about it; number 0 is ``model.teacher`` itself."""
+    try:
+        yield
+    except UserError as error:
+        if number == 0:
+            raise
+        raise UserError(f"extra_teachers[{number - 1}], as a teacher alone: {error}") from error
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def _check_max_model_len(config: RunConfig, student: Architecture) -> None:
@@ -211,7 +314,8 @@ def _check_widths(student: Architecture, teacher: Architecture) -> None:
         )
 
 
-def _bridge_rank(settings: BridgeConfig, bridge: BridgeSource) -> int:
+def _bridge_rank(config: RunConfig, bridge: BridgeSource) -> int:
+    settings = config.bridge
     rank = bridge.rank if settings.rank is None else settings.rank
     if not 2 <= rank <= bridge.rank:
         raise UserError(
@@ -220,98 +324,6 @@ def _bridge_rank(settings: BridgeConfig, bridge: BridgeSource) -> int:
             "only a sign"
         )
     return rank
-
-
-def _open(folder: str, hf_config: str | None, model: str) -> OpenedCheckpoint:
-    return open_checkpoint(
-        Path(folder),
-        hf_config=None if hf_config is None else Path(hf_config),
-        hf_setting=f"model.{model}_hf_config",
-    )
-
-
-def describe(plan: RunPlan) -> str:
-    """The plan for a reader: configuration, layer map, and which layers sit on which stage."""
-    config = plan.config
-    pp = config.parallel.pipeline_model_parallel_size
-    lines = [
-        "# configuration",
-        dump_config(config).rstrip(),
-        "",
-        f"# layer map, 0-based: student layer -> teacher layer ({len(plan.pairs)} of "
-        f"{plan.student.architecture.num_layers} student layers)",
-        ", ".join(f"{pair.student} -> {pair.teacher}" for pair in plan.pairs),
-        "",
-        f"# pipeline stages ({plan.data_parallel_size} data-parallel replicas)",
-    ]
-    student_end = teacher_end = 0
-    counts = zip(
-        plan.student.extent.layers_per_stage, plan.teacher.extent.layers_per_stage, strict=True
-    )
-    for stage, (of_student, of_teacher) in enumerate(counts):
-        name = f"rank {stage % pp}"
-        if config.parallel.virtual_pipeline_model_parallel_size is not None:
-            name += f", chunk {stage // pp}"
-        lines.append(
-            f"{name}: student {_layers(student_end, of_student)}; "
-            f"teacher {_layers(teacher_end, of_teacher)}"
-        )
-        student_end += of_student
-        teacher_end += of_teacher
-    not_run = plan.student.architecture.num_layers - plan.num_running_layers
-    not_built = plan.teacher.architecture.num_layers - teacher_end
-    if plan.compares_outputs:
-        lines.append(
-            "both models run to their LM heads, which the last stage compares: "
-            f"output_loss.kind = {config.output_loss.kind}"
-        )
-    else:
-        lines.append(
-            f"student: {not_run} layers past the deepest tap and the LM head are frozen and not "
-            f"run; teacher: {not_built} layers and the LM head are not built"
-        )
-    if config.rollout.one_step_off_policy:
-        lines.append(
-            "rollouts are drawn while the step before is computed, with weights one update behind"
-        )
-    if config.rollout.logprob_check_interval is not None:
-        lines.append(
-            f"every {config.rollout.logprob_check_interval} steps the whole student, LM head "
-            "included, runs forward once more, to compare its log-probabilities with the rollout "
-            "engine's"
-        )
-    for name, model in (("student", plan.student), ("teacher", plan.teacher)):
-        if model.architecture.moe is not None:
-            num_experts = model.architecture.moe.num_experts
-            ranks = model.parallel.expert_model_parallel_size
-            lines.append(
-                f"{name}: {num_experts} experts a layer, {num_experts // ranks} of them on each of "
-                f"{ranks} ranks, each over {model.parallel.expert_tensor_size} ranks"
-            )
-    if plan.teacher_reader is not None:
-        settings = config.teacher_prompt
-        what = [
-            *(["its own tokens"] if settings.tokenizer == "own" else []),
-            *([f"the column {settings.privileged_key}"] if settings.privileged_key else []),
-            *(["its own prompt"] if settings.suffix or settings.chat_template_kwargs else []),
-        ]
-        lines.append(f"the teacher reads {' and '.join(what)}")
-    for number, one in enumerate(plan.others, start=1):
-        matches = ", ".join(f"{pair.student} -> {pair.teacher}" for pair in one.pairs)
-        layers = ", ".join(map(str, one.teacher.extent.layers_per_stage))
-        lines.append(
-            f"extra teacher {number}, {one.config.model.teacher}: {matches}; layers of each stage: "
-            f"{layers}"
-        )
-    if plan.bridge is not None:
-        lines.append(f"bridge {config.bridge.path}: {plan.bridge_rank} numbers of each state")
-    return "\n".join(lines)
-
-
-def _layers(start: int, count: int) -> str:
-    if count == 0:
-        return "no layers"
-    return f"layer {start}" if count == 1 else f"layers {start}-{start + count - 1}"
 
 
 def _benchmarks(

@@ -23,65 +23,91 @@ from megatron_oprd.training.layout import RunLayout
 logger = logging.getLogger(__name__)
 
 
-def plan_reading(
-    layout: RunLayout, *, student_folder: Path, teacher_folder: Path
-) -> tuple[PreTrainedTokenizerBase, TeacherReader | None]:
-    """The student's tokenizer, and how the teacher reads if it reads other sequences.
+def student_tokenizer(layout: RunLayout, folder: Path) -> PreTrainedTokenizerBase:
+    """Loads the student's tokenizer.
 
     Args:
         layout: The run.
+        folder: Folder with the tokenizer.
+
+    Raises:
+        UserError: It cannot be used.
+    """
+    tokenizer = load_tokenizer(folder)
+    eos_token_ids(folder, tokenizer)
+    pad_token_id(tokenizer)
+    _check_vocabulary("model.student", tokenizer, layout.student.architecture)
+    return tokenizer
+
+
+def teacher_reader(
+    layout: RunLayout,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    student_folder: Path,
+    teacher_folder: Path,
+) -> TeacherReader | None:
+    """Works out how a teacher reads rollouts; None: it reads the student's sequences.
+
+    Args:
+        layout: The run with this teacher.
+        tokenizer: The student's.
         student_folder: Folder with the student's tokenizer.
         teacher_folder: Folder with the teacher's.
 
     Raises:
-        UserError: A tokenizer or a prompt file cannot be used.
+        UserError: The teacher's tokenizer cannot be used.
     """
     config = layout.config
     settings = config.teacher_prompt
-    tokenizer = load_tokenizer(student_folder)
-    ends = (*eos_token_ids(student_folder, tokenizer), *config.rollout.stop_token_ids)
-    chat = chat_format(config)
-    pad_token_id(tokenizer)
     own_tokens = settings.tokenizer == "own"
-    teacher_tokenizer = tokenizer
+    of_teacher = tokenizer
     if own_tokens:
-        teacher_tokenizer = load_tokenizer(teacher_folder)
-        _check_own_tokens(config, tokenizer, teacher_tokenizer)
+        of_teacher = load_tokenizer(teacher_folder)
+        _check_own_tokens(config, tokenizer, of_teacher)
     else:
         check_same_tokenizer(
             student_folder,
             teacher_folder,
             otherwise="; with teacher_prompt.tokenizer = own the teacher reads the text in its own",
         )
-    reader = None
-    of_teacher = chat_format_of_teacher(config)
-    if settings.is_own:
-        reader = TeacherReader(
-            prompts=TeacherPrompts(
-                tokenizer=teacher_tokenizer,
-                privileged_key=settings.privileged_key,
-                template=settings.template,
-                max_tokens=layout.teacher_max_prompt_tokens,
-                chat=of_teacher,
-            ),
-            own_tokens=own_tokens,
-            student_tokenizer=tokenizer,
-            student_ends=ends,
-            max_tokens=layout.teacher_max_sequence_length,
-        )
+    _warn_of_turns(
+        config, student_folder=student_folder, teacher_folder=teacher_folder, tokenizer=tokenizer
+    )
+    _check_vocabulary("model.teacher", of_teacher, layout.teacher.architecture)
+    if not settings.is_own:
+        return None
+    ends = (*eos_token_ids(student_folder, tokenizer), *config.rollout.stop_token_ids)
+    return TeacherReader(
+        prompts=TeacherPrompts(
+            tokenizer=of_teacher,
+            privileged_key=settings.privileged_key,
+            template=settings.template,
+            max_tokens=layout.teacher_max_prompt_tokens,
+            chat=chat_format_of_teacher(config),
+        ),
+        own_tokens=own_tokens,
+        student_tokenizer=tokenizer,
+        student_ends=ends,
+        max_tokens=layout.teacher_max_sequence_length,
+    )
+
+
+def check_prompts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, reader: TeacherReader | None
+) -> None:
+    """Checks the prompt files, and their beginnings as both models read them.
+
+    Raises:
+        UserError: See `check_prompt_files`.
+    """
     check_prompt_files(
         [Path(file) for file in config.data.prompts],
         tokenizer,
         prompt_key=config.data.prompt_key,
-        chat=chat,
+        chat=chat_format(config),
         teacher=None if reader is None else reader.prompts,
     )
-    _warn_of_turns(
-        config, student_folder=student_folder, teacher_folder=teacher_folder, tokenizer=tokenizer
-    )
-    _check_vocabulary("model.student", tokenizer, layout.student.architecture)
-    _check_vocabulary("model.teacher", teacher_tokenizer, layout.teacher.architecture)
-    return tokenizer, reader
 
 
 def chat_format(config: RunConfig) -> ChatFormat:

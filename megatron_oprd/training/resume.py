@@ -149,7 +149,7 @@ def with_schedule_of(plan: RunPlan, identity: RunIdentity) -> RunPlan:
         f"run began with, optimizer.lr_decay_iters = {identity.lr_decay_iters}"
     )
     optimizer = dataclasses.replace(plan.config.optimizer, lr_decay_iters=identity.lr_decay_iters)
-    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, optimizer=optimizer))
+    return plan.with_config(dataclasses.replace(plan.config, optimizer=optimizer))
 
 
 def check_contents(checkpoint: Path, identity: RunIdentity, found: Mapping[str, str]) -> None:
@@ -168,14 +168,18 @@ def check_contents(checkpoint: Path, identity: RunIdentity, found: Mapping[str, 
 
 def _check_same_run(plan: RunPlan, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
     config = plan.config
-    for setting, model in (("student", plan.student), ("teacher", plan.teacher)):
+    layout = plan.layout
+    for setting, model, source in (
+        ("student", layout.student, plan.student_checkpoint),
+        ("teacher", layout.teacher, plan.teachers[0].checkpoint),
+    ):
         ours = dataclasses.asdict(model.architecture)
         for field, value in ours.items():
             found = manifest[setting].get(field)
             if found != value:
                 raise UserError(
                     f"{checkpoint} is of another model: {field} = {found!r}, but model.{setting} "
-                    f"({model.checkpoint.folder}) has {value!r}; give another output_dir"
+                    f"({source.folder}) has {value!r}; give another output_dir"
                 )
     # A setting that there was not has had its default.
     defaults = _compared(dataclasses.asdict(RunConfig()))

@@ -98,7 +98,7 @@ class RolloutSource:
                 sampling_of_step(step, self._plan.config),
                 weights_version=step,
                 context=self._context,
-                reader=self._plan.teacher_reader,
+                reader=self._plan.teachers[0].reader,
             )
         else:
             assert ahead.step == step
@@ -141,7 +141,7 @@ class RolloutSource:
             sampling_of_step(ahead.step, self._plan.config),
             weights_versions=(ahead.weights_version, weights_version),
             context=self._context,
-            reader=self._plan.teacher_reader,
+            reader=self._plan.teachers[0].reader,
         )
         self._seconds_waited += time.perf_counter() - started
         self._ahead = _Ahead(

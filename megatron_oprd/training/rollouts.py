@@ -48,7 +48,7 @@ def open_engines(
         RolloutEngineError: An engine did not start; or failed too often, in what is done with them.
     """
     config = plan.config
-    folder = plan.student.checkpoint.hf_folder
+    folder = plan.student_checkpoint.hf_folder
     dtype = DTYPES[config.model.params_dtype]
     max_model_len = _max_model_len(plan)
     vllm = config.rollout.vllm
@@ -121,7 +121,7 @@ def check_rollout_server(plan: RunPlan) -> None:
     if vllm.server_url is not None:
         check_server(
             vllm.server_url,
-            plan.student.checkpoint.hf_folder,
+            plan.student_checkpoint.hf_folder,
             dtype=DTYPES[plan.config.model.params_dtype],
             max_model_len=_max_model_len(plan),
             checks_weights=vllm.check_weights_interval is not None,
@@ -152,7 +152,7 @@ def _max_model_len(plan: RunPlan) -> int:
         for benchmark in plan.benchmarks
         for prompt in tokenized(benchmark, plan.tokenizer, chat_format_of_benchmarks(plan.config))
     ]
-    return max([plan.max_sequence_length, *of_benchmarks])
+    return max([plan.layout.max_sequence_length, *of_benchmarks])
 
 
 def load_run_prompts(plan: RunPlan, *, today: datetime.date | None = None) -> list[Prompt]:
@@ -166,7 +166,7 @@ def load_run_prompts(plan: RunPlan, *, today: datetime.date | None = None) -> li
         UserError: See `load_prompts`.
     """
     data = plan.config.data
-    teacher = None if plan.teacher_reader is None else plan.teacher_reader.prompts
+    teacher = None if plan.teachers[0].reader is None else plan.teachers[0].reader.prompts
     if teacher is not None:
         teacher = dataclasses.replace(teacher, chat=dataclasses.replace(teacher.chat, today=today))
     return load_prompts(
@@ -194,10 +194,10 @@ def describe_prompts(plan: RunPlan) -> str:
         f"student: {plan.tokenizer.decode(first.token_ids)!r}",
     ]
     if first.teacher_ids is not None:
-        assert plan.teacher_reader is not None
-        tokenizer = plan.teacher_reader.prompts.tokenizer
+        assert plan.teachers[0].reader is not None
+        tokenizer = plan.teachers[0].reader.prompts.tokenizer
         lines.append(f"teacher: {tokenizer.decode(first.teacher_ids)!r}")
-        if plan.teacher_reader.own_tokens:
+        if plan.teachers[0].reader.own_tokens:
             end = first.teacher_end
             shown = "not known" if end is None else repr(tokenizer.decode([end]))
             lines.append(f"the token that ends the teacher's answer: {shown}")

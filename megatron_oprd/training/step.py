@@ -21,8 +21,9 @@ from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.student import freeze_past_deepest_tap
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.training.batches import StepBatches, make_micro_batches
+from megatron_oprd.training.layout import ModelLayout
 from megatron_oprd.training.optimizer import make_train_state
-from megatron_oprd.training.plan import ModelPlan, RunPlan
+from megatron_oprd.training.plan import RunPlan, TeacherPlan
 from megatron_oprd.training.teacher_refresh import TeacherRefresh
 from megatron_oprd.training.teachers import Teacher
 from megatron_oprd.weights.load import load_weights
@@ -103,16 +104,17 @@ class Distiller:
         config = plan.config
         self.plan = plan
         self.context = context
-        plans = [plan, *plan.others]
-        self.teachers = [Teacher(one, context, number=number) for number, one in enumerate(plans)]
-        student, student_config = self._build_student(plan.student)
+        self.teachers = [
+            Teacher(one, context, number=number) for number, one in enumerate(plan.teachers)
+        ]
+        student, student_config = self._build_student(plan.layout.student)
         freeze_past_deepest_tap(
             student,
-            num_running_layers=plan.num_running_layers,
-            trains_final_norm=any(one.trains_final_norm for one in plans),
+            num_running_layers=plan.layout.num_running_layers,
+            trains_final_norm=any(one.layout.trains_final_norm for one in plan.teachers),
         )
         for one in self.teachers:
-            one.taps.attach_student(student, depth=plan.student.architecture.num_layers)
+            one.taps.attach_student(student, depth=plan.layout.student.architecture.num_layers)
         teacher = self.teachers[0].chunks
         self._student_config = student_config
         self.refresh: TeacherRefresh | None = None
@@ -124,13 +126,13 @@ class Distiller:
                 ema_decay=config.teacher.ema_decay,
             )
         self._head: HeadTap | None = None
-        if plan.compares_outputs and student[-1].post_process:
+        if plan.layout.compares_outputs and student[-1].post_process:
             self._head = HeadTap(
                 config.output_loss,
                 student=student[-1],
                 teacher=teacher[-1],
-                vocab_size=plan.vocab_size,
-                padded_vocab_size=plan.student.padded_vocab_size,
+                vocab_size=plan.layout.vocab_size,
+                padded_vocab_size=plan.layout.student.padded_vocab_size,
                 tp_group=context.groups.tp,
                 cp_group=context.groups.cp,
                 sequence_parallel=config.parallel.sequence_parallel,
@@ -292,8 +294,8 @@ class Distiller:
         losses = [gradients.loss_per_layer, *(loss for loss, _ in gradients.extra_teachers)]
         loss = sum(
             coefficient * float(of_layer)
-            for one, of_teacher in zip(self.teachers, losses, strict=True)
-            for coefficient, of_layer in zip(one.plan.pair_coefficients, of_teacher, strict=True)
+            for one, of_teacher in zip(self.plan.teachers, losses, strict=True)
+            for coefficient, of_layer in zip(one.layout.pair_coefficients, of_teacher, strict=True)
         )
         output_loss = float(gradients.output_loss) if batches.supervises_outputs else None
         if output_loss is not None:
@@ -341,7 +343,7 @@ class Distiller:
             seconds_optimizer=0.0,
         )
 
-    def _build_student(self, model: ModelPlan) -> tuple[list[GPTModel], Any]:
+    def _build_student(self, model: ModelLayout) -> tuple[list[GPTModel], Any]:
         config = self.plan.config
         megatron_config = transformer_config(
             model.architecture,
@@ -357,12 +359,12 @@ class Distiller:
             megatron_config,
             context=self.context,
             padded_vocab_size=model.padded_vocab_size,
-            max_sequence_length=self.plan.max_sequence_length,
+            max_sequence_length=self.plan.layout.max_sequence_length,
         )
         load_weights(
             chunks,
             model.table,
-            model.checkpoint,
+            self.plan.student_checkpoint,
             place=self.context.place,
             tied=model.architecture.tied,
         )
@@ -379,9 +381,9 @@ class Distiller:
         return hidden
 
 
-def _nothing(plan: RunPlan) -> tuple[Sequence[float | None], Sequence[float | None]]:
+def _nothing(plan: TeacherPlan) -> tuple[Sequence[float | None], Sequence[float | None]]:
     """Loss and cosine of each matched pair of a teacher without supervised positions."""
-    return [None] * len(plan.pairs), [None] * len(plan.pairs)
+    return [None] * len(plan.layout.pairs), [None] * len(plan.layout.pairs)
 
 
 @contextmanager

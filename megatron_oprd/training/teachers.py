@@ -14,31 +14,31 @@ from megatron_oprd.models.offload import OffloadedWeights
 from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel.context import ParallelContext
-from megatron_oprd.training.plan import RunPlan
+from megatron_oprd.training.plan import TeacherPlan
 
 
 class Teacher:
     """A teacher and the taps between it and the student.
 
     Args:
-        plan: The run as far as it concerns this teacher.
+        plan: This teacher.
         context: This rank's place.
         number: Which of the teachers it is; 0 is the first.
 
     Attributes:
-        plan: Likewise.
+        plan: This teacher.
         chunks: Its chunks on this rank.
         taps: The taps.
     """
 
-    def __init__(self, plan: RunPlan, context: ParallelContext, *, number: int) -> None:
-        config, model = plan.config, plan.teacher
+    def __init__(self, plan: TeacherPlan, context: ParallelContext, *, number: int) -> None:
+        layout, config, model = plan.layout, plan.layout.config, plan.layout.teacher
         self.plan = plan
         self._number = number
         self.taps = Taps(
-            plan.pairs,
+            layout.pairs,
             normalize=config.loss.normalize,
-            coefficients=plan.pair_coefficients,
+            coefficients=layout.pair_coefficients,
             post_norm=config.taps.last_layer == "post_norm",
             device=context.device,
             projectors=plan.projectors(context),
@@ -47,13 +47,13 @@ class Teacher:
             model.architecture,
             model.extent,
             model.table,
-            model.checkpoint,
+            plan.checkpoint,
             teacher=config.teacher,
             model=config.model,
             parallel=model.parallel,
             context=context.with_expert_sizes(model.parallel),
             padded_vocab_size=model.padded_vocab_size,
-            max_sequence_length=plan.teacher_max_sequence_length,
+            max_sequence_length=layout.teacher_max_sequence_length,
         )
         self.taps.attach_teacher(self.chunks, depth=model.architecture.num_layers)
         self._selector = RankSelector.of(

@@ -32,7 +32,7 @@ def plan_of(pairs: Path, *overrides: str, pair: str = "llama", ranks: int = 2) -
 def batches(plan: RunPlan, rank: int = 0, **step: Any) -> StepBatches:
     context: Any = SimpleNamespace(
         dp_rank=rank,
-        dp_size=plan.data_parallel_size,
+        dp_size=plan.layout.data_parallel_size,
         pp_size=1,
         cp_rank=0,
         cp_size=1,
@@ -51,9 +51,9 @@ def batches(plan: RunPlan, rank: int = 0, **step: Any) -> StepBatches:
 def test_groups_fit_the_replica_with_the_most_targets(pairs: Path) -> None:
     """Both replicas make the same groups, and the fullest one's targets fit."""
     plan = plan_of(pairs, "batch.micro_batch_size=1")
-    of_one = 8 * plan.target_bytes_per_row
+    of_one = 8 * plan.layout.target_bytes_per_row
     # Replicas have 40 + 8 and 8 + 8 rows.
-    for budget, groups in ((48 * plan.target_bytes_per_row, 1), (3 * of_one, 2)):
+    for budget, groups in ((48 * plan.layout.target_bytes_per_row, 1), (3 * of_one, 2)):
         memory = f"teacher.target_memory_gb={budget / 1e9:.12f}"
         limited = plan_of(pairs, "batch.micro_batch_size=1", memory)
         assert [len(batches(limited, rank).groups) for rank in (0, 1)] == [groups] * 2
@@ -63,8 +63,8 @@ def test_targets_of_both_losses_add_up(pairs: Path) -> None:
     settings = ["batch.micro_batch_size=1", "output_loss.kind=reverse_kl"]
     plan = plan_of(pairs, *settings, ranks=1)
     rows = sum(map(len, RESPONSES))
-    states = rows * plan.target_bytes_per_row
-    outputs = rows * plan.output_target_bytes_per_row
+    states = rows * plan.layout.target_bytes_per_row
+    outputs = rows * plan.layout.output_target_bytes_per_row
     for budget, is_enough in ((states + outputs, True), (states + outputs - 1, False)):
         memory = f"teacher.target_memory_gb={budget / 1e9:.12f}"
         found = len(batches(plan_of(pairs, *settings, memory, ranks=1)).groups)
@@ -73,13 +73,13 @@ def test_targets_of_both_losses_add_up(pairs: Path) -> None:
 
 def test_a_teacher_layer_that_several_layers_want_is_kept_once(pairs: Path) -> None:
     itemsize, width = 4, 32
-    assert plan_of(pairs).target_bytes_per_row == 4 * width * itemsize
-    assert plan_of(pairs, pair="shallow").target_bytes_per_row == 2 * width * itemsize
+    assert plan_of(pairs).layout.target_bytes_per_row == 4 * width * itemsize
+    assert plan_of(pairs, pair="shallow").layout.target_bytes_per_row == 2 * width * itemsize
 
 
 def test_distributions_are_over_what_both_vocabularies_have(pairs: Path) -> None:
     plan = plan_of(pairs, "output_loss.kind=reverse_kl", pair="vocabulary")
-    assert plan.vocab_size == 97
+    assert plan.layout.vocab_size == 97
 
 
 def test_output_losses_have_positions_of_their_own(pairs: Path) -> None:

@@ -64,9 +64,9 @@ def test_everything_else_comes_from_the_companion_files(root: Path, tmp_path: Pa
     """Tokenizer and generation config; the Hugging Face folders may be gone."""
     config = config_of(root / "pair", [*megatron(root), f"output_dir={tmp_path}"])
     plan = make_plan(config, world_size=1)
-    assert isinstance(plan.student.checkpoint, MegatronCheckpoint)
-    assert plan.student.checkpoint.hf_folder == root / "student_in_megatron" / "release" / "hf"
-    assert plan.tokenizer.name_or_path == str(plan.student.checkpoint.hf_folder)
+    assert isinstance(plan.student_checkpoint, MegatronCheckpoint)
+    assert plan.student_checkpoint.hf_folder == root / "student_in_megatron" / "release" / "hf"
+    assert plan.tokenizer.name_or_path == str(plan.student_checkpoint.hf_folder)
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])

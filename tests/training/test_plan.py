@@ -6,7 +6,8 @@ import pytest
 
 from megatron_oprd.config.load import load_config
 from megatron_oprd.errors import UserError
-from megatron_oprd.training.plan import RunPlan, describe, make_plan
+from megatron_oprd.training.describe import describe
+from megatron_oprd.training.plan import RunPlan, make_plan
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from tests.data.test_benchmarks import row, write
 from tests.helpers.bridges import save_random_bridge
@@ -43,15 +44,18 @@ def changed(pair: Path, tmp_path: Path, which: str, **fields: Any) -> str:
 
 def test_what_a_plan_holds(pair: Path) -> None:
     found = plan(pair, PP2, "model.make_vocab_size_divisible_by=50", world_size=4)
-    assert found.data_parallel_size == 2
-    assert [(p.student, p.teacher) for p in found.pairs] == [(0, 0), (1, 2), (2, 4), (3, 6)]
-    assert found.student.extent.layers_per_stage == (2, 2)
-    assert found.teacher.extent.layers_per_stage == (4, 3)
-    assert (found.student.padded_vocab_size, found.teacher.padded_vocab_size) == (100, 100)
-    assert found.student.extent.lm_head
-    assert not found.teacher.extent.lm_head
-    assert found.num_running_layers == 4
-    assert found.max_sequence_length == 64 + 12
+    assert found.layout.data_parallel_size == 2
+    assert [(p.student, p.teacher) for p in found.layout.pairs] == [(0, 0), (1, 2), (2, 4), (3, 6)]
+    assert found.layout.student.extent.layers_per_stage == (2, 2)
+    assert found.layout.teacher.extent.layers_per_stage == (4, 3)
+    assert (found.layout.student.padded_vocab_size, found.layout.teacher.padded_vocab_size) == (
+        100,
+        100,
+    )
+    assert found.layout.student.extent.lm_head
+    assert not found.layout.teacher.extent.lm_head
+    assert found.layout.num_running_layers == 4
+    assert found.layout.max_sequence_length == 64 + 12
 
 
 @pytest.mark.parametrize(
@@ -69,11 +73,14 @@ def test_final_norms(
     pair: Path, overrides: list[str], running: int, student_norm_trains: bool, teacher_norm: bool
 ) -> None:
     found = plan(pair, *overrides)
-    assert found.num_running_layers == running
-    assert found.trains_final_norm == student_norm_trains
-    assert found.teacher.extent.final_norm == teacher_norm
-    assert found.student.extent.final_norm, "it is exported, run or not"
-    assert sum(found.teacher.extent.layers_per_stage) == max(p.teacher for p in found.pairs) + 1
+    assert found.layout.num_running_layers == running
+    assert found.layout.trains_final_norm == student_norm_trains
+    assert found.layout.teacher.extent.final_norm == teacher_norm
+    assert found.layout.student.extent.final_norm, "it is exported, run or not"
+    assert (
+        sum(found.layout.teacher.extent.layers_per_stage)
+        == max(p.teacher for p in found.layout.pairs) + 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,13 +202,13 @@ def test_experts_of_dense_models(pair: Path, override: str) -> None:
 
 
 def test_layouts_of_experts_that_are_allowed(pair: Path, moe_pair: Path) -> None:
-    assert plan(moe_pair, TP2, SP, EP2, ETP1, world_size=2).data_parallel_size == 1
-    assert plan(moe_pair, EP2, world_size=4).data_parallel_size == 4
+    assert plan(moe_pair, TP2, SP, EP2, ETP1, world_size=2).layout.data_parallel_size == 1
+    assert plan(moe_pair, EP2, world_size=4).layout.data_parallel_size == 4
     # The dense width, 64, has nothing to do with experts.
-    assert plan(moe_pair, ETP1, EP2, world_size=2).teacher.architecture.moe is not None
+    assert plan(moe_pair, ETP1, EP2, world_size=2).layout.teacher.architecture.moe is not None
     # One of the two models is enough, and the teacher needs no sequence parallelism.
     teacher = f"model.teacher={moe_pair / 'teacher'}"
-    assert plan(pair, teacher, TP2, EP2, ETP1, world_size=2).student.architecture.moe is None
+    assert plan(pair, teacher, TP2, EP2, ETP1, world_size=2).layout.student.architecture.moe is None
 
 
 def test_unequal_width_names_the_bridge(pair: Path, tmp_path: Path) -> None:
@@ -219,7 +226,7 @@ def test_a_bridge_allows_unequal_width(pair: Path, tmp_path: Path) -> None:
     bridge = f"bridge.path={tmp_path / 'bridge'}"
     with pytest.raises(UserError, match=r"student is 32 wide, model\.teacher 48"):
         plan(wider)
-    assert plan(wider, bridge, L2).bridge_rank == 6
+    assert plan(wider, bridge, L2).layout.bridge_rank == 6
     with pytest.raises(UserError, match=r"as teacher, of num_layers = 4; .* has 7"):
         plan(pair, bridge, L2)
     with pytest.raises(UserError, match=r"bridge\.rank = 7: .* has 6 directions"):
@@ -231,12 +238,12 @@ def test_what_a_plan_with_a_bridge_holds(pair: Path, tmp_path: Path) -> None:
     save_random_bridge(tmp_path / "bridge", pair, rank=6)
     bridge = f"bridge.path={tmp_path / 'bridge'}"
     found = plan(pair, bridge, L2, PP2, world_size=2)
-    assert found.bridge is not None
-    assert found.bridge_rank == 6
-    assert [(p.student, p.teacher) for p in found.pairs_of_rank(1)] == [(2, 4), (3, 6)]
-    assert found.target_bytes_per_row == 2 * 6 * 4
-    assert plan(pair, bridge, L2, "bridge.rank=4").target_bytes_per_row == 4 * 4 * 4
-    assert plan(pair).target_bytes_per_row == 4 * 32 * 4
+    assert found.teachers[0].bridge is not None
+    assert found.layout.bridge_rank == 6
+    assert [(p.student, p.teacher) for p in found.layout.pairs_of_rank(1)] == [(2, 4), (3, 6)]
+    assert found.layout.target_bytes_per_row == 2 * 6 * 4
+    assert plan(pair, bridge, L2, "bridge.rank=4").layout.target_bytes_per_row == 4 * 4 * 4
+    assert plan(pair).layout.target_bytes_per_row == 4 * 32 * 4
     assert describe(found).endswith(f"bridge {tmp_path / 'bridge'}: 6 numbers of each state")
 
 
@@ -301,10 +308,10 @@ def test_description_without_a_pipeline(pair: Path) -> None:
     assert stages[2].endswith("teacher: 0 layers and the LM head are not built")
 
 
-def test_embedding_smaller_than_the_tokenizer(pair: Path, tmp_path: Path) -> None:
-    smaller = changed(pair, tmp_path, "teacher", vocab_size=90)
+def test_embedding_smaller_than_the_tokenizer(tmp_path: Path) -> None:
+    pair = save_pair(tmp_path / "pair", "llama", teacher_vocab_size=90)
     with pytest.raises(UserError, match=r"model\.teacher has an embedding of 90 rows.* 97"):
-        plan(pair, smaller)
+        plan(pair)
 
 
 def test_export_folder_that_cannot_be_replaced(pair: Path, tmp_path: Path) -> None:

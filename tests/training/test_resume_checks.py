@@ -35,8 +35,8 @@ def checkpoint(pair: Path, out: Path, **changes: Any) -> Path:
         "step": 4,
         "skipped_steps": 0,
         "unsupervised_steps": 0,
-        "student": dataclasses.asdict(written.student.architecture),
-        "teacher": dataclasses.asdict(written.teacher.architecture),
+        "student": dataclasses.asdict(written.layout.student.architecture),
+        "teacher": dataclasses.asdict(written.layout.teacher.architecture),
         "layout": {},
         "settings": dataclasses.asdict(written.config),
     }

@@ -8,7 +8,8 @@ import torch
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import Rollout
-from megatron_oprd.training.plan import RunPlan, describe, make_plan
+from megatron_oprd.training.describe import describe
+from megatron_oprd.training.plan import RunPlan, make_plan
 from megatron_oprd.training.rollouts import taught_by
 from tests.helpers.closeness import assert_close_relative
 from tests.helpers.pairs import config_of, save_pair
@@ -100,7 +101,7 @@ def plan(results: Path, *overrides: str) -> RunPlan:
 def test_the_plan_says_who_teaches_what(results: Path) -> None:
     teacher = results / "other" / "teacher"
     found = plan(results, "taps.layers=[0]", f"extra_teachers=[{{model: {teacher}}}]")
-    assert found.num_running_layers == found.others[0].num_running_layers == 4
+    assert [one.layout.num_running_layers for one in found.teachers] == [4, 4]
     line = f"extra teacher 1, {teacher}: 0 -> 0, 1 -> 1, 2 -> 2, 3 -> 3; layers of each stage: 4"
     assert line in describe(found)
 

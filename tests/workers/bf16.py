@@ -30,7 +30,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
     with parallel_run(config.parallel, seed=config.seed) as context:
         plan = make_plan(config, world_size=dist.get_world_size())
         distiller = Distiller(plan, context)
-        exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
+        exporter = Exporter(distiller.state.modules, plan.layout.student.table, context=context)
 
         def weights() -> dict[str, Tensor | None]:
             return {

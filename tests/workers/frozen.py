@@ -27,7 +27,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         ran: dict[str, set[str]] = {name: set() for name in models}
         for name, chunks in models.items():
             _record_what_runs(chunks, ran[name])
-        exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
+        exporter = Exporter(distiller.state.modules, plan.layout.student.table, context=context)
         before = {name: tensor.clone() for name, tensor in exporter.stream() if tensor is not None}
         steps = [distiller.step(*fixed_rollouts()) for _ in range(2)]
         after = dict(exporter.stream())

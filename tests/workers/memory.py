@@ -199,7 +199,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
                 distiller.student_pass(group, is_last=True)
         with messages["update"]:
             distiller.update(loss_is_finite=True)
-        exporter = Exporter(state.modules, plan.student.table, context=context)
+        exporter = Exporter(state.modules, plan.layout.student.table, context=context)
         with messages["sync"]:
             for _ in exporter.stream():
                 pass

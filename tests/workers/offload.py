@@ -40,7 +40,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             look()
             schedule.run_schedule(*args, **kwargs)
 
-        exporter = Exporter(distiller.state.modules, plan.student.table, context=context)
+        exporter = Exporter(distiller.state.modules, plan.layout.student.table, context=context)
         look()
         losses = []
         with (

@@ -27,7 +27,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         if case["trains"] is not None:
             for name, parameter in named_parameters(modules).items():
                 parameter.requires_grad_(name in case["trains"])
-        exporter = Exporter(modules, plan.student.table, context=context)
+        exporter = Exporter(modules, plan.layout.student.table, context=context)
         partial = list(exporter.stream(trainable_only=True))
         whole = list(exporter.stream())
         frozen: list[Any] = [None] * dist.get_world_size()

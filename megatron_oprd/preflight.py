@@ -1,0 +1,72 @@
+"""Everything that a training run checks before it starts a process group or reads a weight."""
+
+import os
+from dataclasses import dataclass
+
+import psutil
+
+from megatron_oprd.config.schema import RunConfig
+from megatron_oprd.errors import UserError, say
+from megatron_oprd.parallel.context import fewest_ranks
+from megatron_oprd.planning.estimate import check_host_memory
+from megatron_oprd.training.plan import RunPlan, make_plan
+from megatron_oprd.training.resume import checkpoint_to_resume
+from megatron_oprd.training.rollouts import check_rollout_server, check_server_to_start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """The processes of a run, as the launcher says.
+
+    Attributes:
+        num_ranks: Processes of the run.
+        ranks_on_host: Processes on this machine.
+        is_first: Whether this process is global rank 0.
+    """
+
+    num_ranks: int
+    ranks_on_host: int
+    is_first: bool
+
+    @classmethod
+    def of_environment(cls, *, without_launcher: int = 1) -> "Launch":
+        """Reads torchrun's variables; without them there are ``without_launcher`` processes."""
+        return cls(
+            num_ranks=int(os.environ.get("WORLD_SIZE", without_launcher)),
+            ranks_on_host=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            is_first=os.environ.get("RANK", "0") == "0",
+        )
+
+
+def prepare(config: RunConfig, *, dry_run: bool) -> tuple[RunPlan, Launch]:
+    """Plans a run and checks what it meets: checkpoints, a rollout server, the host's memory.
+
+    Args:
+        config: The run's configuration.
+        dry_run: Whether nothing starts afterwards. Then the run may be meant for another machine:
+            too little memory is a warning, and torchrun is not needed.
+
+    Raises:
+        UserError: Something is missing or does not fit.
+    """
+    fewest = fewest_ranks(config.parallel) if dry_run else 1
+    launch = Launch.of_environment(without_launcher=fewest)
+    plan = make_plan(config, world_size=launch.num_ranks)
+    checkpoint_to_resume(plan)
+    if launch.is_first:
+        # Other hosts may see a server under another address. An engine that cannot start says so.
+        check_rollout_server(plan)
+        if not dry_run:
+            check_server_to_start(plan, ranks_on_host=launch.ranks_on_host)
+    try:
+        check_host_memory(
+            config,
+            num_ranks=launch.num_ranks,
+            ranks_on_host=launch.ranks_on_host,
+            available_bytes=psutil.virtual_memory().available,
+        )
+    except UserError as error:
+        if not dry_run:
+            raise
+        say(f"warning: on this machine, {error}")
+    return plan, launch
