@@ -1,7 +1,7 @@
 """OPRD-Bridge: hidden states of two models in one r-dimensional space.
 
 A frozen projector pair takes h_S to P_S h_S and h_T to P_T (h_T - mu_T). The loss of a position is
-the distance of the two as unit vectors, `token_mse` with ``normalize="l2"``: the squared distance
+the distance of the two as unit vectors, `compare` with ``normalize="l2"``: the squared distance
 divided by r, as in the reference implementation.
 """
 

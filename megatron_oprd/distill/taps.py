@@ -296,7 +296,7 @@ class Taps(PairTaps):
 
     Args:
         pairs: All matched layers, by rising student layer; each rank taps those it owns.
-        normalize: See `token_mse`.
+        normalize: Which distance, see `compare`.
         coefficients: Factor on the loss of each pair as it is attached; metrics are without it.
         post_norm: Whether a model's last layer is taken after the final norm.
         device: Where the metrics live.

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from megatron_oprd.distill.projectors import Projectors, project_student, project_teacher
-from megatron_oprd.distill.representation import masked_cosine, masked_mse, token_mse
+from megatron_oprd.distill.representation import compare
 from tests.distill.test_representation import golden_case
 from tests.helpers.closeness import assert_close_relative
 
@@ -11,7 +11,7 @@ from tests.helpers.closeness import assert_close_relative
 @pytest.mark.parametrize("selection", ["all.0", "last_k.5"])
 def test_values_of_the_reference_implementation(selection: str) -> None:
     case, tensors = golden_case("c2")
-    mask = tensors[f"mask.{selection}"]
+    chosen = tensors[f"mask.{selection}"] != 0
     losses, cosines = [], []
     for layer, teacher_layer in enumerate(case["layer_map_0based"]):
         p_t, mu_t = tensors["bridge.P_T"][layer], tensors["bridge.mu_T"][layer]
@@ -22,8 +22,9 @@ def test_values_of_the_reference_implementation(selection: str) -> None:
         )
         states = projectors.project_student(layer, tensors["student"][:, layer])
         targets = projectors.project_teacher(teacher_layer, tensors["teacher"][:, teacher_layer])
-        losses.append(masked_mse(states, targets, mask, normalize="l2"))
-        cosines.append(masked_cosine(states, targets, mask))
+        found = compare(states[chosen], targets[chosen], normalize="l2")
+        losses.append(found.distance.mean())
+        cosines.append(found.cosine.mean())
     for values, key, size in (
         (losses, "bridge_l2_normalized_mse", None),
         (cosines, "bridge_cosine", 0.1),  # 1e-6 of a cosine's own size, which is 1
@@ -45,16 +46,13 @@ def test_loss_is_the_formula() -> None:
     along = (u_s * u_t).sum(axis=1, keepdims=True)
     expected = -2 / 3 * (u_t - along * u_s) / norm @ p_s
 
-    rows = torch.tensor(h_s, requires_grad=True)
-    loss = token_mse(
-        project_student(rows, torch.tensor(p_s)),
+    found = compare(
+        project_student(torch.tensor(h_s), torch.tensor(p_s)),
         project_teacher(torch.tensor(h_t), torch.tensor(p_t), torch.tensor(mu)),
         normalize="l2",
     )
-    assert loss.tolist() == pytest.approx(((u_s - u_t) ** 2).sum(axis=1) / 3, rel=1e-12)
-    loss.sum().backward()
-    assert rows.grad is not None
-    assert_close_relative(rows.grad, expected, 1e-12)
+    assert found.distance.tolist() == pytest.approx(((u_s - u_t) ** 2).sum(axis=1) / 3, rel=1e-12)
+    assert_close_relative(found.gradient @ torch.tensor(p_s), expected, 1e-12)
 
 
 def test_states_are_projected_in_the_projectors_dtype() -> None:
