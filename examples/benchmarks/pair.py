@@ -10,6 +10,7 @@ from transformers import Qwen2Config
 from megatron_oprd.config.load import load_config
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training.step import Distiller
 
 NUM_SEQUENCES = 4
@@ -63,9 +64,17 @@ batch: {{max_tokens: {tokens}}}
 def micro_batches(distiller: Distiller, tokens: int) -> list[MicroBatch]:
     """The micro-batches of `NUM_SEQUENCES` responses of ``tokens - 1`` tokens."""
     sequences = [[2 + (7 * i + j) % 256 for j in range(tokens)] for i in range(NUM_SEQUENCES)]
-    (group,) = distiller.micro_batches(
-        [sequence[:1] for sequence in sequences], [sequence[1:] for sequence in sequences]
-    ).groups
+    rollouts = [
+        Rollout(
+            prompt_index=number,
+            sample_index=0,
+            prompt_ids=tuple(sequence[:1]),
+            response_ids=tuple(sequence[1:]),
+            finished=False,
+        )
+        for number, sequence in enumerate(sequences)
+    ]
+    (group,) = distiller.micro_batches(rollouts).groups
     return group
 
 

@@ -60,6 +60,7 @@ class Rollout:
             tokens of a stop text) included. Never empty.
         finished: False when the response was cut at ``max_new_tokens``.
         teacher: What the teacher reads in its place, if that is something else.
+        taught_by: For each of the run's teachers, whether it teaches this rollout; None: all do.
         weights_version: The number that came with the weights (`RolloutEngine.load_weights`).
         logprobs: Log-probability of each response token by the model's logits as they are, before
             temperature, top-k and top-p, over the whole vocabulary but for ids that mean nothing.
@@ -74,6 +75,7 @@ class Rollout:
     response_ids: tuple[int, ...]
     finished: bool
     teacher: TeacherSequence | None = None
+    taught_by: tuple[bool, ...] | None = None
     weights_version: int = 0
     logprobs: tuple[float, ...] | None = field(default=None, compare=False)
 

@@ -21,6 +21,7 @@ from megatron_oprd.data.teacher_sequences import TeacherSequence
 from megatron_oprd.distill.positions import Supervision, supervise
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.parallel.layout import SequenceSplit
+from megatron_oprd.rollout.engine import Rollout, teacher_sequences_of
 from megatron_oprd.training.layout import RunLayout
 from megatron_oprd.training.plan import RunPlan
 
@@ -89,22 +90,18 @@ class StepBatches:
 def make_micro_batches(
     plan: RunPlan,
     context: ParallelContext,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    teacher_sequences: Sequence[TeacherSequence] | None,
-    taught_by: Sequence[Sequence[bool]] | None,
+    rollouts: Sequence[Rollout],
 ) -> StepBatches:
     """This replica's micro-batches of the global batch; see `Distiller.micro_batches`."""
     config = plan.config
-    sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    sequences = [[*rollout.prompt_ids, *rollout.response_ids] for rollout in rollouts]
     layouts = [one.layout for one in plan.teachers]
-    taught = [None] * len(layouts) if taught_by is None else list(taught_by)
     weights, output_weights, reading = _supervision(
-        plan.layout, prompts, responses, teacher_sequences, taught[0]
+        plan.layout, rollouts, 0, teacher_sequences_of(rollouts)
     )
     of_others = [
-        _supervision(one, prompts, responses, None, is_taught)[0]
-        for one, is_taught in zip(layouts[1:], taught[1:], strict=True)
+        _supervision(layout, rollouts, number, None)[0]
+        for number, layout in enumerate(layouts[1:], start=1)
     ]
     split, is_packed = plan.layout.sequence_split, config.batch.sequence_packing
     replicas, multiple = _replicas(plan, context, sequences), _multiple(plan, context)
@@ -150,10 +147,7 @@ def _any(weights: Sequence[Tensor]) -> bool:
 
 
 def make_response_micro_batches(
-    plan: RunPlan,
-    context: ParallelContext,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    plan: RunPlan, context: ParallelContext, rollouts: Sequence[Rollout]
 ) -> list[MicroBatch]:
     """This replica's micro-batches of a pass that is about response tokens alone, without a loss.
 
@@ -162,12 +156,12 @@ def make_response_micro_batches(
     Args:
         plan: The run.
         context: This rank's place.
-        prompts: Token ids of the prompt of every sequence of the global batch.
-        responses: Token ids of the responses.
+        rollouts: Those of the global batch.
     """
-    sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    sequences = [[*rollout.prompt_ids, *rollout.response_ids] for rollout in rollouts]
     numbers, first = [], 1
-    for prompt, response in zip(prompts, responses, strict=True):
+    for rollout in rollouts:
+        prompt, response = rollout.prompt_ids, rollout.response_ids
         predicted = torch.zeros(len(prompt) + len(response), dtype=torch.int64)
         start = len(prompt) - 1
         predicted[start : start + len(response)] = torch.arange(first, first + len(response))
@@ -223,19 +217,21 @@ def _shares(micro_batches: Sequence[MicroBatch], context: ParallelContext) -> li
 
 def _supervision(
     layout: RunLayout,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    rollouts: Sequence[Rollout],
+    number: int,
     teacher_sequences: Sequence[TeacherSequence] | None,
-    is_taught: Sequence[bool] | None,
 ) -> tuple[list[Tensor], list[Tensor] | None, TeacherReading | None]:
-    """Position weights of the step, of both losses, and what the teacher reads."""
+    """Position weights of the ``number``-th teacher for both losses, and what it reads."""
     config = layout.config
     taps, output = config.taps, config.output_loss
-    lengths = [len(prompt) for prompt in prompts], [len(response) for response in responses]
+    prompts = [len(rollout.prompt_ids) for rollout in rollouts]
+    responses = [len(rollout.response_ids) for rollout in rollouts]
+    is_taught = [one.taught_by is None or one.taught_by[number] for one in rollouts]
 
     def of(positions: Positions, k: int | None, alignment: Alignment) -> Supervision:
         return supervise(
-            *lengths,
+            prompts,
+            responses,
             teacher_sequences,
             positions=positions,
             k=k,

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -96,10 +95,7 @@ class LogprobCheck:
         started = time.perf_counter()
         of_engine = [rollout.logprobs for rollout in rollouts]
         assert all(one is not None for one in of_engine), "an engine reports no log-probabilities"
-        of_trainer = self.student_logprobs(
-            [rollout.prompt_ids for rollout in rollouts],
-            [rollout.response_ids for rollout in rollouts],
-        )
+        of_trainer = self.student_logprobs(rollouts)
         found = LogprobDifference.of(
             torch.tensor([value for one in of_engine for value in one or ()]), of_trainer.cpu()
         )
@@ -129,17 +125,14 @@ class LogprobCheck:
             "seconds_logprob_check": time.perf_counter() - started,
         }
 
-    def student_logprobs(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> Tensor:
+    def student_logprobs(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The student's log-probability of every response token of the global batch.
 
         Over the whole vocabulary but for ids that mean nothing, as the engines' are. Every rank
         has to call.
 
         Args:
-            prompts: Token ids of the prompt of every sequence.
-            responses: Token ids of the responses.
+            rollouts: Those of the global batch.
 
         Returns:
             [response tokens], fp32, in the order of the sequences, the same on every rank.
@@ -151,7 +144,7 @@ class LogprobCheck:
             self._head(),
             shard=self._shard,
             is_meaningless=self._is_meaningless,
-            num_tokens=len(list(chain(*responses))),
+            num_tokens=sum(len(rollout.response_ids) for rollout in rollouts),
             sequence_parallel=parallel.sequence_parallel,
         )
         modules = state.modules
@@ -167,7 +160,7 @@ class LogprobCheck:
             stack.enter_context(whole_model(modules))
             run_schedule(
                 modules,
-                make_response_micro_batches(distiller.plan, distiller.context, prompts, responses),
+                make_response_micro_batches(distiller.plan, distiller.context, rollouts),
                 forward_only=True,
                 begin=lambda micro_batch: micro_batch,
                 end=end,

@@ -16,7 +16,7 @@ from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import say
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel.context import ParallelContext
-from megatron_oprd.rollout.engine import Rollout, RolloutEngineError, teacher_sequences_of
+from megatron_oprd.rollout.engine import Rollout, RolloutEngineError
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.evaluation import BenchmarkEvaluator
@@ -126,25 +126,17 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
             server_log=output_dir / "vllm_server.log",
         ) as engines,
     ):
+        shares = [teacher.layout.config.teacher.prompt_share for teacher in plan.teachers]
         source = RolloutSource(plan, context, engines, prompts)
         for step in range(done.step, config.train_iters):
             started = time.perf_counter()
             torch.cuda.reset_peak_memory_stats()
             of_step = source.of_step(step)
-            rollouts = of_step.rollouts
+            rollouts = taught_by(of_step.rollouts, shares, seed=config.seed)
             compared: dict[str, Any] = {}
             if compares_logprobs(step, config):
                 compared = logprob_check.compare(rollouts, step=step)
-            result = distiller.step(
-                [rollout.prompt_ids for rollout in rollouts],
-                [rollout.response_ids for rollout in rollouts],
-                teacher_sequences_of(rollouts),
-                taught_by(
-                    rollouts,
-                    [one.layout.config.teacher.prompt_share for one in plan.teachers],
-                    seed=config.seed,
-                ),
-            )
+            result = distiller.step(rollouts)
             distiller.refresh_teacher(step + 1)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             skipped_steps += result.skipped

@@ -246,8 +246,8 @@ def sampling_of_step(step: int, config: RunConfig) -> SamplingParams:
 
 def taught_by(
     rollouts: Sequence[Rollout], shares: Sequence[float | None], *, seed: int
-) -> list[list[bool]] | None:
-    """For each teacher, whether it teaches each rollout.
+) -> list[Rollout]:
+    """Says of each rollout which teachers teach it (`Rollout.taught_by`).
 
     A prompt belongs to a teacher by a hash of its number in the data set, in every step alike.
 
@@ -256,23 +256,24 @@ def taught_by(
         shares: The share of the prompts that each teacher teaches; None is all of them, beside the
             one whose share a prompt is in.
         seed: Enters the hash.
-
-    Returns:
-        [teachers][rollouts]; None if all teach everything.
     """
     if all(share is None for share in shares):
-        return None
-    numbers = [_number(rollout.prompt_index, seed) for rollout in rollouts]
-    result, start = [], 0.0
+        return list(rollouts)
+    bounds: list[tuple[float, float]] = []
+    start = 0.0
     for share in shares:
         if share is None:
-            result.append([True] * len(rollouts))
+            bounds.append((0.0, 1.0))
             continue
         stop = start + share
         # The last share ends at 1, whatever rounding made of the sum.
-        end = 1.0 if stop > 1 - 1e-9 else stop
-        result.append([start <= number < end for number in numbers])
+        bounds.append((start, 1.0 if stop > 1 - 1e-9 else stop))
         start = stop
+    result = []
+    for rollout in rollouts:
+        number = _number(rollout.prompt_index, seed)
+        teaches = tuple(start <= number < end for start, end in bounds)
+        result.append(dataclasses.replace(rollout, taught_by=teaches))
     return result
 
 

@@ -14,12 +14,12 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_oprd.data.batching import MicroBatch
-from megatron_oprd.data.teacher_sequences import TeacherSequence
 from megatron_oprd.distill.head import HeadTap, head_weight
 from megatron_oprd.models.build import build_model, transformer_config
 from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.student import freeze_past_deepest_tap
 from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training.batches import StepBatches, make_micro_batches
 from megatron_oprd.training.layout import ModelLayout
 from megatron_oprd.training.optimizer import make_train_state
@@ -144,26 +144,15 @@ class Distiller:
                 one.offload([head_weight(teacher[-1])] if uses_head else [])
         self.state = make_train_state(config, student_config, student)
 
-    def micro_batches(
-        self,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        teacher_sequences: Sequence[TeacherSequence] | None = None,
-        taught_by: Sequence[Sequence[bool]] | None = None,
-    ) -> StepBatches:
+    def micro_batches(self, rollouts: Sequence[Rollout]) -> StepBatches:
         """This replica's micro-batches of the global batch, in groups of one teacher pass each.
 
         Without ``teacher.target_memory_gb`` there is one group.
 
         Args:
-            prompts: Token ids of the prompt of every sequence of the global batch.
-            responses: Token ids of the responses.
-            teacher_sequences: What the teacher reads in place of each; None is the same.
-            taught_by: For each teacher, whether it teaches each sequence; None: all of them.
+            rollouts: Those of the global batch.
         """
-        return make_micro_batches(
-            self.plan, self.context, prompts, responses, teacher_sequences, taught_by
-        )
+        return make_micro_batches(self.plan, self.context, rollouts)
 
     def compute_gradients(self, groups: Sequence[Sequence[MicroBatch]]) -> Gradients:
         """Runs teacher and student over each group in turn; gradients are reduced at the end."""
@@ -275,18 +264,9 @@ class Distiller:
             self.state.gather_parameters()
             self.refresh.after_update(num_steps)
 
-    def step(
-        self,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        teacher_sequences: Sequence[TeacherSequence] | None = None,
-        taught_by: Sequence[Sequence[bool]] | None = None,
-    ) -> StepResult:
-        """One whole step on the global batch, which every rank passes alike.
-
-        Arguments are those of `micro_batches`.
-        """
-        batches = self.micro_batches(prompts, responses, teacher_sequences, taught_by)
+    def step(self, rollouts: Sequence[Rollout]) -> StepResult:
+        """One whole step on the rollouts of the global batch, which every rank passes alike."""
+        batches = self.micro_batches(rollouts)
         lr = self.state.optimizer.param_groups[0]["lr"]
         if batches.is_empty:
             return self._nothing_supervised(lr)

@@ -1,12 +1,14 @@
 """Tiny student/teacher pairs, fixed rollouts and the configuration around them."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_oprd.config.load import load_config
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.teacher_sequences import TeacherSequence, with_other_prompt
+from megatron_oprd.rollout.engine import Rollout
 from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
 Tokens = list[list[int]]
@@ -81,6 +83,34 @@ def fixed_rollouts(count: int = 8, vocab_size: int = 97) -> tuple[Tokens, Tokens
         return [draw.randrange(5, vocab_size) for _ in range(draw.randrange(low, high))]
 
     return [tokens(3, 9) for _ in range(count)], [tokens(1, 20) for _ in range(count)]
+
+
+def as_rollouts(
+    prompts: Tokens,
+    responses: Tokens,
+    reading: Sequence[TeacherSequence] | None = None,
+    taught_by: Sequence[Sequence[bool]] | None = None,
+) -> list[Rollout]:
+    """Rollouts of given tokens.
+
+    Args:
+        prompts: Token ids of each prompt.
+        responses: Token ids of each response.
+        reading: What the teacher reads in place of each.
+        taught_by: For each teacher, whether it teaches each rollout.
+    """
+    return [
+        Rollout(
+            prompt_index=number,
+            sample_index=0,
+            prompt_ids=tuple(prompt),
+            response_ids=tuple(response),
+            finished=True,
+            teacher=None if reading is None else reading[number],
+            taught_by=None if taught_by is None else tuple(one[number] for one in taught_by),
+        )
+        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
 
 
 def fixed_teacher_sequences(kind: str) -> list[TeacherSequence]:

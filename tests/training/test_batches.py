@@ -9,7 +9,7 @@ import torch
 
 from megatron_oprd.training.batches import StepBatches, make_micro_batches
 from megatron_oprd.training.plan import RunPlan, make_plan
-from tests.helpers.pairs import config_of, save_pair
+from tests.helpers.pairs import as_rollouts, config_of, save_pair
 
 # One sequence is much longer than the others: one replica has most of the targets.
 PROMPTS = [[5, 6]] * 4
@@ -41,10 +41,7 @@ def batches(plan: RunPlan, rank: int = 0, **step: Any) -> StepBatches:
     return make_micro_batches(
         plan,
         context,
-        PROMPTS,
-        RESPONSES,
-        step.get("teacher_sequences"),
-        step.get("taught_by"),
+        as_rollouts(PROMPTS, RESPONSES, step.get("teacher_sequences"), step.get("taught_by")),
     )
 
 

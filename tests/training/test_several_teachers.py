@@ -83,15 +83,14 @@ def rollouts(count: int) -> list[Rollout]:
 
 def test_prompts_are_shared_out() -> None:
     found = taught_by(rollouts(4000), [0.25, None, 0.75], seed=1)
-    assert found is not None
-    first, all_, last = found
+    first, all_, last = zip(*(one.taught_by or () for one in found), strict=True)
     assert all(all_)
     assert [a != b for a, b in zip(first, last, strict=True)] == [True] * 4000
     assert first[::2] == first[1::2], "all responses to a prompt have one teacher"
     assert 0.22 < sum(first) / 4000 < 0.28
     assert found == taught_by(rollouts(4000), [0.25, None, 0.75], seed=1)
     assert found != taught_by(rollouts(4000), [0.25, None, 0.75], seed=2)
-    assert taught_by(rollouts(4), [None, None], seed=1) is None
+    assert taught_by(rollouts(4), [None, None], seed=1) == rollouts(4)
 
 
 def plan(results: Path, *overrides: str) -> RunPlan:

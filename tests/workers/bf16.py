@@ -12,7 +12,7 @@ from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.megatron_keys import named_parameters
-from tests.helpers.pairs import config_of, fixed_rollouts
+from tests.helpers.pairs import as_rollouts, config_of, fixed_rollouts
 from tests.workers.step import gradient
 
 
@@ -40,7 +40,8 @@ def run(case: dict[str, Any], directory: Path) -> None:
 
         losses, gradients, after_each_step = [], [], [weights()]
         for _ in range(case["steps"]):
-            found = distiller.compute_gradients(distiller.micro_batches(*fixed_rollouts()).groups)
+            rollouts = as_rollouts(*fixed_rollouts())
+            found = distiller.compute_gradients(distiller.micro_batches(rollouts).groups)
             losses.append(found.loss_per_layer)
             if case["trace"]:
                 gradients.append(dict(exporter.stream(gradient, dtype=torch.float32)))

@@ -19,7 +19,7 @@ from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
-from tests.helpers.pairs import config_of, fixed_rollouts
+from tests.helpers.pairs import as_rollouts, config_of, fixed_rollouts
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
@@ -48,7 +48,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             result["loaded"] = optimizer_states(distiller, exporter)
         prompts, responses = fixed_rollouts(case.get("count", 8))
         for step in range(done.step, done.step + case["steps"]):
-            distiller.step(prompts, responses)
+            distiller.step(as_rollouts(prompts, responses))
             if step == 0:
                 saved = dict(exporter.stream())
                 result["saved"] = optimizer_states(distiller, exporter)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
-from tests.helpers.pairs import config_of, fixed_rollouts
+from tests.helpers.pairs import as_rollouts, config_of, fixed_rollouts
 
 Made = set[tuple[str, tuple[int, ...]]]
 
@@ -49,7 +49,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         prompts, responses = fixed_rollouts(vocab_size=case["vocab_size"])
         recorder = Recorder()
         with recorder:
-            distiller.step(prompts, responses)
+            distiller.step(as_rollouts(prompts, responses))
         made: list[Made] = [set() for _ in range(dist.get_world_size())]
         dist.all_gather_object(made, recorder.made)
         if context.rank == 0:

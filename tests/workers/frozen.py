@@ -14,7 +14,7 @@ from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.megatron_keys import named_parameters
-from tests.helpers.pairs import config_of, fixed_rollouts
+from tests.helpers.pairs import as_rollouts, config_of, fixed_rollouts
 
 
 def run(case: dict[str, Any], directory: Path) -> None:
@@ -29,7 +29,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             _record_what_runs(chunks, ran[name])
         exporter = Exporter(distiller.state.modules, plan.layout.student.table, context=context)
         before = {name: tensor.clone() for name, tensor in exporter.stream() if tensor is not None}
-        steps = [distiller.step(*fixed_rollouts()) for _ in range(2)]
+        steps = [distiller.step(as_rollouts(*fixed_rollouts())) for _ in range(2)]
         after = dict(exporter.stream())
         parameters = {
             model: {

@@ -20,7 +20,7 @@ from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
-from tests.helpers.pairs import config_of
+from tests.helpers.pairs import as_rollouts, config_of
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
@@ -142,7 +142,8 @@ def run(case: dict[str, Any], directory: Path) -> None:
         distiller = Distiller(plan, context)
         state = distiller.state
         count, prompt, response = case["sequences"]
-        (group,) = distiller.micro_batches([[5] * prompt] * count, [[6] * response] * count).groups
+        rollouts = as_rollouts([[5] * prompt] * count, [[6] * response] * count)
+        (group,) = distiller.micro_batches(rollouts).groups
         student = [t for module in state.modules for t in module.parameters()]
         buffers = [
             buffer
@@ -187,7 +188,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         held = [t for module in state.modules for t in (*module.parameters(), *module.buffers())]
         checked = Allocations([*held, check._is_meaningless])
         with checked:
-            check.student_logprobs([[5] * prompt] * count, [[6] * response] * count)
+            check.student_logprobs(rollouts)
 
         # Again, since a flop counter keeps tensors alive.
         messages = {name: Messages(context) for name in ("teacher", "student", "update", "sync")}

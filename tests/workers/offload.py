@@ -14,7 +14,7 @@ from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
-from tests.helpers.pairs import config_of, fixed_rollouts
+from tests.helpers.pairs import as_rollouts, config_of, fixed_rollouts
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -48,7 +48,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             patch("megatron_oprd.training.step.run_schedule", looking),
         ):
             for _ in range(2):
-                losses.append(distiller.step(*fixed_rollouts()).loss)
+                losses.append(distiller.step(as_rollouts(*fixed_rollouts())).loss)
         look()
         weights = dict(exporter.stream())
         if context.rank == 0:

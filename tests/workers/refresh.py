@@ -12,7 +12,7 @@ from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.megatron_keys import named_parameters
-from tests.helpers.pairs import config_of, fixed_rollouts
+from tests.helpers.pairs import as_rollouts, config_of, fixed_rollouts
 
 
 def run(case: dict[str, Any], directory: Path) -> None:
@@ -41,7 +41,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
 
         look()
         for step in range(done.step, case["steps"]):
-            distiller.step(*fixed_rollouts())
+            distiller.step(as_rollouts(*fixed_rollouts()))
             distiller.refresh_teacher(step + 1)
             look()
             if step == 1:

@@ -13,7 +13,7 @@ from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
-from tests.helpers.pairs import config_of, fixed_rollouts, fixed_teacher_sequences
+from tests.helpers.pairs import as_rollouts, config_of, fixed_rollouts, fixed_teacher_sequences
 
 
 def gradient(parameter: torch.nn.Parameter) -> Tensor:
@@ -40,25 +40,24 @@ def run(case: dict[str, Any], directory: Path) -> None:
         plan = make_plan(config, world_size=dist.get_world_size())
         distiller = Distiller(plan, context)
         exporter = Exporter(distiller.state.modules, plan.layout.student.table, context=context)
-        rollouts = fixed_rollouts()
         reading = None
         if case.get("reading"):
             reading = fixed_teacher_sequences(case["reading"])
 
-        taught_by = case.get("taught_by")
+        rollouts = as_rollouts(*fixed_rollouts(), reading, case.get("taught_by"))
         logprobs = []
         if case.get("logprobs"):
             taps_logprobs.CHUNK_TOKENS = 7  # several chunks of a micro-batch's tokens
-            logprobs.append(_same_everywhere(LogprobCheck(distiller).student_logprobs(*rollouts)))
-        groups = distiller.micro_batches(*rollouts, reading, taught_by).groups
+            logprobs.append(_same_everywhere(LogprobCheck(distiller).student_logprobs(rollouts)))
+        groups = distiller.micro_batches(rollouts).groups
         first = distiller.compute_gradients(groups)
         gradients = dict(exporter.stream(gradient, dtype=torch.float32))
         grad_norm, _ = distiller.update(loss_is_finite=True)
         second = None
         if not case.get("one_step"):
-            second = distiller.step(*rollouts, reading, taught_by)
+            second = distiller.step(rollouts)
         if case.get("logprobs"):
-            logprobs.append(_same_everywhere(LogprobCheck(distiller).student_logprobs(*rollouts)))
+            logprobs.append(_same_everywhere(LogprobCheck(distiller).student_logprobs(rollouts)))
         distiller.state.gather_parameters()
         weights = dict(exporter.stream())
         if context.rank == 0:

@@ -13,7 +13,7 @@ from megatron_oprd.distill.taps import RankSelector
 from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
-from tests.helpers.pairs import config_of, fixed_rollouts
+from tests.helpers.pairs import as_rollouts, config_of, fixed_rollouts
 
 # Each waits for the device where its tensor is on one; of a tensor on the CPU tolist is neither.
 WAITING = {
@@ -41,7 +41,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
     config = config_of(Path(case["pair"]), case["overrides"])
     with parallel_run(config.parallel, seed=config.seed) as context:
         distiller = Distiller(make_plan(config, world_size=dist.get_world_size()), context)
-        groups = distiller.micro_batches(*fixed_rollouts()).groups
+        groups = distiller.micro_batches(as_rollouts(*fixed_rollouts())).groups
         tolist, select = torch.Tensor.tolist, RankSelector.select
         counted = CountedOperations()
 
