@@ -167,7 +167,8 @@ def _warn_of_turns(
     expected = thinking(of_teacher, replace(chat, suffix=""))
     reads_own = config.teacher_prompt.tokenizer == "own"
     read = thinking(of_teacher if reads_own else tokenizer, chat)
-    if None not in (found, expected) and read != expected:
+    # A suffix is what the user wants there.
+    if None not in (found, expected) and read != expected and not chat.suffix:
         logger.warning(
             "the generation prompt of model.teacher (%s) ends with %r, what it reads here with %r: "
             "data.chat_template_kwargs, teacher_prompt.chat_template_kwargs and "
