@@ -191,7 +191,7 @@ def test_training_through_the_bridge(root: Path) -> None:
 def test_command_line(root: Path, tmp_path: Path) -> None:
     """The table, on one process."""
     arguments = ["--config", str(root / "bridge.yaml"), "fit.num_prompts=4", "fit.ranks=[1,2]"]
-    case = {"program": "build_bridge", "arguments": arguments}
+    case = {"program": "megatron_oprd.build_bridge", "arguments": arguments}
     run_ranks("entry_point", [case], 1, tmp_path)
     shown = (tmp_path / "rank_0_of_1.log").read_text()
     assert "3 <- 5" in shown

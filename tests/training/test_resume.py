@@ -32,7 +32,7 @@ def arguments(pair: Path, out: Path, overrides: list[str]) -> list[str]:
 
 def start(pair: Path, out: Path, overrides: list[str]) -> StartedRanks:
     """Starts a run on two processes."""
-    case = {"program": "train", "arguments": arguments(pair, out, overrides)}
+    case = {"program": "megatron_oprd.train", "arguments": arguments(pair, out, overrides)}
     return StartedRanks("entry_point", [case], 2, out.with_suffix(".ranks"))
 
 

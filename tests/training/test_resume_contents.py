@@ -100,7 +100,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folders = [f"model.{one}={models / one}" for one in ("student", "teacher")]
         arguments += [*folders, f"data.prompts=[{models / 'prompts.jsonl'}]", *SETTINGS]
         return {
-            "program": "train",
+            "program": "megatron_oprd.train",
             "arguments": [*arguments, *LINEAR_UPDATES, *overrides],
             "code": code,
         }

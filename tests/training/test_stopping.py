@@ -23,7 +23,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def case(out: str, *overrides: str, **entries: Any) -> dict[str, Any]:
         arguments = ["--config", str(pair / "run.yaml"), f"output_dir={root / out}", *overrides]
-        return {"program": "train", "arguments": arguments, **entries}
+        return {"program": "megatron_oprd.train", "arguments": arguments, **entries}
 
     endless = ["train_iters=100000", "checkpoint.save_interval=100000"]
     # Rank 1 alone gets the signal, once two steps are done.

@@ -27,7 +27,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         patch.object(sys, "argv", [case["program"], *case["arguments"]]),
         pytest.raises(SystemExit) as ended,
     ):
-        runpy.run_module(f"megatron_oprd.{case['program']}", run_name="__main__")
+        runpy.run_module(case["program"], run_name="__main__")
     assert ended.value.code == case.get("code", 0)
 
 

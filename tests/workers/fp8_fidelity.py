@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from examples.fp8_report.fidelity import measure_fidelity, write_report
 from megatron_oprd.config.schema import ModelConfig, ParallelConfig, TeacherConfig
-from megatron_oprd.evaluation.fp8_fidelity import measure_fidelity, write_report
 from megatron_oprd.parallel.context import parallel_run
 
 

@@ -85,7 +85,7 @@ class RecipeFidelity:
 
 @dataclass(frozen=True, kw_only=True)
 class FidelityReport:
-    """What ``megatron_oprd.fp8_report`` writes to its JSON file.
+    """What ``examples.fp8_report.report`` writes to its JSON file.
 
     Attributes:
         teacher: The teacher's folder.

@@ -1,6 +1,6 @@
 """Measures a teacher with its weights in FP8 against the same teacher without.
 
-python -m megatron_oprd.fp8_report --teacher TEACHER --prompts heldout.jsonl --output fp8.json
+python -m examples.fp8_report.report --teacher TEACHER --prompts heldout.jsonl --output fp8.json
 
 Started with torchrun, the processes share the layers by tensor parallelism.
 """
@@ -14,10 +14,10 @@ from typing import get_args
 import transformers
 from rich.console import Console
 
+from examples.fp8_report.fidelity import measure_fidelity, write_report
+from examples.fp8_report.views import bytes_table, fidelity_figure, places_table
 from megatron_oprd.config.schema import FP8Recipe, ModelConfig, ParallelConfig, TeacherConfig
 from megatron_oprd.errors import UserError, run_entry_point
-from megatron_oprd.evaluation.fp8_fidelity import measure_fidelity, write_report
-from megatron_oprd.evaluation.fp8_views import bytes_table, fidelity_figure, places_table
 from megatron_oprd.evaluation.plots import write_picture
 from megatron_oprd.parallel.context import parallel_run
 
@@ -25,7 +25,7 @@ from megatron_oprd.parallel.context import parallel_run
 def main() -> int:
     """Parses the command line, measures, prints tables, writes the JSON file and the picture."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_oprd.fp8_report",
+        prog="python -m examples.fp8_report.report",
         description="Measures a teacher with its weights in FP8 against the same teacher without: "
         "the teacher continues prompts greedily, and both read what it wrote.",
     )

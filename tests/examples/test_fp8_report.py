@@ -152,7 +152,7 @@ def test_entry_point(root: Path, tmp_path: Path) -> None:
         *("--recipe", *RECIPES, "--params-dtype", "fp32", "--max-new-tokens", "4"),
         *("--output", str(output)),
     ]
-    case = {"program": "fp8_report", "arguments": arguments, "columns": 100}
+    case = {"program": "examples.fp8_report.report", "arguments": arguments, "columns": 100}
     run_ranks("entry_point", [case], 1, tmp_path)
     shown = (tmp_path / "rank_0_of_1.log").read_text()
     rows = [line.split("│") for line in shown.splitlines() if "│ per_channel" in line]

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.table import Table
 
-from megatron_oprd.evaluation.fp8_fidelity import FINAL_NORM, FidelityReport, RecipeFidelity
+from examples.fp8_report.fidelity import FINAL_NORM, FidelityReport, RecipeFidelity
 
 # Okabe and Ito's colours, told apart by colour-blind readers; light ones left out.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
