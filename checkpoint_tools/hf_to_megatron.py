@@ -4,8 +4,7 @@
     torchrun --nproc-per-node 8 -m checkpoint_tools.hf_to_megatron --hf DIR --out DIR
 
 Any Megatron layout can load the result; it is cut so that the layout given here loads whole chunks.
-The folder is what Megatron-LM's `--load` takes, and carries the model's config and tokenizer. An
-interrupted conversion is continued by the same command.
+The folder is what Megatron-LM's `--load` takes, and carries the model's config and tokenizer.
 """
 
 import argparse

@@ -4,8 +4,7 @@
     torchrun --nproc-per-node 8 -m checkpoint_tools.megatron_to_hf --megatron DIR --out DIR
 
 Takes what hf_to_megatron and training write, and checkpoints of other Megatron runs together with
-the model's Hugging Face configuration (`--hf-config`). Only the model's weights are exported. An
-interrupted conversion is continued by the same command.
+the model's Hugging Face configuration (`--hf-config`). Only the model's weights are exported.
 """
 
 import argparse

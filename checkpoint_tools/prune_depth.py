@@ -5,8 +5,7 @@
 
 Works on Hugging Face decoders whose layer tensors are named `model.layers.<i>.…`. The kept layers
 are renumbered from 0; every tensor keeps its bytes. Settings of the config that depend on the
-layer's number are translated; one that cannot be translated is an error. The same command goes on
-where an interrupted one was.
+layer's number are translated; one that cannot be translated is an error.
 """
 
 import argparse

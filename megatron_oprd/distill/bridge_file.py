@@ -236,7 +236,7 @@ def write_bridge(
     tensors |= {f"teacher.{layer}.mean": one for layer, one in projectors.mean.items()}
     on_host = {name: one.float().cpu().contiguous() for name, one in tensors.items()}
     check_bridge_place(out)
-    with OutputFolder(out, force=True, fingerprint=None) as folder, writing(out):
+    with OutputFolder(out, force=True) as folder, writing(out):
         save_file(on_host, folder.path / TENSORS_FILE)
         for name, content in (files or {}).items():
             (folder.path / name).write_bytes(content)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_oprd.weights.checksum import CHECKSUMS_FIELD, examine, warn_of_nans
-from megatron_oprd.weights.disk import describe_files, write_json, writing
+from megatron_oprd.weights.disk import sync, write_json, writing
 from megatron_oprd.weights.hf_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, copy_companions
 from megatron_oprd.weights.output_folder import OutputFolder
 from megatron_oprd.weights.progress import Progress
@@ -35,8 +35,7 @@ class HFContent:
         tensors: The tensors, in the order in which they are written.
         config: The content of config.json, or the file to copy it from byte for byte.
         companion_files: Files that are copied into the folder under their own names.
-        origin: What the manifest says of where the folder comes from: tool, source, settings. A
-            write that may be continued needs everything in it that the values depend on.
+        origin: What the manifest says of where the folder comes from: tool, source, settings.
         max_shard_size: The most bytes of tensors in one safetensors file; a tensor is never split,
             one that is larger gets a file of its own.
     """
@@ -109,12 +108,12 @@ def write_hf_folder(
             raise ValueError(f"the stream has {name or 'an end'} where {expected} should be")
         return tensor
 
-    with OutputFolder(out, force=force, fingerprint=None) as folder:
+    with OutputFolder(out, force=force) as folder:
         shards = content.shards()
-        _write_shards(folder, content, shards, list(shards), next_tensor, shown=show_progress)
+        records = _write_shards(folder.path, out, content, shards, next_tensor, shown=show_progress)
         if (left_over := next(stream, None)) is not None:
             raise ValueError(f"the stream has {left_over[0]} behind the last tensor")
-        _finish(folder, content, shards)
+        _finish(folder, content, shards, records)
     return out
 
 
@@ -126,16 +125,15 @@ def convert_to_hf_folder(
     force: bool = False,
     ranks: Ranks | None = None,
 ) -> Path:
-    """Writes tensors that can be read by name as a Hugging Face folder; can be continued.
+    """Writes tensors that can be read by name as a Hugging Face folder, whole or not at all.
 
-    An interrupted call is continued by the next one with the same content, file by file. Several
-    ranks may share the work, file by file; each calls this with the same content.
+    Several ranks may share the work, file by file; each calls this with the same content.
 
     Args:
         out: The folder to create.
         content: What goes into it.
-        read: Gives the tensor with the Hugging Face name; not called for files that are done. A
-            tensor is not used any more once ``read`` is called for the second time after it.
+        read: Gives the tensor with the Hugging Face name. A tensor is not used any more once
+            ``read`` is called for the second time after it.
         force: Whether a checkpoint that is at ``out`` is replaced.
         ranks: The processes that share the work. Rank 0 shows the progress.
 
@@ -149,71 +147,59 @@ def convert_to_hf_folder(
     """
     ranks = ranks or Ranks()
     shards = content.shards()
-    fingerprint = {
-        "origin": content.origin,
-        "config": describe_files([content.config])
-        if isinstance(content.config, Path)
-        else content.config,
-        "companion_files": describe_files(content.companion_files),
-        "tensors": {name: [*spec.shape, str(spec.dtype)] for name, spec in content.tensors.items()},
-        "max_shard_size": content.max_shard_size,
-    }
-    folder = OutputFolder(out, force=force, fingerprint=fingerprint, rank=ranks.rank)
+    folder = OutputFolder(out, force=force)
     with ExitStack() as stack:
-        ranks.first_then_others(lambda: stack.enter_context(folder))  # rank 0 makes the folder
-        pending = ranks.together(lambda: [file for file in shards if folder.done(file) is None])
-        own = pending[ranks.rank :: ranks.size]
-        done = [name for file in shards.keys() - set(pending) for name in shards[file]]
-        done_bytes = sum(content.tensors[name].num_bytes for name in done)
-        ranks.together(
-            lambda: _write_shards(
-                folder, content, shards, own, read, done_bytes=done_bytes, shown=ranks.rank == 0
-            )
+        path = ranks.from_first(lambda: stack.enter_context(folder).path)
+        own = {file: shards[file] for file in list(shards)[ranks.rank :: ranks.size]}
+        records = ranks.together(
+            lambda: _write_shards(path, out, content, own, read, shown=ranks.rank == 0)
         )
-        ranks.together(lambda: _finish(folder, content, shards) if ranks.rank == 0 else None)
+        everyones = {
+            file: one for of_rank in ranks.gather(records) for file, one in of_rank.items()
+        }
+        ranks.from_first(lambda: _finish(folder, content, shards, everyones))
     return out
 
 
 def _write_shards(
-    folder: OutputFolder,
+    path: Path,
+    out: Path,
     content: HFContent,
     shards: Mapping[str, Sequence[str]],
-    own: Sequence[str],
     read: Callable[[str], Tensor],
     *,
-    done_bytes: int = 0,
     shown: bool,
-) -> None:
-    """Writes the files ``own``, each under its final name in the folder.
+) -> dict[str, dict[str, Any]]:
+    """Writes files, each under its final name in the folder ``path``; returns their records.
 
     While one file is brought to the disk, the next is begun.
     """
-    specs = {file: {name: content.tensors[name] for name in shards[file]} for file in own}
+    specs = {
+        file: {name: content.tensors[name] for name in names} for file, names in shards.items()
+    }
     num_bytes = sum(spec.num_bytes for of_file in specs.values() for spec in of_file.values())
+    records = {}
     with (
-        Progress(
-            f"writing {folder.out.name}",
-            done_bytes + num_bytes,
-            done_bytes=done_bytes,
-            shown=shown,
-        ) as progress,
+        Progress(f"writing {out.name}", num_bytes, shown=shown) as progress,
         ThreadPoolExecutor(1) as finisher,
     ):
         finished = finisher.submit(lambda: None)
-        for file in own:
-            record = _write_shard(folder, file, specs[file], read, progress)
+        for file in shards:
+            records[file] = _write_shard(path / file, specs[file], read, progress, out)
+            with writing(out):
+                finished.result()
+            finished = finisher.submit(sync, path / file)
+        with writing(out):
             finished.result()
-            files = [folder.path / file]
-            finished = finisher.submit(folder.finish_unit, file, record, files=files)
-        finished.result()
+    return records
 
 
 def _write_shard(
-    folder: OutputFolder,
-    file: str,
+    file: Path,
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Tensor],
     progress: Progress,
+    out: Path,
 ) -> dict[str, dict[str, Any]]:
     """Writes one file; while one tensor is written, the next is read and examined.
 
@@ -221,11 +207,11 @@ def _write_shard(
         The tensors' checksums, and how many NaNs are in those that have any.
     """
     record: dict[str, dict[str, Any]] = {"tensors": {}, "nans": {}}
-    with writing(folder.out):
-        target = SafetensorsWriter(folder.path / file, specs)
+    with writing(out):
+        target = SafetensorsWriter(file, specs)
 
     def write(name: str, tensor: Tensor) -> None:
-        with writing(folder.out):
+        with writing(out):
             target.write(name, tensor)
         progress.advance(tensor.nbytes)
 
@@ -246,15 +232,18 @@ def _write_shard(
     return record
 
 
-def _finish(folder: OutputFolder, content: HFContent, shards: Mapping[str, Sequence[str]]) -> None:
+def _finish(
+    folder: OutputFolder,
+    content: HFContent,
+    shards: Mapping[str, Sequence[str]],
+    records: Mapping[str, dict[str, Any]],
+) -> None:
     """Adds what is not weights, and commits."""
     checksums: dict[str, str] = {}
     nans: dict[str, int] = {}
     for file in shards:
-        record = folder.done(file)
-        assert record is not None, f"no rank has written {file}"
-        checksums |= record["tensors"]
-        nans |= record["nans"]
+        checksums |= records[file]["tensors"]
+        nans |= records[file]["nans"]
     warn_of_nans(folder.out, nans, what="tensors")
     with writing(folder.out):
         copy_companions(content.companion_files, folder.path)

@@ -22,7 +22,6 @@ class Progress:
     Args:
         description: What is going on, in front of the numbers.
         total_bytes: The bytes of the whole work.
-        done_bytes: Those of them that were done before; they do not count into the rate.
         stream: Where it is shown; stderr by default.
         shown: False shows nothing, for all ranks but one.
         clock: Seconds.
@@ -33,14 +32,13 @@ class Progress:
         description: str,
         total_bytes: int,
         *,
-        done_bytes: int = 0,
         stream: TextIO | None = None,
         shown: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._description = description
         self._total = total_bytes
-        self._done = self._initial = done_bytes
+        self._done = 0
         self._stream = stream or sys.stderr
         self._clock = clock
         self._started = clock()
@@ -50,7 +48,6 @@ class Progress:
             self._bar = tqdm(
                 desc=description,
                 total=total_bytes,
-                initial=done_bytes,
                 unit="B",
                 unit_scale=True,
                 file=self._stream,
@@ -85,6 +82,5 @@ class Progress:
             prefix=self._description,
             unit="B",
             unit_scale=True,
-            initial=self._initial,
             bar_format=_LINE,
         )

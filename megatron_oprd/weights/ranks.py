@@ -58,15 +58,13 @@ class Ranks:
                 raise UserError(message) from failure
         return result  # type: ignore[return-value]  # None only if that is what the action gave
 
-    def first_then_others(self, action: Callable[[], object]) -> None:
-        """Does something on rank 0 and, when that is done, on the other ranks.
+    def from_first(self, action: Callable[[], _T]) -> _T:
+        """Does something on rank 0; every rank gets the result.
 
         Raises:
-            UserError: On every rank, if it failed with this error on any.
+            UserError: On every rank, if it failed with this error.
         """
-        is_first = self.rank == 0
-        self.together(lambda: action() if is_first else None)
-        self.together(lambda: None if is_first else action())
+        return self.gather(self.together(lambda: action() if self.rank == 0 else None))[0]  # type: ignore[return-value]
 
 
 @contextmanager

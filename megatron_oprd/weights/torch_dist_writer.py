@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from typing_extensions import override
 
 from megatron_oprd.weights.checksum import CHECKSUMS_FIELD, warn_of_nans
-from megatron_oprd.weights.disk import describe_files, sync, write_json, writing
+from megatron_oprd.weights.disk import sync, write_json, writing
 from megatron_oprd.weights.distcp_file import (
     OVERHEAD_BYTES,
     AlternatingBuffers,
@@ -95,7 +95,7 @@ def convert_to_torch_dist(
     force: bool = False,
     ranks: Ranks | None = None,
 ) -> Path:
-    """Writes a `torch_dist` checkpoint; can be continued, and shared by ranks, file by file.
+    """Writes a `torch_dist` checkpoint; ranks may share the work, file by file.
 
     A chunk is read while another is written, so one or two are in memory. Every file is read back
     once it is on the disk and compared with the checksums of what was read from the source.
@@ -115,35 +115,27 @@ def convert_to_torch_dist(
             not read back as it was written; on every rank alike.
     """
     ranks = ranks or Ranks()
-    fingerprint = {
-        "origin": content.origin,
-        "config": content.config,
-        "companion_files": describe_files(source.companion_files()),
-        "files": [[file.num_bytes, len(file.chunks), len(file.objects)] for file in content.files],
-    }
-    folder = OutputFolder(out, force=force, fingerprint=fingerprint, rank=ranks.rank)
+    folder = OutputFolder(out, force=force)
     files = {f"__{number}_0.distcp": file for number, file in enumerate(content.files)}
+    own = _share(files, ranks)
     with ExitStack() as stack:
-        ranks.first_then_others(lambda: stack.enter_context(folder))  # rank 0 makes the folder
-        # Every rank has looked before any writes, so that all share the same work.
-        records = ranks.together(lambda: {name: folder.done(name) for name in files})
-        pending = {name: file for name, file in files.items() if records[name] is None}
-        done_bytes = sum(file.num_bytes for name, file in files.items() if name not in pending)
-        own = _share(pending, ranks)
-        ranks.together(lambda: _write_files(folder, own, source, done_bytes, shown=ranks.rank == 0))
-        for written in ranks.gather({name: folder.done(name) for name in own}):
-            records |= written
-        ranks.together(
-            lambda: _finish(folder, records, source, content) if ranks.rank == 0 else None
+        path = ranks.from_first(lambda: stack.enter_context(folder).path)
+        written = ranks.together(
+            lambda: _write_files(path, out, own, source, shown=ranks.rank == 0)
         )
+        everyones = {
+            name: one for of_rank in ranks.gather(written) for name, one in of_rank.items()
+        }
+        records = {name: everyones[name] for name in files}
+        ranks.from_first(lambda: _finish(folder, records, source, content))
     return out
 
 
-def _share(pending: Mapping[str, File], ranks: Ranks) -> dict[str, File]:
+def _share(files: Mapping[str, File], ranks: Ranks) -> dict[str, File]:
     """This rank's share of the files: the largest go first, each to the rank with the least."""
     shares: list[dict[str, File]] = [{} for _ in range(ranks.size)]
     sizes = [0] * ranks.size
-    for name, file in sorted(pending.items(), key=lambda item: -item[1].num_bytes):
+    for name, file in sorted(files.items(), key=lambda item: -item[1].num_bytes):
         rank = sizes.index(min(sizes))
         shares[rank][name] = file
         sizes[rank] += file.num_bytes
@@ -151,47 +143,40 @@ def _share(pending: Mapping[str, File], ranks: Ranks) -> dict[str, File]:
 
 
 def _write_files(
-    folder: OutputFolder,
-    files: Mapping[str, File],
-    source: WeightSource,
-    done_bytes: int,
-    *,
-    shown: bool,
-) -> None:
-    """Writes files; while one is brought to the disk and read back, the next is begun."""
-    with writing(folder.out):
-        (folder.path / RELEASE).mkdir(exist_ok=True)
+    path: Path, out: Path, files: Mapping[str, File], source: WeightSource, *, shown: bool
+) -> dict[str, dict[str, Any]]:
+    """Writes files into the folder ``path``; returns their records.
+
+    While one file is brought to the disk and read back, the next is begun.
+    """
+    records = {}
     with (
+        writing(out),
         Progress(
-            f"writing {folder.out.name}",
-            done_bytes + sum(file.num_bytes for file in files.values()),
-            done_bytes=done_bytes,
-            shown=shown,
+            f"writing {out.name}", sum(file.num_bytes for file in files.values()), shown=shown
         ) as progress,
         ThreadPoolExecutor(1) as finisher,
     ):
+        (path / RELEASE).mkdir(exist_ok=True)
         buffers = AlternatingBuffers()
         finished = finisher.submit(lambda: None)
         for name, file in files.items():
-            with writing(folder.out):
-                path = folder.path / RELEASE / name
-                record = write_file(path, file, source, buffers, on_written=progress.advance)
+            place = path / RELEASE / name
+            records[name] = write_file(place, file, source, buffers, on_written=progress.advance)
             finished.result()
-            finished = finisher.submit(_finish_file, folder, name, record)
+            finished = finisher.submit(_sync_and_read_back, place, records[name])
         finished.result()
+    return records
 
 
-def _finish_file(folder: OutputFolder, name: str, record: dict[str, Any]) -> None:
-    path = folder.path / RELEASE / name
-    with writing(folder.out):
-        sync(path)
-        read_back(path, record)
-    folder.finish_unit(name, record, files=[path])
+def _sync_and_read_back(file: Path, record: dict[str, Any]) -> None:
+    sync(file)
+    read_back(file, record)
 
 
 def _finish(
     folder: OutputFolder,
-    records: Mapping[str, dict[str, Any] | None],
+    records: Mapping[str, dict[str, Any]],
     source: WeightSource,
     content: TorchDistContent,
 ) -> None:
@@ -200,7 +185,6 @@ def _finish(
     checksums: dict[str, str] = {}
     nans: dict[str, int] = {}
     for name, record in records.items():
-        assert record is not None, f"no rank has written {name}"
         checksums |= record["checksums"]
         nans |= record["nans"]
         for key, starts, offset, length in record["entries"]:

@@ -23,7 +23,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_and_out_of_disk(folders: Path) -> None:
-    """In workers/interrupted.py: kill -9 at seeded moments of every tool that can go on."""
+    """In workers/interrupted.py: kill -9 at seeded moments of every tool."""
     shards = ["--max-shard-size", "60KB"]
     hf, megatron = str(folders / "hf"), str(folders / "megatron")
     cases = [

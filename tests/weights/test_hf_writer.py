@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.weights import hf_writer
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.hf_writer import (
@@ -22,7 +21,6 @@ from megatron_oprd.weights.hf_writer import (
     convert_to_hf_folder,
     write_hf_folder,
 )
-from megatron_oprd.weights.progress import Progress
 from megatron_oprd.weights.ranks import Ranks
 from megatron_oprd.weights.safetensors_file import SafetensorsWriter, TensorSpec
 
@@ -180,77 +178,6 @@ def test_streams_that_are_wrong(
     assert list(tmp_path.iterdir()) == []
 
 
-class Killed(BaseException):
-    """Stands in for the end of the process."""
-
-
-def test_goes_on_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-
-    def reader(stop_at: str | None) -> Any:
-        def of(name: str) -> Tensor:
-            if name == stop_at:
-                raise Killed
-            read.append(name)
-            return TENSORS[name]
-
-        return of
-
-    out, content = tmp_path / "out", content_of(TENSORS)
-    with pytest.raises(Killed):
-        convert_to_hf_folder(out, content, reader("3"))
-    assert read == ["0", "1", "2"]
-    assert not out.exists()
-    read.clear()
-    shown: list[tuple[int, int]] = []
-
-    def progress(description: str, total_bytes: int, **options: Any) -> Progress:
-        shown.append((total_bytes, options["done_bytes"]))
-        return Progress(description, total_bytes, **options)
-
-    monkeypatch.setattr(hf_writer, "Progress", progress)
-    convert_to_hf_folder(out, content, reader(None))
-    assert read == ["3", "4"]
-    assert shown == [(content.num_bytes, sum(TENSORS[name].nbytes for name in "012"))]
-
-    with pytest.raises(Killed):
-        convert_to_hf_folder(tmp_path / "lost", content, reader("3"))
-    (tmp_path / ".lost.partial/content/model-00002-of-00004.safetensors").unlink()
-    read.clear()
-    convert_to_hf_folder(tmp_path / "lost", content, reader(None))
-    assert read == ["2", "3", "4"]
-    whole = convert_to_hf_folder(tmp_path / "whole", content, TENSORS.__getitem__)
-    assert files_of(out) == files_of(whole)
-
-    for changed in (
-        {"config": CONFIG | {"rope_theta": 1.0}},
-        {"origin": {"source": 2}},
-        {"max_shard_size": 17},
-        {"companion_files": [tmp_path / "whole/config.json"]},
-    ):
-        with pytest.raises(Killed):
-            convert_to_hf_folder(tmp_path / "other", content, reader("4"), force=True)
-        read.clear()
-        convert_to_hf_folder(
-            tmp_path / "other", content_of(TENSORS, **changed), reader(None), force=True
-        )
-        assert read == list(TENSORS), changed
-
-    half = {name: tensor.half() for name, tensor in TENSORS.items()}
-    bf16 = {name: tensor.bfloat16() for name, tensor in TENSORS.items()}
-
-    def killed_at_the_last(name: str) -> Tensor:
-        if name == "4":
-            raise Killed
-        return half[name]
-
-    with pytest.raises(Killed):
-        convert_to_hf_folder(tmp_path / "half", content_of(half), killed_at_the_last)
-    folder = convert_to_hf_folder(tmp_path / "half", content_of(bf16), bf16.__getitem__)
-    written = HFCheckpoint(folder)
-    assert {written.dtype(name) for name in written.names()} == {torch.bfloat16}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ThreadRanks(Ranks):
     """Threads in the place of processes."""
@@ -309,16 +236,7 @@ def test_an_error_of_one_rank_ends_all(tmp_path: Path) -> None:
 
     on_two_ranks(convert)
     assert ended == {0: "cannot read it", 1: "cannot read it"}
-    assert not (tmp_path / "out").exists()
-    # What the other rank has done counts, also for one that goes on alone.
-    read: list[str] = []
-
-    def reader(name: str) -> Tensor:
-        read.append(name)
-        return TENSORS[name]
-
-    convert_to_hf_folder(tmp_path / "out", content_of(TENSORS), reader)
-    assert read == ["2", "4"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nans_are_reported_and_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

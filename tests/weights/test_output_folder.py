@@ -1,16 +1,14 @@
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.weights import journals, output_folder
+from megatron_oprd.weights import output_folder
 from megatron_oprd.weights.output_folder import (
     OutputFolder,
     check_output_folder,
@@ -23,28 +21,15 @@ class Killed(BaseException):
     """Stands in for the end of the process."""
 
 
-def write(
-    out: Path,
-    *,
-    fingerprint: Mapping[str, object] | None = None,
-    force: bool = False,
-    stop_after: int = 99,
-) -> list[str]:
-    """Writes units a, b, c as files; returns those that it had to write."""
-    written: list[str] = []
-    with OutputFolder(out, force=force, fingerprint=fingerprint) as folder:
-        for unit in "abc":
-            if folder.done(unit) is None:
-                if len(written) == stop_after:
-                    raise Killed
-                (folder.path / unit).write_text(unit)
-                folder.finish_unit(unit, {"length": 1}, files=[folder.path / unit])
-                written.append(unit)
-        records = {unit: folder.done(unit) for unit in "abc"}
-        assert records == {unit: {"length": 1} for unit in "abc"}
+def write(out: Path, *, force: bool = False, stop_after: int = 99) -> None:
+    """Writes three files, or fewer."""
+    with OutputFolder(out, force=force) as folder:
+        for number, name in enumerate("abc"):
+            if number == stop_after:
+                raise Killed
+            (folder.path / name).write_text(name)
         assert force or not out.exists()
         folder.commit({"tool": "test"})
-    return written
 
 
 def old_checkpoint(out: Path) -> Path:
@@ -55,7 +40,7 @@ def old_checkpoint(out: Path) -> Path:
 
 def test_the_folder_is_whole_and_alone(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    assert write(out) == ["a", "b", "c"]
+    write(out)
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert {path.name for path in out.iterdir()} == {"a", "b", "c", "manifest.json"}
     manifest = json.loads((out / "manifest.json").read_text())
@@ -63,138 +48,13 @@ def test_the_folder_is_whole_and_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_without_a_fingerprint_nothing_is_left(tmp_path: Path, force: bool) -> None:
+def test_an_exception_leaves_nothing(tmp_path: Path, force: bool) -> None:
     if force:
         old_checkpoint(tmp_path / "out")
     with pytest.raises(Killed):
         write(tmp_path / "out", stop_after=2, force=force)
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if force else [])
     assert not force or (tmp_path / "out" / "config.json").read_text() == OLD_CONFIG
-
-
-def test_goes_on_where_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    out, same = tmp_path / "out", {"source": ("x", 1)}
-    with pytest.raises(Killed):
-        write(out, fingerprint=same, stop_after=0)
-    assert list(tmp_path.iterdir()) == []  # no unit was done
-
-    with caplog.at_level(logging.WARNING), pytest.raises(Killed):
-        write(out, fingerprint=same, stop_after=1)
-    assert "out is not finished; what is done of it stays in" in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    with pytest.raises(Killed):
-        write(out, fingerprint=same, stop_after=1)
-    assert write(out, fingerprint=same) == ["c"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_unit_is_noted_once_its_files_are_on_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced: list[str] = []
-
-    def sync(path: Path) -> None:
-        notes = list(path.parent.parent.glob("journal-*.jsonl"))
-        assert notes
-        assert not any(f'"{path.name}"' in file.read_text() for file in notes)
-        synced.append(path.name)
-
-    monkeypatch.setattr(journals, "sync", sync)
-    with pytest.raises(Killed):
-        write(tmp_path / "out", fingerprint={"source": 1}, stop_after=2)
-    assert synced == ["a", "b"]
-
-
-@pytest.mark.parametrize("other", [{"source": 2}, None])
-def test_another_fingerprint_starts_anew(
-    tmp_path: Path, other: Mapping[str, object] | None
-) -> None:
-    with pytest.raises(Killed):
-        write(tmp_path / "out", fingerprint={"source": 1}, stop_after=2)
-    left = tmp_path / ".out.partial/content/left"
-    left.write_text("x")
-    assert write(tmp_path / "out", fingerprint=other) == ["a", "b", "c"]
-    assert not (tmp_path / "out/left").exists()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda partial: (partial / "fingerprint.json").unlink(),
-        lambda partial: (partial / "fingerprint.json").write_text('{"source'),
-        lambda partial: (partial / "content").rename(partial / "gone"),
-    ],
-)
-def test_a_partial_folder_that_is_damaged_is_not_continued(
-    tmp_path: Path, damage: Callable[[Path], object]
-) -> None:
-    with pytest.raises(Killed):
-        write(tmp_path / "out", fingerprint={"source": 1}, stop_after=2)
-    damage(tmp_path / ".out.partial")
-    assert write(tmp_path / "out", fingerprint={"source": 1}) == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda file: file.unlink(), "b had 1 bytes and is missing; b is written again"),
-        (lambda file: os.truncate(file, 0), "b had 1 bytes and has 0; b is written again"),
-        (lambda file: file.write_text("longer"), "b had 1 bytes and has 6; b is written again"),
-    ],
-)
-def test_a_unit_whose_file_has_changed_is_not_done(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    damage: Callable[[Path], object],
-    message: str,
-) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(Killed):
-        write(out, fingerprint={}, stop_after=2)
-    damage(tmp_path / ".out.partial/content/b")
-    with pytest.raises(Killed):
-        write(out, fingerprint={}, stop_after=1)
-    assert message in caplog.text
-    assert write(out, fingerprint={}) == ["c"]  # what was written again counts
-    assert [(out / unit).read_text() for unit in "abc"] == ["a", "b", "c"]
-
-
-def test_another_version_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as older:
-        older.setattr(output_folder, "_PACKAGE", "megatron_oprd 0.0.9")
-        with pytest.raises(Killed):
-            write(tmp_path / "out", fingerprint={}, stop_after=2)
-    assert write(tmp_path / "out", fingerprint={}) == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("cut", [1, 5, 38])
-def test_a_cut_last_line_is_no_record(tmp_path: Path, cut: int) -> None:
-    with pytest.raises(Killed):
-        write(tmp_path / "out", fingerprint={}, stop_after=2)
-    journal = tmp_path / ".out.partial/journal-0.jsonl"
-    os.truncate(journal, journal.stat().st_size - cut)
-    with pytest.raises(Killed):  # what is written behind the cut line is found again
-        write(tmp_path / "out", fingerprint={}, stop_after=1)
-    assert write(tmp_path / "out", fingerprint={}) == ["c"]
-
-
-def test_ranks_share_a_folder(tmp_path: Path) -> None:
-    def start(rank: int) -> OutputFolder:
-        return OutputFolder(tmp_path / "out", force=False, fingerprint={"a": 1}, rank=rank)
-
-    with start(0) as first, start(1) as second:
-        assert first.path == second.path
-        first.finish_unit("zero", {"by": 0}, files=[])
-        second.finish_unit("one", {"by": 1}, files=[])
-        assert first.done("one") == {"by": 1}
-    with start(0) as only:
-        assert only.done("zero") == {"by": 0}
-        assert only.done("one") == {"by": 1}
-        only.finish_unit("two", {}, files=[])
-        only.commit({})
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(AssertionError, match="rank 0 has to enter first"), start(1):
-        pass
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
@@ -207,7 +67,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 HOLDER = """
 import pathlib, sys, time
 from megatron_oprd.weights.output_folder import OutputFolder
-with OutputFolder(pathlib.Path(sys.argv[1]), force=False, fingerprint={}) as folder:
+with OutputFolder(pathlib.Path(sys.argv[1]), force=False) as folder:
     print("in", flush=True)
     time.sleep(60)
 """
@@ -222,11 +82,11 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "in\n"
         with pytest.raises(UserError, match=rf"out is being written by process {holder.pid} on"):
-            write(out, fingerprint={})
+            write(out)
     finally:
         holder.kill()
         holder.wait()
-    write(out, fingerprint={})
+    write(out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -246,17 +106,17 @@ def test_failing_rename_puts_the_old_folder_back(
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if self.name == "content":
+        if self.suffix == ".tmp":
             raise PermissionError("no")
         return rename(self, target)
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", failing)
         with pytest.raises(UserError, match=r"cannot write .*out: no"):
-            write(out, force=True, fingerprint={})
+            write(out, force=True)
     assert (out / "config.json").read_text() == OLD_CONFIG
-    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.partial"}
-    assert write(out, force=True, fingerprint={}) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    write(out, force=True)
 
 
 def test_killed_in_the_exchange(tmp_path: Path) -> None:
@@ -319,7 +179,7 @@ def test_read_only_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UserError, match=rf"{tmp_path} is no folder that can be written to"):
         check_output_folder(tmp_path / "deep" / "out", force=False)
     with pytest.raises(UserError, match="cannot write /proc/out: "):
-        OutputFolder(Path("/proc/out"), force=False, fingerprint=None).__enter__()
+        OutputFolder(Path("/proc/out"), force=False).__enter__()
 
 
 def test_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,8 +191,8 @@ def test_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=message):
         check_output_folder(out, force=False, required_bytes=11 * 10**8)
 
-    half_done = tmp_path / ".out.partial" / "content"
-    half_done.mkdir(parents=True)
+    half_done = tmp_path / ".out.0123abcd.tmp"
+    half_done.mkdir()
     (half_done / "shard").write_bytes(os.urandom(2**20))
     check_output_folder(tmp_path / "out", force=False, required_bytes=10**9 + 2**20)
     with pytest.raises(UserError, match=r"has 1.00 GB left"):

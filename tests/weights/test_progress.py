@@ -23,16 +23,6 @@ def test_a_log_gets_a_line_every_ten_seconds() -> None:
     ]
 
 
-def test_what_was_done_before_is_not_in_the_rate() -> None:
-    seconds = [0.0]
-    log = io.StringIO()
-    clock = lambda: seconds[0]  # noqa: E731
-    with Progress("copy", 10**9, done_bytes=5 * 10**8, stream=log, clock=clock) as progress:
-        seconds[0] = 10.0
-        progress.advance(10**8)
-    assert log.getvalue() == "copy: 60% of 1.00GB, 10.0MB/s, 00:10 since start, 00:40 left\n"
-
-
 def test_short_or_hidden_work_leaves_nothing_in_a_log() -> None:
     seconds = [0.0]
     for shown, end in ((True, 9.9), (False, 99.0)):
