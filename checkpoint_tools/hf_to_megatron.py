@@ -22,7 +22,7 @@ from checkpoint_tools.common import (
     positive,
 )
 from megatron_oprd.errors import run_entry_point
-from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.families import mapping_table
 from megatron_oprd.models.layout_checks import check_layout
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.weights.accounting import EMBEDDING, HEAD, is_derived

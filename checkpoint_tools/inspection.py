@@ -11,7 +11,7 @@ import torch
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
-from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.families import mapping_table
 from megatron_oprd.models.layout_checks import check_layout
 from megatron_oprd.parallel.layout import Place
 from megatron_oprd.weights.accounting import HEAD

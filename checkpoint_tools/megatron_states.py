@@ -13,7 +13,7 @@ from megatron_oprd.config.schema import ModelConfig, ParallelConfig, RecomputeCo
 from megatron_oprd.data.batching import MicroBatch, collate
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import Extent, build_model, padded_vocab_size, transformer_config
-from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.families import mapping_table
 from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.weights.load import load_weights

@@ -25,7 +25,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation.teacher_forced import teacher_continuations
 from megatron_oprd.models import fp8_codes, fp8_transformer_engine
 from megatron_oprd.models.build import DTYPES, Extent, padded_vocab_size
-from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.families import mapping_table
 from megatron_oprd.models.fp8 import scale_bytes
 from megatron_oprd.models.layout_checks import check_divides
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint

@@ -84,7 +84,7 @@ PICTURE_FILE = "cosine.png"
 _KIND = "oprd_bridge"
 # What a model may have otherwise than the one that a bridge was made with: none of it changes what
 # a layer puts out.
-_NOT_COMPARED = ("vocab_size", "max_position_embeddings", "tied", "fused_projections")
+_NOT_COMPARED = ("vocab_size", "max_position_embeddings", "tied")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,11 +152,9 @@ class Architecture:
         layernorm_epsilon: Epsilon of every RMSNorm.
         rope: Rotary position embedding.
         tied: Whether embedding and LM head share one weight.
+        max_position_embeddings: Longest sequence the model was made for, in tokens.
         qkv_bias: Whether query, key and value projections have a bias.
         qk_norm: Whether each query and key head is RMS-normalised before the rotation.
-        fused_projections: Whether the Hugging Face model has query, key and value in one tensor,
-            and gate and up projection in another.
-        max_position_embeddings: Longest sequence the model was made for, in tokens.
         moe: The mixture of experts that is in the gated MLP's place; None is a dense model.
     """
 
@@ -171,10 +169,9 @@ class Architecture:
     layernorm_epsilon: float
     rope: Rope
     tied: bool
-    qkv_bias: bool
-    qk_norm: bool
     max_position_embeddings: int
-    fused_projections: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     moe: MixtureOfExperts | None = None
 
     def padded_vocab_size(self, multiple: int) -> int:
@@ -223,7 +220,7 @@ def read_rope(
     source: str,
     *,
     head_dim: int,
-    rope_types: tuple[str, ...] = ("default", "llama3"),
+    rope_types: tuple[str, ...],
     partial: bool = False,
 ) -> Rope:
     """Reads the rotary settings of a transformers configuration object.

@@ -10,7 +10,7 @@ from megatron_oprd.distill.layer_map import LayerPair, layer_pairs, student_stag
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import DTYPES, Extent, padded_vocab_size
-from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.families import mapping_table
 from megatron_oprd.models.teacher import check_precision, token_multiple
 from megatron_oprd.parallel.context import data_parallel_size
 from megatron_oprd.parallel.layout import SequenceSplit

@@ -11,16 +11,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 PAD, EOS, UNK, USER, ASSISTANT = "<pad>", "<eos>", "<unk>", "<user>", "<assistant>"
@@ -33,14 +28,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 
-_CONFIG_CLASSES = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "phi3": Phi3Config,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "qwen3_moe": Qwen3MoeConfig,
-}
 # The most useful characters come first, so that a small vocabulary still has them. Space and
 # newline are written as byte-level tokenizers write them.
 _CHARACTERS = (
@@ -50,7 +37,7 @@ _CHARACTERS = (
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
-    """A config of ``family``, a key of `_CONFIG_CLASSES`: 4 layers, hidden size 32, 97 tokens.
+    """A config of ``family``, a transformers model_type: 4 layers, hidden size 32, 97 tokens.
 
     4 query heads share 2 key-value heads. The head_dim of Mistral and Qwen3 is 16, which is not
     hidden / heads. With a mixture of experts each token goes through 2 of 8.
@@ -81,7 +68,7 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     if family == "mistral":
         fields["sliding_window"] = None  # the class's default is 4096
     # Copied, because transformers completes the dictionaries it is given.
-    return _CONFIG_CLASSES[family](**copy.deepcopy(fields | overrides))
+    return AutoConfig.for_model(family, **copy.deepcopy(fields | overrides))
 
 
 def tiny_tokenizer(

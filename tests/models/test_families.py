@@ -1,4 +1,7 @@
+import inspect
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +10,10 @@ from transformers import AutoConfig
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, Rope
-from megatron_oprd.models.families import read_architecture
+from megatron_oprd.models.families import FAMILIES, mapping_table, read_architecture
+from megatron_oprd.models.families.decoder import Family, each_layer
 from megatron_oprd.weights.hf_files import HFCheckpoint
+from megatron_oprd.weights.mapping import Copy
 from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 
 LLAMA3 = {
@@ -175,8 +180,7 @@ WRITTEN_BY_4: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "rope": Rope(theta=1e4, rope_type="longrope", original_max_position_embeddings=4096,
                       short_factor=(1.0, 1.0, 1.5, 2.0), long_factor=(1.5, 2.0, 30.25, 60.0),
                       attention_factor=PHI3_ATTENTION_FACTOR),
-         "qkv_bias": False, "qk_norm": False, "fused_projections": True,
-         "max_position_embeddings": 131072},
+         "qkv_bias": False, "qk_norm": False, "max_position_embeddings": 131072},
     ),
     "phi4_mini": (
         PHI4_MINI_4,
@@ -184,23 +188,23 @@ WRITTEN_BY_4: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "rope": Rope(theta=1e4, rope_type="longrope", partial_rotary_factor=0.75,
                       original_max_position_embeddings=4096, short_factor=(1.0, 1.0, 1.0),
                       long_factor=(1.0, 2.0, 30.25), attention_factor=PHI3_ATTENTION_FACTOR),
-         "qkv_bias": False, "qk_norm": False, "fused_projections": True,
-         "max_position_embeddings": 131072},
+         "qkv_bias": False, "qk_norm": False, "max_position_embeddings": 131072},
     ),
     "phi4": (
         PHI4_4,
         {"family": "Phi3ForCausalLM", "head_dim": 8, "layernorm_epsilon": 1e-5, "tied": False,
          "rope": Rope(theta=250000), "qkv_bias": False, "qk_norm": False,
-         "fused_projections": True, "max_position_embeddings": 16384},
+         "max_position_embeddings": 16384},
     ),
 }  # fmt: skip
+MODEL_TYPES = [family.model_type for family in FAMILIES.values()]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of each family, as the installed transformers writes them."""
     root = tmp_path_factory.mktemp("models")
-    for family in ("llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_moe"):
+    for family in MODEL_TYPES:
         save_tiny_model(root / family, tiny_config(family), seed=0)
     return root
 
@@ -307,3 +311,22 @@ def test_the_class_has_a_sliding_window_where_the_file_has_none(
     """Transformers' Mistral then slides over 4096 positions."""
     with pytest.raises(UserError, match=r"sliding_window = 4096 .* max_position_embeddings = 8192"):
         read(models, tmp_path, "mistral", drop=["sliding_window"], max_position_embeddings=8192)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=MODEL_TYPES)
+def test_a_family_file_has_every_name_as_written_on_disk(family: Family) -> None:
+    """Somebody who searches for a tensor finds its pair in the family's own file."""
+    source = inspect.getsource(sys.modules[family.mappings.__module__])
+    architecture = family.architecture(tiny_config(family.model_type), "config.json")
+    for mapping in mapping_table(architecture, padded_vocab_size=128):
+        for name in (mapping.megatron, *mapping.hf):
+            name = re.sub(r"(?<=layers\.)\d+", "{layer}", name)
+            name = re.sub(r"(?<=experts\.)\d+", "{expert}", name)
+            assert f'"{name}"' in source, name
+
+
+def test_a_name_without_its_number_is_a_mistake() -> None:
+    architecture = FAMILIES["LlamaForCausalLM"].architecture(tiny_config("llama"), "config.json")
+    norm = Copy(megatron="decoder.layers.{layer}.norm", hf={"model.layers.0.norm": (32,)})
+    with pytest.raises(AssertionError, match=r"model\.layers\.0\.norm has no \{layer\}"):
+        each_layer(architecture, [norm])

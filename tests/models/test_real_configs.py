@@ -20,8 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from megatron_oprd.config.schema import ParallelConfig, RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
-from megatron_oprd.models.families import read_architecture
-from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.families import mapping_table, read_architecture
 from megatron_oprd.parallel.layout import Place
 from megatron_oprd.training.layout import make_layout
 from megatron_oprd.weights.hf_files import HFFolder

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.models.families import read_architecture
-from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.families import mapping_table, read_architecture
 from megatron_oprd.weights.accounting import check_tensors
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from tests.helpers.pairs import save_pair

@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, Rope
-from megatron_oprd.models.families import FAMILIES
-from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.models.families import FAMILIES, mapping_table
 from megatron_oprd.parallel.layout import Place
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
 from tests.helpers.tiny import tiny_config
@@ -192,32 +191,11 @@ def test_ranks_that_do_not_divide_raise(mapping: Mapping) -> None:
 
 def architecture(family: str, *, tied: bool) -> Architecture:
     (own,) = (one for one in FAMILIES.values() if one.model_type == family)
-    return Architecture(
-        family=own.name,
-        num_layers=4,
-        hidden_size=32,
-        ffn_hidden_size=64,
-        num_attention_heads=4,
-        num_query_groups=2,
-        head_dim=16 if family in ("mistral", "qwen3", "qwen3_moe") else 8,
-        vocab_size=97,
-        layernorm_epsilon=1e-6,
-        rope=Rope(theta=1e4),
-        tied=tied,
-        qkv_bias=own.qkv_bias,
-        qk_norm=own.qk_norm,
-        fused_projections=own.fused_projections,
-        max_position_embeddings=256,
-        moe=MixtureOfExperts(
-            num_experts=8, num_experts_per_token=2, ffn_hidden_size=24, norm_topk_prob=True
-        )
-        if own.moe is not None
-        else None,
-    )
+    return own.architecture(tiny_config(family, tie_word_embeddings=tied), "config.json")
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", [family.model_type for family in FAMILIES.values()])
 def test_a_table_has_every_tensor_of_transformers_model(family: str, tied: bool) -> None:
     model = AutoModelForCausalLM.from_config(tiny_config(family, tie_word_embeddings=tied))
     # As transformers writes them: it fuses experts in its models, not in its checkpoints.

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
 from megatron_oprd.errors import UserError
-from megatron_oprd.models.families import read_architecture
-from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.families import mapping_table, read_architecture
 from megatron_oprd.weights.accounting import check_tied_head
 from megatron_oprd.weights.hf_files import HFFolder
 from megatron_oprd.weights.megatron_checkpoint import (

@@ -8,7 +8,7 @@ import torch
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, Rope
-from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.families import mapping_table
 from megatron_oprd.weights.mapping import Mapping
 from megatron_oprd.weights.torch_dist_plan import (
     TargetLayout,
@@ -24,7 +24,7 @@ EXPERTS = MixtureOfExperts(
 
 def table(moe: MixtureOfExperts | None = None) -> list[Mapping]:
     architecture = Architecture(
-        family="Qwen3ForCausalLM",
+        family="Qwen2ForCausalLM" if moe is None else "Qwen3MoeForCausalLM",
         num_layers=5,
         hidden_size=32,
         ffn_hidden_size=64,
@@ -35,8 +35,8 @@ def table(moe: MixtureOfExperts | None = None) -> list[Mapping]:
         layernorm_epsilon=1e-6,
         rope=Rope(theta=1e4),
         tied=False,
-        qkv_bias=True,
-        qk_norm=True,
+        qkv_bias=moe is None,
+        qk_norm=moe is not None,
         max_position_embeddings=64,
         moe=moe,
     )

@@ -12,8 +12,7 @@ from megatron_oprd.config.schema import ModelConfig, ParallelConfig, TeacherConf
 from megatron_oprd.errors import UserError
 from megatron_oprd.models import fp8_transformer_engine
 from megatron_oprd.models.build import Extent
-from megatron_oprd.models.families import read_architecture
-from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.families import mapping_table, read_architecture
 from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.weights.hf_files import HFCheckpoint

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.models.architecture import Architecture
-from megatron_oprd.models.families import read_architecture
-from megatron_oprd.models.families.decoder import mapping_table
+from megatron_oprd.models.families import mapping_table, read_architecture
 from megatron_oprd.parallel.context import ParallelContext, parallel_run
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.megatron_keys import named_parameters

@@ -1,4 +1,7 @@
-"""The supported model families: configuration -> `Architecture`, and its table of mappings."""
+"""The supported model families: configuration -> `Architecture`, and its table of mappings.
+
+Each family is one file. A new one is a copy of the file most like it, named below.
+"""
 
 from transformers import AutoConfig
 
@@ -7,6 +10,7 @@ from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from megatron_oprd.models.families.decoder import Family
 from megatron_oprd.weights.hf_files import HFFolder
+from megatron_oprd.weights.mapping import Mapping
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY for module in (llama, mistral, phi3, qwen2, qwen3, qwen3_moe)
@@ -33,3 +37,8 @@ def read_architecture(checkpoint: HFFolder) -> Architecture:
     except Exception as error:  # transformers' checks raise exceptions of many types
         raise UserError(f"{source}: {' '.join(str(error).split())}") from error
     return family.architecture(hf_config, source)
+
+
+def mapping_table(architecture: Architecture, *, padded_vocab_size: int) -> list[Mapping]:
+    """Every parameter of the model, in the order of the Hugging Face model's own tensors."""
+    return FAMILIES[architecture.family].mappings(architecture, padded_vocab_size)

@@ -7,12 +7,63 @@ transformers 5 ``num_local_experts``; in both the checkpoint's tensors are one f
 from typing import Any
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.models.architecture import MixtureOfExperts
-from megatron_oprd.models.families.decoder import Family
+from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, read_rope
+from megatron_oprd.models.families.decoder import (
+    SHARED_FIELDS,
+    Check,
+    Family,
+    anything,
+    each_expert,
+    each_layer,
+    equals,
+    off,
+    read_shared,
+)
+from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
+
+NAME = "Qwen3MoeForCausalLM"
+
+FIELDS: dict[str, Check] = {
+    **SHARED_FIELDS,
+    # The table has no biases.
+    "attention_bias": off,
+    # Only other tools write these two.
+    "qkv_bias": equals(False),
+    "use_qk_norm": equals(True),
+    # With it, some layers attend to the last sliding_window positions only.
+    "use_sliding_window": off,
+    "sliding_window": anything,  # has no effect while use_sliding_window is off
+    # Other values give some layers a dense MLP.
+    "decoder_sparse_step": equals(1),
+    "mlp_only_layers": off,
+    # For the load-balancing loss, which distillation does not have.
+    "output_router_logits": anything,
+    "router_aux_loss_coef": anything,
+    # `architecture` reads these.
+    "moe_intermediate_size": anything,
+    "norm_topk_prob": anything,
+    "num_experts": anything,
+    "num_experts_per_tok": anything,
+    "num_local_experts": anything,
+}
 
 
-def _mixture_of_experts(hf_config: Any, source: str) -> MixtureOfExperts:
-    experts, chosen = hf_config.num_experts, hf_config.num_experts_per_tok
+def architecture(config: Any, source: str) -> Architecture:
+    """Translates a transformers configuration object."""
+    shared = read_shared(config, source)
+    return Architecture(
+        family=NAME,
+        **shared,
+        rope=read_rope(
+            config, source, head_dim=shared["head_dim"], rope_types=("default", "llama3")
+        ),
+        qk_norm=True,
+        moe=_mixture_of_experts(config, source),
+    )
+
+
+def _mixture_of_experts(config: Any, source: str) -> MixtureOfExperts:
+    experts, chosen = config.num_experts, config.num_experts_per_tok
     if experts is None or chosen is None:
         raise UserError(
             f"{source}: num_experts = {experts} with num_experts_per_tok = {chosen}; both have to "
@@ -23,7 +74,7 @@ def _mixture_of_experts(hf_config: Any, source: str) -> MixtureOfExperts:
             f"{source}: num_experts_per_tok = {chosen} with {experts} experts (num_experts or "
             "num_local_experts)"
         )
-    if chosen == 1 and hf_config.norm_topk_prob:
+    if chosen == 1 and config.norm_topk_prob:
         raise UserError(
             f"{source}: norm_topk_prob = true with num_experts_per_tok = 1 makes every "
             "probability 1, and the router would not train; it is not supported"
@@ -31,35 +82,92 @@ def _mixture_of_experts(hf_config: Any, source: str) -> MixtureOfExperts:
     return MixtureOfExperts(
         num_experts=experts,
         num_experts_per_token=chosen,
-        ffn_hidden_size=hf_config.moe_intermediate_size,
-        norm_topk_prob=hf_config.norm_topk_prob,
+        ffn_hidden_size=config.moe_intermediate_size,
+        norm_topk_prob=config.norm_topk_prob,
     )
 
 
-FAMILY = Family(
-    name="Qwen3MoeForCausalLM",
-    model_type="qwen3_moe",
-    qk_norm=True,
-    moe=_mixture_of_experts,
-    required={
-        "attention_bias": lambda value: not value,
-        "use_sliding_window": lambda value: not value,
-        "sliding_window": lambda value: True,  # has no effect while use_sliding_window is off
-        # Some layers with a dense MLP.
-        "decoder_sparse_step": lambda value: value == 1,
-        "mlp_only_layers": lambda value: not value,
-        # For the load-balancing loss, which distillation does not have.
-        "output_router_logits": lambda value: True,
-        "router_aux_loss_coef": lambda value: True,
-        **dict.fromkeys(
-            (
-                "moe_intermediate_size",
-                "norm_topk_prob",
-                "num_experts",
-                "num_experts_per_tok",
-                "num_local_experts",
-            ),
-            lambda value: True,
+def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
+    """The table: Megatron's parameters, and the tensors on disk that each is made of."""
+    hidden, vocab = a.hidden_size, a.vocab_size
+    heads, groups, head_dim = a.num_attention_heads, a.num_query_groups, a.head_dim
+    moe = a.moe
+    assert moe is not None
+    experts, ffn = moe.num_experts, moe.ffn_hidden_size
+    embedding = Vocabulary(
+        megatron="embedding.word_embeddings.weight",
+        hf={"model.embed_tokens.weight": (vocab, hidden)},
+        padded_vocab_size=padded_vocab_size,
+    )
+    expert: list[Mapping] = [
+        GatedMLP(
+            megatron="decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc1.weight",
+            hf={
+                "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight": (ffn, hidden),
+                "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight": (ffn, hidden),
+            },
         ),
-    },
+        RowSplit(
+            megatron="decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc2.weight",
+            hf={"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight": (hidden, ffn)},
+        ),
+    ]
+    layer: list[Mapping] = [
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
+            hf={"model.layers.{layer}.input_layernorm.weight": (hidden,)},
+        ),
+        QKV(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.weight",
+            hf={
+                "model.layers.{layer}.self_attn.q_proj.weight": (heads * head_dim, hidden),
+                "model.layers.{layer}.self_attn.k_proj.weight": (groups * head_dim, hidden),
+                "model.layers.{layer}.self_attn.v_proj.weight": (groups * head_dim, hidden),
+            },
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.q_layernorm.weight",
+            hf={"model.layers.{layer}.self_attn.q_norm.weight": (head_dim,)},
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.k_layernorm.weight",
+            hf={"model.layers.{layer}.self_attn.k_norm.weight": (head_dim,)},
+        ),
+        RowSplit(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.weight",
+            hf={"model.layers.{layer}.self_attn.o_proj.weight": (hidden, heads * head_dim)},
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.mlp.router.weight",
+            hf={"model.layers.{layer}.mlp.gate.weight": (experts, hidden)},
+        ),
+        *each_expert(moe, expert),
+        # Transformer Engine fuses this norm into a dense MLP's first layer, not into the
+        # experts': it has a name of its own here.
+        Copy(
+            megatron="decoder.layers.{layer}.pre_mlp_layernorm.weight",
+            hf={"model.layers.{layer}.post_attention_layernorm.weight": (hidden,)},
+        ),
+    ]
+    final_norm = Copy(
+        megatron="decoder.final_layernorm.weight",
+        hf={"model.norm.weight": (hidden,)},
+    )
+    head = Vocabulary(
+        megatron="output_layer.weight",
+        hf={"lm_head.weight": (vocab, hidden)},
+        padded_vocab_size=padded_vocab_size,
+    )
+    return [embedding, *each_layer(a, layer), final_norm, *([] if a.tied else [head])]
+
+
+FAMILY = Family(
+    name=NAME,
+    model_type="qwen3_moe",
+    fields=FIELDS,
+    architecture=architecture,
+    mappings=mappings,
 )
