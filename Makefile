@@ -92,15 +92,20 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Most tests keep one core busy, whatever a machine has: WORKERS of them run at a time.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
 test-fast: $(TEACHER)/config.json $(ENGINE)
-	$(BIN)/python -m pytest -m "not ranks and not slow"
+	$(PYTEST) -m "not ranks and not slow"
 
 test: lint $(TEACHER)/config.json $(ENGINE)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-nightly: lint $(TEACHER)/config.json $(ENGINE)
-	$(BIN)/python -m pytest
-	$(MAKE) test-vllm mutation
+	$(PYTEST)
+	$(MAKE) test-vllm VLLM_TESTS=
+	$(MAKE) mutation
 
 # Not part of `make test`: it runs test files once for each place.
 mutation: $(TEACHER)/config.json $(ENGINE)
@@ -108,6 +113,7 @@ mutation: $(TEACHER)/config.json $(ENGINE)
 
 # vLLM's CPU build, which pins torch's. It draws in builds of three packages that do not fit that
 # torch and break the import; text models need none of them.
+VLLM_TESTS := -m "not slow"
 VLLM_INSTALLED := $(VLLM_VENV)/$(notdir $(INSTALLED))
 
 # Behind the other environment, since both build the package in this folder.
@@ -120,7 +126,7 @@ $(VLLM_INSTALLED): pyproject.toml | $(INSTALLED)
 	touch $@
 
 test-vllm: $(VLLM_INSTALLED) $(TEACHER)/config.json
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(VLLM_TESTS)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(DEMO) .cache

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tests.helpers.pairs import save_pair
 from tests.helpers.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 # The smallest bucket takes a part of the model only.
 VLLM = [
     *("rollout.engine=vllm", "rollout.vllm.sync_bucket_mb=1"),

@@ -17,6 +17,8 @@ from tests.data.test_benchmarks import row, write
 from tests.helpers.tiny import save_tiny_model, tiny_config
 from tests.vllm.engines import SETTINGS
 
+pytestmark = pytest.mark.slow
+
 SPLIT = "--tensor-model-parallel-size"
 
 

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_oprd.rollout.engine import Rollout
 from tests.helpers.tiny import save_tiny_model
 from tests.vllm.engines import Weights, logits_of, prompt, sampling, start, tiny_llama
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = [prompt(index, 7 + index, 8, 9) for index in range(6)]
 

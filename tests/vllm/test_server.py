@@ -234,6 +234,7 @@ def test_weights_that_do_not_come(engine: VLLMServerEngine, folder: Path, weight
     )
 
 
+@pytest.mark.slow
 def test_two_workers_of_a_server_of_our_own(
     folder: Path, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,7 @@ def test_one_step_off_policy(root: Path) -> None:
 
 
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs the demo's model: make demo or make test")
+@pytest.mark.slow
 def test_smollm2(tmp_path: Path) -> None:
     """The demo's pair on two pipeline stages, two steps."""
     student = tmp_path / "student"
