@@ -1,154 +1,140 @@
 """A run's configuration: its settings, their meaning, allowed values and defaults.
 
-Options that Megatron has carry Megatron's names.
+Options that Megatron has carry Megatron's names. The string below a setting is its meaning.
+docs/configuration.md is generated from this file (`megatron_oprd.config.reference`).
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
-Positions = Literal["all", "last", "last_k", "first_k"]
-Normalize = Literal["none", "l2"]
-Aggregation = Literal["token_mean", "sequence_mean"]
-OutputLoss = Literal["none", "sampled_token", "top_k", "reverse_kl", "forward_kl", "jsd"]
-Support = Literal["only_stu", "only_tch", "intersection", "union"]
-SupportWeights = Literal["student_p", "teacher_p", "none"]
+from megatron_oprd.config.setting import group, setting, when
 
 
 @dataclass(kw_only=True)
-class LossConfig:
-    """The loss on hidden states. It and the output-space loss, if there is one, are added up.
+class ModelConfig:
+    """The two models and their number format."""
 
-    Attributes:
-        normalize: none compares hidden states as they are; l2 makes them unit vectors first (the
-            loss is then about 1/d as large and wants a coefficient of 100 to 1000).
-        coefficient: Factor on the loss (the paper's mu). 0 leaves it out of the gradient; the
-            layers' losses and cosines are still measured.
-        layer_weights: Factor on the loss of each tapped layer; None is 1 for each. The loss is the
-            sum of the layers' weighted losses, divided by the number of tapped layers.
-        aggregation: token_mean averages over all supervised tokens of the global batch;
-            sequence_mean over each response's tokens, then over responses (eq. 6). Of both losses.
-    """
+    student: str = setting("???", not_empty="a folder")
+    """The student, which is trained: a Hugging Face folder, a Megatron checkpoint (torch_dist), or
+    the folder of a run with Megatron checkpoints."""
 
-    normalize: Normalize = "none"
-    coefficient: float = 1.0
-    layer_weights: list[float] | None = None
-    aggregation: Aggregation = "token_mean"
+    teacher: str = setting("???", not_empty="a folder")
+    """The frozen teacher, from the same kinds of folders."""
 
+    student_hf_config: str | None = setting(None)
+    """A folder with config.json, tokenizer and the like, for a student in a Megatron checkpoint
+    that carries no Hugging Face configuration."""
 
-@dataclass(kw_only=True)
-class OutputLossConfig:
-    """The loss on next-token distributions (OPD): p the student's, q the teacher's.
+    teacher_hf_config: str | None = setting(None)
+    """The same kind of folder for the teacher."""
 
-    Attributes:
-        kind: none; sampled_token: policy gradient with the detached log q - log p of the sampled
-            token as its advantage; top_k: reverse KL of both distributions renormalised on a few
-            tokens; reverse_kl, KL(p || q), forward_kl, KL(q || p), and jsd, the generalised
-            Jensen-Shannon divergence, over the whole vocabulary.
-        coefficient: Factor on the loss.
-        k: For top_k: how many tokens of a model are taken.
-        support: For top_k: the student's k most likely tokens, the teacher's, those in both, or
-            those in either.
-        support_weights: For top_k: what each token's log-ratio counts for: the renormalised p (the
-            exact KL), the renormalised q, or the same for all.
-        beta: For jsd: the teacher's share of the mixture m = beta * q + (1 - beta) * p, and the
-            weight of KL(q || m) beside that of KL(p || m), 1 - beta.
-        positions: Response tokens whose distributions are compared, as in ``taps.positions``.
-        positions_k: For last_k and first_k: how many tokens of each response.
-        student_temperature: The student's logits are divided by this.
-        teacher_temperature: The teacher's are by this.
-        chunk_tokens: Positions whose logits exist at a time.
-    """
+    params_dtype: Literal["fp32", "bf16"] = setting("bf16")
+    """Format of weights and activations. With ``bf16`` the optimizer trains fp32 main
+    parameters."""
 
-    kind: OutputLoss = "none"
-    coefficient: float = 1.0
-    k: int = 16
-    support: Support = "only_stu"
-    support_weights: SupportWeights = "student_p"
-    beta: float = 0.5
-    positions: Positions = "all"
-    positions_k: int | None = None
-    student_temperature: float = 1.0
-    teacher_temperature: float = 1.0
-    chunk_tokens: int = 512
+    make_vocab_size_divisible_by: int = setting(128, ge=1)
+    """The embedding's rows are padded to a multiple of this number (and of the tensor-parallel
+    size)."""
 
 
-LayerSet = Literal["all", "last", "even", "odd", "none"]
 FP8Recipe = Literal[
     "per_channel_log", "per_channel", "block_128", "tensorwise", "blockwise", "mxfp8", "delayed"
 ]
+_FP8 = when("teacher.precision", "fp8")
 
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """What the teacher costs, and whether it stays as it is.
+    """The teacher's precision, memory and ranks, and how it follows the student, if it does."""
 
-    Attributes:
-        precision: fp8 keeps the weights of its layers' matrices in FP8, and everything else (norms,
-            biases, embedding, routers) in ``model.params_dtype``; bf16 is no FP8, all weights are
-            in ``model.params_dtype``.
-        fp8_recipe: How. per_channel_log, per_channel and block_128 run on any device, without
-            Transformer Engine: FP8 weights with scales by output channel or by 128 x 128 block,
-            decoded when used; per_channel_log, whose steps are even on the weights' own axis, is
-            three times as exact. tensorwise, blockwise and mxfp8 are Transformer Engine's, with
-            activations in FP8 as well, and faster where the GPU has them. delayed is refused.
-        num_layers_at_start_in_bf16: First layers that stay in ``model.params_dtype``.
-        num_layers_at_end_in_bf16: Last layers, up to the deepest mapped one, that do.
-        offload: cpu keeps the teacher's weights in (pinned) host memory and has them on the device
-            during the teacher pass only; none leaves them on the device.
-        target_memory_gb: Most memory (10^9 bytes, on each rank) that the teacher's targets of a
-            step may take. Where all targets of a step need more, teacher and student take turns
-            on groups of micro-batches. A micro-batch is never divided. None keeps all targets.
-        expert_model_parallel_size: Ranks that share out the teacher's experts; None is
-            ``parallel.expert_model_parallel_size``. Its other parallel sizes are the student's: the
-            layers of a pair lie on one stage, and replicas are of the same sequences.
-        expert_tensor_parallel_size: Ranks that share each of the teacher's experts; None is
-            ``parallel.expert_tensor_parallel_size``.
-        prompt_share: With ``extra_teachers``: the share of the prompts that this teacher teaches;
-            None: all of them.
-        refresh_interval: For a teacher that starts as the student (self-distillation): steps from
-            one time that it takes over the student's weights to the next. None never does.
-        ema_decay: What it then keeps of its own weights, an exponential moving average; 0 takes the
-            student's as they are.
-    """
+    precision: Literal["bf16", "fp8"] = setting("bf16")
+    """``fp8`` keeps the weights of the layers' matrices in FP8, and everything else (norms, biases,
+    embedding, routers) in ``model.params_dtype``. ``bf16`` means no FP8: all weights are in
+    ``model.params_dtype``."""
 
-    precision: Literal["bf16", "fp8"] = "bf16"
-    fp8_recipe: FP8Recipe = "per_channel_log"
-    num_layers_at_start_in_bf16: int = 0
-    num_layers_at_end_in_bf16: int = 0
-    offload: Literal["none", "cpu"] = "none"
-    target_memory_gb: float | None = None
-    expert_model_parallel_size: int | None = None
-    expert_tensor_parallel_size: int | None = None
-    prompt_share: float | None = None
-    refresh_interval: int | None = None
-    ema_decay: float = 0.0
+    fp8_recipe: FP8Recipe = setting("per_channel_log", only_with=_FP8)
+    """The way that weights become FP8. ``per_channel_log``, ``per_channel`` and ``block_128`` run
+    on any device, without Transformer Engine. Their FP8 weights have scales for each output channel
+    or each 128 x 128 block, and are decoded when they are used. The steps of ``per_channel_log``
+    are even on the weights' own axis, which makes it three times as exact. ``tensorwise``,
+    ``blockwise`` and ``mxfp8`` are Transformer Engine's. Their activations are in FP8 as well, and
+    they are faster where the GPU supports them. ``delayed`` is refused."""
+
+    num_layers_at_start_in_bf16: int = setting(0, ge=0, only_with=_FP8)
+    """First layers that stay in ``model.params_dtype``."""
+
+    num_layers_at_end_in_bf16: int = setting(0, ge=0, only_with=_FP8)
+    """Last layers that stay in ``model.params_dtype``, counted back from the deepest mapped
+    layer."""
+
+    offload: Literal["none", "cpu"] = setting("none")
+    """``cpu`` keeps the teacher's weights in (pinned) host memory, and has them on the device
+    during the teacher pass only. ``none`` leaves them on the device."""
+
+    target_memory_gb: float | None = setting(None, gt=0)
+    """Most memory (10^9 bytes, on each rank) that the teacher's targets of a step may take. If all
+    targets of a step need more, teacher and student take turns on groups of micro-batches. A
+    micro-batch is never divided. Without this setting all targets are kept."""
+
+    expert_model_parallel_size: int | None = setting(None, ge=1)
+    """Ranks that share out the teacher's experts; by default
+    ``parallel.expert_model_parallel_size``. The teacher's other parallel sizes are the student's,
+    because the two layers of a pair lie on the same stage, and replicas have the same sequences."""
+
+    expert_tensor_parallel_size: int | None = setting(None, ge=1)
+    """Ranks that share each of the teacher's experts; by default
+    ``parallel.expert_tensor_parallel_size``."""
+
+    prompt_share: float | None = setting(None, gt=0, only_with=when("extra_teachers"))
+    """Share of the prompts that this teacher teaches; by default all. The shares of all teachers
+    are at most 1 together."""
+
+    refresh_interval: int | None = setting(None, ge=1)
+    """Steps between two refreshes of the teacher, at which it takes over the student's weights. For
+    a teacher that starts as the student (self-distillation). By default there are no refreshes.
+    Needs ``teacher.precision = bf16`` and ``teacher.offload = none``."""
+
+    ema_decay: float = setting(0.0, ge=0, lt=1, only_with=when("teacher.refresh_interval"))
+    """Share of its own weights that the teacher keeps at a refresh, which makes it an exponential
+    moving average; 0 takes the student's weights as they are."""
+
+
+# The conditions of `TeacherPromptConfig.is_own`.
+_OWN_PROMPT = (
+    when("teacher_prompt.privileged_key"),
+    when("teacher_prompt.tokenizer", "own"),
+    when("teacher_prompt.chat_template_kwargs"),
+    when("teacher_prompt.suffix"),
+)
 
 
 @dataclass(kw_only=True)
 class TeacherPromptConfig:
-    """What the teacher reads, where it is not what the student does.
+    """The teacher's prompts and tokens, if they are not the student's."""
 
-    Attributes:
-        privileged_key: Column of the prompt files, or a field inside of one
-            (``reward_model.ground_truth``), with text that only the teacher sees, such as a
-            reference solution. None: the teacher's prompts are the student's.
-        template: What a prompt, or its last chat message, becomes for the teacher: a text with
-            {prompt} and {privileged}.
-        max_tokens: Prompts that are longer for the teacher are left out; None is
-            ``data.max_prompt_tokens``.
-        tokenizer: same: the teacher reads the student's tokens, and both tokenizers are the same
-            one. own: it reads the rollout's text in its own tokens, behind its own chat template;
-            positions at which both have read the same text are compared.
-        chat_template_kwargs: As ``data.chat_template_kwargs``, which it takes if this is None.
-        suffix: Text behind the teacher's prompt, such as the start of its thinking.
-    """
+    privileged_key: str | None = setting(None)
+    """Column of the prompt files, or a field inside a column (``reward_model.ground_truth``), with
+    text that only the teacher sees, such as a reference solution. By default the teacher's prompts
+    are the student's."""
 
-    privileged_key: str | None = None
-    template: str = "{prompt}\n\nReference solution:\n{privileged}"
-    max_tokens: int | None = None
-    tokenizer: Literal["same", "own"] = "same"
-    chat_template_kwargs: dict[str, Any] | None = None
-    suffix: str = ""
+    template: str = setting("{prompt}\n\nReference solution:\n{privileged}", only_with=_OWN_PROMPT)
+    """The teacher's prompt, or the last chat message of it: a text with {prompt} and
+    {privileged}."""
+
+    max_tokens: int | None = setting(None, ge=1, only_with=_OWN_PROMPT)
+    """Prompts that are longer for the teacher are left out; by default
+    ``data.max_prompt_tokens``."""
+
+    tokenizer: Literal["same", "own"] = setting("same")
+    """``same``: the teacher reads the student's tokens, and both models have the same tokenizer.
+    ``own``: the teacher reads the rollout's text in its own tokens, after its own chat template;
+    positions at which both models have read the same text are compared."""
+
+    chat_template_kwargs: dict[str, Any] | None = setting(None)
+    """Values for the teacher's chat template; by default ``data.chat_template_kwargs``."""
+
+    suffix: str = setting("")
+    """Text after the teacher's prompt, such as the start of its thinking."""
 
     @property
     def is_own(self) -> bool:
@@ -161,190 +147,79 @@ class TeacherPromptConfig:
         )
 
 
-@dataclass(kw_only=True)
-class ExtraTeacherConfig:
-    """One more teacher, which reads what the student does; its loss on hidden states is added.
-
-    Precision, offload and the like are those of ``teacher``, and positions those of ``taps``. With
-    ``teacher.offload = cpu`` only one teacher is on the device at a time.
-
-    Attributes:
-        model: As ``model.teacher``.
-        hf_config: As ``model.teacher_hf_config``.
-        layers: As ``taps.layers``: the student's layers that this teacher teaches.
-        layer_map: As ``taps.layer_map``.
-        coefficient: As ``loss.coefficient``.
-        prompt_share: As ``teacher.prompt_share``.
-        bridge: As ``bridge.path``; all of its directions are used.
-    """
-
-    model: str = "???"
-    hf_config: str | None = None
-    layers: LayerSet | list[int] = "all"
-    layer_map: Literal["proportional"] | list[int] = "proportional"
-    coefficient: float = 1.0
-    prompt_share: float | None = None
-    bridge: str | None = None
-
-
-# vLLM's names for FP8 (E4M3) with a scale for each tensor, block or output channel.
-Quantization = Literal["fp8_per_tensor", "fp8_per_block", "fp8_per_channel"]
-
-
-@dataclass(kw_only=True)
-class VLLMConfig:
-    """For ``rollout.engine = vllm``: one engine beside each data-parallel replica's first rank.
-
-    Or a server, with devices of its own, which all replicas use. For one that the run starts
-    (``start_server``) all settings have an effect but ``sleep_level`` and ``sync_bucket_mb``; for
-    one that was started for it (``server_url``) only ``max_model_len``, ``check_weights_interval``
-    and what is below it, the rest being up to whoever starts it.
-
-    Attributes:
-        server_url: A vLLM server that was started for this run, as in ``http://127.0.0.1:8000``;
-            None starts an engine beside each replica.
-        start_server: Whether the run starts a server instead, on the machine of global rank 0, and
-            ends it. Its output is in ``<output_dir>/vllm_server.log`` (of ``build_bridge`` in
-            ``<output_dir>.vllm_server.log``).
-        server_gpus: The GPUs that it has for itself, on that machine, as nvidia-smi counts them: as
-            many as ``tensor_model_parallel_size``. Empty on a CPU.
-        gpu_memory_utilization: Share of the device's memory (of the host's, on a CPU) that the
-            engine may take, its weights included. The default leaves room for a trainer; a server
-            has its GPUs for itself, and may take 0.9 of them.
-        kv_cache_gb: Memory (10^9 bytes) of the KV cache on each GPU; None is what
-            ``gpu_memory_utilization`` leaves.
-        max_model_len: Longest prompt with its response; None is ``data.max_prompt_tokens`` +
-            ``rollout.max_new_tokens``.
-        enforce_eager: Whether nothing is compiled and no CUDA graph captured: the engine starts
-            faster and generates slower.
-        tensor_model_parallel_size: GPUs of one engine (vLLM's tensor parallelism): those of its
-            replica's first ranks on one machine, which have to be as many; of a server its own.
-        quantization: How vLLM quantises the weights of linear layers after each sync, and their
-            inputs (its online quantization); None leaves them as they came. The rollouts are then
-            not quite the student's: ``rollout.logprob_check_interval`` measures how far they are
-            off.
-        sleep_level: What the engine gives up between a rollout and the next weight sync, on a GPU:
-            0 nothing, 1 the KV cache and, to the host's memory, the weights, 2 both for good; the
-            sync brings all weights again, and with 0 and 1 only those that train.
-        sync_bucket_mb: Size (10^6 bytes) of the buffer that weights go to the engine through. Small
-            enough for the processor's cache is fastest on a CPU.
-        check_weights_interval: Weight syncs from one check that the engine has the weights that
-            were sent to the next, by a checksum of each tensor. None never checks.
-        timeout_minutes: An engine that takes longer to start, or for a rollout, counts as hanging.
-        sync_timeout_minutes: Likewise for a part of a weight sync. The replica's other ranks wait
-            for it in a collective, so it has to be below ``parallel.distributed_timeout_minutes``.
-        max_restarts: How often an engine that ended or hangs is started again in one step; it gets
-            the weights anew and repeats what it was asked for. A server of ``server_url`` is not
-            started, but waited for, ``sync_timeout_minutes`` each time. After that the run ends,
-            with a checkpoint of the last whole step (unless ``checkpoint.save_interval`` is None).
-    """
-
-    server_url: str | None = None
-    start_server: bool = False
-    server_gpus: list[int] = field(default_factory=list)
-    gpu_memory_utilization: float = 0.4
-    kv_cache_gb: float | None = None
-    max_model_len: int | None = None
-    enforce_eager: bool = False
-    tensor_model_parallel_size: int = 1
-    quantization: Quantization | None = None
-    sleep_level: int = 2
-    sync_bucket_mb: int = 16
-    check_weights_interval: int | None = None
-    timeout_minutes: float = 120.0
-    sync_timeout_minutes: float = 10.0
-    max_restarts: int = 2
-
-    @property
-    def uses_server(self) -> bool:
-        """Whether rollouts come from a server, be it the run's own."""
-        return self.start_server or self.server_url is not None
-
-
-@dataclass(kw_only=True)
-class EvaluationConfig:
-    """Evaluation on benchmarks during the run, as `megatron_oprd.evaluate` does it by itself.
-
-    Attributes:
-        interval: Steps between evaluations; there is one more at the end. None evaluates never.
-        data: Parquet or JSONL files with the columns ``prompt`` and ``reward_model.ground_truth``.
-        limit: Problems that are taken of each file, its first ones; None takes all.
-        instruction: Text that is put behind each problem; None leaves problems as they are.
-        n: Responses for each problem.
-        max_new_tokens: A response is cut after this many tokens.
-        temperature: Softmax temperature; 0 is greedy.
-        top_p: Nucleus; 1.0 is off.
-    """
-
-    interval: int | None = None
-    data: list[str] = field(default_factory=list)
-    limit: int | None = None
-    instruction: str | None = None
-    n: int = 16
-    max_new_tokens: int = 1024
-    temperature: float = 0.7
-    top_p: float = 0.95
-
-
+LayerSet = Literal["all", "last", "even", "odd", "none"]
+Positions = Literal["all", "last", "last_k", "first_k"]
 Alignment = Literal["token", "predictor"]
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
-    """Which models, and in which number format.
+class ExtraTeacherConfig:
+    """An entry of the list of additional teachers.
 
-    Attributes:
-        student: The student that is trained: a Hugging Face folder, a Megatron checkpoint
-            (torch_dist), or the folder of a run with Megatron checkpoints.
-        teacher: The frozen teacher, likewise.
-        student_hf_config: For a student in a Megatron checkpoint that carries no Hugging Face
-            configuration: a folder with config.json, tokenizer and the like.
-        teacher_hf_config: The same for the teacher.
-        params_dtype: Format of weights and activations. bf16 trains fp32 main parameters.
-        make_vocab_size_divisible_by: The embedding's rows are padded to a multiple of this (and of
-            the tensor-parallel size).
+    Such a teacher reads the student's sequences, and its loss on hidden states is added to the
+    first teacher's. Its precision, offload and the like are those of ``teacher``, its positions
+    those of ``taps``. With ``teacher.offload = cpu`` only one teacher is on the device at a time.
     """
 
-    student: str = "???"
-    teacher: str = "???"
-    student_hf_config: str | None = None
-    teacher_hf_config: str | None = None
-    params_dtype: Literal["fp32", "bf16"] = "bf16"
-    make_vocab_size_divisible_by: int = 128
+    model: str = setting("???")
+    """See ``model.teacher``."""
+
+    hf_config: str | None = setting(None)
+    """See ``model.teacher_hf_config``."""
+
+    layers: LayerSet | list[int] = setting("all")
+    """The student's layers that this teacher teaches; see ``taps.layers``."""
+
+    layer_map: Literal["proportional"] | list[int] = setting("proportional")
+    """See ``taps.layer_map``."""
+
+    coefficient: float = setting(1.0, ge=0)
+    """See ``loss.coefficient``."""
+
+    prompt_share: float | None = setting(None, gt=0)
+    """See ``teacher.prompt_share``."""
+
+    bridge: str | None = setting(None)
+    """See ``bridge.path``. All directions of the bridge are used."""
 
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """The model-parallel layout; data parallelism takes the ranks that are left.
+    """The model-parallel layout; data parallelism takes the ranks that are left."""
 
-    Attributes:
-        tensor_model_parallel_size: Ranks that share each layer's matrices.
-        pipeline_model_parallel_size: Ranks that share the layers.
-        virtual_pipeline_model_parallel_size: Model chunks a pipeline rank (interleaved schedule).
-        expert_model_parallel_size: Ranks that share out the experts of each layer with a mixture of
-            experts; they may belong to several data-parallel replicas.
-        expert_tensor_parallel_size: Ranks that share each expert's matrices; None is
-            ``tensor_model_parallel_size``.
-        sequence_parallel: Whether activations between a layer's parallel regions are split over
-            the tensor-parallel ranks. A student with a mixture of experts needs it where
-            ``tensor_model_parallel_size`` is above 1.
-        context_parallel_size: Ranks that share each sequence. Attention over a shared sequence is
-            Transformer Engine's; without it every rank gathers all keys and values, which saves
-            memory in the rest of the layer only.
-        num_layers_per_stage: The student's layers on each pipeline stage (of each chunk in turn
-            under virtual stages); None divides the layers that run as evenly as they go.
-        distributed_timeout_minutes: A collective that takes longer ends the run.
-    """
+    tensor_model_parallel_size: int = setting(1, ge=1)
+    """Ranks that share each layer's matrices."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int | None = None
-    sequence_parallel: bool = False
-    context_parallel_size: int = 1
-    num_layers_per_stage: list[int] | None = None
-    distributed_timeout_minutes: int = 30
+    pipeline_model_parallel_size: int = setting(1, ge=1)
+    """Ranks that share the layers."""
+
+    virtual_pipeline_model_parallel_size: int | None = setting(None, ge=2)
+    """Model chunks of each pipeline rank (interleaved schedule). Needs
+    ``pipeline_model_parallel_size`` of at least 2."""
+
+    expert_model_parallel_size: int = setting(1, ge=1)
+    """Ranks that share out the experts of each layer with a mixture of experts; they may belong to
+    several data-parallel replicas."""
+
+    expert_tensor_parallel_size: int | None = setting(None, ge=1)
+    """Ranks that share each expert's matrices; by default ``tensor_model_parallel_size``."""
+
+    sequence_parallel: bool = setting(False)
+    """Whether activations between a layer's parallel regions are split over the tensor-parallel
+    ranks. Needs ``tensor_model_parallel_size`` above 1. A student with a mixture of experts and a
+    ``tensor_model_parallel_size`` above 1 needs it."""
+
+    context_parallel_size: int = setting(1, ge=1)
+    """Ranks that share each sequence. Attention over a shared sequence is Transformer Engine's.
+    Without Transformer Engine every rank gathers all keys and values, which saves memory in the
+    rest of the layer only."""
+
+    num_layers_per_stage: list[int] | None = setting(None)
+    """The student's layers on each pipeline stage (of each chunk in turn under virtual stages). By
+    default the layers that run are divided as evenly as possible."""
+
+    distributed_timeout_minutes: int = setting(30, ge=1)
+    """A collective that takes longer ends the run."""
 
     @property
     def replica_size(self) -> int:
@@ -363,223 +238,449 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class TapConfig:
-    """Which hidden states are compared (method: layer set, map, position set).
+    """The hidden states that are compared (the method's layer set, map and position set)."""
 
-    Attributes:
-        layers: Student layers that are tapped: all, last, even (0-based 0, 2, ...), odd, or a list.
-            none taps no layer, for a run with an output-space loss alone.
-        layer_map: Teacher layer of each tapped student layer: proportional (eq. 11), or a list of
-            0-based teacher layers, one for each tapped layer.
-        positions: Supervised response positions: all, last, last_k, first_k.
-        k: For last_k and first_k: how many tokens of each response.
-        alignment: token takes the position that holds a response token (as the reference
-            implementation does), predictor the one before it, which predicts it (as the paper
-            writes).
-        last_layer: post_norm takes a model's last layer after the final norm (Hugging Face's
-            hidden_states[-1]), pre_norm the raw output of the block.
-    """
+    layers: LayerSet | list[int] = setting("all")
+    """Student layers that are tapped: ``all``, ``last``, ``even`` (0-based 0, 2, ...), ``odd``, or
+    a list of 0-based layers. ``none`` taps no layer, for a run with an output-space loss alone."""
 
-    layers: LayerSet | list[int] = "all"
-    layer_map: Literal["proportional"] | list[int] = "proportional"
-    positions: Positions = "all"
-    k: int | None = None
-    alignment: Alignment = "token"
-    last_layer: Literal["post_norm", "pre_norm"] = "post_norm"
+    layer_map: Literal["proportional"] | list[int] = setting("proportional")
+    """Teacher layer of each tapped student layer: ``proportional`` (eq. 11), or a list of 0-based
+    teacher layers with an entry for each tapped layer."""
+
+    positions: Positions = setting("all")
+    """Response positions that are supervised: all, the last, or the last or first ``k``."""
+
+    k: int | None = setting(None, ge=1, only_with=when("taps.positions", "last_k", "first_k"))
+    """Number of tokens of each response; ``last_k`` and ``first_k`` need it."""
+
+    alignment: Alignment = setting("token")
+    """``token`` takes the position that holds a response token (as the reference implementation
+    does). ``predictor`` takes the position before, which predicts that token (as the paper
+    writes)."""
+
+    last_layer: Literal["post_norm", "pre_norm"] = setting("post_norm")
+    """``post_norm`` takes a model's last layer after the final norm (Hugging Face's
+    hidden_states[-1]), ``pre_norm`` the raw output of the block."""
+
+
+Normalize = Literal["none", "l2"]
+Aggregation = Literal["token_mean", "sequence_mean"]
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """The loss on hidden states. The output-space loss, if there is one, is added to it."""
+
+    normalize: Normalize = setting("none")
+    """``none`` compares hidden states as they are. ``l2`` makes them unit vectors first; the loss
+    is then about 1/d as large and wants a coefficient of 100 to 1000."""
+
+    coefficient: float = setting(1.0, ge=0)
+    """Factor on the loss (the paper's mu). 0 leaves the loss out of the gradient; the layers'
+    losses and cosines are still measured."""
+
+    layer_weights: list[float] | None = setting(None, ge=0)
+    """Factor on the loss of each tapped layer; by default 1 for each. The loss is the sum of the
+    layers' weighted losses, divided by the number of tapped layers."""
+
+    aggregation: Aggregation = setting("token_mean")
+    """``token_mean`` averages over all supervised tokens of the global batch. ``sequence_mean``
+    averages over each response's tokens, then over responses (eq. 6). It holds for both losses."""
+
+
+OutputLoss = Literal["none", "sampled_token", "top_k", "reverse_kl", "forward_kl", "jsd"]
+Support = Literal["only_stu", "only_tch", "intersection", "union"]
+SupportWeights = Literal["student_p", "teacher_p", "none"]
+_TOP_K = when("output_loss.kind", "top_k")
+
+
+@dataclass(kw_only=True)
+class OutputLossConfig:
+    """The loss on next-token distributions (OPD): p is the student's, q the teacher's."""
+
+    kind: OutputLoss = setting("none")
+    """``sampled_token``: policy gradient with the detached log q - log p of the sampled token as
+    its advantage. ``top_k``: reverse KL of both distributions, renormalised on a few tokens.
+    ``reverse_kl``, KL(p || q), ``forward_kl``, KL(q || p), and ``jsd``, the generalised
+    Jensen-Shannon divergence, are computed over the whole vocabulary."""
+
+    coefficient: float = setting(1.0, ge=0)
+    """Factor on the loss."""
+
+    k: int = setting(16, ge=1, only_with=_TOP_K)
+    """Number of tokens that are taken of a model."""
+
+    support: Support = setting("only_stu", only_with=_TOP_K)
+    """Tokens on which distributions are compared: the student's k most likely tokens
+    (``only_stu``), the teacher's (``only_tch``), those in both sets, or those in either."""
+
+    support_weights: SupportWeights = setting("student_p", only_with=_TOP_K)
+    """Weight of each token's log-ratio: the renormalised p (the exact KL), the renormalised q, or
+    the same for all tokens."""
+
+    beta: float = setting(
+        0.5,
+        gt=0,
+        lt=1,
+        because="the limits are output_loss.kind = forward_kl (0) and reverse_kl (1)",
+        only_with=when("output_loss.kind", "jsd"),
+    )
+    """The teacher's share of the mixture m = beta * q + (1 - beta) * p, and the weight of
+    KL(q || m). The weight of KL(p || m) is 1 - beta."""
+
+    positions: Positions = setting("all")
+    """Response tokens whose distributions are compared; see ``taps.positions``."""
+
+    positions_k: int | None = setting(
+        None, ge=1, only_with=when("output_loss.positions", "last_k", "first_k")
+    )
+    """Number of tokens of each response; ``last_k`` and ``first_k`` need it."""
+
+    student_temperature: float = setting(1.0, gt=0)
+    """The student's logits are divided by this number."""
+
+    teacher_temperature: float = setting(1.0, gt=0)
+    """The teacher's logits are divided by this number."""
+
+    chunk_tokens: int = setting(512, ge=1)
+    """Number of positions whose logits exist at a time."""
 
 
 @dataclass(kw_only=True)
 class BridgeConfig:
-    """Frozen projectors (OPRD-Bridge). What is compared are unit vectors: ``loss.normalize = l2``.
+    """Frozen projectors (OPRD-Bridge).
 
-    The reference implementation's ``loss.coefficient`` is 10.
-
-    Attributes:
-        path: A folder that ``megatron_oprd.build_bridge`` wrote for these two models, or the
-            reference implementation's ps_bank.pt. None compares the states as they are.
-        rank: Leading directions that are used, at least 2; None uses all of them.
+    Unit vectors are compared: ``loss.normalize = l2``. The reference implementation's
+    ``loss.coefficient`` is 10.
     """
 
-    path: str | None = None
-    rank: int | None = None
+    path: str | None = setting(None, no_effect_with=when("taps.layers", "none"))
+    """A folder that ``megatron_oprd.build_bridge`` wrote for these two models, or the reference
+    implementation's ps_bank.pt. By default the states are compared as they are."""
+
+    rank: int | None = setting(
+        None,
+        ge=2,
+        because="as a unit vector a single number is only a sign, which has no gradient",
+        only_with=when("bridge.path"),
+    )
+    """Number of leading directions that are used; by default all of them."""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Prompts.
+    """Prompts."""
 
-    Attributes:
-        prompts: JSONL or parquet files.
-        prompt_key: Column with the prompt: text or chat messages.
-        chat_template: None renders chat messages and leaves text as it is; true wraps text as a
-            user's message; false refuses chat messages.
-        chat_template_kwargs: What chat templates are given beside the messages, in training and in
-            its evaluation: enable_thinking, date_string and the like.
-        continue_final_message: Whether a conversation that ends with the assistant's message is
-            continued behind it; otherwise it is refused.
-        max_prompt_tokens: Longer prompts are dropped or cut, and counted.
-        long_prompts: drop leaves them out; cut takes their last ``max_prompt_tokens`` tokens.
-        shuffle: Whether each epoch is a seeded permutation.
+    prompts: list[str] = setting([], not_empty="at least one JSONL or parquet file")
+    """JSONL or parquet files."""
+
+    prompt_key: str = setting("prompt")
+    """Column with the prompt: text or chat messages."""
+
+    chat_template: bool | None = setting(None)
+    """By default chat messages are rendered and text is left as it is. ``true`` wraps text as a
+    user's message. ``false`` refuses chat messages."""
+
+    chat_template_kwargs: dict[str, Any] = setting({})
+    """Values for chat templates in addition to the messages, in training and in its evaluation:
+    enable_thinking, date_string and the like."""
+
+    continue_final_message: bool = setting(False)
+    """Whether a conversation that ends with the assistant's message is continued after that
+    message; otherwise it is refused."""
+
+    max_prompt_tokens: int = setting(1024, ge=1)
+    """Longer prompts are dropped or cut, and counted."""
+
+    long_prompts: Literal["drop", "cut"] = setting("drop")
+    """``drop`` leaves long prompts out. ``cut`` takes their last ``max_prompt_tokens`` tokens."""
+
+    shuffle: bool = setting(True)
+    """Whether each epoch is a seeded permutation."""
+
+
+# vLLM's names for FP8 (E4M3) with a scale for each tensor, block or output channel.
+Quantization = Literal["fp8_per_tensor", "fp8_per_block", "fp8_per_channel"]
+_GIVEN_SERVER = when("rollout.vllm.server_url", instead="give it to vllm serve")
+_ANY_SERVER = (
+    _GIVEN_SERVER,
+    when("rollout.vllm.start_server", True, instead="leave it out"),
+)
+
+
+@dataclass(kw_only=True)
+class VLLMConfig:
+    """vLLM for rollouts: an engine for each data-parallel replica, or a server for all of them.
+
+    An engine runs on the device of its replica's first rank. A server has devices of its own, and
+    is started by the run (``start_server``) or was started for it (``server_url``).
     """
 
-    prompts: list[str] = field(default_factory=list)
-    prompt_key: str = "prompt"
-    chat_template: bool | None = None
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    continue_final_message: bool = False
-    max_prompt_tokens: int = 1024
-    long_prompts: Literal["drop", "cut"] = "drop"
-    shuffle: bool = True
+    server_url: str | None = setting(None)
+    """A vLLM server that was started for this run, as in ``http://127.0.0.1:8000``. By default each
+    replica has an engine."""
+
+    start_server: bool = setting(False)
+    """Whether the run starts a server, on the machine of global rank 0, and ends it. The server's
+    output is in ``<output_dir>/vllm_server.log`` (of ``build_bridge`` in
+    ``<output_dir>.vllm_server.log``)."""
+
+    server_gpus: list[int] = setting(
+        [],
+        ge=0,
+        only_with=when("rollout.vllm.start_server", True),
+        no_effect_with=_GIVEN_SERVER,
+    )
+    """GPUs that the server has for itself on that machine, as nvidia-smi counts them: as many as
+    ``tensor_model_parallel_size``. Empty on a CPU."""
+
+    gpu_memory_utilization: float = setting(0.4, gt=0, lt=1, no_effect_with=_GIVEN_SERVER)
+    """Share of the device's memory (of the host's, on a CPU) that the engine may take, its weights
+    included. The default leaves room for a trainer. A server has its GPUs for itself, and may take
+    0.9 of their memory."""
+
+    kv_cache_gb: float | None = setting(None, gt=0, no_effect_with=_GIVEN_SERVER)
+    """Memory (10^9 bytes) of the KV cache on each GPU; by default what ``gpu_memory_utilization``
+    leaves."""
+
+    max_model_len: int | None = setting(None, ge=1)
+    """Most tokens of a prompt with its response; at least the default, which is
+    ``data.max_prompt_tokens`` + ``rollout.max_new_tokens``."""
+
+    enforce_eager: bool = setting(False, no_effect_with=_GIVEN_SERVER)
+    """Whether nothing is compiled and no CUDA graph captured. The engine then starts faster and
+    generates slower."""
+
+    tensor_model_parallel_size: int = setting(1, ge=1, no_effect_with=_GIVEN_SERVER)
+    """GPUs of one engine (vLLM's tensor parallelism). They are those of its replica's first ranks,
+    which have to be as many, on one machine. A server has GPUs of its own."""
+
+    quantization: Quantization | None = setting(None, no_effect_with=_GIVEN_SERVER)
+    """vLLM's online quantization of the linear layers' weights, after each sync, and of their
+    inputs; by default none. Rollouts with it are not quite the student's;
+    ``rollout.logprob_check_interval`` measures the difference. Needs
+    ``model.params_dtype = bf16``."""
+
+    sleep_level: int = setting(2, ge=0, le=2, no_effect_with=_ANY_SERVER)
+    """Memory that the engine gives up between a rollout and the next weight sync, on a GPU. 0:
+    none. 1: the KV cache and, to the host's memory, the weights. 2: both for good. The sync brings
+    all weights with 2, and only those that train with 0 and 1."""
+
+    sync_bucket_mb: int = setting(16, ge=1, no_effect_with=_ANY_SERVER)
+    """Size (10^6 bytes) of the buffer that weights pass through on their way to the engine. On a
+    CPU a buffer that fits in the processor's cache is fastest."""
+
+    check_weights_interval: int | None = setting(None, ge=1)
+    """Weight syncs between two checks that the engine has the weights that were sent, by a checksum
+    of each tensor. By default they are never checked. Not with ``rollout.vllm.quantization``."""
+
+    timeout_minutes: float = setting(120.0, gt=0)
+    """An engine that takes longer to start, or for a rollout, counts as hanging."""
+
+    sync_timeout_minutes: float = setting(10.0, gt=0)
+    """An engine that takes longer for a part of a weight sync counts as hanging. The replica's
+    other ranks wait for it in a collective, so this time has to be below
+    ``parallel.distributed_timeout_minutes``."""
+
+    max_restarts: int = setting(2, ge=0)
+    """Number of times that an engine that ended or hangs is started again in one step; 0 is never.
+    The engine gets the weights anew and repeats its work. A server of ``server_url`` is not started
+    again; the run waits for it, ``sync_timeout_minutes`` each time. After that the run ends, with a
+    checkpoint of the last whole step (unless ``checkpoint.save_interval`` is null)."""
+
+    @property
+    def uses_server(self) -> bool:
+        """Whether rollouts come from a server, be it the run's own."""
+        return self.start_server or self.server_url is not None
 
 
 @dataclass(kw_only=True)
 class RolloutConfig:
-    """On-policy generation.
+    """On-policy generation."""
 
-    Attributes:
-        engine: hf generates with transformers on the first rank of each data-parallel replica, vllm
-            with vLLM in a process beside it, on the same device.
-        prompts_per_step: Prompts of one training step, over all data-parallel replicas.
-        samples_per_prompt: Responses for each prompt.
-        max_new_tokens: A response is cut after this many tokens.
-        temperature: Softmax temperature; 0 is greedy.
-        top_p: Nucleus; 1.0 is off.
-        top_k: Most likely tokens to choose from; 0 is off.
-        stop: A response ends behind the first of these texts that it contains.
-        stop_token_ids: A response ends with any of these tokens, besides the model's own
-            end-of-sequence tokens.
-        max_batch_size: Sequences that are generated at once; None takes a replica's whole share
-            (vLLM: what it takes by itself).
-        one_step_off_policy: Whether a step's rollouts are generated while the step before is
-            computed, with the weights from before its update. For an engine beside the trainer,
-            which then does not sleep. The first step and the one after each checkpoint have
-            rollouts of their own weights.
-        logprob_check_interval: Steps from one comparison of the engine's log-probabilities with the
-            student's, on the rollouts' tokens before the update, to the next; the first is in step
-            0. The whole student runs forward once more for it. None never compares.
-        logprob_warning_threshold: A mean absolute difference above this, in nats a token, gives a
-            warning. bf16 alone makes one of 0.04 in a model of 135M parameters.
-        vllm: For ``engine = vllm``.
-    """
+    engine: Literal["hf", "vllm"] = setting("hf")
+    """``hf`` generates with transformers on the first rank of each data-parallel replica. ``vllm``
+    generates with vLLM in another process, on the same device or on a server."""
 
-    engine: Literal["hf", "vllm"] = "hf"
-    prompts_per_step: int = 8
-    samples_per_prompt: int = 2
-    max_new_tokens: int = 1024
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    stop: list[str] = field(default_factory=list)
-    stop_token_ids: list[int] = field(default_factory=list)
-    max_batch_size: int | None = None
-    one_step_off_policy: bool = False
-    logprob_check_interval: int | None = None
-    logprob_warning_threshold: float = 0.1
-    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    prompts_per_step: int = setting(8, ge=1)
+    """Prompts of one training step, over all data-parallel replicas."""
+
+    samples_per_prompt: int = setting(2, ge=1)
+    """Responses for each prompt."""
+
+    max_new_tokens: int = setting(1024, ge=1)
+    """A response is cut after this number of tokens."""
+
+    temperature: float = setting(1.0, ge=0)
+    """Softmax temperature; 0 is greedy. vLLM takes at most 2."""
+
+    top_p: float = setting(1.0, gt=0, le=1)
+    """Nucleus sampling; 1.0 is off."""
+
+    top_k: int = setting(0, ge=0)
+    """Number of most likely tokens to choose from; 0 is off."""
+
+    stop: list[str] = setting([])
+    """A response ends after the first of these texts that it contains."""
+
+    stop_token_ids: list[int] = setting([])
+    """A response ends with any of these tokens, and with the model's own end-of-sequence tokens."""
+
+    max_batch_size: int | None = setting(None, ge=1)
+    """Sequences that are generated at once; by default a replica's whole share (with vLLM as many
+    as vLLM chooses)."""
+
+    one_step_off_policy: bool = setting(
+        False,
+        only_with=when("rollout.engine", "vllm"),
+        no_effect_with=when(
+            "checkpoint.save_interval",
+            1,
+            instead="save less often: the step after a checkpoint has rollouts of its own weights",
+        ),
+    )
+    """Whether a step's rollouts are generated while the step before is computed, with the weights
+    from before its update. An engine on the trainer's device does not sleep then. The engine ``hf``
+    generates in the trainer's own process, so it cannot do this. The first step and the step after
+    each checkpoint have rollouts of their own weights."""
+
+    logprob_check_interval: int | None = setting(None, ge=1)
+    """Steps between two comparisons of the engine's log-probabilities with the student's; the first
+    is in step 0. The rollouts' tokens are compared before the update, and the whole student runs
+    forward once more for that. By default they are never compared."""
+
+    logprob_warning_threshold: float = setting(
+        0.1, gt=0, only_with=when("rollout.logprob_check_interval")
+    )
+    """A mean absolute difference above this number, in nats for each token, gives a warning. bf16
+    alone makes a difference of 0.04 in a model of 135M parameters."""
+
+    vllm: VLLMConfig = group(VLLMConfig, only_with=when("rollout.engine", "vllm"))
 
 
 @dataclass(kw_only=True)
 class BatchConfig:
-    """How a step's sequences become micro-batches, after sorting by length.
+    """The micro-batches that a step's sequences become, after sorting by length."""
 
-    Attributes:
-        max_tokens: Tokens in a micro-batch, padding included; a longer sequence is one by itself.
-        micro_batch_size: Sequences in a micro-batch at most; None leaves it to ``max_tokens``.
-        sequence_packing: Whether sequences lie one behind the other in one row, attended each by
-            itself, instead of being padded to one length. Padding then costs nothing but the few
-            tokens that fill up the row. Not with context parallelism.
-    """
+    max_tokens: int = setting(16384, ge=1)
+    """Tokens in a micro-batch, padding included. A longer sequence is a micro-batch by itself."""
 
-    max_tokens: int = 16384
-    micro_batch_size: int | None = None
-    sequence_packing: bool = False
+    micro_batch_size: int | None = setting(None, ge=1)
+    """Most sequences in a micro-batch; by default only ``max_tokens`` limits them."""
+
+    sequence_packing: bool = setting(False)
+    """Whether sequences follow each other in one row, each attended by itself, instead of being
+    padded to one length. Padding then costs only the few tokens that fill up the row. Not with
+    context parallelism."""
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW, its schedule and gradient reduction.
+    """AdamW, its schedule and gradient reduction."""
 
-    Attributes:
-        lr: Peak learning rate.
-        min_lr: Learning rate at the end of the decay.
-        lr_decay_iters: Updates over which the learning rate is decayed, from the first one on;
-            later ones have ``min_lr``. None is ``train_iters``. A resumed run keeps the length that
-            it began with, also if its ``train_iters`` are others.
-        lr_warmup_fraction: Share of ``lr_decay_iters`` with a linear warm-up.
-        lr_decay_style: Shape of the decay after the warm-up.
-        weight_decay: Decoupled weight decay; norms and biases are not decayed.
-        adam_beta1: Decay of the first moment.
-        adam_beta2: Decay of the second moment.
-        adam_eps: Added to the root of the second moment.
-        clip_grad: Global gradient norm; 0 is off.
-        use_distributed_optimizer: Whether data-parallel ranks share the optimizer's states.
-        overlap_grad_reduce: Whether gradients are reduced during the backward pass.
-        overlap_param_gather: Whether the distributed optimizer's ranks gather updated parameters
-            while the next forward pass runs. The weight sync to the rollout engine waits for all
-            of them, so it helps only where a step runs the student before that.
-        offload_states: Whether the optimizer's states and the gradient buffers leave the device
-            while they are not used: states from an update to the next, buffers during rollout and
-            teacher pass. Needs ``model.params_dtype = bf16``.
-        max_skipped_in_a_row: That many steps with a non-finite loss or gradient end the run.
-    """
+    lr: float = setting(1e-5, ge=0)
+    """Peak learning rate."""
 
-    lr: float = 1e-5
-    min_lr: float = 0.0
-    lr_decay_iters: int | None = None
-    lr_warmup_fraction: float = 0.03
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: float = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    use_distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
-    offload_states: bool = False
-    max_skipped_in_a_row: int = 5
+    min_lr: float = setting(0.0, ge=0)
+    """Learning rate at the end of the decay; at most ``lr``."""
+
+    lr_decay_iters: int | None = setting(None, ge=1)
+    """Updates over which the learning rate is decayed, from the first update on; later updates have
+    ``min_lr``. By default ``train_iters``. A resumed run keeps the length that it began with, also
+    if its ``train_iters`` are others."""
+
+    lr_warmup_fraction: float = setting(0.03, ge=0, lt=1)
+    """Share of ``lr_decay_iters`` with a linear warm-up."""
+
+    lr_decay_style: Literal["cosine", "linear", "constant"] = setting("cosine")
+    """Shape of the decay after the warm-up."""
+
+    weight_decay: float = setting(0.01, ge=0)
+    """Decoupled weight decay; norms and biases are not decayed."""
+
+    adam_beta1: float = setting(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+
+    adam_beta2: float = setting(0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+
+    adam_eps: float = setting(1e-8, gt=0)
+    """Number that is added to the root of the second moment."""
+
+    clip_grad: float = setting(1.0, ge=0)
+    """Largest global gradient norm; 0 is off."""
+
+    use_distributed_optimizer: bool = setting(True)
+    """Whether data-parallel ranks share the optimizer's states."""
+
+    overlap_grad_reduce: bool = setting(False)
+    """Whether gradients are reduced during the backward pass."""
+
+    overlap_param_gather: bool = setting(False)
+    """Whether the distributed optimizer's ranks gather updated parameters while the next forward
+    pass runs. The weight sync to the rollout engine waits for all of them, so it helps only if a
+    step runs the student before the sync. Needs ``use_distributed_optimizer`` and
+    ``overlap_grad_reduce``."""
+
+    offload_states: bool = setting(False)
+    """Whether the optimizer's states and the gradient buffers leave the device while they are not
+    used: states from an update to the next, buffers during rollout and teacher pass. Needs
+    ``model.params_dtype = bf16``."""
+
+    max_skipped_in_a_row: int = setting(5, ge=1)
+    """This number of steps in a row with a non-finite loss or gradient ends the run."""
 
 
 @dataclass(kw_only=True)
 class RecomputeConfig:
-    """Activation recompute, as Megatron names it.
+    """Activation recompute, as Megatron names it."""
 
-    Attributes:
-        recompute_granularity: None keeps all activations; selective recomputes the attention
-            core; full recomputes whole layers.
-        recompute_method: For full: uniform or block.
-        recompute_num_layers: For full: layers of a recomputed chunk (uniform) or recomputed layers
-            of a stage (block).
-        distribute_saved_activations: For full, with tensor but without sequence parallelism: each
-            tensor-parallel rank keeps its share of a layer's saved input.
-    """
+    recompute_granularity: Literal["selective", "full"] | None = setting(None)
+    """By default all activations are kept. ``selective`` recomputes the attention core, ``full``
+    whole layers."""
 
-    recompute_granularity: Literal["selective", "full"] | None = None
-    recompute_method: Literal["uniform", "block"] | None = None
-    recompute_num_layers: int | None = None
-    distribute_saved_activations: bool = False
+    recompute_method: Literal["uniform", "block"] | None = setting(
+        None, only_with=when("recompute.recompute_granularity", "full")
+    )
+    """Megatron's choice of the recomputed layers; ``full`` needs it."""
+
+    recompute_num_layers: int | None = setting(
+        None, ge=1, only_with=when("recompute.recompute_granularity", "full")
+    )
+    """Layers of a recomputed chunk (``uniform``), or recomputed layers of a stage (``block``);
+    ``full`` needs it."""
+
+    distribute_saved_activations: bool = setting(False)
+    """Whether each tensor-parallel rank keeps only its share of a layer's saved input. Needs
+    ``full``, and tensor parallelism without sequence parallelism."""
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
     """Training checkpoints.
 
-    Attributes:
-        save_interval: Steps between checkpoints; there is one more at the end. Without it and the
-            next two the run writes none and cannot be resumed; the exported student does not depend
-            on it.
-        save_interval_minutes: Minutes from one checkpoint, of whatever cause, to the next, as well.
-        exit_after_minutes: That long after its start the run saves and ends, with exit code 75. It
-            ends at the end of a step, as it does on SIGTERM and SIGUSR1.
-        keep: Newest checkpoints that stay.
-        resume: auto goes on from the newest whole checkpoint of ``output_dir``; never refuses an
-            ``output_dir`` that has one.
+    A run without ``save_interval``, ``save_interval_minutes`` and ``exit_after_minutes`` writes no
+    checkpoint and cannot be resumed. The exported student does not depend on them.
     """
 
-    save_interval: int | None = 50
-    save_interval_minutes: float | None = None
-    exit_after_minutes: float | None = None
-    keep: int = 2
-    resume: Literal["auto", "never"] = "auto"
+    save_interval: int | None = setting(50, ge=1)
+    """Steps between checkpoints; there is another checkpoint at the end."""
+
+    save_interval_minutes: float | None = setting(None, gt=0)
+    """Minutes after a checkpoint, whatever its cause, at which another is written. Both intervals
+    can be set."""
+
+    exit_after_minutes: float | None = setting(None, gt=0)
+    """Minutes after its start at which the run saves and ends, with exit code 75. It ends at the
+    end of a step, as it does on SIGTERM and SIGUSR1."""
+
+    keep: int = setting(2, ge=1)
+    """Number of newest checkpoints that stay."""
+
+    resume: Literal["auto", "never"] = setting("auto")
+    """``auto`` continues from the newest whole checkpoint of ``output_dir``. ``never`` refuses an
+    ``output_dir`` that has a checkpoint."""
 
     @property
     def is_on(self) -> bool:
@@ -589,52 +690,74 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class EvaluationConfig:
+    """Evaluation on benchmarks during the run, as `megatron_oprd.evaluate` does it by itself."""
+
+    interval: int | None = setting(None, ge=1)
+    """Steps between evaluations; there is another evaluation at the end. By default there is none.
+    Needs ``data``."""
+
+    data: list[str] = setting([])
+    """Parquet or JSONL files with the columns ``prompt`` and ``reward_model.ground_truth``. Needs
+    ``interval``."""
+
+    limit: int | None = setting(None, ge=1)
+    """Number of problems that are taken of each file, from its start; by default all."""
+
+    instruction: str | None = setting(None)
+    """Text that is put after each problem; by default none."""
+
+    n: int = setting(16, ge=1)
+    """Responses for each problem."""
+
+    max_new_tokens: int = setting(1024, ge=1)
+    """A response is cut after this number of tokens."""
+
+    temperature: float = setting(0.7, ge=0)
+    """Softmax temperature; 0 is greedy. vLLM takes at most 2."""
+
+    top_p: float = setting(0.95, gt=0, le=1)
+    """Nucleus sampling; 1.0 is off."""
+
+
+# Numbers of steps and ranks are added to a seed, and generators take 32 bits or more.
+LARGEST_SEED = 2**31 - 1
+
+
+@dataclass(kw_only=True)
 class RunConfig:
-    """One distillation run.
+    """One distillation run."""
 
-    Attributes:
-        output_dir: Folder of checkpoints, metrics and the exported student.
-        train_iters: Optimizer steps.
-        seed: Seed of prompts, rollouts and random states.
-        tensorboard: Whether metrics also go to TensorBoard.
-        model: The two models.
-        teacher: What the teacher costs, and whether it stays as it is.
-        teacher_prompt: What the teacher reads, where it is not what the student does.
-        extra_teachers: More teachers.
-        parallel: The model-parallel layout.
-        taps: Which hidden states are compared.
-        loss: The loss on hidden states.
-        output_loss: The loss on next-token distributions.
-        bridge: Projectors that hidden states go through before they are compared.
-        data: Prompts.
-        rollout: On-policy generation.
-        batch: Micro-batches.
-        optimizer: AdamW and its schedule.
-        recompute: Activation recompute.
-        checkpoint: Training checkpoints.
-        evaluation: Evaluation on benchmarks during the run.
-    """
+    output_dir: str = setting("???", not_empty="a folder")
+    """Folder of checkpoints, metrics and the exported student."""
 
-    output_dir: str = "???"
-    train_iters: int = 500
-    seed: int = 1234
-    tensorboard: bool = True
-    model: ModelConfig = field(default_factory=ModelConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    teacher_prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
-    extra_teachers: list[ExtraTeacherConfig] = field(default_factory=list)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    taps: TapConfig = field(default_factory=TapConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    output_loss: OutputLossConfig = field(default_factory=OutputLossConfig)
-    bridge: BridgeConfig = field(default_factory=BridgeConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    train_iters: int = setting(500, ge=1)
+    """Optimizer steps."""
+
+    seed: int = setting(1234, ge=0, le=LARGEST_SEED)
+    """Seed of prompts, rollouts and random states."""
+
+    tensorboard: bool = setting(True)
+    """Whether metrics also go to TensorBoard."""
+
+    model: ModelConfig = group(ModelConfig)
+    teacher: TeacherConfig = group(TeacherConfig)
+    teacher_prompt: TeacherPromptConfig = group(TeacherPromptConfig)
+    extra_teachers: list[ExtraTeacherConfig] = setting([])
+    parallel: ParallelConfig = group(ParallelConfig)
+    taps: TapConfig = group(TapConfig)
+    loss: LossConfig = group(LossConfig)
+    output_loss: OutputLossConfig = group(
+        OutputLossConfig, only_with=when("output_loss.kind", *get_args(OutputLoss)[1:])
+    )
+    bridge: BridgeConfig = group(BridgeConfig)
+    data: DataConfig = group(DataConfig)
+    rollout: RolloutConfig = group(RolloutConfig)
+    batch: BatchConfig = group(BatchConfig)
+    optimizer: OptimizerConfig = group(OptimizerConfig)
+    recompute: RecomputeConfig = group(RecomputeConfig)
+    checkpoint: CheckpointConfig = group(CheckpointConfig)
+    evaluation: EvaluationConfig = group(EvaluationConfig)
 
     @property
     def decay_iters(self) -> int:

@@ -24,7 +24,7 @@ def test_example_of_the_demo() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("fit.ranks=[]", r"fit\.ranks = \[\]"),
+        ("fit.ranks=[]", r"fit\.ranks is empty"),
         ("fit.ranks=[4,0]", r"fit\.ranks = \[4, 0\]"),
         ("fit.num_prompts=2001", r"2001 is not a multiple of rollout\.prompts_per_step = 80"),
         ("fit.ridge=0", r"fit\.ridge = 0\.0: has to be above 0"),
