@@ -1,7 +1,7 @@
 """A run's configuration: its settings, their meaning, allowed values and defaults.
 
 Options that Megatron has carry Megatron's names. The string below a setting is its meaning.
-docs/configuration.md is generated from this file (`megatron_oprd.config.reference`).
+docs/configuration.md is generated from this file (`megatron_oprd.reference`).
 """
 
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md: ``python -m megatron_oprd.config.reference``.
+"""Writes docs/configuration.md: ``python -m megatron_oprd.reference``.
 
 A test compares the file with `reference`, so run this after every change of a setting.
 """
@@ -15,12 +15,12 @@ from megatron_oprd.bridge_build.config import BuildBridgeConfig
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.config.setting import Rules, When, default_of, rules_of, shown
 
-FILE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+FILE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
 _NO_RULES = Rules()
 _HEAD = """# Configuration
 
-`python -m megatron_oprd.config.reference` generates this file from `megatron_oprd/config/schema.py`
+`python -m megatron_oprd.reference` generates this file from `megatron_oprd/config/schema.py`
 and `megatron_oprd/bridge_build/config.py`. Edit those, not this file.
 
 A setting is given in the YAML file of `--config`, or as `group.setting=value` on the command line.
