@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_oprd.errors import UserError
@@ -32,6 +32,7 @@ from megatron_oprd.weights.positioned_reads import (
     slices_of,
 )
 from megatron_oprd.weights.torch_dist_chunk import find_plain_tensor, load_chunk
+from megatron_oprd.weights.torch_dist_metadata import read_metadata
 
 METADATA_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
@@ -67,11 +68,10 @@ class _Tensor:
 class TorchDistFiles:
     """A `torch_dist` folder, opened for reading.
 
-    Opening reads `.metadata` and looks at the files' sizes. `.metadata` is a pickle, which torch's
-    own FileSystemReader unpickles without restrictions, so a folder from an untrusted place can run
-    code here as it can in Megatron. Nothing else is unpickled unsafely: tensors are read with
-    positioned reads of exactly the bytes asked for, and chunks that do not lie plainly in their
-    file with torch.load(weights_only=True).
+    Opening reads `.metadata` and looks at the files' sizes. No code of a folder is run: the pickle
+    in `.metadata` may name the format's own classes only (torch's FileSystemReader and Megatron
+    restrict nothing), tensors are read with positioned reads of exactly the bytes asked for, and
+    chunks that do not lie plainly in their file with torch.load(weights_only=True).
 
     Reads are safe from several threads.
 
@@ -342,14 +342,12 @@ def _other_format(folder: Path) -> str | None:
 
 def _read_metadata(folder: Path) -> Metadata:
     try:
-        metadata = FileSystemReader(folder).read_metadata()
+        return read_metadata(folder / METADATA_FILE)
     except Exception as error:  # a damaged pickle raises exceptions of many types
         raise UserError(
             f"{folder / METADATA_FILE} cannot be read ({type(error).__name__}: {error}); copy the "
             "checkpoint again."
         ) from error
-    assert isinstance(metadata, Metadata)
-    return metadata
 
 
 def _touched(tensor: _Tensor, bounds: Bounds) -> Iterator[_Chunk]:

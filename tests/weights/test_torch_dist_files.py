@@ -1,4 +1,5 @@
 import os
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,38 @@ def test_other_formats_are_named(
     make(tmp_path / "c")
     with pytest.raises(UserError, match=message):
         TorchDistFiles(tmp_path / "c")
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("function", [os.system, torch.load, Path.touch])
+def test_a_metadata_file_runs_nothing(tmp_path: Path, function: Any) -> None:
+    folder, trace = tmp_path / "checkpoint", tmp_path / "trace"
+    save_torch_dist(folder, {"a": torch.ones(2, 2)})
+    argument: Any = f"touch {trace}" if function is os.system else trace
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile(function, argument)))
+    with pytest.raises(UserError, match=r"\.metadata cannot be read .*asks for"):
+        TorchDistFiles(folder)
+    assert not trace.exists()
+
+
+def test_a_metadata_file_reaches_nothing_that_its_modules_import(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    save_torch_dist(folder, {"a": torch.ones(2, 2)})
+    # os.getcwd by way of a module of the format that imports os.
+    name = b"torch.distributed.checkpoint.filesystem", b"os.getcwd"
+    parts = b"".join(b"\x8c" + bytes([len(one)]) + one for one in name)
+    (folder / ".metadata").write_bytes(b"\x80\x04" + parts + b"\x93)R.")
+    with pytest.raises(UserError, match=r"asks for torch.*os\.getcwd"):
+        TorchDistFiles(folder)
 
 
 def test_a_damaged_metadata_file(tmp_path: Path) -> None:
