@@ -11,6 +11,8 @@ from tests.helpers.closeness import assert_close_relative
 from tests.helpers.pairs import save_pair
 from tests.helpers.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 BF16, MBS2 = "model.params_dtype=bf16", "batch.micro_batch_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 TRAINING = ["optimizer.lr=1e-3", "optimizer.lr_warmup_fraction=0"]

@@ -17,6 +17,8 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_tiny_model, tiny_config
 from tests.workers.torch_dist import VOCAB_MULTIPLE
 
+pytestmark = pytest.mark.slow
+
 MODELS: dict[str, dict[str, Any]] = {
     "llama_tied": {"family": "llama", "tie_word_embeddings": True},
     "llama_gqa": {"family": "llama", "num_attention_heads": 8, "num_key_value_heads": 4},
