@@ -1,4 +1,4 @@
-"""A folder that these tools have written, compared with what its own manifest says of it."""
+"""Verifies a folder that these tools have written against its own manifest."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,70 +19,56 @@ from megatron_oprd.weights.positioned_reads import Bounds, row_blocks, shape_of,
 from megatron_oprd.weights.torch_dist_files import RELEASE, TorchDistFiles
 from megatron_oprd.weights.torch_dist_plan import chunk_name
 
-_ROWS_BYTES = 2**26  # of a tensor that are read at a time
+_ROWS_BYTES = 2**26  # bytes of a tensor read at a time
 
 
 class _Reader(Protocol):
     def __call__(self, name: str, *slices: slice) -> Tensor:
-        """Reads a part of a tensor."""
+        """Reads a slice of a tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor of a Hugging Face folder, or a chunk of one in a `torch_dist` checkpoint.
-
-    Attributes:
-        name: Its name in the manifest.
-        tensor: The tensor that it is or is a part of.
-        bounds: Which part.
-        dtype: Its dtype.
-        read: Reads parts of the tensor.
-    """
+    """A tensor of a Hugging Face folder, or a chunk of a tensor in a `torch_dist` checkpoint."""
 
     name: str
-    tensor: str
-    bounds: Bounds
+    tensor: str  # the whole tensor's name
+    bounds: Bounds  # the chunk's rectangle in the tensor
     dtype: torch.dtype
     read: _Reader
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of its values."""
+        """The size of its values."""
         return prod(shape_of(self.bounds)) * self.dtype.itemsize
 
     def blocks(self) -> Iterator[Tensor]:
-        """Its values in row-major order, some rows at a time."""
+        """The values in row-major order, in blocks of rows."""
         for rows in row_blocks(self.bounds, self.dtype.itemsize, _ROWS_BYTES):
             yield self.read(self.tensor, *slices_of(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChecksumDifference:
-    """A tensor or chunk that is not what the manifest says.
+    """A tensor, chunk or file that does not match the manifest."""
 
-    Attributes:
-        name: Its name in the manifest.
-        expected: The manifest's checksum; None if it has none, so that the tensor is too much.
-        found: That of the values on disk; None if they are missing.
-    """
-
-    name: str
-    expected: str | None
-    found: str | None
+    name: str  # key in the manifest's checksums
+    expected: str | None  # the manifest's checksum; None if it lists no such tensor
+    found: str | None  # checksum of the values on disk; None if missing
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """The checksums that the manifest of a folder has, by tensor or chunk.
+    """Reads the checksums in a folder's manifest, by tensor or chunk.
 
-    Args:
-        folder: A Hugging Face folder, a Megatron checkpoint, or the folder that holds one.
+    ``folder`` is a Hugging Face folder, a Megatron checkpoint, or the folder of one.
 
     Raises:
-        UserError: There is no manifest, or none with checksums.
+        UserError: There is no manifest, or it has no checksums.
     """
     places = [folder]
     if is_megatron(folder):
         checkpoint = resolve_checkpoint_folder(folder)
+        # `torch_dist_writer` puts the manifest next to release/, not into it.
         places = [checkpoint, *([checkpoint.parent] if checkpoint.name == RELEASE else [])]
     file = next(
         (place / MANIFEST_FILE for place in places if (place / MANIFEST_FILE).exists()), None
@@ -107,10 +93,9 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def read_file_checksums(folder: Path) -> dict[str, tuple[int, str]] | None:
-    """Size and checksum of each file of a training checkpoint; None for what is none.
+    """(size, checksum) of each file of a training checkpoint, or of a run's newest one.
 
-    Args:
-        folder: A training checkpoint, or the folder of a run.
+    None if the folder has no manifest of a training checkpoint.
     """
     file = resolve_checkpoint_folder(folder) / MANIFEST_FILE
     try:
@@ -129,12 +114,12 @@ def compare_files(
     *,
     advance: Callable[[int], object] = lambda num_bytes: None,
 ) -> list[ChecksumDifference]:
-    """Reads every file of a training checkpoint and compares its checksum with the manifest's.
+    """Compares every file of a training checkpoint with the manifest's checksums.
 
     Args:
         folder: The checkpoint, or the folder of a run.
-        expected: See `read_file_checksums`.
-        advance: Called with the bytes that were read.
+        expected: (size, checksum) by file name, from `read_file_checksums`.
+        advance: Called with the size of each file once it was read.
     """
     checkpoint = resolve_checkpoint_folder(folder)
     different = []
@@ -148,13 +133,12 @@ def compare_files(
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """What a folder holds, named as in a manifest; no weight is read.
+    """Lists a folder's tensors under their names in the manifest; reads no weights.
 
-    Args:
-        folder: A Hugging Face folder, a Megatron checkpoint, or the folder that holds one.
+    ``folder`` is a Hugging Face folder, a Megatron checkpoint, or the folder of one.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: The folder cannot be read.
     """
     if not is_megatron(folder):
         source = HFCheckpoint(folder)
@@ -191,9 +175,9 @@ def compare_checksums(
     """Reads every tensor and compares its checksum with the manifest's.
 
     Args:
-        stored: What the folder holds.
+        stored: The folder's tensors.
         expected: The manifest's checksums.
-        advance: Called with the bytes that were read.
+        advance: Called with the bytes read since the last call.
 
     Raises:
         UserError: A file cannot be read.

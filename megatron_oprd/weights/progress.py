@@ -1,4 +1,4 @@
-"""Progress of long work in bytes, with rate and time left."""
+"""Progress of long work in bytes, with rate and remaining time."""
 
 import sys
 import time
@@ -15,16 +15,14 @@ _LINE = (
 
 
 class Progress:
-    """A bar on a terminal; elsewhere, such as in a job's log, a line every ten seconds.
-
-    A context manager. Work that ends within the first ten seconds leaves nothing in a log.
+    """A bar on a terminal; in a log, a line every ten seconds (none for shorter work).
 
     Args:
-        description: What is going on, in front of the numbers.
-        total_bytes: The bytes of the whole work.
-        stream: Where it is shown; stderr by default.
+        description: Text in front of the numbers.
+        total_bytes: The size of the whole work.
+        stream: Output stream; stderr by default.
         shown: False shows nothing, for all ranks but one.
-        clock: Seconds.
+        clock: Returns seconds.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class Progress:
             self._bar.close()
 
     def advance(self, num_bytes: int) -> None:
-        """Says that so many bytes more are done."""
+        """Reports ``num_bytes`` more as done."""
         self._done += num_bytes
         if self._bar is not None:
             self._bar.update(num_bytes)
