@@ -21,10 +21,8 @@ _ROWS = 4096
 def check_tensors(table: Iterable[Mapping], source: WeightSource, *, tied: bool) -> None:
     """Checks that a checkpoint has exactly the table's tensors, in their shapes; reads no weights.
 
-    A tied model may store its LM head as well.
-
-    Raises:
-        UserError: Tensors are missing, unexpected, of another shape, or quantised.
+    A tied model may store its head as well. Raises `UserError` for tensors that are missing,
+    unexpected, of another shape, or quantised.
     """
     expected = {name: shape for mapping in table for name, shape in mapping.hf.items()}
     found = {name for name in source.names() if not is_derived(name)}
@@ -48,11 +46,7 @@ def check_tensors(table: Iterable[Mapping], source: WeightSource, *, tied: bool)
 
 
 def refuse_differences(folder: str, *, expected: Iterable[str], found: Iterable[str]) -> None:
-    """Refuses a checkpoint with missing or unexpected tensor names.
-
-    Raises:
-        UserError: The names differ; the message lists the first five of each kind.
-    """
+    """Raises `UserError` if tensor names are missing or unexpected."""
     wanted, there = set(expected), set(found)
     missing, left_over = sorted(wanted - there), sorted(there - wanted)
     if missing or left_over:
@@ -63,11 +57,7 @@ def refuse_differences(folder: str, *, expected: Iterable[str], found: Iterable[
 
 
 def check_tied_head(source: WeightSource) -> None:
-    """Checks that a tied model's head, if stored, equals the embedding; reads both in row blocks.
-
-    Raises:
-        UserError: They differ.
-    """
+    """Raises `UserError` if a tied model stores a head that differs from the embedding."""
     if HEAD not in source.names():
         return
     same = source.shape(HEAD) == source.shape(EMBEDDING)

@@ -64,13 +64,8 @@ def count_nans(piece: Tensor) -> int:
 
 
 def warn_of_nans(out: Path, nans: Mapping[str, int], *, what: str) -> None:
-    """Logs a warning about NaNs that a folder inherited from its source.
-
-    Args:
-        out: The folder.
-        nans: NaNs per tensor, file or chunk, only for those that have any; no warning if empty.
-        what: What the keys of ``nans`` are, in the plural.
-    """
+    """Warns of NaNs from the source of ``out``: their number per tensor, file or chunk."""
+    # `nans` has only entries above zero; `what` is the plural of what its keys are.
     if nans:
         _logger.warning(
             "%s: %d values are NaN, as they came, in %d %s; the first is %s",

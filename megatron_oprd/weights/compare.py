@@ -59,12 +59,8 @@ def compare_keys(
     """Compares names, shapes and dtypes of tensors, config fields and companion files.
 
     Reads no weights and skips derived tensors (stored rotary frequencies). Rotary settings and
-    dtype may be spelled in the way of transformers 4 or 5.
-
-    Args:
-        a: The first checkpoint.
-        b: The second.
-        ignore_dtypes: Ignores the dtypes of tensors and of config.json.
+    dtype may be spelled in the way of transformers 4 or 5. ``ignore_dtypes`` covers tensors and
+    config.json.
     """
     found: list[KeyDifference] = []
 
@@ -115,12 +111,8 @@ def compare_values(
 ) -> list[ValueDifference]:
     """Compares the bits of every tensor that both have in the same shape, in blocks of rows.
 
-    Args:
-        a: The first checkpoint.
-        b: The second.
-        dtype: Casts both to this first. None compares as stored; tensors whose dtypes differ are
-            compared in float64.
-        advance: Called with the bytes of ``a`` compared since the last call.
+    Casts both to ``dtype`` first if given; else compares as stored, and in float64 where dtypes
+    differ. ``advance`` is called with the bytes of ``a`` compared since its last call.
     """
     in_b = set(weight_names(b))
     differences = []

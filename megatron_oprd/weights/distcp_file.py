@@ -36,21 +36,16 @@ class AlternatingBuffers:
         self._memory = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialized contiguous CPU tensor in the older of the two buffers.
-
-        The storage is exactly as large as the tensor, because torch.save writes whole storages (and
-        a view would keep that of the buffer).
-        """
+        """An uninitialized contiguous CPU tensor in the older of the two buffers."""
         size = prod(shape) * dtype.itemsize
         if not 0 < size <= _LARGEST:
             return torch.empty(shape, dtype=dtype)
         if len(self._memory[0]) < size:
-            self._memory[0] = torch.empty(
-                0, dtype=torch.uint8
-            )  # frees the old one before the allocation
+            self._memory[0] = torch.empty(0, dtype=torch.uint8)  # frees it first
             self._memory[0] = torch.empty(size, dtype=torch.uint8)
         self._memory.reverse()
-        # frombuffer makes a new storage of `count` elements; slicing would keep the whole buffer's.
+        # torch.save writes whole storages. frombuffer makes one of exactly `count` elements; a view
+        # would keep the whole buffer's.
         return torch.frombuffer(self._memory[1].numpy(), dtype=dtype, count=prod(shape)).view(shape)
 
 
@@ -67,23 +62,15 @@ def write_file(
     path: Path,
     file: File,
     source: WeightSource,
-    buffers: AlternatingBuffers,
+    buffers: AlternatingBuffers,  # reused from file to file
     *,
-    on_written: Callable[[int], None],
+    on_written: Callable[[int], None],  # gets each chunk's bytes, in another thread
 ) -> dict[str, Any]:
     """Writes one file. While a chunk is written, the next is read, hashed and searched for NaNs.
 
-    Args:
-        path: The file to create or overwrite.
-        file: The chunks and objects of the file.
-        source: The weights.
-        buffers: Memory for the chunks, reused from file to file.
-        on_written: Called from another thread with the bytes of each chunk written.
-
-    Returns:
-        A JSON-compatible record: ``entries``, a list of [key, first element, offset, length] with
-        None for an object's first element; ``checksums``, xxh3_128 of each chunk's values;
-        ``nans``, the number of NaNs in the chunks that have any.
+    Returns a JSON-compatible record: ``entries``, a list of [key, first element, offset, length]
+    with None for an object's first element; ``checksums``, xxh3_128 of each chunk's values;
+    ``nans``, the number of NaNs in the chunks that have any.
 
     Raises:
         OSError: The operating system refuses.
@@ -130,16 +117,7 @@ def write_file(
 
 
 def read_back(path: Path, record: dict[str, Any]) -> None:
-    """Checks a written file against the checksums of what was read from the source.
-
-    Args:
-        path: The file.
-        record: The result of `write_file`.
-
-    Raises:
-        OSError: The operating system refuses.
-        UserError: The file differs.
-    """
+    """Checks a file against the ``record`` of `write_file`; `UserError` if it differs."""
     buffer = memoryview(bytearray(_READ_BACK_BYTES))
     with path.open("rb", buffering=0) as stream:
         for key, starts, offset, length in record["entries"]:
@@ -164,18 +142,9 @@ def read_back(path: Path, record: dict[str, Any]) -> None:
 def read_chunk(
     source: WeightSource, chunk: Chunk, buffers: AlternatingBuffers | None = None
 ) -> Tensor:
-    """Reads a chunk's values; padding is zero.
+    """Reads a chunk into a contiguous CPU tensor of its shape and dtype; padding is zero.
 
-    Args:
-        source: The weights.
-        chunk: The chunk.
-        buffers: Memory for the result; None allocates.
-
-    Returns:
-        A contiguous CPU tensor of the chunk's shape and dtype.
-
-    Raises:
-        UserError: The source cannot be read, or finite values overflow the chunk's dtype.
+    Raises `UserError` if the source cannot be read, or finite values overflow the chunk's dtype.
     """
     result = (buffers or AlternatingBuffers()).empty(shape_of(chunk.bounds), chunk.dtype)
     # Rank 0 of 1: the pieces of the whole, unsplit parameter.

@@ -69,24 +69,21 @@ class Exporter:
     @torch.no_grad()
     def stream(
         self,
+        # The value to export, in the parameter's shape; for example its gradient.
         value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data,
         *,
-        dtype: torch.dtype | None = None,
-        trainable_only: bool = False,
+        dtype: torch.dtype | None = None,  # None: the parameters' own
+        trainable_only: bool = False,  # skips `frozen_names`; the same on all ranks
     ) -> Iterator[tuple[str, Tensor | None]]:
         """Yields every Hugging Face tensor, in the table's order; all ranks have to exhaust it.
 
         Leaders (tensor rank 0 of stage 0) get full tensors on their device, other ranks None. Each
         parameter is gathered on the owning stage's tensor-parallel group (an expert on the expert
         group) and sent to the leader on the pipeline group. One parameter at a time is in memory.
-
-        Args:
-            value: The value to export of each parameter, in its shape: its data or, say, gradient.
-            dtype: Casts the values to this; None keeps the parameters' dtype.
-            trainable_only: Skips ``frozen_names``, without communication. The same on all ranks.
         """
         dtype = dtype or next(iter(self._parameters.values())).dtype
         for mapping in self._table:
+            # Decided alike on all ranks, so nothing is communicated for these.
             if trainable_only and mapping.hf.keys() <= self.frozen_names:
                 continue
             shards = self._shards(mapping, value, dtype)

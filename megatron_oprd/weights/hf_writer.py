@@ -34,9 +34,7 @@ class HFContent:
     config: Mapping[str, Any] | Path  # content of config.json, or a file to copy byte for byte
     companion_files: Sequence[Path] = ()
     # Provenance for the manifest: tool, source, settings.
-    origin: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # the manifest's provenance: tool, source, settings
+    origin: Mapping[str, Any] = field(default_factory=dict)
     # Most bytes of tensors per safetensors file. A larger tensor gets a file of its own, unsplit.
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE
 
@@ -68,20 +66,14 @@ class HFContent:
 def write_hf_folder(
     out: Path,
     content: HFContent,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor]],  # on any device
     *,
-    force: bool = False,
+    force: bool = False,  # replaces a checkpoint at `out`
     show_progress: bool = False,
 ) -> Path:
     """Writes a stream of tensors as a Hugging Face folder, whole or not at all; returns ``out``.
 
-    Args:
-        out: The folder to create.
-        content: Everything except the values.
-        tensors: (name, tensor) on any device, in the content's order. The producer must not change
-            a tensor after yielding it.
-        force: Replaces a checkpoint at ``out``.
-        show_progress: Shows progress on stderr.
+    The stream has the content's order. Its producer must not change a tensor after yielding it.
 
     Raises:
         UserError: ``out`` is taken (checked before the stream is consumed) or cannot be written.
@@ -107,20 +99,15 @@ def write_hf_folder(
 def convert_to_hf_folder(
     out: Path,
     content: HFContent,
+    # By Hugging Face name. It may reuse a tensor's memory from its second call after it.
     read: Callable[[str], Tensor],
     *,
-    force: bool = False,
-    ranks: Ranks | None = None,
+    force: bool = False,  # replaces a checkpoint at `out`
+    ranks: Ranks | None = None,  # None: this process alone
 ) -> Path:
     """Writes tensors that can be read by name as a Hugging Face folder, whole or not at all.
 
-    Args:
-        out: The folder to create; also the result.
-        content: Everything except the values; the same on all ranks.
-        read: Returns a tensor by Hugging Face name. It may reuse the tensor's memory from the
-            second call after it.
-        force: Replaces a checkpoint at ``out``.
-        ranks: The processes that share the work, file by file. Rank 0 shows progress.
+    ``ranks`` share the work, file by file, with the same content. Returns ``out``.
 
     Raises:
         UserError: On every rank, if ``out`` is taken or cannot be written or ``read`` fails on any.

@@ -31,28 +31,18 @@ class Store(Protocol):
 
 @torch.no_grad()
 def load_weights(
-    chunks: Sequence[MegatronModule],
-    table: Sequence[Mapping],
+    chunks: Sequence[MegatronModule],  # not wrapped; values are cast to their dtypes
+    table: Sequence[Mapping],  # of the whole model
     checkpoint: WeightSource,
     *,
     place: Place,
-    tied: bool,
-    stores: dict[str, Store] | None = None,
+    tied: bool,  # embedding and LM head are one weight
+    stores: dict[str, Store] | None = None,  # by name of the parameter
 ) -> None:
     """Fills this rank's parameters; does not read tensors of layers that were not built.
 
-    Args:
-        chunks: This rank's model chunks, not wrapped; values are cast to their dtypes.
-        table: The whole model's mappings.
-        checkpoint: The checkpoint to read.
-        place: This rank's parallel ranks.
-        tied: Whether embedding and LM head are one weight.
-        stores: Stores of individual parameters, by name. Only one such parameter at a time is in
-            memory as it was read.
-
-    Raises:
-        UserError: The checkpoint's tensors do not match the table, a tied head differs from the
-            embedding, or values are NaN or infinite.
+    Raises `UserError` if the checkpoint's tensors do not match the table, a tied head differs from
+    the embedding, or values are NaN or infinite.
     """
     check_tensors(table, checkpoint, tied=tied)
     if tied:
@@ -70,6 +60,7 @@ def load_weights(
         assert parameter.shape == expected, f"{name}: {tuple(parameter.shape)} != {expected}"
         pieces = mapping.pieces(rank, size)
         fill = partial(_fill, pieces=pieces, checkpoint=checkpoint)
+        # One such parameter after the other, so that only one is in memory as it was read.
         if stores is not None and name in stores:
             stores[name](mapping, pieces, fill)
         else:

@@ -58,12 +58,9 @@ class ChecksumDifference:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """Reads the checksums in a folder's manifest, by tensor or chunk.
+    """Reads the checksums in a folder's manifest, by tensor or chunk; `UserError` if it has none.
 
     ``folder`` is a Hugging Face folder, a Megatron checkpoint, or the folder of one.
-
-    Raises:
-        UserError: There is no manifest, or it has no checksums.
     """
     places = [folder]
     if is_megatron(folder):
@@ -112,15 +109,9 @@ def compare_files(
     folder: Path,
     expected: Mapping[str, tuple[int, str]],
     *,
-    advance: Callable[[int], object] = lambda num_bytes: None,
+    advance: Callable[[int], object] = lambda num_bytes: None,  # after each file
 ) -> list[ChecksumDifference]:
-    """Compares every file of a training checkpoint with the manifest's checksums.
-
-    Args:
-        folder: The checkpoint, or the folder of a run.
-        expected: (size, checksum) by file name, from `read_file_checksums`.
-        advance: Called with the size of each file once it was read.
-    """
+    """Compares the files of a training checkpoint with `read_file_checksums`; reads all of them."""
     checkpoint = resolve_checkpoint_folder(folder)
     different = []
     for name, (size, checksum) in expected.items():
@@ -135,10 +126,8 @@ def compare_files(
 def stored_tensors(folder: Path) -> list[StoredTensor]:
     """Lists a folder's tensors under their names in the manifest; reads no weights.
 
-    ``folder`` is a Hugging Face folder, a Megatron checkpoint, or the folder of one.
-
-    Raises:
-        UserError: The folder cannot be read.
+    ``folder`` is a Hugging Face folder, a Megatron checkpoint, or the folder of one; `UserError` if
+    it cannot be read.
     """
     if not is_megatron(folder):
         source = HFCheckpoint(folder)
@@ -174,13 +163,7 @@ def compare_checksums(
 ) -> list[ChecksumDifference]:
     """Reads every tensor and compares its checksum with the manifest's.
 
-    Args:
-        stored: The folder's tensors.
-        expected: The manifest's checksums.
-        advance: Called with the bytes read since the last call.
-
-    Raises:
-        UserError: A file cannot be read.
+    ``advance`` is called with the bytes read since its last call.
     """
     found: dict[str, str] = {}
     for one in stored:

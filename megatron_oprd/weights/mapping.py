@@ -54,8 +54,7 @@ class Mapping(ABC):
     def expert_rank(self, ep_size: int) -> int | None:
         """The expert-parallel rank that holds the parameter; None if all ranks do.
 
-        Raises:
-            ValueError: The layer's experts do not divide into ``ep_size`` ranks.
+        Raises `ValueError` if the layer's experts do not divide into ``ep_size`` ranks.
         """
         if self.expert is None:
             return None

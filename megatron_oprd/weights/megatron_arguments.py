@@ -34,8 +34,7 @@ class _Opaque:
 def read_arguments(files: TorchDistFiles) -> tuple[str, dict[str, Any]] | None:
     """Returns (file name, arguments of the model); None if the checkpoint has none.
 
-    Raises:
-        UserError: The file cannot be read, or the weights are an adapter's.
+    Raises `UserError` if the file cannot be read or the weights are an adapter's.
     """
     config = files.folder / CONFIG_FILE
     if config.is_file():

@@ -86,16 +86,9 @@ class MegatronCheckpoint:
     """A `torch_dist` checkpoint of a known model, as a `WeightSource`.
 
     Accepts all ways in which Megatron stores layers and experts (`megatron_keys`) and any padding
-    of the vocabulary. Skips optimizer states, random states and everything else that is no weight.
-    Refuses any other missing or unexpected tensor.
-
-    Args:
-        files: The checkpoint's files.
-        hf: The folder with config.json and companion files.
-        table: The model's mappings, with the vocabulary padded to `embedding_rows`.
-
-    Raises:
-        UserError: The tensors do not match the table.
+    of the vocabulary, with ``table`` padded to `embedding_rows`. Skips optimizer states, random
+    states and everything else that is no weight. Raises `UserError` for any other missing or
+    unexpected tensor.
     """
 
     folder: Path
@@ -208,13 +201,10 @@ def embedding_rows(files: TorchDistFiles) -> int:
 
 
 def resolve_checkpoint_folder(path: Path) -> Path:
-    """The checkpoint that a path refers to.
+    """The checkpoint that a path refers to; `UserError` if it names one that does not exist.
 
     A checkpoint refers to itself, a Megatron folder to the checkpoint named in
     latest_checkpointed_iteration.txt, the folder of one of our runs to its newest checkpoint.
-
-    Raises:
-        UserError: The named checkpoint does not exist.
     """
     if _is_hugging_face(path) or _is_torch_dist(path):
         return path

@@ -36,9 +36,9 @@ class Slot:
     """A parameter's position ``tensor[index]`` in a stored tensor."""
 
     key: str  # the tensor's name
-    index: tuple[
-        int, ...
-    ] = ()  # (layer, expert), one of them, or none if the tensor is the parameter
+    # The parameter's (layer, expert), one of them, or none if the tensor is the parameter; and the
+    # sizes of these leading dimensions.
+    index: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
 
 
@@ -79,11 +79,8 @@ def slots(mapping: Mapping, layers: int) -> list[Slot]:
 
 
 def is_gated(mapping: Mapping) -> bool:
-    """Whether Megatron stores the parameter's gate and up halves as separate tensors.
-
-    They are chunks of one tensor by default, and two tensors (`halves`) under
-    singleton_local_shards.
-    """
+    """Whether Megatron stores the parameter's gate and up halves as separate tensors or chunks."""
+    # Chunks of one tensor by default, two tensors (`halves`) under singleton_local_shards.
     return mapping.megatron.endswith("linear_fc1.weight")
 
 
@@ -128,9 +125,8 @@ def named_parameters(chunks: Sequence[MegatronModule]) -> dict[str, torch.nn.Par
                     if expert := pattern.fullmatch(rest):
                         number = layer.mlp.local_expert_indices[int(expert["expert"])]
                         rest = f"mlp.experts.experts.{number}.{expert['linear']}.weight"
-                name = (
-                    f"decoder.layers.{layer.layer_number - 1}.{rest}"  # layer_number counts from 1
-                )
+                # Megatron's layer_number starts at 1.
+                name = f"decoder.layers.{layer.layer_number - 1}.{rest}"
             assert name not in named, f"two parameters are called {name}"
             named[name] = parameter
     return named

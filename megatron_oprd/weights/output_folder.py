@@ -46,8 +46,8 @@ def check_output_folder(
     Args:
         out: The output folder.
         force: Allows replacing a checkpoint at ``out``.
-        required_bytes: Size of the result. Leftovers of killed writers of ``out`` count as free. A
-            replaced folder does not, because it stays until the new one is whole.
+        required_bytes: Size of the result. Leftovers of killed writers of ``out`` count as free; a
+            folder to be replaced does not, because it stays until the new one is whole.
         source: The source of the checkpoint, which ``out`` must not replace.
 
     Raises:
@@ -120,13 +120,8 @@ class OutputFolder:
 
     An exception leaves nothing; the next write of the same folder removes the leftovers of killed
     processes. A replaced folder stays until the new one is whole and returns if the exchange fails.
-    If the process is killed between the exchange's two renames, the next write restores it.
-
-    A lock admits one process at a time. Other processes may write files into `path` meanwhile.
-
-    Args:
-        out: The folder to create, with its parents. A symbolic link is followed.
-        force: Replaces a checkpoint at ``out``.
+    If the process is killed between the exchange's two renames, the next write restores it. A lock
+    admits one process at a time; others may write files into `path` meanwhile.
 
     Raises:
         UserError: On entry, ``out`` is taken (`check_output_folder`) or being written. On any call,

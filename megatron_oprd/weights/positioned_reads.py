@@ -81,12 +81,10 @@ class TensorInfo:
 
 
 def slice_bounds(name: str, shape: Sequence[int], slices: Sequence[slice]) -> Bounds:
-    """Resolves slices to a rectangle, with Python's meaning of missing or too large bounds.
+    """Resolves one slice per leading dimension to a rectangle; other dimensions are whole.
 
-    There is one slice per leading dimension; other dimensions are whole. ``name`` is for messages.
-
-    Raises:
-        ValueError: There are more slices than dimensions, or a step is not 1.
+    Missing, negative and too large bounds mean what they do in Python. Raises `ValueError` for too
+    many slices or a step other than 1.
     """
     if len(slices) > len(shape):
         raise ValueError(f"{len(slices)} slices for {name} of shape {list(shape)}")
@@ -100,18 +98,11 @@ def slice_bounds(name: str, shape: Sequence[int], slices: Sequence[slice]) -> Bo
 def read_bounds(
     descriptor: int, path: Path, info: TensorInfo, bounds: Bounds, out: Tensor | None = None
 ) -> Tensor:
-    """Reads a rectangle of a tensor, and only its bytes.
+    """Reads a rectangle of a tensor, and only its bytes, from an open file.
 
-    Args:
-        descriptor: The open file; its position is neither used nor changed.
-        path: The file's name, for messages.
-        info: The tensor's location.
-        bounds: The rectangle.
-        out: A contiguous CPU tensor to read into, of the rectangle's shape and the file's dtype;
-            None allocates.
-
-    Raises:
-        UserError: The file ends before the tensor.
+    Reads into ``out`` if given, a contiguous CPU tensor of the rectangle's shape and the file's
+    dtype. The descriptor's position is neither used nor changed. Raises `UserError` if the file is
+    too short.
     """
     result = torch.empty(shape_of(bounds), dtype=info.dtype) if out is None else out
     assert (tuple(result.shape), result.dtype) == (shape_of(bounds), info.dtype)
@@ -125,11 +116,7 @@ def read_bounds(
 
 
 def read_into(descriptor: int, path: Path, buffer: memoryview, offset: int) -> None:
-    """Fills ``buffer`` with the file's bytes from ``offset`` on; thread-safe.
-
-    Raises:
-        UserError: The file ends too early or cannot be read.
-    """
+    """Fills ``buffer`` from ``offset`` on; `UserError` if the file ends early or is unreadable."""
     try:
         while (count := os.preadv(descriptor, [buffer], offset)) != len(buffer):  # 2 GiB at most
             if count == 0:

@@ -15,15 +15,7 @@ _LINE = (
 
 
 class Progress:
-    """A bar on a terminal; in a log, a line every ten seconds (none for shorter work).
-
-    Args:
-        description: Text in front of the numbers.
-        total_bytes: The size of the whole work.
-        stream: Output stream; stderr by default.
-        shown: False shows nothing, for all ranks but one.
-        clock: Returns seconds.
-    """
+    """A bar on a terminal; in a log, a line every ten seconds (none for shorter work)."""
 
     def __init__(
         self,
@@ -31,8 +23,8 @@ class Progress:
         total_bytes: int,
         *,
         stream: TextIO | None = None,
-        shown: bool = True,
-        clock: Callable[[], float] = time.monotonic,
+        shown: bool = True,  # False on all ranks except one
+        clock: Callable[[], float] = time.monotonic,  # in seconds
     ) -> None:
         self._description = description
         self._total = total_bytes

@@ -37,11 +37,7 @@ class Ranks:
         return values
 
     def together(self, action: Callable[[], _T]) -> _T:
-        """Runs ``action`` on every rank and waits for all.
-
-        Raises:
-            UserError: On every rank, if ``action`` raised it on any.
-        """
+        """Runs ``action`` on all ranks and waits; a `UserError` of any is raised on every rank."""
         result: _T | None = None
         failure = None
         try:
@@ -54,11 +50,7 @@ class Ranks:
         return result  # type: ignore[return-value]  # None only if that is what the action gave
 
     def from_first(self, action: Callable[[], _T]) -> _T:
-        """Runs ``action`` on rank 0; returns its result on every rank.
-
-        Raises:
-            UserError: On every rank, if ``action`` raised it.
-        """
+        """Runs ``action`` on rank 0; its result, or its `UserError`, reaches every rank."""
         return self.gather(self.together(lambda: action() if self.rank == 0 else None))[0]  # type: ignore[return-value]
 
 

@@ -53,13 +53,10 @@ class TensorSpec:
 
 
 class SafetensorsFile:
-    """A safetensors file, opened for reading; opening reads the header only.
+    """A safetensors file, opened for reading; opening reads the header only. Thread-safe.
 
-    The first read opens the file handle, which stays open. Reads are thread-safe.
-
-    Raises:
-        UserError: The file is not a safetensors file, is truncated, or has a dtype unknown to
-            torch.
+    Raises `UserError` if it is not a safetensors file, is truncated, or has a dtype unknown to
+    torch.
     """
 
     path: Path
@@ -92,10 +89,6 @@ class SafetensorsFile:
 class SafetensorsWriter:
     """Writes a safetensors file: first the header, then one tensor at a time.
 
-    Args:
-        path: The file to create or overwrite.
-        tensors: All tensors of the file.
-
     Raises:
         OSError: On any call, the operating system refuses.
         ValueError: safetensors has no name for a dtype, or, on exit, a tensor was not written.
@@ -123,9 +116,8 @@ class SafetensorsWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes a tensor, on any device; in any order and from any thread.
 
-        Raises:
-            ValueError: ``name`` is unknown or already written, or shape or dtype is not the
-                announced one.
+        Raises `ValueError` if ``name`` is unknown or already written, or shape or dtype not as
+        announced.
         """
         if (info := self._missing.pop(name, None)) is None:
             raise ValueError(f"{self.path.name} has no place for tensor {name}, or has it already")
@@ -144,13 +136,11 @@ class SafetensorsWriter:
 
 
 def _make_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, TensorInfo]]:
-    """The header with its length in front, and the location of each tensor.
-
-    Wider dtypes come first, as in safetensors' own files, so that every tensor is aligned to its
-    dtype.
-    """
+    """The header with its length in front, and the location of each tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
+    # Wider dtypes first, as in safetensors' own files, so that every tensor is aligned to its
+    # dtype.
     in_order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     for name, spec in in_order:
         if spec.dtype not in _DTYPE_NAMES:

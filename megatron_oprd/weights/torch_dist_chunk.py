@@ -35,9 +35,7 @@ _STORAGES = {
 def find_plain_tensor(descriptor: int, path: Path, offset: int, length: int) -> TensorInfo | None:
     """Finds the tensor's bytes of the chunk at [offset, offset + length) of an open file.
 
-    Returns:
-        The tensor's location; None if its bytes do not lie plainly in the file (not row-major,
-        compressed, or not a plain tensor).
+    None if they do not lie plainly in the file (not row-major, compressed, or not a plain tensor).
 
     Raises:
         UserError: The file ends before the chunk.
@@ -80,12 +78,9 @@ def find_plain_tensor(descriptor: int, path: Path, offset: int, length: int) -> 
 
 
 def load_chunk(descriptor: int, path: Path, offset: int, length: int) -> Tensor:
-    """Loads a whole chunk with torch.load(weights_only=True).
+    """Loads a whole chunk with torch.load(weights_only=True), and raises any error of it.
 
-    Raises:
-        UserError: The file ends before the chunk.
-        TypeError: The chunk is not a tensor.
-        Exception: Any error of torch.load.
+    Raises `UserError` if the file ends early, `TypeError` if the chunk is not a tensor.
     """
     content = bytearray(length)
     read_into(descriptor, path, memoryview(content), offset)

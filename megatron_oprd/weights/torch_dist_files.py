@@ -120,11 +120,7 @@ class TorchDistFiles:
         ]
 
     def read_slice(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
-        """Implements `WeightSource.read_slice` for a global tensor ``name`` in `names()`.
-
-        Raises:
-            UserError: A file cannot be read, or a chunk contradicts `.metadata`.
-        """
+        """Implements `WeightSource.read_slice` for a global tensor ``name`` in `names()`."""
         tensor = self._tensor(name)
         bounds = slice_bounds(name, tensor.shape, slices)
         if out is None:

@@ -115,19 +115,11 @@ def plan_files(
     *,
     layout: TargetLayout,
     dtypes: Mapping[str, torch.dtype],
-    max_file_bytes: int = MAX_FILE_BYTES,
+    max_file_bytes: int = MAX_FILE_BYTES,  # beyond it, a new file is begun
 ) -> list[File]:
-    """Divides a model into chunks and assigns them to files.
+    """Divides a model into chunks and files; `UserError` if the layout does not divide the model.
 
-    Args:
-        table: The model's mappings.
-        layout: The layout whose ranks load whole chunks.
-        dtypes: The dtype of each parameter, by Megatron name. A global tensor takes the widest
-            dtype of its parameters.
-        max_file_bytes: A file that would exceed this takes no further chunk.
-
-    Raises:
-        UserError: The layout does not divide the model.
+    ``dtypes`` are by Megatron name; a global tensor takes the widest of its parameters.
     """
     layers = num_layers(table)
     stages = stage_of_layers(layers, layout.pipeline_model_parallel_size)
@@ -166,16 +158,13 @@ def plan_files(
 
 
 def stage_of_layers(layers: int, stages: int) -> list[int]:
-    """The pipeline stage of each layer; the first stages take the remainder, one layer each.
-
-    Raises:
-        UserError: There are more stages than layers.
-    """
+    """The pipeline stage of each layer; `UserError` if there are more stages than layers."""
     if stages > layers:
         raise UserError(
             f"--pipeline-model-parallel-size {stages}: the model has {layers} layers; give at "
             "most that many."
         )
+    # The first stages take the remainder, one layer each.
     share, rest = divmod(layers, stages)
     return [stage for stage in range(stages) for _ in range(share + (stage < rest))]
 

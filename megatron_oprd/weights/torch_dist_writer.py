@@ -83,27 +83,19 @@ class TorchDistContent:
 
 def convert_to_torch_dist(
     out: Path,
-    source: WeightSource,
+    source: WeightSource,  # cast to the chunks' dtypes
     content: TorchDistContent,
     *,
-    force: bool = False,
-    ranks: Ranks | None = None,
+    force: bool = False,  # replaces a checkpoint at `out`
+    ranks: Ranks | None = None,  # None: this process alone
 ) -> Path:
     """Writes a `torch_dist` checkpoint; ranks may share the work, file by file. Returns ``out``.
 
     One or two chunks are in memory: one is read while another is written. Every file is read back
     from disk and compared with the checksums of what was read from the source.
 
-    Args:
-        out: The folder to create.
-        source: The weights, which are cast to the chunks' dtypes.
-        content: Everything except the values.
-        force: Replaces a checkpoint at ``out``.
-        ranks: The processes that share the work; each calls this alike. Rank 0 shows progress.
-
-    Raises:
-        UserError: On every rank: ``out`` is taken or cannot be written, the source cannot be read,
-            or a file does not read back as written.
+    Raises `UserError` on every rank if ``out`` is taken or cannot be written, the source cannot be
+    read, or a file does not read back as written.
     """
     ranks = ranks or Ranks()
     folder = OutputFolder(out, force=force)
