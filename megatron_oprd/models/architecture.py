@@ -92,7 +92,7 @@ class Rope:
 
     theta: float  # base of the frequencies
     rope_type: str = "default"  # "default", "llama3" or "longrope"
-    partial_rotary_factor: float = (
+    partial_rotary_factor: float = (  # rotating share of a head's dimensions, from the first
         1.0  # share of each head's dimensions that rotate, from the first
     )
     # llama3 only.
@@ -133,7 +133,7 @@ class Architecture:
     ffn_hidden_size: int  # of the gated MLP; without meaning if `moe` is set
     num_attention_heads: int  # query heads
     num_query_groups: int  # key/value heads
-    head_dim: int
+    head_dim: int  # times heads, it need not equal hidden_size
     vocab_size: int  # without padding
     layernorm_epsilon: float
     rope: Rope
@@ -211,7 +211,7 @@ def read_rope(
             f"{' and '.join(repr(name) for name in rope_types)}"
         )
     needed = _ROPE_FIELDS[rope_type]
-    # Not needed to compute longrope, but published configurations have them.
+    # The two lengths imply `factor`, and `attention_factor` has a default.
     optional = {"factor", "attention_factor"} if rope_type == "longrope" else set()
     if not needed <= set(parameters) <= needed | optional:
         raise UserError(

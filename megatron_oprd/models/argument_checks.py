@@ -96,13 +96,14 @@ def check_arguments(
 
 
 def _of_other_kinds(a: Mapping[str, Any], b: Architecture) -> Iterator[str]:
-    """The arguments of more than one right value that have another."""
+    """Yields unsupported arguments whose supported values follow a rule instead of a list."""
     function = a.get("activation_func")
     if isinstance(function, dict):  # as Megatron-Bridge writes a function
         function = function.get("_target_")
     if isinstance(function, str) and function.rpartition(".")[2].lower() not in ("silu", "swish"):
         yield "activation_func"
     window = a.get("window_size")
+    # -1 is unlimited; 0 to the right is causal.
     if window is not None and tuple(window) not in ((-1, -1), (-1, 0)):
         yield "window_size"
     scale = a.get("softmax_scale")
@@ -114,7 +115,7 @@ def _of_other_kinds(a: Mapping[str, Any], b: Architecture) -> Iterator[str]:
 
 
 def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str, bool]]:
-    """(argument, what the configuration says, whether both agree) of each argument there is."""
+    """(argument, the configuration's value as text, whether both agree) of each given argument."""
     grouped = a.get("group_query_attention", True)
     expected: dict[str, tuple[str, Any]] = {
         "num_layers": ("num_hidden_layers", b.num_layers),
@@ -149,6 +150,7 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
     for name, (ours, value) in expected.items():
         if a.get(name) is not None:
             yield name, f"{ours} = {value!r}", _same(a[name], value)
+    # Megatron's vocab_size may be the tokenizer's, below that of a padded Hugging Face embedding.
     if isinstance(a.get("vocab_size"), int):
         yield "vocab_size", f"vocab_size = {b.vocab_size}", a["vocab_size"] <= b.vocab_size
     scaled = "use_rope_scaling" if a.get("use_rope_scaling") else "rope_scaling"

@@ -209,7 +209,7 @@ def build_model(
         )
         if architecture.moe is not None:
             _prepare_experts(model, context)
-        # Without post_process, which would also run the head, norm and head are attached by hand.
+        # Without post_process Megatron builds neither, so they are attached by hand.
         if not extent.uses_lm_head:
             if extent.final_norm and stage == last_with_layers:
                 model.decoder.final_layernorm = build_module(

@@ -83,7 +83,7 @@ class Blocks:
         return largest
 
     def scales_of_part(self, whole: Tensor) -> Scales:
-        """The scales of the rank's part, from those of the whole weight as `largest_magnitudes` orders them."""
+        """The scales of the rank's part, from ``whole`` in the order of `largest_magnitudes`."""
         device = whole.device
         # One scale per row: gather now, so that no row index is kept on the device.
         if self._format.block_rows == 1:
