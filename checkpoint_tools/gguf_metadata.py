@@ -54,7 +54,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "embedding_scale": (0.0, 1.0),
     "tensor_data_layout": ("reference",),
 }
-# Records only how the model was made.
+# Whether the model was fine-tuned after the scaling of its positions: not a setting of the model.
 _HARMLESS = ("rope.scaling.finetuned",)
 
 
@@ -90,7 +90,7 @@ def check_parts(gguf: Path, reader: GGUFReader) -> None:
 
 
 def check_metadata(gguf: Path, reader: GGUFReader, config: PreTrainedConfig) -> None:
-    """Raises `UserError` if a key is missing, unknown, or contradicts transformers' configuration."""
+    """Raises `UserError` if a key is missing, unknown, or contradicts the configuration."""
     name = _value(reader, "general.architecture")
     for key in _REQUIRED:
         if f"{name}.{key}" not in reader.fields:

@@ -39,9 +39,8 @@ from megatron_oprd.weights.torch_dist_writer import TorchDistContent, convert_to
 class Settings:
     """Settings of a conversion that determine its result."""
 
-    layout: TargetLayout = dataclasses.field(
-        default_factory=TargetLayout
-    )  # its ranks load whole chunks
+    # Its ranks load whole chunks.
+    layout: TargetLayout = dataclasses.field(default_factory=TargetLayout)
     # As in Megatron, the embedding is zero-padded to a multiple of this times the tensor-parallel
     # size.
     make_vocab_size_divisible_by: int = 128
@@ -63,6 +62,7 @@ def hf_to_megatron(
     opened = open_checkpoint(hf)
     content = megatron_content(opened, settings)
     check_output_folder(out, force=force, required_bytes=content.num_bytes, source=hf)
+    # The only check that reads weights, hence the last one.
     opened.check_tied_head()
     return convert_to_torch_dist(out, opened.source, content, force=force, ranks=ranks)
 

@@ -83,7 +83,7 @@ def _load(folder: Path) -> PreTrainedModel:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
-            # The plain implementation, as the reference.
+            # Plain attention, without fused kernels.
             attn_implementation="eager",
             local_files_only=True,
             output_loading_info=True,

@@ -50,7 +50,7 @@ class Inspection:
     refusal: str | None  # the reason, if there is no architecture
     padded_vocab_size: int | None  # rows of the embedding as stored
     layout: TargetLayout  # of `shares`
-    layout_padded_vocab_size: int | None
+    layout_padded_vocab_size: int | None  # rows that a run in this layout needs
     shares: list[Share]  # per pipeline rank; empty without architecture
     parts: list[Part]
     groups: list[TensorGroup]
