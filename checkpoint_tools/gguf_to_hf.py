@@ -45,12 +45,12 @@ from megatron_oprd.weights.safetensors_file import TensorSpec
 def gguf_to_hf(gguf: Path, out: Path, *, dtype: torch.dtype, force: bool) -> HFCheckpoint:
     """Writes a GGUF file's model as a Hugging Face folder, whole or not at all; returns it opened.
 
-    Raises `UserError` if the file is missing or not GGUF, if transformers cannot read all of it, or
-    if `out` is taken or cannot be written.
+    A `dtype` of float32 keeps the dequantised values exactly. Raises `UserError` if the file is
+    missing or not GGUF, if transformers cannot read all of it, or if `out` is taken or cannot be
+    written.
     """
     # On the meta device: errors and the required space are known before any weight is read.
     blank = blank_model(gguf)
-    # float32 keeps the dequantised values exactly.
     announced = _specs(plain_weights(blank.to(dtype)))
     check_output_folder(out, force=force, required_bytes=_num_bytes(announced), source=gguf)
     with alone(gguf) as folder:
@@ -157,7 +157,7 @@ def _save_config_files(gguf: Path, model: PreTrainedModel, folder: Path) -> dict
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    # It names the temporary folder.
+    # transformers stores the file's general.name here; Hugging Face configs have no such field.
     config.pop("_model_name_or_path", None)
     # The folder's files become companion files; config.json is written by the writer.
     (folder / CONFIG_FILE).unlink()

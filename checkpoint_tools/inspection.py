@@ -47,7 +47,7 @@ class Part:
 
     name: str  # a name in `_PARTS`, or "other"
     num_tensors: int
-    parameters: int | None  # of one rank; equal for all tensor- and expert-parallel ranks
+    parameters: int | None  # None if packed, with several values per number
     active: int | None  # used by one token; None if unknown
     num_bytes: int  # in the checkpoint
 
@@ -68,7 +68,7 @@ class Share:
 
     pp_rank: int
     layers: list[int]  # from 0, chunk by chunk
-    parameters: int
+    parameters: int  # of one rank; equal for all tensor- and expert-parallel ranks
     num_bytes: int  # in the checkpoint's dtypes
 
 

@@ -39,8 +39,8 @@ _PER_LAYER = {"layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_
 _LAYER_NUMBERS = {"mlp_only_layers"}  # a list of layer numbers
 # Numbers of layers at the start that differ from the rest.
 _FIRST_LAYERS = {"first_k_dense_replace", "num_dense_layers", "max_window_layers"}
-# Extra layers after the last one, which predict further tokens. If present, their tensors are
-# noticed by their names.
+# Extra layers after the last one, which predict further tokens. If present, `pruned_names` refuses
+# their tensors.
 _OTHER_LAYERS = {"num_nextn_predict_layers", "num_mtp_layers"}
 _SAME_NUMBER = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}  # the model's depth
 # Every n-th layer differs, unless the field named here lists the layers.
@@ -175,7 +175,7 @@ def pruned_config(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, Any]:
             # A period of 0 or 1 treats all layers alike; a list of the layers overrides the period.
             if value not in (0, 1) and not config.get(_PERIODS[field] or ""):
                 raise _cannot_keep(source, field, value)
-        # Another value is not the model's depth, and fields_of_layers below decides about it.
+        # Only the depth itself changes; another number stays.
         elif field in _SAME_NUMBER and value == num_layers:
             config[field] = len(keep)
     known = {*_PER_LAYER, *_LAYER_NUMBERS, *_FIRST_LAYERS, *_PERIODS, *_SAME_NUMBER, *_OTHER_LAYERS}

@@ -92,10 +92,8 @@ class Rope:
 
     theta: float  # base of the frequencies
     rope_type: str = "default"  # "default", "llama3" or "longrope"
-    partial_rotary_factor: float = (  # rotating share of a head's dimensions, from the first
-        1.0  # share of each head's dimensions that rotate, from the first
-    )
-    # llama3 only.
+    partial_rotary_factor: float = 1.0  # rotating share of a head's dimensions, from the first
+    # The next three are llama3's.
     factor: float | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
@@ -133,7 +131,7 @@ class Architecture:
     ffn_hidden_size: int  # of the gated MLP; without meaning if `moe` is set
     num_attention_heads: int  # query heads
     num_query_groups: int  # key/value heads
-    head_dim: int  # times heads, it need not equal hidden_size
+    head_dim: int  # heads x head_dim need not equal hidden_size
     vocab_size: int  # without padding
     layernorm_epsilon: float
     rope: Rope

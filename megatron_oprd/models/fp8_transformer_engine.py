@@ -48,7 +48,7 @@ def fp8_options(teacher: TeacherConfig) -> dict[str, Any]:
 def check_available(recipe: str, *, transformer_engine: bool) -> None:
     """Raises `UserError` unless this machine supports ``recipe``, one of `RECIPES`.
 
-    ``transformer_engine``: Transformer Engine is installed and has a CUDA device.
+    ``transformer_engine`` says that Transformer Engine is installed and has a CUDA device.
     """
     found, reason = False, "this machine has no CUDA device, or Transformer Engine is not installed"
     if transformer_engine:

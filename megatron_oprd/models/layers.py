@@ -36,9 +36,9 @@ Tap = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(kw_only=True)
 class HostPackedSeqParams(PackedSeqParams):
-    """Packed sequences, with host copies of what Megatron's layers would read from the device.
+    """Packed sequences, with data for which Megatron's layers would otherwise wait for the device.
 
-    Such a read would stall every layer of every micro-batch.
+    Such a wait would stall every layer of every micro-batch.
     """
 
     lengths: tuple[int, ...] = ()  # tokens of each sequence

@@ -107,7 +107,8 @@ def convert_to_hf_folder(
 ) -> Path:
     """Writes tensors that can be read by name as a Hugging Face folder, whole or not at all.
 
-    ``ranks`` share the work, file by file, with the same content. Returns ``out``.
+    ``ranks`` share the work, file by file, with the same content; rank 0 shows progress. Returns
+    ``out``.
 
     Raises:
         UserError: On every rank, if ``out`` is taken or cannot be written or ``read`` fails on any.

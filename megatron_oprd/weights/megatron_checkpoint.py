@@ -87,7 +87,7 @@ class MegatronCheckpoint:
 
     Accepts all ways in which Megatron stores layers and experts (`megatron_keys`) and any padding
     of the vocabulary, with ``table`` padded to `embedding_rows`. Skips optimizer states, random
-    states and everything else that is no weight. Raises `UserError` for any other missing or
+    states and everything else that is not a weight. Raises `UserError` for any other missing or
     unexpected tensor.
     """
 
@@ -250,10 +250,9 @@ def _says_its_format(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
-        # Called damaged only where no model's config.json suggests another owner of the file.
-        return not (
-            folder / CONFIG_FILE
-        ).is_file()  # a damaged file is reported later, by check_format
+        # Damaged: treated as Megatron's, so that check_format reports it, unless a config.json
+        # suggests another owner.
+        return not (folder / CONFIG_FILE).is_file()
     return isinstance(content, dict) and "sharded_backend" in content
 
 
@@ -280,7 +279,6 @@ def _find_homes(files: TorchDistFiles, table: Sequence[Mapping]) -> list[_Home]:
     """Locates every parameter; raises if a tensor of the model is missing or left unused."""
     present = {name for name in files.names() if not is_no_weight(name)}
     layers = num_layers(table)
-    # First candidates win; unused tensors are refused at the end.
     homes, missing = [], []
     for mapping in table:
         home = _find_home(present, mapping, layers)

@@ -1,8 +1,8 @@
 """Names of a parameter of one layer or expert in Megatron's `torch_dist` checkpoints.
 
-By default all layers of a model share one tensor with a leading dimension of layers, and likewise
-all experts of a layer. Models with unequal layers, and our training, store each layer under its own
-name. Megatron's option singleton_local_shards also does so for experts:
+By default all layers of a model share one tensor with a leading dimension of layers, and all
+experts of a layer share one, too. Models with unequal layers, and our training, store each layer
+under its own name. Megatron's option singleton_local_shards also does so for experts:
 
     decoder.layers.mlp.linear_fc1.weight                     [layers, rows, columns]
     decoder.layers.3.mlp.linear_fc1.weight                   [rows, columns]

@@ -25,7 +25,7 @@ from megatron_oprd.weights.torch_dist_files import FORMAT_FILE, TRACKER_FILE, re
 
 MANIFEST_FILE = "manifest.json"
 # Any of these files with any of its fields marks a checkpoint: of Hugging Face, these tools, or
-# Megatron. --force replaces nothing else.
+# Megatron. --force replaces only such folders and those with Megatron's tracker file.
 _MARKS_OF_A_CHECKPOINT = {
     "config.json": ("model_type", "architectures"),
     MANIFEST_FILE: ("written_by",),
@@ -52,7 +52,7 @@ def check_output_folder(
 
     Raises:
         UserError: ``out`` is or contains the source, is a file or mount point, is not empty (with
-            ``force``: and is no checkpoint), cannot be written, or does not fit.
+            ``force``: and is not a checkpoint), cannot be written, or does not fit.
     """
     if source is not None and _resolve(out) in (source.resolve(), *source.resolve().parents):
         raise UserError(
