@@ -11,7 +11,7 @@ from megatron_oprd.weights.source import WeightSource
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Stored by old versions of transformers; computed from the configuration here as there.
+# Stored by old versions of transformers; newer ones, and Megatron, compute them.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Rows of embedding and head compared at a time, so that neither is in memory as a whole.

@@ -120,7 +120,7 @@ class TorchDistFiles:
         ]
 
     def read_slice(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
-        """Implements `WeightSource.read_slice` for a global tensor ``name`` in `names()`."""
+        """Implements `WeightSource.read_slice`; `UserError` if a chunk contradicts `.metadata`."""
         tensor = self._tensor(name)
         bounds = slice_bounds(name, tensor.shape, slices)
         if out is None:
