@@ -2,6 +2,6 @@
 
 import os
 
-# A tensor is read into memory that the kernel hands out for it: in huge pages this takes a quarter
-# of the time. torch looks at this when it first allocates.
+# Tensors are read into freshly allocated memory. With transparent huge pages the kernel provides it
+# in a quarter of the time. torch checks this variable on its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

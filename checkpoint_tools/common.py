@@ -1,4 +1,4 @@
-"""What the tools' command lines have in common."""
+"""Shared parts of the tools' command lines."""
 
 import argparse
 import math
@@ -25,14 +25,14 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_layout_arguments(group: argparse._ActionsContainer) -> None:
-    """Adds the sizes of the groups that split weights, as Megatron names them."""
+    """Adds the sizes of the groups that split weights, under Megatron's names."""
     for name in ("tensor", "pipeline", "expert"):
         group.add_argument(f"--{name}-model-parallel-size", type=positive, default=1, metavar="N")
     group.add_argument("--expert-tensor-parallel-size", type=positive, metavar="N")
 
 
 def layout_of(args: argparse.Namespace) -> TargetLayout:
-    """The layout that `add_layout_arguments` has read."""
+    """The layout parsed by `add_layout_arguments`."""
     return TargetLayout(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -42,32 +42,27 @@ def layout_of(args: argparse.Namespace) -> TargetLayout:
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
+    """Parses an integer above 0."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
 
 
 def not_negative(text: str) -> float:
-    """An argument that is a number of at least 0."""
+    """Parses a number of at least 0."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not number >= 0:
+    if not number >= 0:  # also refuses NaN
         raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
     return number
 
 
 def check_report_file(setting: str, file: Path | None) -> None:
-    """Checks that a report can be written, before the work that it is about.
+    """Raises `UserError` if a report cannot be written to ``file``, before the work begins.
 
-    Args:
-        setting: The argument that gives it, for messages.
-        file: The file to write or to overwrite; None is none.
-
-    Raises:
-        UserError: It is a folder, or in a place that is missing or cannot be written to.
+    ``setting`` is the option that gave the file, for messages; a ``file`` of None is fine.
     """
     if file is None:
         return
@@ -80,7 +75,7 @@ def check_report_file(setting: str, file: Path | None) -> None:
 
 
 def num_bytes(text: str) -> int:
-    """An argument that is a size: 5GB (10^9 bytes), 500MB, 4GiB (2^30 bytes)."""
+    """Parses a size in bytes: 5GB (10^9 bytes each), 500MB, 4GiB (2^30 bytes each)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", text, re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if size < 1:

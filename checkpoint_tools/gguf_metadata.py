@@ -1,8 +1,8 @@
-"""What a GGUF file says of its model, against the model that transformers builds from it.
+"""Checks a GGUF file's metadata against the model that transformers builds from it.
 
-transformers reads some keys of a file's metadata for each architecture and passes over the others.
-So every key has to be known here: to be one that the finished configuration agrees with, or one
-that no number depends on. Keys are llama.cpp's (gguf/constants.py).
+For each architecture, transformers reads some keys and ignores the others. So every key has to be
+known here: either the finished configuration agrees with it, or no number of the model depends on
+it. Keys are llama.cpp's (gguf/constants.py).
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from megatron_oprd.errors import UserError
 
 T = TypeVar("T")
 
-# Without these transformers takes a default of the configuration's class.
+# Required, because transformers would use a default of the configuration's class.
 _REQUIRED = (
     "context_length", "block_count", "embedding_length", "feed_forward_length",
     "attention.head_count", "attention.layer_norm_rms_epsilon",
 )  # fmt: skip
-# Keys of the file as such, and of the tokenizer, on which no number of the model depends.
+# Keys about the file or the tokenizer, on which no number of the model depends.
 _NEUTRAL = ("general.", "quantize.", "imatrix.", "GGUF.")
 _TOKENIZER = {
     "tokenizer.chat_template", "tokenizer.huggingface.json",
@@ -34,7 +34,7 @@ _TOKENIZER = {
         "add_space_prefix", "add_bos_token", "add_eos_token", "token_type_count",
     )),
 }  # fmt: skip
-# What a key stands for where the model does nothing of the kind.
+# Values that switch a feature off. The key is accepted with one of these only.
 _OFF: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
@@ -54,23 +54,20 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "embedding_scale": (0.0, 1.0),
     "tensor_data_layout": ("reference",),
 }
+# Whether the model was fine-tuned after the scaling of its positions: not a setting of the model.
 _HARMLESS = ("rope.scaling.finetuned",)
 
 
 @contextlib.contextmanager
 def alone(gguf: Path) -> Iterator[Path]:
-    """A folder with nothing but the file: transformers also reads what lies beside it."""
+    """A temporary folder with only this file, because transformers also reads its neighbours."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / gguf.name).symlink_to(gguf.absolute())
         yield Path(folder)
 
 
 def ask_transformers(gguf: Path, call: Callable[[], T]) -> T:
-    """Calls transformers; whatever it raises about the file becomes one line.
-
-    Raises:
-        UserError: It raised something.
-    """
+    """Calls transformers; raises any exception as a one-line `UserError`."""
     try:
         return call()
     except Exception as error:
@@ -81,11 +78,7 @@ def ask_transformers(gguf: Path, call: Callable[[], T]) -> T:
 
 
 def check_parts(gguf: Path, reader: GGUFReader) -> None:
-    """Refuses a part of a model, and what is no model.
-
-    Raises:
-        UserError: It is one.
-    """
+    """Raises `UserError` for a part of a split model, or a file that is not a model."""
     kind = _value(reader, "general.type")
     if kind not in (None, "model"):
         raise UserError(f"GGUF file {gguf}: general.type = {kind!r}; give a whole model's file.")
@@ -97,11 +90,7 @@ def check_parts(gguf: Path, reader: GGUFReader) -> None:
 
 
 def check_metadata(gguf: Path, reader: GGUFReader, config: PreTrainedConfig) -> None:
-    """Compares every key with the configuration that transformers made of the file.
-
-    Raises:
-        UserError: A key is missing, unknown, or says something else.
-    """
+    """Raises `UserError` if a key is missing, unknown, or contradicts the configuration."""
     name = _value(reader, "general.architecture")
     for key in _REQUIRED:
         if f"{name}.{key}" not in reader.fields:
@@ -135,7 +124,7 @@ def _check_number(
 
 
 def _values_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a configuration says under llama.cpp's keys; only what the class has."""
+    """The configuration's values under llama.cpp's keys, as far as its class has them."""
     rope = getattr(config, "rope_parameters", None) or {}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope_type = rope.get("rope_type", "default")
@@ -172,7 +161,8 @@ def _values_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _sliding_window(config: PreTrainedConfig) -> int:
-    """Tokens of the window; 0 where every layer sees everything."""
+    """The window in tokens; 0 if all layers attend to everything."""
+    # Classes without layer types slide in every layer.
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     window = getattr(config, "sliding_window", None)
     return window if window and "sliding_attention" in kinds else 0
@@ -180,18 +170,19 @@ def _sliding_window(config: PreTrainedConfig) -> int:
 
 def _same(value: Any, own: Any) -> bool:
     if isinstance(value, float) and isinstance(own, int | float):
-        return bool(np.float32(value) == np.float32(own))  # GGUF has floats of 32 bits
+        return bool(np.float32(value) == np.float32(own))  # GGUF stores 32-bit floats
     return value == own
 
 
 def _check_tokenizer(gguf: Path, field: str, reader: GGUFReader) -> None:
     value = _value(reader, field)
+    # Special tokens do not enter the model's numbers.
     if field.startswith("tokenizer.ggml.") and field.endswith("_token_id"):
         return
     if field == "tokenizer.chat_templates" or field.startswith("tokenizer.chat_template."):
         return  # `chat_templates` reads them
     if field == "tokenizer.ggml.pre" and _value(reader, "tokenizer.ggml.model") == "gpt2":
-        # Of an unknown kind transformers makes GPT-2's, which these are.
+        # transformers treats unknown kinds as GPT-2's, which is right for these only.
         if value not in GGUF_PRE_TOKENIZER_SPLITS and value not in _GPT2_SPLITS:
             raise UserError(
                 f"GGUF file {gguf}: {field} = {value!r}; transformers does not know how this "
@@ -203,12 +194,12 @@ def _check_tokenizer(gguf: Path, field: str, reader: GGUFReader) -> None:
         raise _unknown(gguf, field, value)
 
 
-# llama.cpp's names of tokenizers that split text by GPT-2's expression or as good as that.
+# llama.cpp's names of tokenizers that split text by GPT-2's expression or an equivalent.
 _GPT2_SPLITS = {"default", "gpt-2", "gpt2", "smollm", "phi-2", "olmo", "mpt", "starcoder"}
 
 
 def chat_templates(reader: GGUFReader) -> dict[str, str]:
-    """The file's chat templates by name; of these transformers reads the default one only."""
+    """The file's chat templates by name; transformers itself reads the default one only."""
     prefix = "tokenizer.chat_template"
     return {
         field.removeprefix(f"{prefix}.").replace(prefix, "default"): _value(reader, field)

@@ -1,10 +1,10 @@
-"""Turns a GGUF file into a Hugging Face checkpoint folder.
+"""Converts a GGUF file to a Hugging Face checkpoint folder.
 
     python -m checkpoint_tools.gguf_to_hf --gguf FILE --out DIR
 
-transformers reads the file and unpacks its quantised blocks; the folder gets plain weights, the
-config, the generation config and the tokenizer with its chat template. What the GGUF's metadata or
-tensors say and transformers would drop is an error.
+transformers reads the file and dequantises its blocks. The folder gets plain weights, the config,
+the generation config and the tokenizer with its chat templates. Metadata or tensors that
+transformers would drop are errors.
 """
 
 import argparse
@@ -43,21 +43,13 @@ from megatron_oprd.weights.safetensors_file import TensorSpec
 
 
 def gguf_to_hf(gguf: Path, out: Path, *, dtype: torch.dtype, force: bool) -> HFCheckpoint:
-    """Writes the model of the file `gguf` as the Hugging Face folder `out`.
+    """Writes a GGUF file's model as a Hugging Face folder, whole or not at all; returns it opened.
 
-    Args:
-        gguf: The GGUF file.
-        out: The folder to create; it appears when it is whole.
-        dtype: The weights' dtype; float32 keeps the dequantised values exactly.
-        force: Whether a checkpoint that is at `out` is replaced.
-
-    Returns:
-        The new checkpoint, opened.
-
-    Raises:
-        UserError: If the file is missing or no GGUF file, if transformers cannot read all that it
-            holds, or if `out` is taken or cannot be written.
+    A `dtype` of float32 keeps the dequantised values exactly. Raises `UserError` if the file is
+    missing or not GGUF, if transformers cannot read all of it, or if `out` is taken or cannot be
+    written.
     """
+    # On the meta device: errors and the required space are known before any weight is read.
     blank = blank_model(gguf)
     announced = _specs(plain_weights(blank.to(dtype)))
     check_output_folder(out, force=force, required_bytes=_num_bytes(announced), source=gguf)
@@ -94,12 +86,12 @@ def gguf_to_hf(gguf: Path, out: Path, *, dtype: torch.dtype, force: bool) -> HFC
 
 
 def blank_model(gguf: Path) -> PreTrainedModel:
-    """Builds the model of a GGUF file without weights (on the meta device), and checks the file.
+    """Builds a GGUF file's model on the meta device, and checks the file.
 
     Raises:
-        UserError: If the file is missing or no GGUF file, has no tokenizer or an architecture or a
-            rope scaling that transformers does not read from GGUF, or if its tensors hold more or
-            fewer values than the model takes.
+        UserError: The file is missing or not GGUF, has no tokenizer or an architecture or rope
+            scaling that transformers does not read from GGUF, or its tensors hold more or fewer
+            values than the model takes.
     """
     reader = _open_gguf(gguf)
     check_parts(gguf, reader)
@@ -107,7 +99,7 @@ def blank_model(gguf: Path) -> PreTrainedModel:
         config = ask_transformers(
             gguf, lambda: AutoConfig.from_pretrained(folder, gguf_file=gguf.name)
         )
-        # Read here as well, so that a tokenizer that cannot be read is known before the weights.
+        # Also read here, so that an unreadable tokenizer is reported before the weights are read.
         ask_transformers(gguf, lambda: AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name))
 
     def build() -> PreTrainedModel:
@@ -116,6 +108,7 @@ def blank_model(gguf: Path) -> PreTrainedModel:
 
     model = ask_transformers(gguf, build)
     check_metadata(gguf, reader, config)
+    # transformers drops tensors it has no place for, so the number of values must match.
     stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
     taken = sum(parameter.numel() for parameter in model.parameters())
     if stored != taken:
@@ -129,12 +122,14 @@ def blank_model(gguf: Path) -> PreTrainedModel:
 
 
 def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's weights under the names of a Hugging Face checkpoint, tied ones once."""
+    """The model's weights under a Hugging Face checkpoint's names, tied ones once."""
     first: dict[int, str] = {}
+    # keep_vars returns the parameters themselves, so tied ones have the same id.
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)
     untied = {name: state[name].detach() for name in first.values()}
+    # Undoes transformers' renaming and fusing of tensors at load.
     return revert_weight_conversion(model, untied)
 
 
@@ -162,11 +157,14 @@ def _save_config_files(gguf: Path, model: PreTrainedModel, folder: Path) -> dict
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    # transformers stores the file's general.name here; Hugging Face configs have no such field.
     config.pop("_model_name_or_path", None)
+    # The folder's files become companion files; config.json is written by the writer.
     (folder / CONFIG_FILE).unlink()
     model.generation_config.save_pretrained(folder)
     with alone(gguf) as source:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
+    # transformers reads the default template only.
     if len(templates := chat_templates(GGUFReader(gguf))) > 1:
         tokenizer.chat_template = templates
     tokenizer.save_pretrained(folder)
@@ -185,7 +183,7 @@ def _num_bytes(specs: dict[str, TensorSpec]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool with the arguments `argv` (the process's by default)."""
+    """Runs the tool; `argv` defaults to the process's arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m checkpoint_tools.gguf_to_hf",
         description="Convert a GGUF file to a Hugging Face checkpoint folder.",

@@ -1,10 +1,10 @@
-"""Turns a Hugging Face model into a Megatron checkpoint (format `torch_dist`).
+"""Converts a Hugging Face model to a Megatron checkpoint (format `torch_dist`).
 
     python -m checkpoint_tools.hf_to_megatron --hf DIR --out DIR
     torchrun --nproc-per-node 8 -m checkpoint_tools.hf_to_megatron --hf DIR --out DIR
 
-Any Megatron layout can load the result; it is cut so that the layout given here loads whole chunks.
-The folder is what Megatron-LM's `--load` takes, and carries the model's config and tokenizer.
+Any Megatron layout can load the result; the given layout loads whole chunks. Megatron-LM's `--load`
+takes the folder, which also has the model's config and tokenizer.
 """
 
 import argparse
@@ -37,53 +37,40 @@ from megatron_oprd.weights.torch_dist_writer import TorchDistContent, convert_to
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides the result, beside the model.
+    """Settings of a conversion that determine its result."""
 
-    Attributes:
-        layout: The layout that loads whole chunks.
-        make_vocab_size_divisible_by: The embedding's rows are padded with zeros to a multiple of
-            this times the tensor-parallel size, as in Megatron.
-        dtype: The weights' dtype; None leaves each as it is, but for tensors that Megatron puts
-            together, which take the widest of their dtypes.
-    """
-
+    # Its ranks load whole chunks.
     layout: TargetLayout = dataclasses.field(default_factory=TargetLayout)
+    # As in Megatron, the embedding is zero-padded to a multiple of this times the tensor-parallel
+    # size.
     make_vocab_size_divisible_by: int = 128
+    # None keeps the dtypes, except that tensors which Megatron joins take the widest of theirs.
     dtype: torch.dtype | None = None
 
 
 def hf_to_megatron(
     hf: Path, out: Path, settings: Settings, *, force: bool = False, ranks: Ranks | None = None
 ) -> Path:
-    """Writes the model of folder `hf` as the Megatron checkpoint `out`.
+    """Writes a model as the Megatron checkpoint `out`, whole or not at all; returns `out`.
 
-    Args:
-        hf: A Hugging Face folder, or a Megatron checkpoint that carries its configuration.
-        out: The folder to create; it appears when it is whole.
-        settings: What decides the result.
-        force: Whether a checkpoint that is at `out` is replaced.
-        ranks: The processes that share the work.
-
-    Returns:
-        `out`.
+    `hf` is a Hugging Face folder, or a Megatron checkpoint that carries its configuration.
 
     Raises:
-        UserError: If the model is not supported, its folder cannot be read, the layout does not fit
-            it, its values are too large for the dtype, or `out` is taken or cannot be written.
+        UserError: The model is not supported or cannot be read, the layout does not fit it, its
+            values overflow the dtype, or `out` is taken or cannot be written.
     """
     opened = open_checkpoint(hf)
     content = megatron_content(opened, settings)
     check_output_folder(out, force=force, required_bytes=content.num_bytes, source=hf)
+    # The only check that reads weights, hence the last one.
     opened.check_tied_head()
     return convert_to_torch_dist(out, opened.source, content, force=force, ranks=ranks)
 
 
 def megatron_content(opened: OpenedCheckpoint, settings: Settings) -> TorchDistContent:
-    """What the Megatron checkpoint gets; no weight is read.
+    """The content of the Megatron checkpoint; reads no weights.
 
-    Raises:
-        UserError: The model's tensors are not those of its configuration, or the layout does not
-            fit it.
+    Raises `UserError` if the tensors do not match the configuration, or the layout does not fit.
     """
     source, layout = opened.source, settings.layout
     check_layout(opened.architecture, layout, model=str(source.folder))
@@ -102,6 +89,7 @@ def megatron_content(opened: OpenedCheckpoint, settings: Settings) -> TorchDistC
         for other in others:
             first = torch.promote_types(first, other)
         dtypes[mapping.megatron] = first
+    # A stored copy of a tied head is noted, so that the way back can restore it.
     stored_twice = opened.architecture.tied and HEAD in hf_dtypes
     tensors = SourceTensors(dtypes=hf_dtypes, copies={HEAD: EMBEDDING} if stored_twice else {})
     return TorchDistContent(
@@ -141,7 +129,7 @@ def _describe(content: TorchDistContent) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool with the arguments `argv` (the process's by default)."""
+    """Runs the tool; `argv` defaults to the process's arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m checkpoint_tools.hf_to_megatron",
         description="Turn a Hugging Face model into a Megatron checkpoint (torch_dist).",
@@ -174,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         opened.check_tied_head()
         print(f"{_describe(content)}\nwould write {args.out}")
         return 0
+    # Every rank reads the configuration and headers for itself, then converts its share of the
+    # files.
     with conversion_ranks() as ranks:
         hf_to_megatron(args.hf, args.out, settings, force=args.force, ranks=ranks)
         if ranks.rank == 0:

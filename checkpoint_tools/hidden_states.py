@@ -1,7 +1,7 @@
-"""Every layer's hidden states and the logits of a model, and where two models' differ.
+"""Hidden states of every layer and logits of a model, and their differences between two models.
 
-transformers' own model is one way to get them, and independent of everything here;
-`megatron_states` is the other.
+transformers' own model is one source of them and independent of this package; `megatron_states` is
+the other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,20 +19,14 @@ from megatron_oprd.weights.compare import absolute_difference
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStates:
-    """What a model makes of some sequences, all of it on the CPU and without padding.
+    """A model's states for some sequences, on the CPU and without padding."""
 
-    Attributes:
-        layers: Each layer's raw output for each sequence, [length, h].
-        normed: The output of the final norm for each sequence, [length, h].
-        logits: For each sequence, [length, vocabulary].
-    """
-
-    layers: list[list[Tensor]]
-    normed: list[Tensor]
-    logits: list[Tensor]
+    layers: list[list[Tensor]]  # raw output by layer and sequence, [length, h]
+    normed: list[Tensor]  # final norm's output by sequence, [length, h]
+    logits: list[Tensor]  # by sequence, [length, vocabulary]
 
     def by_place(self) -> Iterator[tuple[str, list[Tensor]]]:
-        """(name, tensor of each sequence) in the order in which a token passes."""
+        """Yields (name, tensor per sequence) in the order of the forward pass."""
         yield from ((f"layer {layer}", states) for layer, states in enumerate(self.layers))
         yield "final norm", self.normed
         yield "logits", self.logits
@@ -40,44 +34,27 @@ class HiddenStates:
 
 @dataclass(frozen=True, kw_only=True)
 class StateDifference:
-    """How much two models differ in one place, at the position where they differ most.
+    """The difference of two models in one place, at the position where it is largest."""
 
-    Attributes:
-        place: ``layer 0``, ..., ``final norm`` or ``logits``.
-        relative: The largest absolute difference at the position, divided by the largest magnitude
-            there if that is above 1. Some hidden states reach thousands, of which a dtype resolves
-            only so much.
-        absolute: The largest absolute difference of all positions.
-        sequence: The sequence that the position is in.
-        position: Its position in the sequence.
-        channel: The channel, or the token of the vocabulary, that differs most at the position.
-        a: The first model's value there.
-        b: The second's.
-    """
-
-    place: str
+    place: str  # "layer 0", ..., "final norm" or "logits"
+    # Largest absolute difference at the position, divided by the largest magnitude there if above
+    # 1. Some hidden states reach thousands, which a dtype resolves only so far.
     relative: float
-    absolute: float
-    sequence: int
-    position: int
-    channel: int
-    a: float
-    b: float
+    absolute: float  # largest over all positions
+    sequence: int  # index of the sequence
+    position: int  # in the sequence
+    channel: int  # or token of the vocabulary, with the largest difference
+    a: float  # the first model's value
+    b: float  # the second model's value
 
 
 @torch.no_grad()
 def transformers_states(
     folder: Path, sequences: Sequence[Sequence[int]], *, device: torch.device
 ) -> HiddenStates:
-    """Runs a folder's model with transformers, in fp32, one sequence at a time.
+    """Runs a folder's model with transformers, in fp32, one sequence of token ids at a time.
 
-    Args:
-        folder: A Hugging Face model folder.
-        sequences: Token ids.
-        device: Where the model runs.
-
-    Raises:
-        UserError: transformers cannot load the model, or would make up some of its weights.
+    Raises `UserError` if transformers cannot load the model or would initialise some weights.
     """
     model = _load(folder).to(device)
     decoder = model.get_decoder()
@@ -106,6 +83,7 @@ def _load(folder: Path) -> PreTrainedModel:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
+            # Plain attention, without fused kernels.
             attn_implementation="eager",
             local_files_only=True,
             output_loading_info=True,
@@ -129,10 +107,9 @@ def _load(folder: Path) -> PreTrainedModel:
 
 
 def compare_states(a: HiddenStates, b: HiddenStates) -> list[StateDifference]:
-    """Compares two models' states, place by place, in the order in which a token passes.
+    """Compares two models' states place by place, in the order of the forward pass.
 
-    Raises:
-        UserError: The models have different depths, widths or vocabularies.
+    Raises `UserError` if depths, widths or vocabularies differ.
     """
     if len(a.layers) != len(b.layers):
         raise UserError(
@@ -158,7 +135,8 @@ def compare_states(a: HiddenStates, b: HiddenStates) -> list[StateDifference]:
 
 
 def _difference(place: str, sequence: int, a: Tensor, b: Tensor) -> StateDifference:
-    """The position of one sequence where two tensors [length, width] differ most."""
+    """The position of a sequence where two tensors [length, width] differ most."""
+    # NaN and infinity do not count as magnitude, which would hide other differences.
     magnitude = torch.maximum(a.abs(), b.abs()).nan_to_num(nan=0.0, posinf=0.0).amax(dim=1)
     differing = absolute_difference(a, b)
     relative = differing.amax(dim=1) / magnitude.clamp(min=1.0)

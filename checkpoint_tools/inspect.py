@@ -1,10 +1,10 @@
-"""Shows what a checkpoint is: architecture, parameters, tensors, and how a layout would divide it.
+"""Shows a checkpoint's architecture, parameters and tensors, and how a layout divides it.
 
     python -m checkpoint_tools.inspect DIR
     python -m checkpoint_tools.inspect DIR --tensor-model-parallel-size 8 \
         --pipeline-model-parallel-size 4 --tensors --json FILE
 
-DIR is a Hugging Face folder or a Megatron checkpoint. No weight is read.
+DIR is a Hugging Face folder or a Megatron checkpoint. No weights are read.
 """
 
 import argparse
@@ -42,35 +42,21 @@ from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What is known of a checkpoint.
-
-    Attributes:
-        folder: Its folder.
-        format: ``Hugging Face`` or ``Megatron (torch_dist)``.
-        architecture: What its configuration says; None for a family that is not supported.
-        refusal: Why there is no architecture.
-        padded_vocab_size: Rows of the embedding: in a Megatron checkpoint as stored, ...
-        layout: The layout that ``shares`` are for.
-        layout_padded_vocab_size: ... and with the padding that a run in this layout needs.
-        shares: What each pipeline rank holds; empty without an architecture.
-        parts: Parameters by part.
-        groups: Tensors by pattern.
-        tensors: (name, shape, dtype) of every tensor, if asked for.
-        manifest: What the tool that wrote the folder noted, but for checksums; None without one.
-    """
+    """The facts about a checkpoint that this tool shows."""
 
     folder: str
-    format: str
-    architecture: Architecture | None
-    refusal: str | None
-    padded_vocab_size: int | None
-    layout: TargetLayout
-    layout_padded_vocab_size: int | None
-    shares: list[Share]
+    format: str  # "Hugging Face" or "Megatron (torch_dist)"
+    architecture: Architecture | None  # None for unsupported families
+    refusal: str | None  # the reason, if there is no architecture
+    padded_vocab_size: int | None  # rows of the embedding as stored
+    layout: TargetLayout  # of `shares`
+    layout_padded_vocab_size: int | None  # rows that a run in this layout needs
+    shares: list[Share]  # per pipeline rank; empty without architecture
     parts: list[Part]
     groups: list[TensorGroup]
+    # (name, shape, dtype) of every tensor, if asked for.
     tensors: list[tuple[str, list[int], str]] | None
-    manifest: dict[str, Any] | None
+    manifest: dict[str, Any] | None  # without checksums; None if missing
 
 
 def inspect(
@@ -82,11 +68,11 @@ def inspect(
     every_tensor: bool = False,
     hf_config: Path | None = None,
 ) -> Inspection:
-    """Looks at a checkpoint; reads configurations and headers only.
+    """Reads a checkpoint's configurations and headers, and no weights.
 
-    Raises:
-        UserError: It cannot be read, or the layout does not divide it.
+    Raises `UserError` if it cannot be read or the layout does not divide it.
     """
+    # Hugging Face folders of unknown families are shown as well, without architecture and shares.
     source = open_weights(path, hf_config)
     architecture, refusal, stored_rows = None, None, None
     try:
@@ -94,6 +80,7 @@ def inspect(
         opened.check_tensors()
         source = opened.source
         architecture = opened.architecture
+        # The embedding is the table's first mapping.
         stored_rows = opened.table[0].local_shape(1)[0]
     except UserError as error:
         if is_megatron(path):
@@ -136,7 +123,7 @@ def _tensors(source: WeightSource) -> list[tuple[str, list[int], str]]:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest in the folder or, for a Megatron checkpoint, beside it."""
+    """The manifest in the folder or next to it, without the entries per tensor."""
     for path in (folder / MANIFEST_FILE, folder.parent / MANIFEST_FILE):
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -196,6 +183,7 @@ def _parts_table(of: Sequence[Part]) -> Table:
     for one, row in zip(of, rows, strict=True):
         table.add_row(one.name, *map(_count, row))
     table.add_section()
+    # A sum with an unknown addend is unknown.
     sums = (
         None if None in column else sum(value for value in column if value is not None)
         for column in zip(*rows, strict=True)
@@ -257,7 +245,7 @@ def _shares_table(found: Inspection) -> Table:
 
 
 def _short(value: Any) -> str:
-    """A value on a line or two; a dataclass without what it does not set."""
+    """A value in a line or two; of a dataclass, only the fields that are set."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return ", ".join(f"{name} {_short(one)}" for name, one in fields.items() if one is not None)
@@ -266,7 +254,7 @@ def _short(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool with the arguments `argv` (the process's by default)."""
+    """Runs the tool; `argv` defaults to the process's arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m checkpoint_tools.inspect",
         description="Show what a checkpoint is and how a layout would divide it.",

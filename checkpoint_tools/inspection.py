@@ -1,4 +1,4 @@
-"""What a checkpoint holds, counted: parameters by part, tensors by pattern, a layout's shares."""
+"""Counts a checkpoint's parameters by part, tensors by pattern, and a layout's shares."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from megatron_oprd.weights.megatron_keys import EMBEDDING, layer_of
 from megatron_oprd.weights.source import WeightSource
 from megatron_oprd.weights.torch_dist_plan import TargetLayout, stage_of_layers
 
-# Part of a tensor by its name; the first pattern that matches counts.
+# Part of a tensor by its name. The first match counts, so norms go before attention.
 _PARTS = (
     ("embedding", r"embed_tokens\."),
     ("LM head", r"^lm_head\."),
@@ -30,7 +30,7 @@ _PARTS = (
     ("MLP", r"\.mlp\."),
 )
 
-# Names that configurations have for the experts of a layer, and for those of a token.
+# Configuration fields for the experts of a layer, and for the experts of a token.
 _EXPERTS = (
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
     "num_routed_experts",
@@ -43,64 +43,38 @@ _CHOSEN = (
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One part of a model.
+    """A part of a model."""
 
-    Attributes:
-        name: ``embedding``, ``attention``, ``MLP``, ``experts``, ``router``, ``norms``,
-            ``LM head`` or ``other``.
-        num_tensors: Its tensors.
-        parameters: Their values; None where they are packed, several in a number.
-        active: Those of them that one token goes through; None where it is not known.
-        num_bytes: Bytes in the checkpoint.
-    """
-
-    name: str
+    name: str  # a name in `_PARTS`, or "other"
     num_tensors: int
-    parameters: int | None
-    active: int | None
-    num_bytes: int
+    parameters: int | None  # None if packed, with several values per number
+    active: int | None  # used by one token; None if unknown
+    num_bytes: int  # in the checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorGroup:
-    """Tensors that differ in the numbers in their names only.
+    """Tensors whose names differ only in numbers."""
 
-    Attributes:
-        pattern: Their name with ranges of numbers, ``model.layers.{0-29}.mlp.up_proj.weight``.
-        shape: Their shape.
-        dtype: Their dtype.
-        count: How many they are.
-    """
-
-    pattern: str
-    shape: tuple[int, ...]
+    pattern: str  # such as model.layers.{0-29}.mlp.up_proj.weight
+    shape: tuple[int, ...]  # of each tensor
     dtype: torch.dtype
     count: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What each rank of one pipeline rank holds in a layout.
-
-    Attributes:
-        pp_rank: The pipeline rank.
-        layers: Its layers, counted from 0, chunk by chunk.
-        parameters: Parameters of one rank of it; tensor- and expert-parallel ranks hold the same
-            number.
-        num_bytes: Their bytes, in the dtypes of the checkpoint.
-    """
+    """The weights of each rank at one pipeline rank of a layout."""
 
     pp_rank: int
-    layers: list[int]
-    parameters: int
-    num_bytes: int
+    layers: list[int]  # from 0, chunk by chunk
+    parameters: int  # of one rank; equal for all tensor- and expert-parallel ranks
+    num_bytes: int  # in the checkpoint's dtypes
 
 
 def expert_counts(config: dict[str, Any]) -> tuple[int, int] | None:
-    """(experts of a layer, experts that a token goes through), of any family.
-
-    None where the configuration does not say it in one of the usual ways.
-    """
+    """(experts per layer, experts per token) of any family; None if not found."""
+    # Multimodal and some mixture-of-experts configurations nest these fields.
     for level in (config, config.get("text_config") or {}, config.get("ffn_config") or {}):
         counts = [
             next((level[name] for name in names if level.get(name)), None)
@@ -113,12 +87,9 @@ def expert_counts(config: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def parts(source: WeightSource, *, tied: bool) -> list[Part]:
-    """Counts a checkpoint's parameters by part; no weight is read.
+    """Counts a checkpoint's parameters by part, for any architecture; reads no weights.
 
-    Args:
-        source: The checkpoint, of any architecture.
-        tied: Whether embedding and LM head are one weight. A head that is stored all the same is a
-            copy, and counts as no parameter.
+    With ``tied``, a stored LM head is a copy and counts as bytes but not as parameters.
     """
     counts = expert_counts(source.config)
     unknown: dict[str, set[str]] = {"parameters": set(), "active": set()}
@@ -134,6 +105,7 @@ def parts(source: WeightSource, *, tied: bool) -> list[Part]:
                 unknown["active"].add(part)
             else:
                 active = parameters * counts[1] // counts[0]
+        # Quantised weights pack several values into an integer.
         if not source.dtype(name).is_floating_point:
             unknown["parameters"].add(part)
             unknown["active"].add(part)
@@ -153,7 +125,7 @@ def parts(source: WeightSource, *, tied: bool) -> list[Part]:
 
 
 def tensor_groups(source: WeightSource) -> list[TensorGroup]:
-    """Groups a checkpoint's tensors, in the order in which they come."""
+    """Groups a checkpoint's tensors by pattern, in their order."""
     numbers: dict[tuple[str, tuple[int, ...], torch.dtype], list[list[int]]] = {}
     for name in source.names():
         key = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name), source.shape(name), source.dtype(name)
@@ -175,20 +147,12 @@ def shares(
     source: WeightSource,
     layout: TargetLayout,
     *,
-    virtual_stages: int = 1,
+    virtual_stages: int = 1,  # model chunks per pipeline rank
     padded_vocab_size: int,
 ) -> list[Share]:
-    """Works out what each pipeline rank holds in a layout.
+    """Computes the weights at each pipeline rank of a layout.
 
-    Args:
-        architecture: The model's.
-        source: Its checkpoint, for the dtypes.
-        layout: The layout.
-        virtual_stages: Model chunks of each pipeline rank.
-        padded_vocab_size: Rows of the embedding.
-
-    Raises:
-        UserError: The layout does not divide the model.
+    ``source`` gives the dtypes. Raises `UserError` if the layout does not divide the model.
     """
     pp = layout.pipeline_model_parallel_size
     check_layout(architecture, layout, model=str(source.folder))
@@ -199,6 +163,7 @@ def shares(
             "whose product is at most that."
         )
     stages = stage_of_layers(architecture.num_layers, pp * virtual_stages)
+    # One rank stands for all others of its pipeline rank, which hold as many parameters.
     place = Place(
         tp_size=layout.tensor_model_parallel_size,
         etp_size=layout.expert_tensor_size,
@@ -218,6 +183,7 @@ def shares(
         except ValueError as error:
             raise UserError(f"the layout does not fit the model: {error}.") from None
         dtype = source.dtype(next(iter(mapping.hf)))
+        # Virtual stages go round the pipeline ranks.
         parameters[stage % pp] += values
         num_bytes[stage % pp] += values * dtype.itemsize
     return [
@@ -232,10 +198,10 @@ def shares(
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """0-3,5 for 0, 1, 2, 3 and 5, in any order."""
+    """Formats numbers in any order as ranges: 0-3,5 for 0, 1, 2, 3 and 5."""
     ordered = sorted(set(numbers))
     runs: list[Sequence[int]] = []
-    # A number less its place is the same all along a run.
+    # Number minus index is constant along a run.
     for _, run in itertools.groupby(enumerate(ordered), key=lambda item: item[1] - item[0]):
         runs.append([number for _, number in run])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

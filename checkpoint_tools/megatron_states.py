@@ -31,26 +31,14 @@ def load_whole_model(
     *,
     parallel: ParallelConfig,
     context: ParallelContext,
-    max_sequence_length: int,
+    max_sequence_length: int,  # tokens; decides longrope's factors, see build_model
     make_vocab_size_divisible_by: int = 128,
 ) -> tuple[list[GPTModel], list[Mapping]]:
-    """Builds this rank's part of a whole model in fp32 and loads it.
+    """Builds this rank's part of a whole model in fp32, in evaluation mode, and loads it.
 
-    Layers are divided over the stages as evenly as they go.
-
-    Args:
-        architecture: The model's.
-        source: The checkpoint.
-        parallel: The layout.
-        context: This rank's place.
-        max_sequence_length: Tokens of the longest sequence (`build_model`).
-        make_vocab_size_divisible_by: The embedding's rows are padded to a multiple of this.
-
-    Returns:
-        The chunks, in evaluation mode, and the whole model's mappings.
-
-    Raises:
-        UserError: The checkpoint cannot be loaded, or there are more stages than layers.
+    Layers are divided over the stages as evenly as possible. Returns the chunks and the whole
+    model's mappings. Raises `UserError` if the checkpoint cannot be loaded or there are more stages
+    than layers.
     """
     stages = context.pp_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     stage_of = stage_of_layers(architecture.num_layers, stages)
@@ -83,7 +71,9 @@ def load_whole_model(
     table = mapping_table(architecture, padded_vocab_size=padded)
     load_weights(chunks, table, source, place=context.place, tied=architecture.tied)
     for chunk in chunks:
-        chunk.eval()  # Megatron refuses to train experts with TP without SP, but it can run them
+        # Megatron refuses to train experts with tensor parallelism but without sequence
+        # parallelism; it can run them.
+        chunk.eval()
     return chunks, table
 
 
@@ -97,22 +87,14 @@ def megatron_states(
     context: ParallelContext,
     batches: Sequence[Sequence[int]] | None = None,
 ) -> HiddenStates | None:
-    """Runs a whole model on some sequences under Megatron's schedule.
+    """Runs a whole model on token ids under Megatron's schedule; states on the leader, else None.
 
-    Every rank has to call. Communicates on the model's groups and on the replica's control group;
-    data-parallel replicas all do the same.
+    Every rank has to call this. Communicates on the model's groups and the replica's control group;
+    all data-parallel replicas do the same work.
 
-    Args:
-        chunks: This rank's chunks, with final norm and, unless tied, LM head.
-        architecture: The model's.
-        sequences: Token ids.
-        parallel: The layout.
-        context: This rank's place.
-        batches: Indices of the sequences of each micro-batch, which are padded on the right; one
-            sequence each by default.
-
-    Returns:
-        The states on the replica's leader, None on other ranks.
+    ``chunks`` have the final norm and, unless tied, the LM head. ``batches`` are the sequences'
+    indices in each micro-batch, which is padded on the right; by default a micro-batch per
+    sequence.
     """
     batches = batches or [[number] for number in range(len(sequences))]
     micro_batches = collate(
@@ -128,6 +110,7 @@ def megatron_states(
     states = {name: _by_sequence(tensors, batches, sequences) for name, tensors in outputs.items()}
     states |= _logits(chunks, states.get("norm"), architecture, context)
     if context.tp_rank != 0:
+        # Tensor ranks have the same states; rank 0 alone sends them.
         states = {}
     stages = _gather(states, context)
     if stages is None:
@@ -141,7 +124,7 @@ def megatron_states(
 
 
 def _forward(chunks: Sequence[GPTModel], batches: Sequence[MicroBatch]) -> Outputs:
-    """Runs the model; what this rank's modules put out, by micro-batch."""
+    """Runs the model; returns the outputs of this rank's modules by micro-batch."""
     outputs: Outputs = {}
 
     def record(name: str, output: Tensor) -> Tensor:
@@ -192,11 +175,10 @@ def _logits(
     architecture: Architecture,
     context: ParallelContext,
 ) -> Outputs:
-    """The logits, on the ranks that hold the head: the last stage, or the first if it is tied.
-
-    Models are built to give hidden states, not logits; this is the head that they hold.
-    """
+    """The logits on the ranks with the head: the last stage, or the first if tied."""
+    # The models end with hidden states, so the head that they hold is applied here.
     name = "embedding.word_embeddings.weight" if architecture.tied else "output_layer.weight"
+    # The head is the first stage's embedding, but the normed states are on the last stage.
     if architecture.tied and context.pp_size > 1:
         stages: list[list[Tensor] | None] = [None] * context.groups.mp.size()
         dist.all_gather_object(stages, normed, group=context.replica_control)

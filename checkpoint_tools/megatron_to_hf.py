@@ -1,10 +1,10 @@
-"""Turns a Megatron checkpoint (format `torch_dist`) into a Hugging Face folder.
+"""Converts a Megatron checkpoint (format `torch_dist`) to a Hugging Face folder.
 
     python -m checkpoint_tools.megatron_to_hf --megatron DIR --out DIR
     torchrun --nproc-per-node 8 -m checkpoint_tools.megatron_to_hf --megatron DIR --out DIR
 
-Takes what hf_to_megatron and training write, and checkpoints of other Megatron runs together with
-the model's Hugging Face configuration (`--hf-config`). Only the model's weights are exported.
+Accepts the output of hf_to_megatron and of training, and checkpoints of other Megatron runs with
+the model's Hugging Face configuration (`--hf-config`). Exports the model's weights only.
 """
 
 import argparse
@@ -37,41 +37,31 @@ from megatron_oprd.weights.safetensors_file import TensorSpec
 
 
 def megatron_to_hf(
-    megatron: Path,
+    megatron: Path,  # the checkpoint, or the folder of a run
     out: Path,
     *,
-    hf_config: Path | None = None,
-    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
-    dtype: torch.dtype | None = None,
+    hf_config: Path | None = None,  # the model's configuration, if the checkpoint has none
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,  # bytes of tensors per file
+    dtype: torch.dtype | None = None,  # None: as they are
     force: bool = False,
     ranks: Ranks | None = None,
 ) -> Path:
-    """Writes the model of a Megatron checkpoint as the Hugging Face folder `out`.
+    """Writes a Megatron checkpoint's model as a Hugging Face folder, whole or not at all.
 
-    Names are the model's own, dtypes those that the model had before it was converted to Megatron,
-    or else the checkpoint's. Config and companion files are those that the checkpoint carries.
-
-    Args:
-        megatron: The checkpoint, or the folder of a run with checkpoints.
-        out: The folder to create; it appears when it is whole.
-        hf_config: For a checkpoint that carries none: a folder with the model's configuration.
-        max_shard_size: The most bytes of tensors in one safetensors file.
-        dtype: What the weights are cast to; None leaves each as it is.
-        force: Whether a checkpoint that is at `out` is replaced.
-        ranks: The processes that share the work.
-
-    Returns:
-        `out`.
+    Dtypes are those before the conversion to Megatron, or else the checkpoint's. Config and
+    companion files are those that the checkpoint carries. Returns `out`.
 
     Raises:
-        UserError: If the checkpoint is of no supported format or model, is not whole, or has values
-            that are too large for `dtype`, or `out` is taken or cannot be written.
+        UserError: The checkpoint is incomplete or of an unsupported format or model, values
+            overflow `dtype`, or `out` is taken or cannot be written.
     """
     opened = open_megatron(megatron, hf_config)
     source = opened.source
     content = hf_content(opened, max_shard_size=max_shard_size, dtype=dtype)
     check_output_folder(out, force=force, required_bytes=content.num_bytes, source=megatron)
+    # The only check that reads weights, hence the last one.
     opened.check_tied_head()
+    # Two buffers suffice: a tensor is written while the next is read.
     buffers = AlternatingBuffers()
 
     def read(name: str) -> Tensor:
@@ -85,11 +75,7 @@ def megatron_to_hf(
 
 
 def open_megatron(megatron: Path, hf_config: Path | None) -> OpenedCheckpoint:
-    """Opens the checkpoint to export.
-
-    Raises:
-        UserError: It is none of Megatron's, or cannot be read.
-    """
+    """Opens the checkpoint to export; `UserError` if it is not Megatron's or cannot be read."""
     if not is_megatron(megatron):
         found = "exists" if megatron.exists() else "does not exist"
         raise UserError(
@@ -104,7 +90,7 @@ def open_megatron(megatron: Path, hf_config: Path | None) -> OpenedCheckpoint:
 def hf_content(
     opened: OpenedCheckpoint, *, max_shard_size: int, dtype: torch.dtype | None
 ) -> HFContent:
-    """What the Hugging Face folder gets; no weight is read."""
+    """The content of the Hugging Face folder; reads no weights."""
     source = opened.source
     return HFContent(
         tensors={
@@ -123,7 +109,7 @@ def hf_content(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool with the arguments `argv` (the process's by default)."""
+    """Runs the tool; `argv` defaults to the process's arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m checkpoint_tools.megatron_to_hf",
         description="Turn a Megatron checkpoint (torch_dist) into a Hugging Face folder.",

@@ -1,7 +1,7 @@
-"""Whether a config that lost layers still says of each kept layer what it said before.
+"""Checks that a config without some layers means the same as before for the remaining layers.
 
-transformers' own configuration and model classes are asked, on the meta device: what a field means
-for a layer need not be known here.
+Asks transformers' own configuration and model classes, on the meta device. So this module need not
+know what a field means for a layer.
 """
 
 import copy
@@ -18,15 +18,16 @@ from megatron_oprd.models.architecture import NEUTRAL_FIELDS
 from megatron_oprd.weights.hf_files import HFCheckpoint
 
 LAYER_TENSOR = re.compile(r"(model\.layers\.)(\d+)(\..+)")
-# Lists and texts that have as many entries as a small model has layers, by accident.
+# Lists whose length may equal a small model's number of layers by accident.
 _OTHER_LISTS = {
     "architectures", "eos_token_id", "short_factor", "long_factor", "mrope_section", "tags",
     "keys_to_ignore_at_inference",
 }  # fmt: skip
-# Tokens that logits are compared on, and what they may differ by, relative to the largest: of
-# dtypes with 16 bits, and of others.
+# Tokens of the comparison of logits, and its tolerance relative to the largest logit: for dtypes of
+# 16 bits and for others.
 _TOKENS = 16
 _TOLERANCE = (2e-2, 1e-3)
+# Names of fields that count or number layers.
 _LAYERS_IN_NAME = re.compile(
     r"(^|_)(layer|block)s?_(start|end|index|interval|idx|offset|freq|period|step|group_size|ids)"
     r"|every_n|_interval$|_period$|_pattern$|_layers$|(^|_)layer_idx"
@@ -36,15 +37,9 @@ _LAYERS_IN_NAME = re.compile(
 def fields_of_layers(
     config: Mapping[str, Any], num_layers: int, known: set[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Fields that seem to say something layer by layer, of all levels of a config.
+    """Yields (path, value) of fields at any level of a config that seem to describe single layers.
 
-    Args:
-        config: The content of config.json.
-        num_layers: The model's layers.
-        known: Fields of the top level whose meaning for fewer layers is known.
-
-    Yields:
-        The field's path and its value.
+    Skips top-level fields in ``known``, whose meaning for fewer layers is known.
     """
     for field, value in config.items():
         if field not in known:
@@ -56,6 +51,7 @@ def _of_layers(path: str, value: Any, num_layers: int) -> Iterator[tuple[str, An
     if value in (None, 0, [], {}, "") or field in _OTHER_LISTS or isinstance(value, bool):
         return
     if isinstance(value, dict):
+        # A dictionary by layer number; class labels look alike.
         numbered = all(str(key).isdecimal() and int(key) < num_layers for key in value)
         if numbered and field not in ("id2label", "label2id"):
             yield path, value
@@ -70,7 +66,7 @@ def _of_layers(path: str, value: Any, num_layers: int) -> Iterator[tuple[str, An
                 if isinstance(one, dict | list | str):
                     yield from _of_layers(f"{path}.{number}", one, num_layers)
     elif isinstance(value, str):
-        # One letter a layer, or a text that lists layers.
+        # One letter per layer, or a text that lists layers.
         is_pattern = len(value) == num_layers > 4 and len(set(value)) <= 4 and not value.isdigit()
         is_pattern = is_pattern and field not in NEUTRAL_FIELDS
         if is_pattern or re.search(r"pattern|enum", field) or re.search(r"layers\.\d", value):
@@ -82,18 +78,12 @@ def _of_layers(path: str, value: Any, num_layers: int) -> Iterator[tuple[str, An
 def complete_lists(
     source: HFCheckpoint, config: dict[str, Any], keep: Sequence[int]
 ) -> dict[str, Any]:
-    """The pruned config, with the lists that transformers would derive from layers' numbers.
+    """Adds the per-layer lists that transformers would derive from layer numbers to a config.
 
-    A list that config.json leaves out, such as ``layer_types``, is derived by the class from each
-    layer's number; of fewer layers it comes out as another one. So it is written down.
+    If config.json lacks a list such as ``layer_types``, the class derives it from each layer's
+    number, with another result for fewer layers. So the list of the kept layers is written out.
 
-    Args:
-        source: The model.
-        config: Its config for the layers that are kept.
-        keep: These layers.
-
-    Raises:
-        UserError: transformers would take kept layers for other ones.
+    Raises `UserError` if transformers would still build the kept layers differently.
     """
     classes = _read(source, source.config), _read(source, config)
     if None in classes:
@@ -102,10 +92,12 @@ def complete_lists(
     picked = {path: [values[layer] for layer in keep] for path, values in of_source.items()}
     completed = dict(config)
     for path, values in picked.items():
+        # Nested fields cannot be set from the top level; the check below catches them.
         if of_pruned.get(path) != values and "." not in path:
             completed[path] = values
     again = _read(source, completed)
     assert again is not None
+    # With a single layer, any list of one entry would count as one entry per layer.
     found = _lists(again, len(keep)) if len(keep) > 1 else picked
     if wrong := [path for path, values in picked.items() if found.get(path) != values]:
         raise UserError(
@@ -118,25 +110,17 @@ def complete_lists(
 
 
 def compare_logits(source: HFCheckpoint, config: Mapping[str, Any], keep: Sequence[int]) -> str:
-    """Compares the pruned model with the whole one whose other layers pass their input on.
+    """Compares a pruned model with the whole one, whose other layers pass their input on.
 
-    Both run in transformers on the same weights, so that only what a config says of its layers can
-    make a difference.
+    Both run in transformers on the same weights, so only the config's meaning for the layers can
+    make a difference. Returns a line for the user: the result, or why nothing was compared.
 
-    Args:
-        source: The model.
-        config: The pruned model's config.
-        keep: The layers that are kept.
-
-    Returns:
-        What was compared, or why nothing was, as a line for the user.
-
-    Raises:
-        UserError: The logits differ.
+    Raises `UserError` if the logits differ.
     """
     whole_config, pruned_config = _read(source, source.config), _read(source, config)
     if whole_config is None or pruned_config is None:
         return f"logits were not compared: transformers has no {source.config.get('model_type')}"
+    # Both models exist until assign replaces the pruned one's own weights.
     needed, free = 2 * source.num_bytes(), psutil.virtual_memory().available
     if needed > free:
         return (
@@ -162,10 +146,12 @@ def compare_logits(source: HFCheckpoint, config: Mapping[str, Any], keep: Sequen
             state[name] = tensor
         elif int(match[2]) in new_number:
             state[f"{match[1]}{new_number[int(match[2])]}{match[3]}"] = tensor
+    # assign shares the tensors instead of copying them.
     pruned.load_state_dict(state, assign=True)
     for number, layer in enumerate(whole.get_decoder().layers):
         if number not in new_number:
             layer.register_forward_hook(_pass_input_on, with_kwargs=True)
+    # 7919, a prime, spreads the tokens over the vocabulary, the same ones in every run.
     tokens = torch.arange(_TOKENS)[None] * 7919 % whole_config.get_text_config().vocab_size
     with torch.no_grad():
         expected = whole(tokens, use_cache=False).logits.float()
@@ -192,10 +178,11 @@ def _pass_input_on(
 
 
 def _read(source: HFCheckpoint, config: Mapping[str, Any]) -> PreTrainedConfig | None:
-    """The config as transformers completes it; None for a model that it does not know."""
+    """The config as completed by transformers; None for a model that it does not know."""
     if config.get("model_type") not in CONFIG_MAPPING:
         return None
     try:
+        # Deep, because from_dict modifies nested dictionaries.
         return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
     except Exception as error:
         text = " ".join(str(error).split())[:300]
@@ -206,7 +193,7 @@ def _read(source: HFCheckpoint, config: Mapping[str, Any]) -> PreTrainedConfig |
 
 
 def _lists(config: PreTrainedConfig, num_layers: int) -> dict[str, list[Any]]:
-    """Every list of one entry a layer, by its path."""
+    """All lists with one entry per layer, by path."""
     found: dict[str, list[Any]] = {}
 
     def walk(value: Any, path: str) -> None:
@@ -224,7 +211,7 @@ def _lists(config: PreTrainedConfig, num_layers: int) -> dict[str, list[Any]]:
 def _check_shapes(
     source: HFCheckpoint, whole: Any, pruned: PreTrainedConfig, keep: Sequence[int]
 ) -> None:
-    """Checks names and shapes of the pruned model against the kept layers of the whole one."""
+    """Checks the pruned model's names and shapes against the whole one's kept layers."""
     of_whole, of_pruned = _shapes(whole), _shapes(pruned)
     if of_whole is None or of_pruned is None:
         return

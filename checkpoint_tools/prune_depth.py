@@ -1,11 +1,11 @@
-"""Makes a shallower student of a model: keeps some of its layers, changes nothing else.
+"""Makes a shallower student of a model by keeping some of its layers, unchanged.
 
     python -m checkpoint_tools.prune_depth --hf DIR --out DIR --num-layers 24
     python -m checkpoint_tools.prune_depth --hf DIR --out DIR --keep 0,1,2,5,8
 
-Works on Hugging Face decoders whose layer tensors are named `model.layers.<i>.…`. The kept layers
-are renumbered from 0; every tensor keeps its bytes. Settings of the config that depend on the
-layer's number are translated; one that cannot be translated is an error.
+Works on Hugging Face decoders with layer tensors named `model.layers.<i>.…`. The kept layers are
+renumbered from 0, and every tensor keeps its bytes. Config fields that depend on layer numbers are
+translated; a field that cannot be translated is an error.
 """
 
 import argparse
@@ -33,18 +33,18 @@ from megatron_oprd.weights.hf_writer import (
 from megatron_oprd.weights.output_folder import check_output_folder
 from megatron_oprd.weights.safetensors_file import TensorSpec
 
-# Config fields that depend on the layer's number, by kind.
+# Config fields that depend on layer numbers, by kind.
+# Lists with an entry per layer.
 _PER_LAYER = {"layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type"}
-_LAYER_NUMBERS = {"mlp_only_layers"}
-_FIRST_LAYERS = {
-    "first_k_dense_replace",
-    "num_dense_layers",
-    "max_window_layers",
-}  # the first so many layers differ
-# Layers behind the last one that predict further tokens; their tensors would be noticed.
+_LAYER_NUMBERS = {"mlp_only_layers"}  # a list of layer numbers
+# Numbers of layers at the start that differ from the rest.
+_FIRST_LAYERS = {"first_k_dense_replace", "num_dense_layers", "max_window_layers"}
+# Extra layers after the last one, which predict further tokens. If present, `pruned_names` refuses
+# their tensors.
 _OTHER_LAYERS = {"num_nextn_predict_layers", "num_mtp_layers"}
 _SAME_NUMBER = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}  # the model's depth
-_PERIODS = {  # every so-many-th layer differs, unless this other field lists the layers
+# Every n-th layer differs, unless the field named here lists the layers.
+_PERIODS = {
     "decoder_sparse_step": None,
     "moe_layer_freq": None,
     "interleave_moe_layer_step": None,
@@ -59,13 +59,10 @@ _PERIODS = {  # every so-many-th layer differs, unless this other field lists th
 
 
 def evenly_spaced_layers(num_layers: int, keep: int) -> list[int]:
-    """Chooses `keep` evenly spaced layers of `num_layers`, the first and the last among them.
+    """Chooses `keep` evenly spaced layers of `num_layers`, including the first and the last.
 
-    Layer i of the result is `round(i * (num_layers - 1) / (keep - 1))`, where halves go to the even
-    neighbour (Python's round). A single layer is the first.
-
-    Raises:
-        UserError: If `keep` is not in 1..num_layers.
+    Layer i of the result is `round(i * (num_layers - 1) / (keep - 1))`; Python rounds halves to
+    even. A single layer is the first. Raises `UserError` unless 1 <= `keep` <= `num_layers`.
     """
     if not 1 <= keep <= num_layers:
         raise UserError(
@@ -84,22 +81,14 @@ def prune_depth(
     force: bool,
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
 ) -> HFCheckpoint:
-    """Writes the model of folder `hf` with the layers `keep` only as folder `out`.
+    """Writes the model of folder `hf` with only the layers `keep`; returns folder `out` opened.
 
-    Args:
-        hf: A Hugging Face checkpoint folder.
-        out: The folder to create; it appears when it is whole.
-        keep: The layers to keep, ascending; layer keep[i] becomes layer i.
-        force: Whether a checkpoint that is at `out` is replaced.
-        max_shard_size: The most bytes of tensors in one safetensors file.
-
-    Returns:
-        The new checkpoint, opened.
+    `keep` is ascending, and layer keep[i] becomes layer i. The folder appears whole or not at all.
 
     Raises:
-        UserError: If `keep` is empty, not ascending or out of range, if the model's tensors or
-            config do not let its layers be picked, if the pruned model's logits are not those of
-            the kept layers, or if a folder cannot be read or written.
+        UserError: `keep` is empty, not ascending or out of range, the layers cannot be picked, the
+            pruned model's logits are not those of the kept layers, or a folder cannot be read or
+            written.
     """
     source = HFCheckpoint(hf)
     content = pruned_content(source, keep, max_shard_size)
@@ -113,11 +102,7 @@ def prune_depth(
 def pruned_content(
     source: HFCheckpoint, keep: Sequence[int], max_shard_size: int = DEFAULT_MAX_SHARD_SIZE
 ) -> HFContent:
-    """What the pruned model's folder gets.
-
-    Raises:
-        UserError: If `keep` is not a valid choice, or the source cannot be pruned.
-    """
+    """The content of the pruned model's folder; `UserError` if the source cannot be pruned so."""
     config = pruned_config(source, keep)
     return HFContent(
         tensors={
@@ -136,10 +121,9 @@ def pruned_content(
 
 
 def pruned_names(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, str]:
-    """Maps every tensor that stays to its name in the pruned model, in the order on disk.
+    """Maps every kept tensor to its name in the pruned model, in the order on disk.
 
-    Raises:
-        UserError: If the layers that the tensors' names show are not 0..num_hidden_layers-1.
+    Raises `UserError` if the layers in the tensors' names are not 0..num_hidden_layers-1.
     """
     new_number = {old: new for new, old in enumerate(keep)}
     names = {}
@@ -165,11 +149,10 @@ def pruned_names(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, str]:
 
 
 def pruned_config(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, Any]:
-    """The config of the model that has only the layers `keep` of `source`.
+    """The config of the model with only the layers `keep` of `source`.
 
-    Raises:
-        UserError: If `keep` is not a valid choice, or the config has a field that depends on the
-            layer's number in a way that cannot be kept.
+    Raises `UserError` if `keep` is invalid, or a field depends on layer numbers in a way that
+    cannot be kept.
     """
     num_layers = _num_layers(source)
     _check_keep(keep, num_layers)
@@ -189,8 +172,10 @@ def pruned_config(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, Any]:
         elif field in _FIRST_LAYERS:
             config[field] = sum(layer < value for layer in keep)
         elif field in _PERIODS:
+            # A period of 0 or 1 treats all layers alike; a list of the layers overrides the period.
             if value not in (0, 1) and not config.get(_PERIODS[field] or ""):
                 raise _cannot_keep(source, field, value)
+        # Only the depth itself changes; another number stays.
         elif field in _SAME_NUMBER and value == num_layers:
             config[field] = len(keep)
     known = {*_PER_LAYER, *_LAYER_NUMBERS, *_FIRST_LAYERS, *_PERIODS, *_SAME_NUMBER, *_OTHER_LAYERS}
@@ -240,7 +225,7 @@ def _layer_list(text: str) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool with the arguments `argv` (the process's by default)."""
+    """Runs the tool; `argv` defaults to the process's arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m checkpoint_tools.prune_depth",
         description="Make a student of a Hugging Face model by keeping some of its layers.",

@@ -1,4 +1,4 @@
-"""Two checkpoints compared, what they hold and what they compute; or one and its manifest."""
+"""Compares the contents and results of two checkpoints, or a checkpoint with its manifest."""
 
 import os
 from collections.abc import Sequence
@@ -42,26 +42,18 @@ from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a comparison found.
+    """The differences found by a comparison; None for what its level does not compare."""
 
-    Attributes:
-        checksums: Tensors that are not what the folder's manifest says; None where the level does
-            not look at them.
-        keys: Differences of keys; None likewise.
-        values: Tensors with other values; None likewise.
-        states: Differences of hidden states and logits, place by place; None likewise.
-        tolerance: Up to which relative difference states count as equal.
-    """
-
-    checksums: list[ChecksumDifference] | None = None
-    keys: list[KeyDifference] | None = None
+    checksums: list[ChecksumDifference] | None = None  # of the folder with its manifest
+    keys: list[KeyDifference] | None = None  # names, shapes, dtypes, config, files
     values: list[ValueDifference] | None = None
-    states: list[StateDifference] | None = None
-    tolerance: float = 0.0
+    states: list[StateDifference] | None = None  # hidden states and logits, by place
+    tolerance: float = 0.0  # largest relative difference of equal states
 
     @property
     def first_state_over(self) -> StateDifference | None:
-        """The first place, in the order in which a token passes, that differs too much."""
+        """The first place of the forward pass whose difference exceeds the tolerance."""
+        # Written so that NaN counts as over the tolerance.
         over = (one for one in self.states or () if not one.relative <= self.tolerance)
         return next(over, None)
 
@@ -73,14 +65,9 @@ class Verdict:
 
 
 def verify_manifest(folder: Path) -> Verdict:
-    """Compares the tensors of a folder with the checksums in its manifest.
+    """Compares a folder's tensors, or a training checkpoint's files, with its manifest.
 
-    Args:
-        folder: A Hugging Face folder or a Megatron checkpoint that one of the tools or a training
-            run wrote. Of training's every file is compared.
-
-    Raises:
-        UserError: It cannot be read, or has no manifest with checksums.
+    Raises `UserError` if it cannot be read, or its manifest has no checksums.
     """
     if is_megatron(folder) and (files := read_file_checksums(folder)) is not None:
         with Progress("checking", sum(size for size, _ in files.values())) as progress:
@@ -97,21 +84,12 @@ def verify_files(
     b: Path,
     *,
     values: bool,
-    dtype: torch.dtype | None = None,
-    hf_config: Path | None = None,
+    dtype: torch.dtype | None = None,  # cast both first, and let their dtypes differ
+    hf_config: Path | None = None,  # for Megatron checkpoints without a configuration
 ) -> Verdict:
-    """Compares what two checkpoints hold.
+    """Compares the keys and, with ``values``, every bit of two checkpoints.
 
-    Args:
-        a: The first checkpoint.
-        b: The second.
-        values: Whether values are compared too, bit by bit.
-        dtype: What both are cast to before that; their own dtypes then may differ.
-        hf_config: For a Megatron checkpoint without a Hugging Face configuration: a folder with
-            the model's.
-
-    Raises:
-        UserError: A checkpoint cannot be read.
+    Raises `UserError` if a checkpoint cannot be read.
     """
     source_a, source_b = (open_weights(path, hf_config) for path in (a, b))
     keys = compare_keys(source_a, source_b, ignore_dtypes=dtype is not None)
@@ -127,29 +105,16 @@ def verify_states(
     b: Path,
     sequences: Sequence[Sequence[int]],
     *,
-    tolerance: float,
-    parallel: ParallelConfig,
-    megatron_only: bool = False,
-    hf_config: Path | None = None,
+    tolerance: float,  # largest relative difference of equal states
+    parallel: ParallelConfig,  # the layout of models that run in Megatron
+    megatron_only: bool = False,  # also run Hugging Face folders in Megatron
+    hf_config: Path | None = None,  # for Megatron checkpoints without a configuration
 ) -> Verdict | None:
-    """Runs two models on the same tokens in fp32 and compares what their layers put out.
+    """Runs two models on the same token ids in fp32 and compares their layers' outputs.
 
-    Every rank of the run has to call.
+    Every rank of the run has to call this; rank 0 gets the verdict, other ranks None.
 
-    Args:
-        a: The first checkpoint.
-        b: The second.
-        sequences: Token ids.
-        tolerance: Up to which relative difference states count as equal.
-        parallel: The layout of a model that runs in Megatron.
-        megatron_only: Whether Hugging Face folders run in Megatron too.
-        hf_config: For a Megatron checkpoint without a Hugging Face configuration.
-
-    Returns:
-        The verdict on rank 0, None on other ranks.
-
-    Raises:
-        UserError: A checkpoint cannot be run, or the models are not of one architecture.
+    Raises `UserError` if a checkpoint cannot be run, or the architectures differ.
     """
     opened = {
         path: open_checkpoint(path, hf_config=hf_config if is_megatron(path) else None)
@@ -161,6 +126,7 @@ def verify_states(
 
     def run(path: Path, context: ParallelContext | None) -> HiddenStates | None:
         if path not in opened:
+            # transformers runs on one rank; the others wait.
             if context is not None and context.rank != 0:
                 return None
             device = torch.device("cpu") if context is None else context.device
@@ -192,8 +158,7 @@ def verify_states(
 def open_weights(path: Path, hf_config: Path | None) -> WeightSource:
     """Opens a checkpoint; a Hugging Face folder may be of any architecture.
 
-    Raises:
-        UserError: It cannot be read.
+    Raises `UserError` if it cannot be read.
     """
     if is_megatron(path):
         return open_checkpoint(path, hf_config=hf_config).source
@@ -203,9 +168,10 @@ def open_weights(path: Path, hf_config: Path | None) -> WeightSource:
 def _check_fits(
     opened: OpenedCheckpoint, sequences: Sequence[Sequence[int]], parallel: ParallelConfig
 ) -> None:
-    """Checks that a model can be run in a layout, before anything is built."""
+    """Checks that a model can run in a layout, before anything is built."""
     opened.check_tensors()
     architecture = opened.architecture
+    # For its errors: whether the layout divides the model.
     shares(
         architecture,
         opened.source,

@@ -1,4 +1,4 @@
-"""Compares two checkpoints, each a Hugging Face folder or a Megatron checkpoint; or checks one.
+"""Compares two checkpoints in Hugging Face or Megatron format, or checks a single one.
 
     python -m checkpoint_tools.verify A
     python -m checkpoint_tools.verify A B --level keys
@@ -7,18 +7,18 @@
     torchrun --nproc-per-node 4 -m checkpoint_tools.verify A B --level logits \
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
-With one folder, which one of these tools has written, the checksum of every tensor (of every chunk
-of a Megatron checkpoint) is computed anew and compared with the folder's manifest.json.
+A single folder, written by one of these tools, is compared with its manifest.json: the checksum of
+every tensor (in a Megatron checkpoint, of every chunk) is computed again.
 
-keys compares names, shapes and dtypes of tensors, the fields of config.json and companion files;
-bitwise that, and the bits of every value; logits runs both models in fp32 on the same tokens and
-compares every layer's hidden states, the final norm's output and the logits. There a Hugging Face
-folder is run by transformers' own implementation, a Megatron checkpoint by Megatron.
+Level keys compares names, shapes and dtypes of tensors, config.json's fields and companion files.
+Level bitwise also compares the bits of every value. Level logits runs both models in fp32 on the
+same tokens and compares every layer's hidden states, the final norm's output and the logits;
+transformers runs Hugging Face folders, Megatron runs Megatron checkpoints.
 
-The exit code is 0 without a difference, 1 with one, 2 for input that cannot be compared: a folder
-that is not whole or has no manifest, and at the level logits a model that cannot be run, such as
-one without some of its tensors (keys names them) or in a layout that does not divide it. Under
-torchrun it is torchrun's own, 1 for both of the latter.
+The exit code is 0 without differences, 1 with differences, and 2 for input that cannot be compared:
+a folder that is incomplete or has no manifest, and at level logits a model that cannot run, for
+example without some tensors (level keys names them) or in a layout that does not divide it. Under
+torchrun the exit code is torchrun's own, 1 for both of the latter.
 """
 
 import argparse
@@ -61,10 +61,9 @@ _CHECKSUMS = "checksums"  # the level of a comparison with the manifest
 
 
 def read_tokens(path: Path) -> list[list[int]]:
-    """Reads sequences of token ids: a JSON list of lists, or a list a line.
+    """Reads sequences of token ids: a JSON list of lists, or a list per line.
 
-    Raises:
-        UserError: The file is missing or holds something else.
+    Raises `UserError` if the file is missing or malformed.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -84,8 +83,9 @@ def read_tokens(path: Path) -> list[list[int]]:
 
 
 def random_tokens(count: int, *, length: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """Sequences of random tokens; the first and the last token of the vocabulary are in each."""
+    """Random sequences that each have the vocabulary's first and last token."""
     draw = random.Random(seed)
+    # On the edges, errors in splitting or padding the vocabulary show.
     ends = [0, vocab_size - 1][:length]
     return [
         [*ends, *(draw.randrange(vocab_size) for _ in range(length - len(ends)))]
@@ -94,6 +94,7 @@ def random_tokens(count: int, *, length: int, vocab_size: int, seed: int) -> lis
 
 
 def _is_sequence(value: Any) -> bool:
+    # type, because isinstance would accept booleans.
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
@@ -135,6 +136,7 @@ def _report(args: argparse.Namespace, verdict: Verdict) -> dict[str, Any]:
         **{name: value for name, value in dataclasses.asdict(verdict).items() if value is not None},
     }
     if verdict.states is None:
+        # Without states nothing was compared by it.
         del report["tolerance"]
     else:
         first = verdict.first_state_over
@@ -143,7 +145,7 @@ def _report(args: argparse.Namespace, verdict: Verdict) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become text."""
+    """Replaces NaN and infinity by text, as JSON has neither."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -235,13 +237,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool with the arguments `argv` (the process's by default)."""
+    """Runs the tool; `argv` defaults to the process's arguments."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.b is None and (args.level or args.dtype or args.hf_config):
         parser.error("--level, --dtype and --hf-config are for two checkpoints; give B")
     args.level = _CHECKSUMS if args.b is None else args.level or "bitwise"
     check_report_file("--report", args.report)
+    # It would mix with this tool's own progress.
     transformers.utils.logging.disable_progress_bar()
     verdict: Verdict | None
     if args.level == "logits":
@@ -256,14 +259,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 expert_model_parallel_size=args.expert_model_parallel_size,
                 expert_tensor_parallel_size=args.expert_tensor_parallel_size,
                 sequence_parallel=args.sequence_parallel,
-                # As long as rank 0 may run transformers while the others wait.
+                # Rank 0 may run transformers while the others wait.
                 distributed_timeout_minutes=24 * 60,
             ),
             megatron_only=args.engine == "megatron",
             hf_config=args.hf_config,
         )
     elif int(os.environ.get("RANK", "0")) != 0:
-        verdict = None  # reading files is work for one
+        verdict = None  # a single rank reads the files
     elif args.b is None:
         verdict = verify_manifest(args.a)
     else:

@@ -1,4 +1,4 @@
-"""What verify found, as tables for the terminal."""
+"""The results of verify as tables for the terminal."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from checkpoint_tools.hidden_states import StateDifference
 from megatron_oprd.weights.compare import KeyDifference, ValueDifference
 from megatron_oprd.weights.manifest import ChecksumDifference
 
-_MAX_ROWS = 30  # of a table; the JSON report has them all
+_MAX_ROWS = 30  # per table; the JSON report has all differences
 
 
 def checksums_table(differences: Sequence[ChecksumDifference]) -> Table:
-    """One row a tensor or chunk that is not what the manifest says."""
+    """A row for each tensor or chunk that does not match the manifest."""
     table = _table("Checksums", len(differences))
     table.add_column("tensor, or chunk of one", overflow="fold")
     table.add_column("on disk", no_wrap=True)
@@ -24,7 +24,7 @@ def checksums_table(differences: Sequence[ChecksumDifference]) -> Table:
 
 
 def keys_table(differences: Sequence[KeyDifference]) -> Table:
-    """One row a difference of names, shapes, dtypes, config fields or companion files."""
+    """A row for each different name, shape, dtype, config field or companion file."""
     table = _table("Keys", len(differences))
     for title in ("what", "name", "in A", "in B"):
         table.add_column(title, overflow="fold")
@@ -34,7 +34,7 @@ def keys_table(differences: Sequence[KeyDifference]) -> Table:
 
 
 def values_table(differences: Sequence[ValueDifference]) -> Table:
-    """One row a tensor with other values."""
+    """A row for each tensor with different values."""
     table = _table("Values", len(differences))
     table.add_column("tensor, and where it differs first", overflow="fold")
     table.add_column("differ", justify="right")
@@ -50,7 +50,7 @@ def values_table(differences: Sequence[ValueDifference]) -> Table:
 
 
 def states_table(differences: Sequence[StateDifference], tolerance: float) -> Table:
-    """One row a layer, then the final norm and the logits; those over the tolerance in red."""
+    """Rows for the layers, the final norm and the logits; red if over the tolerance."""
     table = Table(
         title="Hidden states and logits",
         caption="relative: to the largest magnitude at the position, or to 1",

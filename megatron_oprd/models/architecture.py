@@ -1,4 +1,4 @@
-"""What of a decoder's Hugging Face configuration decides its numbers, in one typed record."""
+"""Typed record of the Hugging Face configuration fields that determine a decoder's numbers."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_oprd.errors import UserError
 
-# Fields that do not enter the forward pass of a decoder without dropout.
+# Fields without an effect on the forward pass of a decoder without dropout. All other unknown
+# fields are refused.
 NEUTRAL_FIELDS = frozenset(
     {
         "_attn_implementation",
@@ -54,7 +55,7 @@ NEUTRAL_FIELDS = frozenset(
     }
 )
 
-# What transformers 4 wrote of generation_config.json into config.json as well.
+# Fields of generation_config.json, which transformers 4 also wrote into config.json.
 GENERATION_FIELDS = frozenset(
     {
         "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty",
@@ -67,7 +68,7 @@ GENERATION_FIELDS = frozenset(
     }
 )  # fmt: skip
 
-# Fields every family here reads into an `Architecture`.
+# Fields that every family reads into an `Architecture`.
 READ_FIELDS = frozenset(
     {
         "head_dim",
@@ -87,92 +88,58 @@ READ_FIELDS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embedding.
+    """Rotary position embedding; fields that a rope type does not use are None."""
 
-    `megatron_oprd.models.rotary` computes with it. What a rope type does not use is None.
-
-    Attributes:
-        theta: Base of the frequencies.
-        rope_type: ``default``, ``llama3`` or ``longrope``.
-        partial_rotary_factor: Share of a head's dimensions that is rotated, the first ones.
-        factor, low_freq_factor, high_freq_factor: llama3's.
-        original_max_position_embeddings: llama3's and longrope's: length in tokens that the model
-            was trained at before it was extended.
-        short_factor, long_factor: longrope's: what each frequency is divided by, in runs with
-            sequences of at most ``original_max_position_embeddings`` and in longer ones.
-        attention_factor: longrope's: what cosine and sine are multiplied by.
-    """
-
-    theta: float
-    rope_type: str = "default"
-    partial_rotary_factor: float = 1.0
+    theta: float  # base of the frequencies
+    rope_type: str = "default"  # "default", "llama3" or "longrope"
+    partial_rotary_factor: float = 1.0  # rotating share of a head's dimensions, from the first
+    # The next three are llama3's.
     factor: float | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
+    # llama3 and longrope: training length in tokens, before the extension.
     original_max_position_embeddings: int | None = None
+    # longrope only: divisors of the frequencies for runs whose longest sequence is within
+    # original_max_position_embeddings, and for runs with longer ones; then a factor on cosine and
+    # sine.
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
     attention_factor: float = 1.0
 
     def rotary_dim(self, head_dim: int) -> int:
-        """Dimensions of a head that are rotated."""
+        """The number of dimensions of a head that rotate."""
         return int(head_dim * self.partial_rotary_factor)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureOfExperts:
-    """Gated MLPs of which a router chooses some for each token, in every layer.
+    """Gated MLPs in every layer, with a router that picks some for each token."""
 
-    Attributes:
-        num_experts: MLPs of a layer.
-        num_experts_per_token: How many of them a token goes through.
-        ffn_hidden_size: Width of each gated MLP.
-        norm_topk_prob: Whether the chosen experts' probabilities are scaled to sum to one.
-    """
-
-    num_experts: int
+    num_experts: int  # per layer
     num_experts_per_token: int
-    ffn_hidden_size: int
-    norm_topk_prob: bool
+    ffn_hidden_size: int  # of each expert
+    norm_topk_prob: bool  # scales the chosen experts' probabilities to sum to one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and gated SiLU.
+    """A pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and gated SiLU."""
 
-    Attributes:
-        family: The Hugging Face class, as in the configuration's ``architectures``.
-        num_layers: Transformer layers.
-        hidden_size: Width d of the hidden states.
-        ffn_hidden_size: Width of the gated MLP; says nothing where there is a mixture of experts.
-        num_attention_heads: Query heads.
-        num_query_groups: Key/value heads.
-        head_dim: Width of a head; heads times this need not be ``hidden_size``.
-        vocab_size: Rows of the embedding, without padding.
-        layernorm_epsilon: Epsilon of every RMSNorm.
-        rope: Rotary position embedding.
-        tied: Whether embedding and LM head share one weight.
-        max_position_embeddings: Longest sequence the model was made for, in tokens.
-        qkv_bias: Whether query, key and value projections have a bias.
-        qk_norm: Whether each query and key head is RMS-normalised before the rotation.
-        moe: The mixture of experts that is in the gated MLP's place; None is a dense model.
-    """
-
-    family: str
+    family: str  # the Hugging Face class in `architectures`
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int
-    vocab_size: int
+    ffn_hidden_size: int  # of the gated MLP; without meaning if `moe` is set
+    num_attention_heads: int  # query heads
+    num_query_groups: int  # key/value heads
+    head_dim: int  # heads x head_dim need not equal hidden_size
+    vocab_size: int  # without padding
     layernorm_epsilon: float
     rope: Rope
-    tied: bool
-    max_position_embeddings: int
+    tied: bool  # embedding and LM head share one weight
+    max_position_embeddings: int  # tokens
     qkv_bias: bool = False
-    qk_norm: bool = False
-    moe: MixtureOfExperts | None = None
+    qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
+    moe: MixtureOfExperts | None = None  # replaces the gated MLP; None: dense
 
     def padded_vocab_size(self, multiple: int) -> int:
         """The vocabulary rounded up to ``multiple`` rows."""
@@ -182,19 +149,14 @@ class Architecture:
 def check_fields(
     raw: dict[str, Any], *, required: dict[str, Callable[[Any], bool]], source: str
 ) -> None:
-    """Refuses a configuration with a field that is not known to be harmless or handled.
+    """Refuses fields whose effect on the model's numbers is unknown or not handled.
 
-    Args:
-        raw: The contents of config.json.
-        required: Fields that are handled for some values only, with the test of the value.
-        source: The file, for messages.
-
-    Raises:
-        UserError: A field is unknown, or has a value that is not handled.
+    Raises `UserError` for an unknown field, or a value that its test in ``required`` rejects.
     """
+    # None sets nothing, and unsloth_* are notes of the tool that wrote the folder.
     for field, value in raw.items():
         if value is None or field.startswith("unsloth_"):
-            continue  # nothing is said; a note of the tool that wrote the folder
+            continue
         if field in required:
             if not required[field](value):
                 raise UserError(
@@ -217,23 +179,15 @@ _ROPE_FIELDS = {
 
 def read_rope(
     hf_config: Any,
-    source: str,
+    source: str,  # the file, for messages
     *,
     head_dim: int,
-    rope_types: tuple[str, ...],
-    partial: bool = False,
+    rope_types: tuple[str, ...],  # computed alike by the model's class and this package
+    partial: bool = False,  # the model's class can rotate a part of each head
 ) -> Rope:
     """Reads the rotary settings of a transformers configuration object.
 
-    Args:
-        hf_config: The configuration.
-        source: Its file, for messages.
-        head_dim: Width of a head.
-        rope_types: The rope types that the model's class and this package compute alike.
-        partial: Whether the model's class can rotate a part of each head only.
-
-    Raises:
-        UserError: The settings are not those of one of ``rope_types``, or incomplete.
+    Raises `UserError` if they are incomplete or not of a type in ``rope_types``.
     """
     parameters = {
         name: value for name, value in hf_config.rope_parameters.items() if value is not None
@@ -255,6 +209,7 @@ def read_rope(
             f"{' and '.join(repr(name) for name in rope_types)}"
         )
     needed = _ROPE_FIELDS[rope_type]
+    # The two lengths imply `factor`, and `attention_factor` has a default.
     optional = {"factor", "attention_factor"} if rope_type == "longrope" else set()
     if not needed <= set(parameters) <= needed | optional:
         raise UserError(
@@ -268,7 +223,7 @@ def read_rope(
 def _longrope(
     parameters: dict[str, Any], rotary_dim: int, hf_config: Any, source: str
 ) -> dict[str, Any]:
-    """`Rope`'s fields for longrope; https://arxiv.org/abs/2402.13753 for the attention factor."""
+    """Reads `Rope`'s longrope fields; attention factor from https://arxiv.org/abs/2402.13753."""
     for name in ("short_factor", "long_factor"):
         if len(parameters[name]) != rotary_dim // 2:
             raise UserError(
@@ -279,7 +234,7 @@ def _longrope(
     ratio = hf_config.max_position_embeddings / original
     attention_factor = parameters.get("attention_factor")
     if attention_factor is None:
-        # transformers 4 takes the ratio, transformers 5 the factor.
+        # transformers 4 computes the default from the ratio, transformers 5 from the factor.
         if parameters.get("factor", ratio) != ratio:
             raise UserError(
                 f"{source}: longrope's factor = {parameters['factor']} is not "

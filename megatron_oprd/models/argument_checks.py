@@ -1,8 +1,8 @@
-"""A Megatron checkpoint's own arguments against the Hugging Face configuration it is read with.
+"""Checks a Megatron checkpoint's own arguments against its Hugging Face configuration.
 
-Many of them leave no trace in tensors' names and shapes: another rotary base would be a model with
-other numbers. Arguments are Megatron-LM's (``args``) or Megatron-Bridge's (``run_config.yaml``),
-whose names differ in places.
+Many arguments leave no trace in names and shapes of tensors; with another rotary base, for example,
+the model would compute other numbers. The arguments are Megatron-LM's (``args``) or
+Megatron-Bridge's (``run_config.yaml``), whose names differ in places.
 """
 
 import math
@@ -12,7 +12,8 @@ from typing import Any
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 
-# What an argument has to be, since nothing else is built here; None says nothing.
+# The supported values of arguments without a counterpart in `Architecture`. An absent argument or
+# None passes.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "rotary_interleaved": (False,),
     "apply_layernorm_1p": (False,),
@@ -36,6 +37,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "is_hybrid_model": (False,),
     "mtp_num_layers": (0,),
 }
+# Supported only if absent or None.
 _ABSENT = (
     "window_attn_skip_freq", "linear_attention_freq", "experimental_attention_variant",
     "activation_func_clamp_value", "hybrid_override_pattern",
@@ -50,6 +52,7 @@ _FIXED_MOE: dict[str, tuple[Any, ...]] = {
     "moe_apply_probs_on_input": (False,),
 }
 _ABSENT_MOE = ("moe_router_num_groups", "moe_router_group_topk", "moe_latent_size")
+# Megatron's constants of llama3 scaling, which are not among its arguments.
 _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -60,17 +63,11 @@ _LLAMA3 = {
 def check_arguments(
     folder: str, where: str, arguments: Mapping[str, Any], architecture: Architecture, config: str
 ) -> None:
-    """Refuses a configuration that contradicts what a checkpoint says of itself.
+    """Refuses a configuration that contradicts the checkpoint's own arguments.
 
-    Args:
-        folder: The checkpoint, for messages.
-        where: The file that has the arguments.
-        arguments: They.
-        architecture: What the configuration says.
-        config: The configuration's file, for messages.
-
-    Raises:
-        UserError: They contradict each other, or the model is of a kind that is not built here.
+    Raises `UserError` if they disagree, or if the model is of a kind that this package does not
+    build. ``where`` is the file of the arguments and ``config`` that of the configuration, for
+    messages.
     """
     moe = architecture.moe is not None
     fixed = _FIXED | (_FIXED_MOE if moe else {})
@@ -99,13 +96,14 @@ def check_arguments(
 
 
 def _of_other_kinds(a: Mapping[str, Any], b: Architecture) -> Iterator[str]:
-    """The arguments of more than one right value that have another."""
+    """Yields unsupported arguments whose supported values follow a rule instead of a list."""
     function = a.get("activation_func")
     if isinstance(function, dict):  # as Megatron-Bridge writes a function
         function = function.get("_target_")
     if isinstance(function, str) and function.rpartition(".")[2].lower() not in ("silu", "swish"):
         yield "activation_func"
     window = a.get("window_size")
+    # -1 is unlimited; 0 to the right is causal.
     if window is not None and tuple(window) not in ((-1, -1), (-1, 0)):
         yield "window_size"
     scale = a.get("softmax_scale")
@@ -117,7 +115,7 @@ def _of_other_kinds(a: Mapping[str, Any], b: Architecture) -> Iterator[str]:
 
 
 def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str, bool]]:
-    """(argument, what the configuration says, whether both agree) of each argument there is."""
+    """(argument, the configuration's value as text, whether both agree) of each given argument."""
     grouped = a.get("group_query_attention", True)
     expected: dict[str, tuple[str, Any]] = {
         "num_layers": ("num_hidden_layers", b.num_layers),
@@ -152,6 +150,7 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
     for name, (ours, value) in expected.items():
         if a.get(name) is not None:
             yield name, f"{ours} = {value!r}", _same(a[name], value)
+    # Megatron's vocab_size may be the tokenizer's, below that of a padded Hugging Face embedding.
     if isinstance(a.get("vocab_size"), int):
         yield "vocab_size", f"vocab_size = {b.vocab_size}", a["vocab_size"] <= b.vocab_size
     scaled = "use_rope_scaling" if a.get("use_rope_scaling") else "rope_scaling"

@@ -1,4 +1,4 @@
-"""This rank's model chunks of a decoder."""
+"""Builds this rank's model chunks of a decoder."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class HiddenStatesModel(GPTModel):
-    """A GPT model whose forward pass ends with the last hidden states, LM head or not."""
+    """A GPT model whose forward pass returns the last hidden states, with or without LM head."""
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
@@ -34,44 +34,32 @@ class HiddenStatesModel(GPTModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """How much of a model is built.
+    """The part of a model that is built."""
 
-    Attributes:
-        layers_per_stage: Layers on each stage, virtual stages in the order a token passes them.
-            Their sum may be smaller than the model's depth: the rest is not built.
-        final_norm: Whether there is a final norm, behind the last layer.
-        lm_head: Whether the last stage has the LM head as well.
-        uses_lm_head: Whether that is there to be used, and trained unless the model is frozen.
-            Otherwise it is a frozen parameter, there for export only, and a tied one is not there.
-    """
-
+    # Per stage, virtual stages in the order in which a token passes them. The sum may be below the
+    # model's depth; the remaining layers are not built.
     layers_per_stage: tuple[int, ...]
-    final_norm: bool
-    lm_head: bool
+    final_norm: bool  # after the last built layer
+    lm_head: bool  # on the last stage
+    # True: the head is used, and trained unless the model is frozen. False: it is a frozen
+    # parameter for export only, and a tied head is not built.
     uses_lm_head: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class FP8Layers:
-    """The layers of a frozen model whose weights are FP8, without Transformer Engine.
+    """The layers of a frozen model with FP8 weights, without Transformer Engine."""
 
-    Attributes:
-        layers: Counted from 0 over the whole model.
-        weight_format: How their weights are stored.
-    """
-
-    layers: Collection[int]
+    layers: Collection[int]  # from 0, over the whole model
     weight_format: WeightFormat
 
 
 def padded_vocab_size(
     architecture: Architecture, *, divisible_by: int, tensor_model_parallel_size: int
 ) -> int:
-    """Rows of the embedding.
-
-    The same for every tensor-parallel size that divides ``divisible_by``, so that a checkpoint of
-    one layout fits another.
-    """
+    """The number of rows of the embedding, padding included."""
+    # The same for all tensor-parallel sizes that divide `divisible_by`, so that a checkpoint of one
+    # layout fits another.
     return architecture.padded_vocab_size(lcm(divisible_by, tensor_model_parallel_size))
 
 
@@ -87,18 +75,13 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of the model.
 
-    Args:
-        architecture: The model's.
-        extent: How much of it is built.
-        model: Says the number format.
-        parallel: The layout.
-        recompute: Activation recompute.
-        fused_kernels: Whether there are Transformer Engine's and CUDA's fused kernels.
-        fp8_options: Megatron's settings of FP8 with Transformer Engine; None is none.
+    ``fused_kernels`` says that Transformer Engine's and CUDA's fused kernels exist; ``fp8_options``
+    are Megatron's settings of FP8 with Transformer Engine.
     """
     a, pp = architecture, parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size
     dtype = DTYPES[model.params_dtype]
+    # megatron-core's pipeline layout: the modules of each stage, in order.
     layout = [["decoder"] * count for count in extent.layers_per_stage]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
@@ -110,6 +93,7 @@ def transformer_config(
         num_query_groups=a.num_query_groups,
         kv_channels=a.head_dim,
         layernorm_epsilon=a.layernorm_epsilon,
+        # `RotaryTransformerConfig` turns this into a plain factor on cosine and sine.
         yarn_mscale=a.rope.attention_factor - 1.0,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -128,22 +112,22 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Every value is loaded; but Megatron marks which parameters are split while it
-        # initialises them, so initialisation stays on and does nothing.
+        # Loading overwrites every value. Initialisation stays on, as a no-op, because Megatron
+        # marks the split parameters during it.
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
         # Micro-batches differ in length.
         variable_seq_lengths=pp > 1,
-        # The default dispatcher of mixture-of-experts models refuses that, in dense models too.
+        # The default dispatcher rejects variable lengths, even in dense models.
         moe_token_dispatcher_type="alltoall",
         **(_moe_options(a.moe, parallel, fused_kernels) if a.moe is not None else {}),
-        # Interleaved messages between the same two ranks are only told apart in this way.
+        # Without this, interleaved messages between the same two ranks cannot be told apart.
         overlap_p2p_comm=vpp is not None,
         batch_p2p_comm=vpp is None,
         deallocate_pipeline_outputs=True,
-        # The loss is normalised over the global batch where it is attached, so gradients are
-        # summed over the data-parallel ranks, not averaged.
+        # The loss is normalised over the global batch where it is attached, so data-parallel ranks
+        # sum gradients instead of averaging.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         bias_activation_fusion=fused_kernels,
@@ -167,22 +151,22 @@ def build_model(
     max_sequence_length: int,
     fp8: FP8Layers | None = None,
 ) -> list[GPTModel]:
-    """Builds this rank's model chunks, weights uninitialised, on the context's device.
+    """Builds this rank's model chunks on the context's device, weights uninitialised.
 
-    One chunk without virtual stages. A chunk's forward pass returns hidden states [s, b, h]; the
-    LM head, where there is one, is a parameter that the forward pass does not use.
+    There is one chunk unless there are virtual stages. The forward pass returns hidden states [s,
+    b, h] and does not use the LM head, if there is one.
 
     Args:
-        architecture: The model's.
-        extent: How much of it is built.
-        config: What `transformer_config` made of both.
-        context: This rank's place.
+        architecture: The whole model's.
+        extent: The part to build.
+        config: The result of `transformer_config`.
+        context: This rank's process groups.
         padded_vocab_size: Rows of the embedding.
-        max_sequence_length: Tokens of the longest sequence that the run allows, padding not
-            counted. A model with longrope takes its long factors for the whole run if this
-            exceeds its original length (`megatron_oprd.models.rotary`); others do not depend on it.
-        fp8: Layers with weights in FP8, which only loading fills; None is none. The context must be
-            without Transformer Engine.
+        max_sequence_length: Longest sequence of the run in tokens, without padding. Beyond
+            longrope's original length the whole run uses its long factors
+            (`megatron_oprd.models.rotary`).
+        fp8: Layers with FP8 weights, which only loading fills. Requires a context without
+            Transformer Engine.
     """
     vpp = config.virtual_pipeline_model_parallel_size
     norm = final_norm_class(transformer_engine=context.transformer_engine)
@@ -210,8 +194,8 @@ def build_model(
             vocab_size=padded_vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=stage == 0,
-            # With ``post_process`` Megatron builds final norm and LM head, and keeps a tied head
-            # equal to the embedding of the first stage.
+            # With post_process, Megatron builds final norm and LM head, and keeps a tied head equal
+            # to the first stage's embedding.
             post_process=extent.uses_lm_head and is_last,
             share_embeddings_and_output_weights=extent.uses_lm_head and architecture.tied,
             position_embedding_type="rope",
@@ -225,6 +209,7 @@ def build_model(
         )
         if architecture.moe is not None:
             _prepare_experts(model, context)
+        # Without post_process Megatron builds neither, so they are attached by hand.
         if not extent.uses_lm_head:
             if extent.final_norm and stage == last_with_layers:
                 model.decoder.final_layernorm = build_module(
@@ -242,18 +227,18 @@ def build_model(
 def _moe_options(
     moe: MixtureOfExperts, parallel: ParallelConfig, fused_kernels: bool
 ) -> dict[str, Any]:
-    """The part of Megatron's configuration that only a mixture of experts has."""
+    """The fields of Megatron's configuration for a mixture of experts."""
     return {
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.num_experts_per_token,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
-        # A softmax over the chosen experts gives what one over all, scaled to sum to one, does.
+        # A softmax over the chosen experts equals one over all experts, rescaled to sum to one.
         "moe_router_pre_softmax": not moe.norm_topk_prob,
         "moe_router_score_function": "softmax",
-        # The router computes in the weights' format, as transformers and inference engines do: in
-        # another one it would now and then choose other experts than the rollouts' did.
+        # The weights' format, as in transformers and inference engines. Another one would now and
+        # then choose other experts than the rollouts did.
         "moe_router_dtype": None,
-        # Distillation has no other loss, and drops no token.
+        # Distillation adds no balancing loss and drops no token.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_expert_capacity_factor": None,
@@ -265,12 +250,12 @@ def _moe_options(
 
 def _prepare_experts(model: GPTModel, context: ParallelContext) -> None:
     for layer in model.decoder.layers:
-        # Megatron makes it on the CPU and moves it when it first runs.
+        # Megatron builds the router on the CPU and moves it in its first forward pass.
         layer.mlp.router.to(context.device)
         for parameter in layer.mlp.experts.parameters():
-            # Its gradients are summed over the expert-data-parallel group. Megatron says so with
-            # expert parallelism only, but that group also differs from the data-parallel one
-            # where experts are split over fewer ranks than the other matrices.
+            # Sums its gradients over the expert-data-parallel group. Megatron sets this only under
+            # expert parallelism, but the two groups also differ where experts are split over fewer
+            # ranks than the other matrices.
             parameter.allreduce = False
 
 

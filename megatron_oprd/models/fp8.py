@@ -1,12 +1,12 @@
-"""Linear layers of a frozen model with weights in FP8, without Transformer Engine.
+"""Linear layers of a frozen model with FP8 weights, without Transformer Engine.
 
-They are Megatron's local linear layers but for the weight, which is stored as
-`megatron_oprd.models.fp8_codes` says and decoded whenever the layer runs: on any device, and
-without rounding activations, so that numbers do not depend on how a layer is split. The scales are
+These are Megatron's local linear layers with weights in the format of
+`megatron_oprd.models.fp8_codes`, decoded in every forward pass. They run on any device, and
+activations are not rounded, so the numbers do not depend on how a layer is split. The scales are
 those of whole Hugging Face tensors, whatever part of them a rank holds.
 
-torch._scaled_mm would multiply FP8 numbers directly, but rounds activations as well: with scales by
-token and by channel the lowest cosine of SmolLM2's layers is 0.993, instead of 0.996 with rounded
+torch._scaled_mm would multiply FP8 numbers directly but rounds activations, too. With scales by
+token and channel, the lowest cosine of SmolLM2's layers is 0.993, against 0.996 with rounded
 weights alone. On a CPU it is slower than decoding.
 """
 
@@ -31,16 +31,10 @@ from megatron_oprd.weights.megatron_keys import named_parameters
 
 
 class Blocks:
-    """The blocks of the whole weight, and those of one rank's part of it.
+    """Maps each weight in a rank's part of a matrix to its quantization block and scale.
 
-    Each Hugging Face tensor of the weight is divided into blocks by itself, from its first row and
-    column on, so that blocks do not depend on how ranks share the weight. Their rows of blocks are
-    counted through from tensor to tensor.
-
-    Args:
-        mapping: The weight's.
-        pieces: The rank's part.
-        weight_format: Says the size of a block.
+    Each Hugging Face tensor is divided into blocks from its own first row and column, so the blocks
+    do not depend on how ranks share the weight. Rows of blocks are numbered through all tensors.
     """
 
     def __init__(
@@ -48,6 +42,7 @@ class Blocks:
     ) -> None:
         self._format = weight_format
         (columns,) = {columns for _, columns in mapping.hf.values()}
+        # A block without a number of columns spans all of them.
         height, width = weight_format.block_rows, weight_format.block_columns or columns
         first_row: dict[str | None, int] = {}
         num_rows = 0
@@ -63,19 +58,16 @@ class Blocks:
         )
         ((start, stop),) = {_bounds(piece.hf_index[1]) for piece in pieces}
         self._column_of = torch.arange(start, stop) // width
+        # Columns of blocks that this rank touches.
         self._columns = slice(int(self._column_of[0]), int(self._column_of[-1]) + 1)
-        # Where one column of blocks ends and the next begins in the rank's part.
+        # The rank's columns, cut where one column of blocks ends and the next begins.
         ends = [min(max(end - start, 0), stop - start) for end in range(0, columns + width, width)]
         self._runs = [slice(*run) for run in pairwise(sorted(set(ends)))]
 
     def largest_magnitudes(self, weight: Tensor) -> Tensor:
-        """The largest magnitude of the rank's weights in each block of the whole weight.
+        """The largest magnitude in each block of the whole weight, of this rank's [out, in] part.
 
-        Args:
-            weight: The rank's part, [out, in].
-
-        Returns:
-            [rows of blocks, columns of blocks], fp32; 0 where the rank has nothing of a block.
+        The result is [block rows, block columns], fp32; 0 for blocks outside this part.
         """
         of_rows = torch.stack(
             [
@@ -91,12 +83,9 @@ class Blocks:
         return largest
 
     def scales_of_part(self, whole: Tensor) -> Scales:
-        """The scales of the rank's part.
-
-        Args:
-            whole: Those of the whole weight, as `largest_magnitudes` orders them.
-        """
+        """The scales of the rank's part, from ``whole`` in the order of `largest_magnitudes`."""
         device = whole.device
+        # One scale per row: gather now, so that no row index is kept on the device.
         if self._format.block_rows == 1:
             values, row_block = whole[self._row_of.to(device), self._columns], None
         else:
@@ -114,7 +103,7 @@ def _bounds(index: slice) -> tuple[int, int]:
 
 
 class _FP8Linear(torch.nn.Module):
-    """What both kinds of linear layers have in common; comes before Megatron's class."""
+    """Common base of both linear layers; comes before Megatron's class in the bases."""
 
     weight: torch.nn.Parameter
     weight_scale: Tensor | None
@@ -125,22 +114,23 @@ class _FP8Linear(torch.nn.Module):
     def __init__(self, *args: Any, weight_format: WeightFormat, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.weight_format = weight_format
-        # Megatron allocates the weight in its own dtype; that one goes at once.
+        # Megatron allocates the weight in its own dtype; it is freed at once.
         unquantised = self.weight
         self.weight = torch.nn.Parameter(
             torch.empty_like(unquantised, dtype=fp8_codes.DTYPE), requires_grad=False
         )
-        vars(self.weight).update(vars(unquantised))  # Megatron's marks
+        vars(self.weight).update(vars(unquantised))  # Megatron's marks, such as the split dimension
         for name in ("weight_scale", "row_block", "column_block"):
+            # Not persistent: `store` fills them, checkpoints do not.
             self.register_buffer(name, None, persistent=False)
 
     def store(
         self, mapping: Mapping, pieces: Sequence[Piece], fill: Callable[[Tensor], None]
     ) -> None:
-        """Takes over this rank's part of a weight; see `megatron_oprd.weights.load.Store`.
+        """Loads this rank's part of a weight; a `megatron_oprd.weights.load.Store`.
 
-        Communicates the largest magnitude of each block over the (expert-)tensor-parallel group,
-        all of whose ranks call for the same weight.
+        Reduces the largest magnitude of each block over the (expert-)tensor-parallel group, whose
+        ranks all call this for the same weight.
         """
         config: Any = self.config
         weight = torch.empty(
@@ -150,6 +140,7 @@ class _FP8Linear(torch.nn.Module):
         blocks = Blocks(mapping, pieces, self.weight_format)
         largest = blocks.largest_magnitudes(weight)
         if self.tp_group.size() > 1:
+            # A block may be spread over ranks.
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.tp_group)
         scales = blocks.scales_of_part(largest / self.weight_format.largest)
         fp8_codes.encode(weight, scales, self.weight_format, out=self.weight.data)
@@ -175,12 +166,7 @@ class FP8RowParallelLinear(_FP8Linear, RowParallelLinear):
 
 
 def with_fp8_linears(spec: Any, weight_format: WeightFormat) -> Any:
-    """A copy of a layer spec of Megatron's local modules, with the linear layers above.
-
-    Args:
-        spec: The spec, or a part of it.
-        weight_format: How their weights are stored.
-    """
+    """Copies a spec of Megatron's local modules, or a part of one, with FP8 linear layers."""
     fp8_classes = {
         ColumnParallelLinear: FP8ColumnParallelLinear,
         RowParallelLinear: FP8RowParallelLinear,
@@ -205,7 +191,7 @@ def with_fp8_linears(spec: Any, weight_format: WeightFormat) -> Any:
 
 
 def scale_bytes(chunks: Sequence[GPTModel]) -> int:
-    """Bytes of the scales of the FP8 linear layers of ``chunks``, and of what belongs to them."""
+    """Bytes of the scales and block indices of all FP8 linear layers in ``chunks``."""
     return sum(
         buffer.nbytes
         for chunk in chunks
@@ -216,7 +202,7 @@ def scale_bytes(chunks: Sequence[GPTModel]) -> int:
 
 
 def fp8_stores(chunks: Sequence[GPTModel]) -> dict[str, Store]:
-    """What loads the weights of the FP8 linear layers of ``chunks``, by parameter name."""
+    """Stores for the weights of the FP8 linear layers in ``chunks``, by parameter name."""
     stores = {
         id(module.weight): module.store
         for chunk in chunks

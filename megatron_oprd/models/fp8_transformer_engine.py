@@ -1,10 +1,10 @@
 """Megatron's own FP8 for a frozen model, with Transformer Engine's layers.
 
-Weights and activations are both rounded to FP8, with scales by the recipe. megatron-core applies
-the contexts of Transformer Engine itself, layer by layer, when it builds and when it runs. Built
-without grad, a weight has neither a copy in bf16 nor one for the backward pass.
+Weights and activations are rounded to FP8, with scales by the recipe. megatron-core enters
+Transformer Engine's contexts itself, per layer, when building and when running. Built without grad,
+a weight has neither a bf16 copy nor a copy for the backward pass.
 
-Nothing here can run without a CUDA device: docs/gpu-checks.md says what to try on one, and
+Nothing here runs without a CUDA device: docs/gpu-checks.md lists what to try on one, and
 tests/models/test_fp8_sources.py compares every name with the released sources.
 """
 
@@ -24,7 +24,7 @@ from megatron_oprd.weights.load import Store
 from megatron_oprd.weights.mapping import Mapping, Piece
 from megatron_oprd.weights.megatron_keys import is_linear_weight, named_parameters
 
-# Recipe: which function of transformer_engine.pytorch says whether this machine has it.
+# Function of transformer_engine.pytorch that reports whether this machine supports the recipe.
 RECIPES = {
     "tensorwise": "is_fp8_available",
     "blockwise": "is_fp8_block_scaling_available",
@@ -46,14 +46,9 @@ def fp8_options(teacher: TeacherConfig) -> dict[str, Any]:
 
 
 def check_available(recipe: str, *, transformer_engine: bool) -> None:
-    """Checks that this machine has a recipe.
+    """Raises `UserError` unless this machine supports ``recipe``, one of `RECIPES`.
 
-    Args:
-        recipe: One of `RECIPES`.
-        transformer_engine: Whether there is Transformer Engine, and a CUDA device for it.
-
-    Raises:
-        UserError: It has not.
+    ``transformer_engine`` says that Transformer Engine is installed and has a CUDA device.
     """
     found, reason = False, "this machine has no CUDA device, or Transformer Engine is not installed"
     if transformer_engine:
@@ -68,10 +63,9 @@ def check_available(recipe: str, *, transformer_engine: bool) -> None:
 
 
 def check_shapes(architecture: Architecture, parallel: ParallelConfig, recipe: str) -> None:
-    """Checks that FP8 matrix products take the weights' shapes on every rank.
+    """Raises `UserError` unless FP8 matrix products accept the weights' shapes on every rank.
 
-    Raises:
-        UserError: They do not; the message names the width and the multiple that it has to be of.
+    The message names the width and the multiple it has to be.
     """
     multiple = 32 if recipe == "mxfp8" else 16
     if recipe == "blockwise" and parallel.sequence_parallel and architecture.hidden_size % 128:
@@ -107,22 +101,15 @@ def check_shapes(architecture: Architecture, parallel: ParallelConfig, recipe: s
 
 
 def token_multiple(recipe: str, *, sequence_parallel: bool) -> int:
-    """What the tokens of a micro-batch have to be a multiple of on each rank."""
+    """The multiple that the number of tokens in a micro-batch must be, on each rank."""
     if recipe == "blockwise" and sequence_parallel:
         return 128  # activations are gathered in whole blocks
     return 32 if recipe == "mxfp8" else 16
 
 
 def check_built(chunks: Sequence[GPTModel], *, fp8_layers: range) -> None:
-    """Checks that the linear layers' weights are FP8: megatron-core builds bf16 without a word.
-
-    Args:
-        chunks: This rank's chunks.
-        fp8_layers: The layers, counted from 0, whose weights ought to be FP8.
-
-    Raises:
-        UserError: A weight is not FP8.
-    """
+    """Raises `UserError` if a weight of ``fp8_layers`` (from 0) is not FP8."""
+    # megatron-core silently builds bf16 weights with a Transformer Engine that does not fit.
     for name, parameter in named_parameters(chunks).items():
         in_fp8_layer = any(name.startswith(f"decoder.layers.{layer}.") for layer in fp8_layers)
         if in_fp8_layer and is_linear_weight(name) and not is_float8tensor(parameter):
@@ -134,10 +121,7 @@ def check_built(chunks: Sequence[GPTModel], *, fp8_layers: range) -> None:
 
 
 def fp8_stores(chunks: Sequence[GPTModel]) -> dict[str, Store]:
-    """What loads the FP8 weights of ``chunks``, by parameter name.
-
-    An index into such a weight gives a copy of it, so that a part of it cannot be written.
-    """
+    """Stores for the FP8 weights in ``chunks``, by parameter name."""
     return {
         name: partial(_store, parameter)
         for name, parameter in named_parameters(chunks).items()
@@ -146,7 +130,7 @@ def fp8_stores(chunks: Sequence[GPTModel]) -> dict[str, Store]:
 
 
 def num_bytes(weight: Any) -> int:
-    """Bytes that one of Transformer Engine's FP8 weights takes, with its scales."""
+    """Bytes of a Transformer Engine FP8 weight, scales included."""
     return sum(part.nbytes for part in weight.get_metadata().values() if isinstance(part, Tensor))
 
 
@@ -156,6 +140,7 @@ def _store(
     pieces: Sequence[Piece],
     fill: Callable[[Tensor], None],
 ) -> None:
+    # Indexing an FP8 weight gives a copy, so parts cannot be written in place.
     weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
     fill(weight)
     parameter.copy_(weight)

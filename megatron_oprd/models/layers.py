@@ -1,9 +1,9 @@
-"""The layer spec: Megatron's own, with a place for a tap after each layer.
+"""The layer spec: Megatron's own, with a tap after each layer.
 
-With Transformer Engine the modules are Megatron's Transformer Engine modules. Without it they are
-Megatron's local ones, but for two: a norm that works under sequence parallelism, and attention
-through torch's scaled_dot_product_attention, which keeps no [b, heads, s, s] matrix. In both,
-packed sequences are rotated without a question to the device.
+With Transformer Engine, the modules are Megatron's Transformer Engine modules. Without it they are
+Megatron's local ones except for two: a norm that works under sequence parallelism, and attention
+through torch's scaled_dot_product_attention, which keeps no [b, heads, s, s] matrix. Both specs
+rotate packed sequences without synchronizing with the device.
 """
 
 import dataclasses
@@ -36,36 +36,28 @@ Tap = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(kw_only=True)
 class HostPackedSeqParams(PackedSeqParams):
-    """Packed sequences, with what else Megatron's layers would ask the device for.
+    """Packed sequences, with data for which Megatron's layers would otherwise wait for the device.
 
-    To ask would hold up every layer of every micro-batch.
-
-    Attributes:
-        lengths: Tokens of each sequence.
-        positions: The place of each token in its sequence, [s], int64, on the device.
+    Such a wait would stall every layer of every micro-batch.
     """
 
-    lengths: tuple[int, ...] = ()
-    positions: Tensor
+    lengths: tuple[int, ...] = ()  # tokens of each sequence
+    positions: Tensor  # [s], int64, on the device: each token's position in its sequence
 
 
 class TappedTransformerLayer(TransformerLayer):
-    """A transformer layer whose output passes through a tap.
+    """A transformer layer whose output passes through a tap."""
 
-    Attributes:
-        tap: Called with the output, [s, b, h] ([s/tp, b, h] under sequence parallelism), inside
-            any activation recompute; what it returns goes on. None is no tap.
-        runs: False for a layer past the deepest tap: it hands its input on.
-    """
-
+    # Called with the output [s, b, h] ([s/tp, b, h] under sequence parallelism), inside any
+    # activation recompute. Its result replaces the output.
     tap: Tap | None = None
-    runs: bool = True
+    runs: bool = True  # False past the deepest tap: the layer passes its input on
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Runs the layer, then the tap."""
         if not self.runs:
             hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            # A copy, because the schedule frees a stage's output, which must not be its input.
+            # The schedule frees a stage's output, so it must not be the stage's input.
             return hidden_states.clone(), kwargs.get("context")
         hidden_states, context = super().forward(*args, **kwargs)
         if self.tap is not None:
@@ -74,13 +66,14 @@ class TappedTransformerLayer(TransformerLayer):
 
 
 class PackedSelfAttention(SelfAttention):
-    """Megatron's self-attention, which rotates packed sequences by their tokens' positions.
+    """Megatron's self-attention, rotating packed sequences by their tokens' positions.
 
-    Megatron's own rotation of packed sequences cuts them apart, and for that asks the device for
-    their lengths, for query and key of every layer. The numbers are the same.
+    Gives the numbers of Megatron's own rotation, which splits packed sequences and for that reads
+    their lengths from the device, for query and key of every layer.
     """
 
     config: RotaryTransformerConfig
+    # Set only during a forward pass of packed sequences.
     _frequencies: Tensor | None = None
 
     def forward(
@@ -90,13 +83,13 @@ class PackedSelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends; the rotation goes to `get_query_key_value_tensors` if sequences are packed."""
+        """Attends; leaves the rotation of packed sequences to `get_query_key_value_tensors`."""
         if packed_seq_params is not None:
             assert isinstance(packed_seq_params, HostPackedSeqParams)
             assert rotary_pos_emb is not None
             # [longest, 1, 1, dim] --> [s, 1, 1, dim]
             self._frequencies = rotary_pos_emb[packed_seq_params.positions]
-            rotary_pos_emb = None
+            rotary_pos_emb = None  # keeps Megatron from rotating again
         try:
             return super().forward(
                 *args,
@@ -108,7 +101,7 @@ class PackedSelfAttention(SelfAttention):
             self._frequencies = None
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """Query [s, b, heads, dim], key and value [s, b, groups, dim], rotated where packed."""
+        """Query [s, b, heads, dim], key and value [s, b, groups, dim], rotated if packed."""
         query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
         if self._frequencies is not None:
             query, key = (
@@ -125,7 +118,7 @@ class PackedSelfAttention(SelfAttention):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm for Megatron's local layer spec; works on [s/tp, b, h] slices as well."""
+    """RMSNorm for Megatron's local layer spec; also accepts [s/tp, b, h] slices."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
@@ -136,15 +129,16 @@ class RMSNorm(torch.nn.RMSNorm):
             device=torch.cuda.current_device(),
             dtype=config.params_dtype,
         )
-        # Megatron sums such a gradient over the tensor-parallel ranks, which see slices.
+        # With this mark Megatron sums the gradient over the tensor-parallel ranks, each of which
+        # sees a slice.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class ScaledDotProductAttention(MegatronModule):
-    """Causal attention through torch, for sequences padded on the right, or packed.
+    """Causal attention through torch, for right-padded or packed sequences.
 
-    No mask is needed: a real token never sees the padding behind it, and what comes out at
-    padding is used nowhere. Packed sequences are attended one by one, at their own lengths.
+    No padding mask is needed: real tokens never see the padding after them, and outputs at padding
+    are not used. Packed sequences are attended one by one, at their own lengths.
     """
 
     def __init__(
@@ -174,10 +168,9 @@ class ScaledDotProductAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Attends. query [s, b, heads, dim], key and value [s, b, groups, dim] --> [s, b, h].
+        """Attends: query [s, b, heads, dim], key and value [s, b, groups, dim] --> [s, b, h].
 
-        Under context parallelism s is this rank's share of the sequence, on both sides. Packed
-        sequences come and go without b.
+        Under context parallelism, s is this rank's share of the sequence. Packed tensors have no b.
         """
         if packed_seq_params is not None:
             assert isinstance(packed_seq_params, HostPackedSeqParams)
@@ -205,16 +198,18 @@ class ScaledDotProductAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values of the whole sequence, and what this rank's queries may see of them.
+        """Gathers keys and values over the context-parallel ranks; builds this rank's causal mask.
 
         [s/cp, b, groups, dim] --> [s, b, groups, dim], in the ranks' order; mask [s/cp, s].
         """
         size, rank = self.cp_group.size(), self.cp_group.rank()
         length = key.shape[0] * size
+        # Each rank has two pieces of the sequence, so positions are not in order.
         positions = [
             context_parallel_positions(length, rank=r, size=size).to(key.device)
             for r in range(size)
         ]
+        # The sequence-parallel gather works along dimension 0 of any group, with a backward pass.
         key, value = (
             gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value)
         )
@@ -224,11 +219,8 @@ class ScaledDotProductAttention(MegatronModule):
 def layer_spec(*, qk_norm: bool, num_experts: int | None, transformer_engine: bool) -> ModuleSpec:
     """The spec of one layer.
 
-    Args:
-        qk_norm: Whether query and key heads are normalised.
-        num_experts: Experts of the layer; None is a dense MLP. The local ones run one after the
-            other, Transformer Engine's in one grouped GEMM.
-        transformer_engine: Whether to take Transformer Engine's modules.
+    ``num_experts`` of None is a dense MLP. Local experts run one after the other, those of
+    Transformer Engine in one grouped GEMM.
     """
     if transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(
@@ -245,8 +237,8 @@ def layer_spec(*, qk_norm: bool, num_experts: int | None, transformer_engine: bo
     attention = spec.submodules.self_attention
     names = dict(spec.submodules.sharded_state_dict_keys_map)
     if num_experts is not None:
-        # Transformer Engine does not fuse this norm in front of experts, so that it has a name of
-        # its own in Megatron's checkpoints.
+        # Transformer Engine does not fuse the norm before experts, so Megatron's checkpoints give
+        # it its own name.
         del names["pre_mlp_layernorm."]
     submodules = dataclasses.replace(
         spec.submodules,

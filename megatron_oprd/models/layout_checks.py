@@ -1,4 +1,4 @@
-"""Whether a model can be shared out as a layout says, found out from its configuration alone."""
+"""Checks from the configuration alone that a layout can share out a model."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,12 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
-# Writes a size, given by its name and value, as the user gave it.
+# (name, value) -> the size as the user wrote it.
 Spelling = Callable[[str, int], str]
 
 
 def as_flag(name: str, size: int) -> str:
-    """A size as an argument of the command line."""
+    """A size as a command-line argument."""
     return f"--{name.replace('_', '-')} {size}"
 
 
@@ -24,19 +24,13 @@ def check_divides(
     architecture: Architecture,
     layout: TargetLayout,
     *,
-    model: str,
-    spelling: Spelling = as_flag,
+    model: str,  # for messages
+    spelling: Spelling = as_flag,  # form of a size in messages
 ) -> None:
-    """Checks that ranks can share each layer of a model; says nothing of its number of layers.
+    """Checks that ranks can share each layer of a model; ignores the number of layers.
 
-    Args:
-        architecture: The model's.
-        layout: The layout. Sizes for experts are not looked at where there are none.
-        model: What gives the model, for messages.
-        spelling: How a size is written in messages.
-
-    Raises:
-        UserError: A size does not divide what it has to.
+    Raises `UserError` if a size does not divide what it splits. Expert sizes are ignored for dense
+    models.
     """
     tp = "tensor_model_parallel_size", layout.tensor_model_parallel_size
     divided = [(tp, "attention heads", architecture.num_attention_heads)]
@@ -52,6 +46,7 @@ def check_divides(
         if count % size[1]:
             raise UserError(f"{spelling(*size)} does not divide the {count} {what} of {model}")
     groups, ranks = architecture.num_query_groups, layout.tensor_model_parallel_size
+    # With more ranks than groups, ranks share a group: see `mapping.QKV`.
     if groups % ranks and ranks % groups:
         raise UserError(
             f"{spelling(*tp)} neither divides the {groups} key/value heads of {model}, nor is a "
@@ -60,15 +55,9 @@ def check_divides(
 
 
 def refuse_expert_sizes(layout: TargetLayout, *, models: str, spelling: Spelling = as_flag) -> None:
-    """Refuses sizes that only experts have, for models without any.
+    """Raises `UserError` if sizes for experts are given for models without any.
 
-    Args:
-        layout: The layout.
-        models: What has no experts, for messages: ``MODEL has no``.
-        spelling: How a size is written in messages.
-
-    Raises:
-        UserError: Such a size is given.
+    ``models`` is a phrase for the message, such as ``MODEL has no``.
     """
     for name, size, default in (
         ("expert_model_parallel_size", layout.expert_model_parallel_size, 1),
@@ -81,10 +70,9 @@ def refuse_expert_sizes(layout: TargetLayout, *, models: str, spelling: Spelling
 
 
 def check_layout(architecture: Architecture, layout: TargetLayout, *, model: str) -> None:
-    """Checks the sizes that a tool got for one model, but for the number of its layers.
+    """Checks the sizes given to a tool for one model, except against its number of layers.
 
-    Raises:
-        UserError: A size does not divide what it has to, or is for experts that there are not.
+    Raises `UserError` if a size does not divide what it splits, or is for experts of a dense model.
     """
     if architecture.moe is None:
         refuse_expert_sizes(layout, models=f"{model} has no")

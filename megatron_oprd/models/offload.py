@@ -1,4 +1,4 @@
-"""Weights that live on the host and are on the device only while a model runs."""
+"""Keeps weights on the host, and on the device only while a model runs."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-# Bytes of a block of pinned memory. torch takes pinned memory in powers of two: a tensor of its own
-# would take up to twice its bytes.
+# Bytes of a block of pinned memory. torch rounds pinned memory up to a power of two, which could
+# double the size of a tensor's own allocation.
 _BLOCK_BYTES = 2**26
 
 
 class _Pinned:
-    """Host memory that copies come from, in blocks of a power of two, filled without gaps."""
+    """Pinned host memory in blocks of a power of two, filled without gaps."""
 
     def __init__(self, num_bytes: int) -> None:
         self._blocks: list[Tensor] = []
@@ -22,7 +22,7 @@ class _Pinned:
         self._left = num_bytes
 
     def take(self, num_bytes: int) -> list[Tensor]:
-        """Room for so many bytes, in pieces."""
+        """Reserves ``num_bytes``, in one or more pieces."""
         pieces = []
         while num_bytes:
             if not self._free:
@@ -38,18 +38,20 @@ class _Pinned:
 
 
 class _Weight:
-    """A tensor of the device and its copy in host memory."""
+    """A tensor on the device and its copy in host memory."""
 
     def __init__(self, tensor: Tensor, host: _Pinned) -> None:
         assert tensor.is_contiguous()
         self._tensor = tensor.detach()
         self._num_bytes = tensor.nbytes
+        # Freeing the storage would also free tensors that share it.
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, "it shares its memory"
         self._on_host = host.take(tensor.nbytes)
         for piece, on_host in self._pieces():
             on_host.copy_(piece)
 
     def allocate(self) -> None:
+        # Resizing the storage keeps the tensor object, to which modules and views refer.
         self._tensor.untyped_storage().resize_(self._num_bytes)
 
     def copy_to_device(self) -> None:
@@ -60,7 +62,7 @@ class _Weight:
         self._tensor.untyped_storage().resize_(0)
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(bytes on the device, the same on the host)."""
+        """(bytes on the device, the same bytes on the host)."""
         on_device = self._tensor.view(-1).view(torch.uint8)
         start = 0
         for on_host in self._on_host:
@@ -69,19 +71,16 @@ class _Weight:
 
 
 class OffloadedWeights:
-    """Keeps a frozen model's weights in pinned host memory between its passes.
+    """Keeps a frozen model's weights in pinned host memory between its forward passes.
 
-    Tensors stay the same objects; only their storage comes and goes. Each layer's copy is waited
-    for by itself, so the first layers compute while the later ones are still under way.
-
-    Args:
-        chunks: The model's chunks on this rank, loaded, and never changed from here on.
-        resident: Weights that stay on the device.
+    Tensor objects stay; only their storage is freed and allocated. Each layer waits for its own
+    copy, so the first layers compute while later ones are still being copied. The weights must not
+    change after construction. ``resident`` weights stay on the device.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], resident: Sequence[Tensor] = ()) -> None:
         self._stream = torch.cuda.Stream()
-        # In the order in which they are used: what is in front of the layers, the layers, the rest.
+        # In order of use: everything outside the layers first, then layer by layer.
         layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
         of_layers = [_tensors(layer) for layer in layers]
         elsewhere = {id(tensor) for tensors in (*of_layers, resident) for tensor in tensors}
@@ -97,13 +96,13 @@ class OffloadedWeights:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Has the weights on the device inside the block."""
-        # Allocated for the main stream, so that what is freed afterwards serves the student: memory
-        # of the copies' stream would stay theirs.
+        """Keeps the weights on the device inside the block."""
+        # Allocated on the main stream, so that the student can reuse the memory once freed. Memory
+        # of the copy stream would stay with that stream.
         for weights in (self._others, *self._layers):
             for weight in weights:
                 weight.allocate()
-        # The copies go to memory that earlier work of the main stream may still read.
+        # Earlier work on the main stream may still read the memory that the copies overwrite.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for weight in self._others:

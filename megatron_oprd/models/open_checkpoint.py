@@ -1,4 +1,4 @@
-"""Opens a model's checkpoint, whichever format it has: Hugging Face's or Megatron's."""
+"""Opens a model's checkpoint in Hugging Face or Megatron format."""
 
 import logging
 from dataclasses import dataclass
@@ -29,35 +29,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedCheckpoint:
-    """A checkpoint of a known model, of which no weight was read yet.
+    """A checkpoint of a known model; no weights have been read yet."""
 
-    Attributes:
-        source: Its tensors under their Hugging Face names.
-        architecture: What its configuration says.
-        table: The mappings of the whole model. The vocabulary is padded as in the checkpoint: in
-            a Hugging Face folder not at all.
-    """
-
-    source: WeightSource
+    source: WeightSource  # tensors under Hugging Face names
     architecture: Architecture
+    # The whole model's mappings, with the vocabulary padded as stored (not at all in a Hugging Face
+    # folder).
     table: list[Mapping]
 
     def check_tensors(self) -> None:
-        """Checks that the checkpoint holds exactly the tensors that its configuration says.
-
-        Raises:
-            UserError: Tensors are missing, left over, or of another shape.
-        """
+        """Raises `UserError` if tensors are missing, unexpected, or of another shape."""
         check_tensors(self.table, self.source, tied=self.architecture.tied)
 
     def check_tied_head(self) -> None:
-        """Checks that a tied model's head, where it is stored as well, equals the embedding.
-
-        Both are read.
-
-        Raises:
-            UserError: They differ.
-        """
+        """Raises `UserError` if a tied model stores a head that differs from the embedding."""
         if self.architecture.tied:
             check_tied_head(self.source)
 
@@ -65,19 +50,17 @@ class OpenedCheckpoint:
 def open_checkpoint(
     path: Path, *, hf_config: Path | None = None, hf_setting: str = "--hf-config"
 ) -> OpenedCheckpoint:
-    """Opens a model: a Hugging Face folder, a Megatron checkpoint, or the folder of a run.
+    """Opens a Hugging Face folder, a Megatron checkpoint, or the newest checkpoint of a run.
 
-    Of a training checkpoint only the model's weights are seen.
+    Of a training checkpoint, only the model's weights are visible.
 
     Args:
         path: The folder.
-        hf_config: For Megatron checkpoints without a Hugging Face configuration of their own: a
-            folder with the model's config.json, tokenizer and the like.
-        hf_setting: What gives ``hf_config``, for messages.
+        hf_config: A folder with config.json, tokenizer and so on, for Megatron checkpoints without.
+        hf_setting: The option that gave ``hf_config``, for messages.
 
     Raises:
-        UserError: The folder is no checkpoint of a supported format and architecture, or is not
-            whole.
+        UserError: The folder is incomplete, or of an unsupported format or architecture.
     """
     if is_megatron(path):
         return _open_megatron(resolve_checkpoint_folder(path), hf_config, hf_setting)

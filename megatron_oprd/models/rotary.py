@@ -1,8 +1,8 @@
-"""Rotary position embeddings: frequencies of every rope type, and how Megatron gets them.
+"""Rotary position embeddings: the frequencies of every rope type, and how Megatron gets them.
 
-Megatron's own rotary module computes cosine and sine from the frequencies it is given, for
-sequence, pipeline and context parallelism alike, and rotates as many of a head's dimensions as
-there are frequencies for. So a rope type here is its frequencies, and longrope's attention factor.
+Megatron's rotary module computes cosine and sine from given frequencies, under sequence, pipeline
+and context parallelism alike, and rotates as many dimensions as there are frequencies for. So a
+rope type here consists of its frequencies, and of longrope's attention factor.
 """
 
 import math
@@ -18,18 +18,12 @@ from megatron_oprd.models.architecture import Architecture, Rope
 
 @dataclass
 class RotaryTransformerConfig(TransformerConfig):
-    """Megatron's configuration with a factor on cosine and sine of the rotation.
+    """Megatron's configuration with an additional factor on cosine and sine."""
 
-    Megatron's attention multiplies both by YaRN's concentration factor, whatever the rope type,
-    if the configuration has YaRN's fields. That factor is ``yarn_mscale + 1`` with the other two
-    as they are here. Fused rotation does not know it, so ``apply_rope_fusion`` stays off.
-
-    Attributes:
-        yarn_mscale: The factor less one.
-        yarn_rotary_scaling_factor: A tenth of its logarithm is one.
-        yarn_mscale_all_dim: What makes the denominator of YaRN's factor one.
-    """
-
+    # Megatron's attention multiplies cosine and sine by YaRN's concentration factor if these fields
+    # exist, whatever the rope type. The factor is (0.1 m ln(s) + 1) / (0.1 n ln(s) + 1) of mscale
+    # m, scaling factor s and mscale_all_dim n. With s = e^10 and n = 0 it is m + 1. Fused rotation
+    # ignores it, so apply_rope_fusion stays off.
     yarn_mscale: float = 0.0
     yarn_rotary_scaling_factor: float = math.exp(10)
     yarn_mscale_all_dim: float = 0.0
@@ -38,32 +32,24 @@ class RotaryTransformerConfig(TransformerConfig):
 def set_frequencies(
     model: GPTModel, architecture: Architecture, *, max_sequence_length: int, device: torch.device
 ) -> None:
-    """Gives a chunk its frequencies; see `inverse_frequencies`."""
+    """Sets a chunk's rotary frequencies, from `inverse_frequencies`."""
     model.rotary_pos_emb.inv_freq = inverse_frequencies(
         architecture.rope, head_dim=architecture.head_dim, max_sequence_length=max_sequence_length
     ).to(device)
 
 
 def inverse_frequencies(rope: Rope, *, head_dim: int, max_sequence_length: int) -> Tensor:
-    """Angles, in radians per position, by which pairs of a head's dimensions turn.
+    """The angle in radians per position of each pair of a head's dimensions.
 
-    longrope has two sets of frequencies, for sequences up to its original length and for longer
-    ones. transformers decides for each batch by its longest sequence, so that a sequence's numbers
-    depend on what it is batched with. Here, as in vLLM, the longest sequence that a run allows
-    decides for all of the run.
-
-    Args:
-        rope: The rotary settings.
-        head_dim: Width of a head.
-        max_sequence_length: Tokens of the longest sequence that the run allows.
-
-    Returns:
-        [rotary dimensions / 2], fp32, on the CPU, bit for bit those of transformers.
+    Returns [rotary dimensions / 2] in fp32 on the CPU, bit-identical to transformers.
     """
     dim = rope.rotary_dim(head_dim)
     turns = rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if rope.rope_type == "longrope":
         assert rope.original_max_position_embeddings is not None
+        # transformers decides for each batch by its longest sequence, so numbers depend on the
+        # batch. Here, as in vLLM, the longest sequence that the run allows (in tokens) decides for
+        # the whole run.
         long = max_sequence_length > rope.original_max_position_embeddings
         factors = rope.long_factor if long else rope.short_factor
         return 1.0 / (torch.tensor(factors, dtype=torch.float32) * turns)
@@ -72,7 +58,7 @@ def inverse_frequencies(rope: Rope, *, head_dim: int, max_sequence_length: int) 
 
 
 def _llama3(frequencies: Tensor, rope: Rope) -> Tensor:
-    """Slow frequencies divided by ``factor``, fast ones kept, those in between interpolated."""
+    """Divides slow frequencies by ``factor``, keeps fast ones, interpolates in between."""
     original, factor = rope.original_max_position_embeddings, rope.factor
     low, high = rope.low_freq_factor, rope.high_freq_factor
     assert original is not None

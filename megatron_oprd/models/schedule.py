@@ -1,4 +1,4 @@
-"""Model chunks over micro-batches under Megatron's schedule."""
+"""Runs model chunks over micro-batches under Megatron's schedule."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -20,15 +20,14 @@ def run_schedule(
     begin: Callable[[MicroBatch], MicroBatch],
     end: Callable[[Tensor, MicroBatch, Any], Tensor] = lambda hidden, micro_batch, chunk: hidden,
 ) -> None:
-    """Runs a model; losses are attached where they arise, so that the schedule's own is zero.
+    """Runs a model over micro-batches, forward only or with the backward pass.
 
     Args:
         chunks: This rank's chunks.
-        micro_batches: What they run over.
-        forward_only: Whether there is no backward pass.
-        begin: Called before each forward pass of a chunk; gives what the model reads.
-        end: Called behind it with the chunk's output, the micro-batch and the chunk; gives what
-            goes on.
+        micro_batches: The micro-batches of this run.
+        forward_only: Runs no backward pass.
+        begin: Called before each forward pass of a chunk; returns the micro-batch to read.
+        end: Called after it with output, micro-batch and chunk; returns the output to pass on.
     """
 
     def forward_step(data: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
@@ -37,14 +36,16 @@ def run_schedule(
         hidden = chunk(
             read.tokens, read.position_ids, None, packed_seq_params=_packed_seq_params(read)
         )
+        # Losses are attached at their layers, so the schedule's own loss is zero.
         return end(hidden, micro_batch, chunk), _no_loss_at_the_end
 
     get_forward_backward_func()(
         forward_step_func=forward_step,
+        # Every chunk of a virtual pipeline reads all micro-batches.
         data_iterator=[iter(micro_batches) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(micro_batches),
-        # Not used with variable sequence lengths, nor without a pipeline.
+        # Unused: with a pipeline, lengths are variable; without, nothing is sent.
         seq_length=micro_batches[0].tokens.shape[1],
         micro_batch_size=micro_batches[0].tokens.shape[0],
         forward_only=forward_only,
@@ -52,7 +53,7 @@ def run_schedule(
 
 
 def _packed_seq_params(micro_batch: MicroBatch) -> HostPackedSeqParams | None:
-    """What attention and rotary embedding need to know of packed sequences."""
+    """The metadata of packed sequences for attention and rotary embedding."""
     lengths = micro_batch.packed_lengths
     if lengths is None:
         return None
@@ -70,5 +71,4 @@ def _packed_seq_params(micro_batch: MicroBatch) -> HostPackedSeqParams | None:
 
 
 def _no_loss_at_the_end(hidden: Tensor) -> tuple[Tensor, dict]:
-    """The schedule's loss: zero, since every loss is attached at its layer."""
     return hidden.flatten()[0].float() * 0.0, {}

@@ -1,4 +1,4 @@
-"""The trained student: what of it trains, and what is frozen and not run."""
+"""Freezes and runs parts of the trained student."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,19 +10,15 @@ from megatron.core.models.gpt import GPTModel
 def freeze_past_deepest_tap(
     chunks: Sequence[GPTModel], *, num_running_layers: int, trains_final_norm: bool
 ) -> None:
-    """Freezes the layers that no tap lies behind, so that they need no gradient and do not run.
+    """Freezes the layers after the deepest tap, which then neither run nor need gradients.
 
-    Call it before the chunks are wrapped: with overlapped gradient reduction every trainable
-    parameter must get a gradient. An LM head that is not used is built frozen.
-
-    Args:
-        chunks: This rank's chunks.
-        num_running_layers: Layers up to the deepest tap.
-        trains_final_norm: Whether a tap lies behind the final norm.
+    Call it before wrapping the chunks: with overlapped gradient reduction every trainable parameter
+    must get a gradient. An unused LM head is built frozen already. ``trains_final_norm`` says that
+    there is a tap after the final norm.
     """
     for chunk in chunks:
         for layer in chunk.decoder.layers:
-            if layer.layer_number > num_running_layers:
+            if layer.layer_number > num_running_layers:  # layer_number counts from 1
                 layer.runs = False
                 layer.requires_grad_(False)
         if chunk.decoder.final_layernorm is not None and not trains_final_norm:
@@ -31,14 +27,11 @@ def freeze_past_deepest_tap(
 
 @contextmanager
 def whole_model(chunks: Sequence[GPTModel]) -> Iterator[None]:
-    """Has all layers run inside the block, frozen ones as well, without gradients or recompute.
-
-    Args:
-        chunks: This rank's chunks, not wrapped.
-    """
+    """Runs all layers inside the block, also frozen ones, without gradients or recompute."""
     layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
     ran = [layer.runs for layer in layers]
     for chunk in chunks:
+        # Megatron's full recompute is for training mode only.
         chunk.eval()
     for layer in layers:
         layer.runs = True

@@ -23,36 +23,23 @@ from megatron_oprd.weights.source import WeightSource
 @torch.no_grad()
 def build_teacher(
     architecture: Architecture,
-    extent: Extent,
-    table: Sequence[Mapping],
+    extent: Extent,  # the part to build
+    table: Sequence[Mapping],  # of the whole model
     checkpoint: WeightSource,
     *,
     teacher: TeacherConfig,
-    model: ModelConfig,
+    model: ModelConfig,  # format of activations and of weights not in FP8
     parallel: ParallelConfig,
     context: ParallelContext,
     padded_vocab_size: int,
-    max_sequence_length: int,
+    max_sequence_length: int,  # tokens; decides longrope's factors, see build_model
 ) -> list[GPTModel]:
     """Builds and loads this rank's chunks of a model that is never trained.
 
-    Weights are rounded to FP8 one by one as they are read: the device never holds more than one of
-    them in another format.
+    Weights are rounded to FP8 one by one as they are read, so at most one of them is on the device
+    in another format. Communicates on the (expert-)tensor-parallel group.
 
-    Args:
-        architecture: The teacher's.
-        extent: How much of it is built.
-        table: The whole model's mappings.
-        checkpoint: Its weights.
-        teacher: Its precision.
-        model: Says the format of everything that is not FP8, and of activations.
-        parallel: The layout.
-        context: This rank's place. Communicates on its (expert-)tensor-parallel group.
-        padded_vocab_size: Rows of the embedding.
-        max_sequence_length: See `build_model`.
-
-    Raises:
-        UserError: This machine does not have the FP8 recipe, or the checkpoint cannot be loaded.
+    Raises `UserError` if this machine lacks the FP8 recipe or the checkpoint cannot be loaded.
     """
     options: dict[str, Any] = {}
     fp8 = None
@@ -63,7 +50,7 @@ def build_teacher(
         options = te_fp8.fp8_options(teacher)
     elif fp8_layers:
         fp8 = FP8Layers(layers=fp8_layers, weight_format=FORMATS[teacher.fp8_recipe])
-        # The FP8 layers are made of Megatron's local ones.
+        # The FP8 layers derive from Megatron's local ones.
         context = dataclasses.replace(context, transformer_engine=False)
     chunks = build_model(
         architecture,
@@ -106,15 +93,7 @@ def check_precision(
 ) -> None:
     """Checks the teacher's precision against its layers and the other settings.
 
-    Args:
-        teacher: Its precision.
-        architecture: Its architecture.
-        model: Says the format of everything that is not FP8.
-        parallel: The layout.
-        num_layers: Layers that are built.
-
-    Raises:
-        UserError: They do not fit.
+    Raises `UserError` if they do not fit. ``num_layers`` is the number of layers that are built.
     """
     at_start, at_end = teacher.num_layers_at_start_in_bf16, teacher.num_layers_at_end_in_bf16
     if teacher.precision == "fp8" and at_start + at_end >= num_layers:
@@ -133,6 +112,7 @@ def check_precision(
         )
     te_fp8.check_shapes(architecture, parallel, teacher.fp8_recipe)
     most = num_layers // parallel.pipeline_model_parallel_size
+    # megatron-core checks both against the layers of one stage.
     if max(at_start, at_end) > most:
         raise UserError(
             f"teacher.num_layers_at_start_in_bf16 = {at_start} and "
@@ -143,17 +123,12 @@ def check_precision(
 
 
 def uses_engine(teacher: TeacherConfig) -> bool:
-    """Whether the teacher's FP8 is that of Transformer Engine."""
+    """Whether the teacher's FP8 recipe is one of Transformer Engine's."""
     return teacher.precision == "fp8" and teacher.fp8_recipe in te_fp8.RECIPES
 
 
 def layers_in_fp8(teacher: TeacherConfig, num_layers: int) -> range:
-    """The layers, counted from 0, whose linear layers are FP8.
-
-    Args:
-        teacher: The teacher's precision.
-        num_layers: Layers that are built.
-    """
+    """The layers, from 0, whose linear layers are FP8, of ``num_layers`` that are built."""
     if teacher.precision != "fp8":
         return range(0)
     return range(
@@ -162,7 +137,7 @@ def layers_in_fp8(teacher: TeacherConfig, num_layers: int) -> range:
 
 
 def token_multiple(teacher: TeacherConfig, parallel: ParallelConfig) -> int:
-    """What the tokens of a micro-batch, on each rank, have to be a multiple of."""
+    """The multiple that the number of tokens in a micro-batch must be, on each rank."""
     if not uses_engine(teacher):
         return 1
     return te_fp8.token_multiple(teacher.fp8_recipe, sequence_parallel=parallel.sequence_parallel)
@@ -174,6 +149,6 @@ def freeze(chunks: Sequence[GPTModel]) -> None:
         chunk.requires_grad_(False)
         chunk.eval()
         for layer in chunk.decoder.layers:
-            # Megatron re-enables grad around the residual addition, which would keep a graph
-            # from each stage's input on.
+            # Megatron re-enables grad around the residual addition, which would build a graph from
+            # each stage's input on.
             layer.bias_dropout_add_exec_handler = torch.no_grad

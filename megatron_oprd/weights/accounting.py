@@ -1,4 +1,4 @@
-"""A checkpoint holds exactly the tensors that its configuration says."""
+"""Checks that a checkpoint holds exactly the tensors its configuration calls for."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,22 +11,23 @@ from megatron_oprd.weights.source import WeightSource
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Stored by old versions of transformers; computed from the configuration here as there.
+# Stored by old versions of transformers; newer ones, and Megatron, compute them.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_ROWS = 4096  # rows of embedding and head that are compared at a time
+# Rows of embedding and head compared at a time, so that neither is in memory as a whole.
+_ROWS = 4096
 
 
 def check_tensors(table: Iterable[Mapping], source: WeightSource, *, tied: bool) -> None:
-    """Checks that a checkpoint holds exactly the tensors of the table, in their shapes.
+    """Checks that a checkpoint has exactly the table's tensors, in their shapes; reads no weights.
 
-    No weight is read. A tied model may store its head a second time.
-
-    Raises:
-        UserError: Tensors are missing, left over, of another shape, or quantised.
+    A tied model may store its head as well. Raises `UserError` for tensors that are missing,
+    unexpected, of another shape, or quantised.
     """
     expected = {name: shape for mapping in table for name, shape in mapping.hf.items()}
     found = {name for name in source.names() if not is_derived(name)}
+    # save_pretrained drops a tied head, other writers keep it. Its values are checked in
+    # check_tied_head.
     if tied:
         found.discard(HEAD)
     refuse_differences(str(source.folder), expected=expected.keys(), found=found)
@@ -45,11 +46,7 @@ def check_tensors(table: Iterable[Mapping], source: WeightSource, *, tied: bool)
 
 
 def refuse_differences(folder: str, *, expected: Iterable[str], found: Iterable[str]) -> None:
-    """Refuses a checkpoint whose tensors' names are not exactly those expected.
-
-    Raises:
-        UserError: Names are missing or left over.
-    """
+    """Raises `UserError` if tensor names are missing or unexpected."""
     wanted, there = set(expected), set(found)
     missing, left_over = sorted(wanted - there), sorted(there - wanted)
     if missing or left_over:
@@ -60,13 +57,7 @@ def refuse_differences(folder: str, *, expected: Iterable[str], found: Iterable[
 
 
 def check_tied_head(source: WeightSource) -> None:
-    """Checks that a tied model's head, where it is stored as well, equals the embedding.
-
-    Both are read, some rows at a time.
-
-    Raises:
-        UserError: They differ.
-    """
+    """Raises `UserError` if a tied model stores a head that differs from the embedding."""
     if HEAD not in source.names():
         return
     same = source.shape(HEAD) == source.shape(EMBEDDING)
@@ -74,7 +65,7 @@ def check_tied_head(source: WeightSource) -> None:
         if not same:
             break
         rows = slice(start, start + _ROWS)
-        # As bytes: NaNs equal each other.
+        # Compared as bytes, because as floats a NaN would differ from its own copy.
         embedding, head = (
             source.read_slice(name, rows).view(torch.uint8) for name in (EMBEDDING, HEAD)
         )
@@ -86,7 +77,7 @@ def check_tied_head(source: WeightSource) -> None:
 
 
 def is_derived(name: str) -> bool:
-    """Whether a tensor is computed from the configuration and not a weight."""
+    """Whether a tensor is computed from the configuration, so that it is not a weight."""
     return name.endswith(_DERIVED_SUFFIXES)
 
 

@@ -1,4 +1,4 @@
-"""Casts to dtypes with a smaller range, in which a large value must not become infinite."""
+"""Casts to dtypes of a smaller range, where large finite values would become infinite."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +10,13 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.weights.positioned_reads import row_blocks, slices_of
 from megatron_oprd.weights.source import WeightSource
 
-_ROWS_BYTES = 2**26  # of a tensor that are looked at at a time
+_ROWS_BYTES = 2**26  # bytes of a tensor examined at a time
 
 
 def count_overflows(values: Tensor, dtype: torch.dtype) -> int:
-    """How many finite values become infinite in ``dtype``, fast where none does.
+    """Counts the finite values of a CPU tensor that become infinite in ``dtype``.
 
-    Args:
-        values: CPU tensor of any shape and dtype.
-        dtype: What it is to be cast to.
+    Costs one pass for the minimum and maximum if none does.
     """
     if not values.numel() or not _narrows(values.dtype, dtype):
         return 0
@@ -26,17 +24,15 @@ def count_overflows(values: Tensor, dtype: torch.dtype) -> int:
     limit = torch.finfo(dtype).max
     if -limit <= float(low) and float(high) <= limit:
         return 0
-    # NaN, infinite already, too large, or so little too large that it is rounded to the limit.
+    # Not conclusive: aminmax propagates NaN, the tensor may hold infinities, and values just above
+    # the limit round down to it.
     return int(_overflows(values, dtype).sum())
 
 
 def overflow_error(source: WeightSource, name: str, dtype: torch.dtype) -> UserError:
-    """The error for a tensor with values that become infinite; reads all of the tensor.
+    """Builds the error for a tensor that overflows in ``dtype``; reads the whole tensor again.
 
-    Args:
-        source: The checkpoint.
-        name: The tensor.
-        dtype: What it was to be cast to.
+    The message gives the number of values, the largest, and the dtypes that would fit.
     """
     count, largest = 0, 0.0
     whole = [(0, n) for n in source.shape(name)]
@@ -56,7 +52,7 @@ def overflow_error(source: WeightSource, name: str, dtype: torch.dtype) -> UserE
 
 
 def _narrows(stored: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether values of ``stored`` can be out of the range of ``dtype``."""
+    """Whether ``dtype`` has a smaller range than ``stored``."""
     if not (stored.is_floating_point and dtype.is_floating_point):
         return False
     return torch.finfo(dtype).max < torch.finfo(stored).max
@@ -67,23 +63,21 @@ def _overflows(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as configurations and command lines write it, as in ``bfloat16``."""
+    """The dtype's name in configurations and on command lines, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def config_with_dtype(
     config: Mapping[str, Any], dtype: torch.dtype | None
 ) -> dict[str, Any] | None:
-    """The content of config.json for weights that were cast; None where it stays as it is.
+    """The config.json content for weights cast to ``dtype``; None if the content need not change.
 
-    Args:
-        config: The content.
-        dtype: What the weights were cast to; None if they were not.
+    A ``dtype`` of None means that the weights were not cast.
     """
     if dtype is None:
         return None
     name = dtype_name(dtype)
-    # transformers 4 writes one name, 5 the other; a config may have both.
+    # transformers 4 writes torch_dtype, 5 writes dtype; a config may have both.
     fields = [field for field in ("dtype", "torch_dtype") if field in config] or ["dtype"]
     cast = dict.fromkeys(fields, name)
     changed = {**config, **cast}

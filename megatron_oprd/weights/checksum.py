@@ -1,4 +1,4 @@
-"""What is noted of a tensor's values: a checksum of its bytes, and whether there are NaNs."""
+"""Records of tensors and files: xxh3_128 checksums and counts of NaNs."""
 
 import logging
 from collections.abc import Mapping
@@ -8,40 +8,43 @@ import torch
 import xxhash
 from torch import Tensor
 
-# Where a manifest has the checksums of what is in its folder.
+# Field of manifest.json with the checksums of the folder's tensors.
 CHECKSUMS_FIELD = "checksums_xxh3_128"
 
 _logger = logging.getLogger(__name__)
-_PIECE = 2**20  # elements that are examined at a time, so that they stay in the processor's cache
-_BLOCK_BYTES = 2**24
+# Elements examined at a time. They stay in the processor's cache between the hash and the search
+# for NaNs.
+_PIECE = 2**20
+_BLOCK_BYTES = 2**24  # read at a time from a file
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 class Checksum:
-    """xxh3_128 of a tensor's bytes, for a tensor that comes in pieces."""
+    """xxh3_128 of the bytes of a tensor that arrives in pieces."""
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
 
     def update(self, piece: Tensor) -> None:
-        """Adds the bytes of ``piece``, of any dtype and device, in row-major order."""
+        """Adds the bytes of ``piece``, of any dtype and on any device, in row-major order."""
         in_order = piece.detach().cpu().contiguous().reshape(-1)
+        # Viewed as bytes first: NumPy has no bfloat16 or float8.
         self._hash.update(in_order.view(torch.uint8).numpy().data)
 
     def hexdigest(self) -> str:
-        """The checksum of what was added so far, 32 hexadecimal digits."""
+        """The checksum so far, 32 hexadecimal digits."""
         return self._hash.hexdigest()
 
 
 def checksum(tensor: Tensor) -> str:
-    """xxh3_128 of the tensor's bytes in row-major order, of any dtype and device."""
+    """xxh3_128 of the tensor's bytes in row-major order; any dtype, any device."""
     result = Checksum()
     result.update(tensor)
     return result.hexdigest()
 
 
 def examine(tensor: Tensor) -> tuple[str, int]:
-    """A tensor's checksum (xxh3_128 of its bytes) and how many of its values are NaN."""
+    """The tensor's checksum (xxh3_128 of its bytes) and its number of NaNs."""
     tensor = tensor.detach().cpu().contiguous()
     checksum, nans = Checksum(), 0
     for piece in tensor.reshape(-1).split(_PIECE):
@@ -51,23 +54,18 @@ def examine(tensor: Tensor) -> tuple[str, int]:
 
 
 def count_nans(piece: Tensor) -> int:
-    """How many values of a small tensor are NaN, fast where none is."""
+    """Counts NaNs in a small tensor; a single sum if there are none."""
     if not piece.is_floating_point():
         return 0
     if piece.dtype.itemsize == 1:
-        piece = piece.float()  # torch neither adds float8 up nor compares it
-    # A sum with a NaN in it is one; so is one over infinities of both signs, hence the second look.
+        piece = piece.float()  # torch has no sum and no comparison for float8
+    # A NaN makes the sum NaN, and so do infinities of both signs. Hence the exact count.
     return int(piece.isnan().sum()) if piece.sum().isnan() else 0
 
 
 def warn_of_nans(out: Path, nans: Mapping[str, int], *, what: str) -> None:
-    """Warns of NaNs that a folder got from its source.
-
-    Args:
-        out: The folder.
-        nans: How many are in each of the ``what`` that have any; nothing is said of none.
-        what: What was counted.
-    """
+    """Warns of NaNs from the source of ``out``: their number per tensor, file or chunk."""
+    # `nans` has only entries above zero; `what` is the plural of what its keys are.
     if nans:
         _logger.warning(
             "%s: %d values are NaN, as they came, in %d %s; the first is %s",
@@ -89,17 +87,17 @@ def file_checksum(path: Path) -> str:
 
 
 def sampled_checksum(path: Path) -> str:
-    """xxh3_128 of a file's size and of samples of its bytes: of 64 pieces evenly over it.
+    """xxh3_128 of a file's size and of 64 samples of 4 KiB spread evenly over it.
 
-    Training changes weights everywhere, so it changes samples; and a file of any size is sampled
-    in milliseconds.
+    Training changes weights everywhere, so it changes samples. A file of any size takes
+    milliseconds.
     """
     size = path.stat().st_size
     result = xxhash.xxh3_128(size.to_bytes(8, "little"))
     with path.open("rb", buffering=0) as file:
         for number in range(_SAMPLES):
-            # The first piece is the file's start, with a safetensors file's header or part of it,
-            # the last one its end.
+            # The first sample is the start of the file, with the header of a safetensors file or
+            # part of it; the last one is the end.
             file.seek(max(size - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
             result.update(file.read(_SAMPLE_BYTES))
     return result.hexdigest()

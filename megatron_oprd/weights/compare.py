@@ -1,4 +1,4 @@
-"""Two checkpoints side by side: what they hold, and whether the values are the same bits."""
+"""Compares two checkpoints: tensors, configuration and files, and the values bit by bit."""
 
 import copy
 import json
@@ -18,10 +18,10 @@ from megatron_oprd.weights.hf_files import companion_name
 from megatron_oprd.weights.positioned_reads import row_blocks, slices_of
 from megatron_oprd.weights.source import WeightSource
 
-_ROWS_BYTES = 2**26  # of a tensor that are compared at a time
-# Who wrote a config and where it lay says nothing about the model.
+_ROWS_BYTES = 2**26  # bytes of a tensor compared at a time
+# These name the config's writer and its folder, not the model.
 _NEUTRAL_FIELDS = {"transformers_version", "_name_or_path"}
-# What transformers 4 and 5 write under different names.
+# transformers 4 and 5 write the same setting under different names.
 _DTYPE_FIELDS = {"dtype", "torch_dtype"}
 _ROPE_FIELDS = {"rope_parameters", "rope_scaling", "rope_theta"}
 
@@ -32,42 +32,25 @@ Kind = Literal["tensor", "shape", "dtype", "config", "file"]
 
 @dataclass(frozen=True, kw_only=True)
 class KeyDifference:
-    """Something that one checkpoint has and the other has not, or has otherwise.
+    """Something that only one checkpoint has, or that differs between the two."""
 
-    Attributes:
-        kind: A tensor, its shape or dtype, a field of config.json, or a companion file.
-        name: Its name.
-        a: What the first checkpoint has, as text; None is nothing.
-        b: What the second has.
-    """
-
-    kind: Kind
+    kind: Kind  # "config": a field of config.json; "file": a companion file
     name: str
-    a: str | None
+    a: str | None  # the first checkpoint's, as text; None if absent
     b: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValueDifference:
-    """A tensor whose values are not the same.
-
-    Attributes:
-        name: Its name.
-        num_different: Values that differ in their bits.
-        num_values: Values of the tensor.
-        index: Where the first of them is.
-        a: The first checkpoint's value there.
-        b: The second's.
-        largest: The largest absolute difference; infinite where only one value is NaN.
-    """
+    """A tensor whose values differ."""
 
     name: str
-    num_different: int
+    num_different: int  # values with different bits
     num_values: int
-    index: tuple[int, ...]
-    a: float
-    b: float
-    largest: float
+    index: tuple[int, ...]  # position of the first of them
+    a: float  # value at ``index`` in the first checkpoint
+    b: float  # value at ``index`` in the second
+    largest: float  # largest absolute difference; infinite where only one value is NaN
 
 
 def compare_keys(
@@ -75,13 +58,9 @@ def compare_keys(
 ) -> list[KeyDifference]:
     """Compares names, shapes and dtypes of tensors, config fields and companion files.
 
-    No weight is read. Derived tensors (stored rotary frequencies) are left out. Rotary settings and
-    dtype may be spelled as transformers 4 or as transformers 5 writes them.
-
-    Args:
-        a: The first checkpoint.
-        b: The second.
-        ignore_dtypes: Whether dtypes may differ, those that config.json names included.
+    Reads no weights and skips derived tensors (stored rotary frequencies). Rotary settings and
+    dtype may be spelled in the way of transformers 4 or 5. ``ignore_dtypes`` covers tensors and
+    config.json.
     """
     found: list[KeyDifference] = []
 
@@ -130,14 +109,10 @@ def compare_values(
     dtype: torch.dtype | None = None,
     advance: Callable[[int], object] = lambda num_bytes: None,
 ) -> list[ValueDifference]:
-    """Compares the bits of every tensor that both have in one shape, some rows at a time.
+    """Compares the bits of every tensor that both have in the same shape, in blocks of rows.
 
-    Args:
-        a: The first checkpoint.
-        b: The second.
-        dtype: What both are cast to before they are compared, for checkpoints of different
-            dtypes; None compares them as they are, tensors of different dtypes in float64.
-        advance: Called with the bytes of ``a`` that were compared.
+    Casts both to ``dtype`` first if given; else compares as stored, and in float64 where dtypes
+    differ. ``advance`` is called with the bytes of ``a`` compared since its last call.
     """
     in_b = set(weight_names(b))
     differences = []
@@ -150,7 +125,7 @@ def compare_values(
 
 
 def weight_names(source: WeightSource) -> list[str]:
-    """The names of a checkpoint's weights: without tensors that are computed from the config."""
+    """The names of a checkpoint's tensors without the derived ones."""
     return [name for name in source.names() if not is_derived(name)]
 
 
@@ -161,6 +136,7 @@ def _compare_tensor(
     dtype: torch.dtype | None,
     advance: Callable[[int], object],
 ) -> ValueDifference | None:
+    # float64 holds every value of the other floating dtypes exactly.
     if dtype is None and a.dtype(name) != b.dtype(name):
         dtype = torch.float64
     shape = a.shape(name)
@@ -171,8 +147,10 @@ def _compare_tensor(
         advance(part_a.nbytes)
         if dtype is not None:
             part_a, part_b = part_a.to(dtype), part_b.to(dtype)
+        # The usual case, in one pass and without a mask.
         if _same_bits(part_a, part_b):
             continue
+        # Bits, not values: -0.0 differs from 0.0, and a NaN equals its own copy.
         different = _bits(part_a) != _bits(part_b)
         num_different += int(different.sum())
         if first is None:
@@ -195,9 +173,10 @@ def _compare_tensor(
 
 
 def absolute_difference(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b| in float64; equal infinities and two NaNs do not differ, one NaN does infinitely."""
+    """|a - b| in float64: 0 for equal infinities or two NaNs, infinite if only one is NaN."""
     a, b = a.double(), b.double()
     difference = (a - b).abs()
+    # The order matters: inf - inf is NaN too, and the next line resets it to 0.
     difference[difference.isnan()] = torch.inf
     difference[(a == b) | (a.isnan() & b.isnan())] = 0.0
     return difference
@@ -208,7 +187,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers of the same width and shape."""
+    """Reinterprets a floating-point tensor as integers of the same width."""
     if not tensor.is_floating_point():
         return tensor
     return tensor.view(
@@ -217,13 +196,13 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _spelled_otherwise(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
-    """Fields that are not the same in two configs but, all together, say the same."""
+    """The fields that are spelled differently in two configs but mean the same."""
     found: set[str] = set()
-    # A config may spell it twice, and then otherwise.
+    # A config may have both fields, and they may contradict each other.
     dtypes = [{config[field] for field in _DTYPE_FIELDS if config.get(field)} for config in (a, b)]
     if dtypes[0] == dtypes[1] and len(dtypes[0]) <= 1:
         found |= _DTYPE_FIELDS
-    # Where one says nothing, its settings may be lost, even if they were the default ones.
+    # A config without any rotary field may have lost it, even if the defaults happen to agree.
     says_something = all(not _ROPE_FIELDS.isdisjoint(config) for config in (a, b))
     if says_something and any(_field(a, field) != _field(b, field) for field in _ROPE_FIELDS):
         rope_a, rope_b = _read_rope(a), _read_rope(b)
@@ -233,18 +212,17 @@ def _spelled_otherwise(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
 
 
 def _read_rope(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The rotary settings as transformers 5 has them; None where it does not know the model."""
+    """The rotary settings as transformers 5 has them; None if it rejects the config."""
     try:
-        # Reading changes the dictionaries inside.
+        # Deep, because from_dict modifies nested dictionaries.
         read = CONFIG_MAPPING[config.get("model_type")].from_dict(copy.deepcopy(config))
     except Exception as error:  # transformers' checks raise exceptions of many types
         _logger.debug("transformers does not read this config: %s", error)
         return None
-    # `type` is the old name of rope_type, which transformers fills from it.
+    # `type` is the old name of rope_type, and transformers copies it there.
     rope = getattr(read, "rope_parameters", None)
     return None if rope is None else {name: rope[name] for name in rope if name != "type"}
 
 
 def _field(config: dict[str, Any], field: str) -> str | None:
-    """A field's value as text; None where there is no such field."""
     return json.dumps(config[field], sort_keys=True) if field in config else None

@@ -1,4 +1,4 @@
-"""What a safe write needs of the operating system: locks, syncing, errors in plain words."""
+"""Operating-system side of a safe write: locks, syncing, readable errors."""
 
 import contextlib
 import errno
@@ -13,14 +13,14 @@ from typing import IO, Any
 
 from megatron_oprd.errors import UserError
 
-# What flock answers on a file system without locks (NFS without lockd, Lustre without -o flock).
+# flock's error codes on file systems without locks (NFS without lockd, Lustre without -o flock).
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 _logger = logging.getLogger(__name__)
 
 
 def describe_files(files: Iterable[Path]) -> dict[str, list[int]]:
-    """Sizes in bytes and modification times in nanoseconds by path: a fingerprint of the source."""
+    """A fingerprint of files: [size in bytes, modification time in ns] by absolute path."""
     described = {}
     for file in files:
         status = file.stat()
@@ -30,7 +30,7 @@ def describe_files(files: Iterable[Path]) -> dict[str, list[int]]:
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into the user's error that names ``out``."""
+    """Turns an OSError into a UserError that names ``out``."""
     try:
         yield
     except OSError as error:
@@ -38,7 +38,7 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes ``content`` for people to read too."""
+    """Writes JSON with indentation, for people to read."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -48,7 +48,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems sync no folders, and need not.
+        # Some network file systems refuse to sync folders, and do not need it.
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:
@@ -56,8 +56,9 @@ def sync(path: Path) -> None:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """What the files under ``folder`` take on the disk; 0 where there is no such folder."""
+    """Bytes allocated to the files under ``folder``; 0 if it does not exist."""
     return sum(
+        # st_blocks counts units of 512 bytes, whatever the file system's block size.
         Path(path, name).stat().st_blocks * 512
         for path, _, names in os.walk(folder)
         for name in names
@@ -65,21 +66,19 @@ def bytes_on_disk(folder: Path) -> int:
 
 
 class FileLock:
-    """A lock file, held from the constructor on; the kernel frees it when its process ends.
+    """A lock file, held from construction on; the kernel frees it when its process ends."""
 
-    Attributes:
-        is_held: False where the file system has no locks, which is said in a warning.
-    """
-
-    is_held: bool
+    is_held: bool  # False if the file system has no locks; a warning is logged
 
     def __init__(self, path: Path, out: Path) -> None:
         self._path = path
         while True:
+            # Not truncated yet: if the lock is taken, the file names its holder.
             self._stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
             try:
                 self.is_held = self._try(out)
-                # The one who had it removed the file; whoever comes next would lock another file.
+                # The previous holder unlinks the file on release. A lock on the unlinked file
+                # excludes nobody, because the next process creates a new file. So try again.
                 if _is_at(self._stream, path):
                     break
             except BaseException:
@@ -92,6 +91,7 @@ class FileLock:
 
     def release(self) -> None:
         """Removes the file and frees the lock."""
+        # Unlinked while still locked: after the close it could be another process's lock.
         self._path.unlink(missing_ok=True)
         self._stream.close()
 

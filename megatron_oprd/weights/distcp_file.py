@@ -1,4 +1,4 @@
-"""One `.distcp` file of a `torch_dist` checkpoint, written a chunk at a time and read back."""
+"""Writes one `.distcp` file of a `torch_dist` checkpoint, chunk by chunk, and reads it back."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,22 +25,18 @@ from megatron_oprd.weights.source import WeightSource
 from megatron_oprd.weights.torch_dist_chunk import find_plain_tensor
 from megatron_oprd.weights.torch_dist_plan import Chunk, File, chunk_name
 
-# A larger tensor gets memory of its own, so that little is kept.
+# Bytes. A larger tensor gets fresh memory, so that the two kept buffers stay small.
 _LARGEST = 2**27
 
 
 class AlternatingBuffers:
-    """Tensors of which the last two are in use, and not the one before them."""
+    """Two reused buffers: a tensor stays valid until the second allocation after it."""
 
     def __init__(self) -> None:
         self._memory = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A contiguous CPU tensor with any values, in the memory of the last but one.
-
-        Its storage is no larger than the tensor, as that of a view would be, since torch.save
-        writes whole storages.
-        """
+        """An uninitialized contiguous CPU tensor in the older of the two buffers."""
         size = prod(shape) * dtype.itemsize
         if not 0 < size <= _LARGEST:
             return torch.empty(shape, dtype=dtype)
@@ -48,16 +44,17 @@ class AlternatingBuffers:
             self._memory[0] = torch.empty(0, dtype=torch.uint8)  # frees it first
             self._memory[0] = torch.empty(size, dtype=torch.uint8)
         self._memory.reverse()
+        # torch.save writes whole storages. frombuffer makes one of exactly `count` elements; a view
+        # would keep the whole buffer's.
         return torch.frombuffer(self._memory[1].numpy(), dtype=dtype, count=prod(shape)).view(shape)
 
 
-# What a file has for each chunk or object beside its values.
+# Bytes of zip headers and pickle per chunk or object: an estimate for the check of free space.
 OVERHEAD_BYTES = 2048
-_MAX_BYTES_OF_TWO = 2**29  # of a chunk that is written and one that is read meanwhile
-_COPIED_BYTES = 2**26
-_READ_BACK_BYTES = 2**20  # stays in the processor's cache until it is hashed
-# The extra state of a layer without FP8 training, as Transformer Engine writes it, in a list as
-# Megatron does.
+_MAX_BYTES_OF_TWO = 2**29  # most bytes in flight: one chunk being written, one being read
+_COPIED_BYTES = 2**26  # bytes of a chunk cast or copied at a time
+_READ_BACK_BYTES = 2**20  # small enough to be hashed from the processor's cache
+# Transformer Engine's extra state of a layer without FP8 training, in a list as Megatron saves it.
 _EMPTY_OBJECT = [torch.empty(0, dtype=torch.uint8)]
 
 
@@ -65,30 +62,22 @@ def write_file(
     path: Path,
     file: File,
     source: WeightSource,
-    buffers: AlternatingBuffers,
+    buffers: AlternatingBuffers,  # reused from file to file
     *,
-    on_written: Callable[[int], None],
+    on_written: Callable[[int], None],  # gets each chunk's bytes, in another thread
 ) -> dict[str, Any]:
-    """Writes one file; while one chunk is written, the next is read and examined.
+    """Writes one file. While a chunk is written, the next is read, hashed and searched for NaNs.
 
-    Args:
-        path: The file to create or to overwrite.
-        file: What goes into it.
-        source: Where the weights come from.
-        buffers: Memory for the chunks, the same for one file after another.
-        on_written: Is called with the bytes of each chunk that was written, from another thread.
-
-    Returns:
-        JSON with ``entries``, (key, first element, offset, length) of everything in the file, the
-        first element None for objects; ``checksums``, xxh3_128 of each chunk's values; ``nans``,
-        how many values are NaN in the chunks that have any.
+    Returns a JSON-compatible record: ``entries``, a list of [key, first element, offset, length]
+    with None for an object's first element; ``checksums``, xxh3_128 of each chunk's values;
+    ``nans``, the number of NaNs in the chunks that have any.
 
     Raises:
         OSError: The operating system refuses.
-        UserError: The source cannot be read, or has finite values that a chunk's dtype has not.
+        UserError: The source cannot be read, or finite values overflow a chunk's dtype.
     """
     record: dict[str, Any] = {"entries": [], "checksums": {}, "nans": {}}
-    # The thread ends before the file is closed, whatever happens.
+    # The executor is entered last, so its thread ends before the file is closed, even on an error.
     with path.open("wb") as stream, ThreadPoolExecutor(1) as writer:
 
         def write(key: str, starts: tuple[int, ...] | None, value: Any) -> None:
@@ -97,7 +86,7 @@ def write_file(
                 with _without_zip_checksums():
                     torch.save(value, stream)
             except RuntimeError as error:
-                # A write that the system refuses becomes an error of torch's, on top of its own.
+                # torch wraps a refused write (a full disk) in a RuntimeError; re-raise the OSError.
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
@@ -115,8 +104,11 @@ def write_file(
             record["checksums"][chunk.name], nans = examine(tensor)
             if nans:
                 record["nans"][chunk.name] = nans
+            # At most one write is pending, which is what makes two buffers enough.
             written.result()
             written, bytes_in_flight = writer.submit(write_chunk, chunk, tensor), chunk.num_bytes
+            # Only the writer thread holds the tensor now, so a large one is freed once it is
+            # written.
             del tensor
         written.result()
         for key in file.objects:
@@ -125,19 +117,11 @@ def write_file(
 
 
 def read_back(path: Path, record: dict[str, Any]) -> None:
-    """Checks that a file holds what was read from the source.
-
-    Args:
-        path: The file.
-        record: What `write_file` returned.
-
-    Raises:
-        OSError: The operating system refuses.
-        UserError: The file holds something else.
-    """
+    """Checks a file against the ``record`` of `write_file`; `UserError` if it differs."""
     buffer = memoryview(bytearray(_READ_BACK_BYTES))
     with path.open("rb", buffering=0) as stream:
         for key, starts, offset, length in record["entries"]:
+            # An object: always the same empty state, without a checksum.
             if starts is None:
                 continue
             name = chunk_name(key, starts)
@@ -158,20 +142,12 @@ def read_back(path: Path, record: dict[str, Any]) -> None:
 def read_chunk(
     source: WeightSource, chunk: Chunk, buffers: AlternatingBuffers | None = None
 ) -> Tensor:
-    """The values of a chunk; padding is zero.
+    """Reads a chunk into a contiguous CPU tensor of its shape and dtype; padding is zero.
 
-    Args:
-        source: Where the weights come from.
-        chunk: The chunk.
-        buffers: What gives memory; None takes fresh memory.
-
-    Returns:
-        A contiguous CPU tensor of the chunk's shape and dtype.
-
-    Raises:
-        UserError: The source cannot be read, or has finite values that the chunk's dtype has not.
+    Raises `UserError` if the source cannot be read, or finite values overflow the chunk's dtype.
     """
     result = (buffers or AlternatingBuffers()).empty(shape_of(chunk.bounds), chunk.dtype)
+    # Rank 0 of 1: the pieces of the whole, unsplit parameter.
     for piece in chunk.mapping.pieces(0, 1):
         here = bounds_of(piece.local_index)
         both = common(chunk.bounds, here)
@@ -185,7 +161,7 @@ def read_chunk(
         if target.is_contiguous() and source.dtype(piece.hf) == chunk.dtype:
             source.read_slice(piece.hf, *slices_of(there), out=target)
             continue
-        # Some rows at a time, so that there is no second copy of a large tensor.
+        # In row blocks, to avoid a second copy of a large tensor.
         (start, stop), *columns = there
         rows = max(1, _COPIED_BYTES // (target[0].numel() * chunk.dtype.itemsize))
         for row in range(start, stop, rows):
@@ -199,7 +175,7 @@ def read_chunk(
 
 @contextmanager
 def _without_zip_checksums() -> Iterator[None]:
-    """In this thread torch.save leaves out the zip's CRC32, which no torch.load looks at."""
+    """Makes torch.save omit the zip's CRC32 in this thread; torch.load never checks it."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -1,6 +1,6 @@
-"""This rank's shards -> a stream of full Hugging Face tensors.
+"""Gathers the ranks' shards into a stream of full Hugging Face tensors.
 
-The same stream feeds exported checkpoints and the rollout engine.
+Both exported checkpoints and the rollout engine consume it.
 """
 
 import re
@@ -19,20 +19,20 @@ from megatron_oprd.weights.megatron_keys import named_parameters
 class Exporter:
     """Gathers a model's weights on the leader of each data-parallel replica, tensor by tensor.
 
-    A replica is one of everything but the experts. Its experts come from the group of ranks that
-    has one of each expert (expert-tensor-parallel x expert-parallel), which is a part of the
-    replica or spans several. So all replicas have to stream together.
+    A replica has one copy of everything except the experts. These come from the group with one copy
+    of each expert (expert-tensor-parallel x expert-parallel ranks), which may be part of a replica
+    or span several. So all replicas have to stream together.
+
+    The constructor communicates on the pipeline group and on the expert group.
 
     Args:
         chunks: This rank's model chunks, not wrapped.
-        table: The whole model's mappings. A parameter in it that no rank has is an error.
-        context: This rank's place. The constructor communicates on the pipeline group and on the
-            group that has one of each expert.
+        table: The whole model's mappings; every parameter must exist on some rank.
+        context: This rank's process groups and ranks.
 
     Attributes:
-        frozen_names: The Hugging Face tensors that a stream with ``trainable_only`` leaves out. A
-            layer with a parameter that trains is not among them: a reader that keeps several
-            tensors of a layer in one needs all of them or none.
+        frozen_names: The Hugging Face tensors that ``trainable_only`` skips. It skips whole layers
+            only, because a reader that fuses several tensors of a layer needs all of them or none.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Exporter:
         self._parameters = {
             name: parameter
             for name, parameter in named_parameters(chunks).items()
-            # Megatron marks a tied head so, which the last stage has a copy of.
+            # The last stage's copy of a tied embedding, which Megatron marks as shared.
             if not getattr(parameter, "shared", False)
         }
         self._table = table
@@ -56,6 +56,8 @@ class Exporter:
         trainable = {name for names in stages for name, trains in names.items() if trains}
         self._stage_of: dict[str, int] = {}
         trainable_units: set[str] = set()
+        # Experts differ between the ranks of a stage, so one rank per stage does not know all
+        # names.
         for part, trainable_part in _all_gather((stage_of, trainable), context.groups.tp_ep):
             self._stage_of |= part
             trainable_units |= {_unit(name) for name in trainable_part}
@@ -67,27 +69,21 @@ class Exporter:
     @torch.no_grad()
     def stream(
         self,
+        # The value to export, in the parameter's shape; for example its gradient.
         value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data,
         *,
-        dtype: torch.dtype | None = None,
-        trainable_only: bool = False,
+        dtype: torch.dtype | None = None,  # None: the parameters' own
+        trainable_only: bool = False,  # skips `frozen_names`; the same on all ranks
     ) -> Iterator[tuple[str, Tensor | None]]:
-        """Yields every Hugging Face tensor, in the table's order.
+        """Yields every Hugging Face tensor, in the table's order; all ranks have to exhaust it.
 
-        Every rank has to exhaust the stream. The leaders (tensor rank 0 of stage 0) get full
-        tensors on their device, the other ranks None. Communicates on the owning stage's
-        tensor-parallel group, or for an expert on its group that has one of each expert, and on
-        the leader's pipeline group; one parameter at a time is held.
-
-        Args:
-            value: What to export of each parameter, in the parameter's shape: its data, or, say,
-                its gradient.
-            dtype: What the values are cast to; None is the parameters' own.
-            trainable_only: Leaves out ``frozen_names``, which nothing is communicated for. The same
-                on all ranks.
+        Leaders (tensor rank 0 of stage 0) get full tensors on their device, other ranks None. Each
+        parameter is gathered on the owning stage's tensor-parallel group (an expert on the expert
+        group) and sent to the leader on the pipeline group. One parameter at a time is in memory.
         """
         dtype = dtype or next(iter(self._parameters.values())).dtype
         for mapping in self._table:
+            # Decided alike on all ranks, so nothing is communicated for these.
             if trainable_only and mapping.hf.keys() <= self.frozen_names:
                 continue
             shards = self._shards(mapping, value, dtype)
@@ -108,9 +104,10 @@ class Exporter:
         value: Callable[[torch.nn.Parameter], Tensor],
         dtype: torch.dtype,
     ) -> list[Tensor] | None:
-        """The value of each rank that the parameter is split over, on the leader; else None."""
+        """All shards of a parameter on the leader; None on other ranks."""
         context = self._context
         stage = self._stage_of[mapping.megatron]
+        # Only the owning stage and the leader's stage take part.
         if context.pp_rank not in (stage, 0):
             return None
         gathered: Tensor | None = None
@@ -145,15 +142,13 @@ class Exporter:
         return gathered
 
     def _gather_expert(self, mapping: Mapping, local: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The shards [etp, ...] on every rank of the group that has one of each expert.
-
-        Leaders of several replicas may be among them.
-        """
+        """The shards [etp, ...] on the whole expert group, which may have several leaders."""
         place, group = self._context.place, self._context.groups.tp_ep
         ep_rank = mapping.expert_rank(place.ep_size)
         assert ep_rank is not None
         gathered = self._empty(mapping, dtype)
         for etp_rank, shard in enumerate(gathered):
+            # The expert-tensor-parallel rank varies fastest in the group.
             source = ep_rank * place.etp_size + etp_rank
             if group.rank() == source:
                 assert local is not None, f"{mapping.megatron} is missing on its rank"
@@ -162,7 +157,7 @@ class Exporter:
         return gathered
 
     def _empty(self, mapping: Mapping, dtype: torch.dtype) -> Tensor:
-        """Room for a parameter's shards, [ranks that it is split over, ...]."""
+        """Memory for all shards of a parameter, [ranks it is split over, ...]."""
         _, size = (0, 1) if mapping.is_replicated else mapping.split_at(self._context.place)
         return torch.empty(
             (size, *mapping.local_shape(size)), dtype=dtype, device=self._context.device
@@ -170,7 +165,7 @@ class Exporter:
 
 
 def _unit(name: str) -> str:
-    """What is streamed whole or not at all: the parameter's decoder layer, or itself."""
+    """The decoder layer of a parameter, or the parameter itself: streamed whole or not at all."""
     layer = re.match(r"decoder\.layers\.\d+\.", name)
     return layer[0] if layer else name
 

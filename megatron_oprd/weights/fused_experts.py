@@ -1,8 +1,8 @@
-"""Experts that a checkpoint has stacked in two tensors a layer, as transformers 5 runs them.
+"""Reads experts stored as two stacked tensors per layer, the form transformers 5 computes with.
 
-``experts.gate_up_proj`` [e, 2 f, h] has each expert's gate over its up projection,
-``experts.down_proj`` [e, h, f] its down projection. Published checkpoints have three tensors for
-each expert; a model that was saved with ``save_original_format=False`` has these.
+``experts.gate_up_proj`` [e, 2 f, h] has each expert's gate rows and then its up rows,
+``experts.down_proj`` [e, h, f] the down projections. Published checkpoints have three tensors per
+expert; models saved with ``save_original_format=False`` have these.
 """
 
 import re
@@ -19,11 +19,7 @@ _SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 class UnfusedExperts:
-    """A Hugging Face folder with stacked experts, read as if each expert had its own tensors.
-
-    Args:
-        checkpoint: The folder.
-    """
+    """A Hugging Face folder with stacked experts, read as one tensor per expert and projection."""
 
     def __init__(self, checkpoint: HFCheckpoint) -> None:
         self._checkpoint = checkpoint
@@ -52,7 +48,7 @@ class UnfusedExperts:
 
     @property
     def hf_folder(self) -> Path:
-        """The folder."""
+        """The folder with config.json and the companion files."""
         return self._checkpoint.hf_folder
 
     def names(self) -> list[str]:
@@ -78,11 +74,12 @@ class UnfusedExperts:
         return self.read_slice(name)
 
     def read_slice(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
-        """Reads a part of a tensor, see `WeightSource`."""
+        """Reads a part of a tensor; the arguments are those of `WeightSource.read_slice`."""
         place = self._place(name)
         if place is None:
             return self._checkpoint.read_slice(name, *slices, out=out)
         fused, (expert, first), (rows, _) = place
+        # Bounds are resolved within the expert's rows before they are shifted into the stack.
         start, stop, _ = (slices[0] if slices else slice(None)).indices(rows)
         found = self._checkpoint.read_slice(
             fused,
@@ -94,7 +91,7 @@ class UnfusedExperts:
         return found[0] if out is None else out
 
     def companion_files(self) -> list[Path]:
-        """The files an exported model carries along."""
+        """The files that an exported model carries along."""
         return self._checkpoint.companion_files()
 
     def files(self) -> list[Path]:
@@ -102,7 +99,7 @@ class UnfusedExperts:
         return self._checkpoint.files()
 
     def _place(self, name: str) -> tuple[str, tuple[int, int], tuple[int, int]] | None:
-        """The stacked tensor, (expert, first row in it), and the shape; None if it is its own."""
+        """(stacked tensor, (expert, first row in it), shape); None for a tensor stored as is."""
         match = _SINGLE.fullmatch(name)
         if match is None:
             return None
@@ -110,10 +107,10 @@ class UnfusedExperts:
         _, rows, columns = self._checkpoint.shape(fused)
         if match[3] == "down":
             return fused, (int(match[2]), 0), (rows, columns)
-        half = rows // 2
+        half = rows // 2  # gate above up
         return fused, (int(match[2]), half if match[3] == "up" else 0), (half, columns)
 
 
 def has_fused_experts(checkpoint: HFCheckpoint) -> bool:
-    """Whether a folder has its experts stacked."""
+    """Whether the folder's experts are stacked."""
     return any(_FUSED.fullmatch(name) for name in checkpoint.names())

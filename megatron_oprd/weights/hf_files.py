@@ -1,7 +1,7 @@
-"""Hugging Face checkpoint folders on disk, read slice by slice.
+"""Reads Hugging Face checkpoint folders from disk, slice by slice.
 
-A folder holds `config.json`, the weights as `model.safetensors` or as shards named by
-`model.safetensors.index.json`, and files to carry along (tokenizer, generation config, ...).
+A folder has `config.json`, the weights (`model.safetensors`, or shards listed in
+`model.safetensors.index.json`) and companion files such as the tokenizer and generation config.
 """
 
 import os
@@ -21,14 +21,14 @@ CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# Not carried along to another model's folder: weights in any format, what describes this folder.
+# Not copied to another model's folder: weights in any format, and files about this folder.
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack",
 }  # fmt: skip
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth"}
-# What transformers' Trainer pickles beside the weights.
+# Files that transformers' Trainer pickles next to the weights.
 _TRAINER_STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
-# Where one of these is, the folder's weights are not the whole model.
+# With one of these files, the folder's weights are not the whole model.
 _OTHER_WEIGHTS = {
     "adapter_config.json": "it is a LoRA adapter's, and transformers would take it into account "
     "where peft is installed. Merge it first (peft: merge_and_unload, then save_pretrained), or "
@@ -41,14 +41,10 @@ _LEFT_BEHIND = {CONFIG_FILE, "README.md", MANIFEST_FILE}
 
 
 class HFFolder:
-    """A Hugging Face model folder without its weights: config.json and the files beside it.
-
-    Attributes:
-        folder: The folder.
-        config: The content of its config.json.
+    """A Hugging Face model folder without its weights: config.json and companion files.
 
     Raises:
-        UserError: If the folder or its config.json is missing or unreadable.
+        UserError: The folder or its config.json is missing or unreadable.
     """
 
     folder: Path
@@ -73,11 +69,10 @@ class HFFolder:
         return self.folder
 
     def companion_files(self) -> list[Path]:
-        """The files an exported model carries along: tokenizer, generation config, chat template...
+        """The files to copy into a folder of the exported model, sorted by name.
 
-        Every regular file at the folder's top level, but for weights, their indices, config.json,
-        the manifest, the model card and hidden files; sorted by name. Behind them the tokenizer's
-        named chat templates, which have a folder of their own.
+        All regular top-level files except weights and their indices, config.json, the manifest, the
+        model card and hidden files; then the tokenizer's named chat templates from their subfolder.
         """
         return [
             *sorted(
@@ -94,7 +89,7 @@ class HFFolder:
 
 
 def companion_name(file: Path) -> str:
-    """A companion file's place in a folder that it is carried along to."""
+    """A companion file's path relative to its folder."""
     in_folder = file.parent.name == CHAT_TEMPLATES
     return f"{CHAT_TEMPLATES}/{file.name}" if in_folder else file.name
 
@@ -108,15 +103,15 @@ def copy_companions(files: Iterable[Path], folder: Path) -> None:
 
 
 class HFCheckpoint(HFFolder):
-    """A Hugging Face checkpoint folder, opened for reading.
+    """A Hugging Face checkpoint folder, opened for reading; a `WeightSource`.
 
-    Opening reads config.json, the index and the shards' headers, no weights. Tensors are read with
-    positioned reads of exactly the bytes asked for: nothing stays mapped, so the memory in use is
-    that of the tensors the caller holds. Reads are safe from several threads.
+    Opening reads config.json, the index and the shards' headers. Tensors are read by positioned
+    reads of exactly the requested bytes and nothing is mapped, so only the tensors that the caller
+    holds are in memory. Reads are thread-safe.
 
     Raises:
-        UserError: If the folder, its config.json or its safetensors weights are missing, unreadable
-            or contradict each other. The message names the file.
+        UserError: The folder, config.json or the safetensors files are missing, unreadable or
+            inconsistent. The message names the file.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -124,7 +119,7 @@ class HFCheckpoint(HFFolder):
         self._files = _open_files(self.folder)  # by tensor
 
     def names(self) -> list[str]:
-        """The tensors' names, in the order in which they lie on disk."""
+        """The tensors' names, in their order on disk."""
         return list(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -136,41 +131,19 @@ class HFCheckpoint(HFFolder):
         return self._info(name).dtype
 
     def num_bytes(self) -> int:
-        """The bytes of all tensors together."""
+        """The total size of all tensors."""
         return sum(self._info(name).num_bytes for name in self._files)
 
     def read(self, name: str) -> Tensor:
-        """Reads the whole tensor `name`.
-
-        Returns:
-            A new contiguous CPU tensor with the checkpoint's shape and dtype.
-
-        Raises:
-            UserError: If the checkpoint has no such tensor, or its file cannot be read any more.
-        """
+        """Reads the whole tensor ``name`` into a new contiguous CPU tensor."""
         return self.read_slice(name)
 
     def read_slice(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
-        """Reads `tensor[slices]` of tensor `name`, and only those bytes of its file.
-
-        Args:
-            name: The tensor's name.
-            *slices: One slice a leading dimension, step 1, with Python's meaning of missing,
-                negative and too large bounds; dimensions without a slice are read whole.
-            out: A contiguous CPU tensor of the slice's shape and dtype to read into; None makes
-                one.
-
-        Returns:
-            ``out``, or a new contiguous CPU tensor with the checkpoint's dtype.
-
-        Raises:
-            UserError: If the checkpoint has no such tensor, or its file cannot be read any more.
-            ValueError: If there are more slices than dimensions, or a step is not 1.
-        """
+        """Implements `WeightSource.read_slice`; reads exactly the bytes of the slice."""
         return self._file(name).read_slice(name, slices, out=out)
 
     def files(self) -> list[Path]:
-        """The files that config and tensors are read from."""
+        """The files that hold the configuration and the tensors."""
         shards = {file.path for file in self._files.values()}
         index = self.folder / INDEX_FILE
         return [self.folder / CONFIG_FILE, *([index] if index.exists() else []), *sorted(shards)]
@@ -205,7 +178,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
-    """The file of every tensor, in the order of the files' names and of the bytes in them."""
+    """The file of every tensor, sorted by file name and position in the file."""
     weight_map = _read_weight_map(folder)
     names = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
     files: dict[str, SafetensorsFile] = {}
@@ -229,14 +202,14 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
 
 
 def _is_pickle(name: str) -> bool:
-    """Whether a file has weights in a format that can run code when it is read."""
+    """Whether a file has weights in a format that can run code when loaded."""
     if name.endswith(".bin.index.json"):
         return True
     return Path(name).suffix in _PICKLE_SUFFIXES and not name.startswith(_TRAINER_STATES)
 
 
 def _read_weight_map(folder: Path) -> dict[str, str] | None:
-    """The index's map from tensor to shard; None where there is one single file and no index."""
+    """The index's map from tensor to shard; None for a single file without an index."""
     index = folder / INDEX_FILE
     single = folder / SINGLE_FILE
     if not index.exists():
@@ -252,7 +225,9 @@ def _read_weight_map(folder: Path) -> dict[str, str] | None:
         raise UserError(f"checkpoint {folder} has no safetensors weights: {found}.")
     weight_map = _read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+        # A name with a path would read outside of the folder.
+        isinstance(file, str) and Path(file).name == file
+        for file in weight_map.values()
     ):
         raise UserError(
             f"{index} must have a 'weight_map' from tensor names to names of files in its folder."

@@ -1,8 +1,7 @@
-"""Hugging Face checkpoint folders, written a tensor at a time.
+"""Writes Hugging Face checkpoint folders, one tensor at a time.
 
-The safetensors files are laid out beforehand, from names, shapes and dtypes; then tensors go into
-their places as they come. The largest tensor is in memory, or two if they are small: one is written
-while the next is made.
+The safetensors files are laid out beforehand from names, shapes and dtypes. The largest tensor is
+in memory, or two small ones: one is written while the next is produced.
 """
 
 import shutil
@@ -23,40 +22,29 @@ from megatron_oprd.weights.progress import Progress
 from megatron_oprd.weights.ranks import Ranks
 from megatron_oprd.weights.safetensors_file import SafetensorsWriter, TensorSpec
 
-DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
-_MAX_BYTES_OF_TWO = 2**29  # of a tensor that is written and one that is read meanwhile
+DEFAULT_MAX_SHARD_SIZE = 5 * 10**9  # bytes
+_MAX_BYTES_OF_TWO = 2**29  # most bytes in flight: one tensor being written, one being read
 
 
 @dataclass(frozen=True, kw_only=True)
 class HFContent:
-    """Everything of a Hugging Face folder but the tensors' values.
+    """The content of a Hugging Face folder except the tensors' values."""
 
-    Attributes:
-        tensors: The tensors, in the order in which they are written.
-        config: The content of config.json, or the file to copy it from byte for byte.
-        companion_files: Files that are copied into the folder under their own names.
-        origin: What the manifest says of where the folder comes from: tool, source, settings.
-        max_shard_size: The most bytes of tensors in one safetensors file; a tensor is never split,
-            one that is larger gets a file of its own.
-    """
-
-    tensors: Mapping[str, TensorSpec]
-    config: Mapping[str, Any] | Path
+    tensors: Mapping[str, TensorSpec]  # in the order in which they are written
+    config: Mapping[str, Any] | Path  # content of config.json, or a file to copy byte for byte
     companion_files: Sequence[Path] = ()
+    # Provenance for the manifest: tool, source, settings.
     origin: Mapping[str, Any] = field(default_factory=dict)
+    # Most bytes of tensors per safetensors file. A larger tensor gets a file of its own, unsplit.
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of all tensors together."""
+        """The total size of all tensors."""
         return sum(spec.num_bytes for spec in self.tensors.values())
 
     def shards(self) -> dict[str, list[str]]:
-        """The safetensors files and the tensors in each.
-
-        Raises:
-            ValueError: There are no tensors.
-        """
+        """The safetensors files and their tensors; `ValueError` if there are none."""
         shards: list[list[str]] = []
         size = 0
         for name, spec in self.tensors.items():
@@ -78,27 +66,18 @@ class HFContent:
 def write_hf_folder(
     out: Path,
     content: HFContent,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor]],  # on any device
     *,
-    force: bool = False,
+    force: bool = False,  # replaces a checkpoint at `out`
     show_progress: bool = False,
 ) -> Path:
-    """Writes a stream of tensors as a Hugging Face folder, whole or not at all.
+    """Writes a stream of tensors as a Hugging Face folder, whole or not at all; returns ``out``.
 
-    Args:
-        out: The folder to create.
-        content: What goes into it.
-        tensors: Names and tensors, on any device, in the content's order. A tensor must not be
-            changed after it was yielded.
-        force: Whether a checkpoint that is at ``out`` is replaced.
-        show_progress: Whether progress is shown on stderr.
-
-    Returns:
-        ``out``.
+    The stream has the content's order. Its producer must not change a tensor after yielding it.
 
     Raises:
-        UserError: ``out`` is taken (before the stream is touched) or cannot be written.
-        ValueError: The stream is not what the content says.
+        UserError: ``out`` is taken (checked before the stream is consumed) or cannot be written.
+        ValueError: The stream does not match ``content``.
     """
     stream = iter(tensors)
 
@@ -120,36 +99,27 @@ def write_hf_folder(
 def convert_to_hf_folder(
     out: Path,
     content: HFContent,
+    # By Hugging Face name. It may reuse a tensor's memory from its second call after it.
     read: Callable[[str], Tensor],
     *,
-    force: bool = False,
-    ranks: Ranks | None = None,
+    force: bool = False,  # replaces a checkpoint at `out`
+    ranks: Ranks | None = None,  # None: this process alone
 ) -> Path:
     """Writes tensors that can be read by name as a Hugging Face folder, whole or not at all.
 
-    Several ranks may share the work, file by file; each calls this with the same content.
-
-    Args:
-        out: The folder to create.
-        content: What goes into it.
-        read: Gives the tensor with the Hugging Face name. A tensor is not used any more once
-            ``read`` is called for the second time after it.
-        force: Whether a checkpoint that is at ``out`` is replaced.
-        ranks: The processes that share the work. Rank 0 shows the progress.
-
-    Returns:
-        ``out``.
+    ``ranks`` share the work, file by file, with the same content; rank 0 shows progress. Returns
+    ``out``.
 
     Raises:
-        UserError: ``out`` is taken or cannot be written; or from ``read``. On every rank, if it
-            happens on any.
-        ValueError: A tensor is not what the content says.
+        UserError: On every rank, if ``out`` is taken or cannot be written or ``read`` fails on any.
+        ValueError: A tensor does not match ``content``.
     """
     ranks = ranks or Ranks()
     shards = content.shards()
     folder = OutputFolder(out, force=force)
     with ExitStack() as stack:
         path = ranks.from_first(lambda: stack.enter_context(folder).path)
+        # Files are about equally large, so dealing them out in turn balances the ranks.
         own = {file: shards[file] for file in list(shards)[ranks.rank :: ranks.size]}
         records = ranks.together(
             lambda: _write_shards(path, out, content, own, read, shown=ranks.rank == 0)
@@ -170,10 +140,7 @@ def _write_shards(
     *,
     shown: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Writes files, each under its final name in the folder ``path``; returns their records.
-
-    While one file is brought to the disk, the next is begun.
-    """
+    """Writes files into ``path`` and returns their records; syncs one while writing the next."""
     specs = {
         file: {name: content.tensors[name] for name in names} for file, names in shards.items()
     }
@@ -201,11 +168,7 @@ def _write_shard(
     progress: Progress,
     out: Path,
 ) -> dict[str, dict[str, Any]]:
-    """Writes one file; while one tensor is written, the next is read and examined.
-
-    Returns:
-        The tensors' checksums, and how many NaNs are in those that have any.
-    """
+    """Writes one file; returns its tensors' checksums and the counts of NaNs above zero."""
     record: dict[str, dict[str, Any]] = {"tensors": {}, "nans": {}}
     with writing(out):
         target = SafetensorsWriter(file, specs)
@@ -215,10 +178,11 @@ def _write_shard(
             target.write(name, tensor)
         progress.advance(tensor.nbytes)
 
-    # The thread ends before the file is closed, whatever happens.
+    # The executor is entered last, so its thread ends before the file is closed, even on an error.
     with target, ThreadPoolExecutor(1) as writer:
         written, bytes_in_flight = writer.submit(lambda: None), 0
         for name, spec in specs.items():
+            # Too large for two in memory: wait before reading the next.
             if bytes_in_flight + spec.num_bytes > _MAX_BYTES_OF_TWO:
                 written.result()
             tensor = read(name)
@@ -227,6 +191,8 @@ def _write_shard(
                 record["nans"][name] = nans
             written.result()
             written, bytes_in_flight = writer.submit(write, name, tensor), spec.num_bytes
+            # Only the writer thread holds the tensor now, so a large one is freed once it is
+            # written.
             del tensor
         written.result()
     return record
@@ -238,7 +204,7 @@ def _finish(
     shards: Mapping[str, Sequence[str]],
     records: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Adds what is not weights, and commits."""
+    """Writes everything except the weights, and commits."""
     checksums: dict[str, str] = {}
     nans: dict[str, int] = {}
     for file in shards:

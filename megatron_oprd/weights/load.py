@@ -1,4 +1,4 @@
-"""A checkpoint -> this rank's shard, reading only the slices it needs."""
+"""Loads this rank's shard of a checkpoint, reading only the slices it needs."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,51 +17,39 @@ from megatron_oprd.weights.source import WeightSource
 
 
 class Store(Protocol):
-    """Takes over a parameter that is not kept as it is read: FP8 weights."""
+    """Stores a parameter that is not kept as it is read: FP8 weights."""
 
     def __call__(
         self, mapping: Mapping, pieces: Sequence[Piece], fill: Callable[[Tensor], None]
     ) -> None:
-        """Stores this rank's part of a parameter.
+        """Stores this rank's part of the parameter of ``mapping``.
 
-        Args:
-            mapping: The parameter's.
-            pieces: What the rank's part is made of.
-            fill: Fills a tensor of the part's shape, of any dtype, with its values.
+        ``pieces`` make up the part. ``fill`` writes the values into a tensor of the part's shape,
+        of any dtype.
         """
 
 
 @torch.no_grad()
 def load_weights(
-    chunks: Sequence[MegatronModule],
-    table: Sequence[Mapping],
+    chunks: Sequence[MegatronModule],  # not wrapped; values are cast to their dtypes
+    table: Sequence[Mapping],  # of the whole model
     checkpoint: WeightSource,
     *,
     place: Place,
-    tied: bool,
-    stores: dict[str, Store] | None = None,
+    tied: bool,  # embedding and LM head are one weight
+    stores: dict[str, Store] | None = None,  # by name of the parameter
 ) -> None:
-    """Fills this rank's parameters; tensors of layers that were not built are not read.
+    """Fills this rank's parameters; does not read tensors of layers that were not built.
 
-    Args:
-        chunks: This rank's model chunks, not wrapped; values are cast to their dtypes.
-        table: The whole model's mappings.
-        checkpoint: The checkpoint to read.
-        place: This rank's share.
-        tied: Whether embedding and LM head are one weight.
-        stores: What takes over some of the parameters, by name. One is read after the other, so
-            that only one at a time exists as it is read.
-
-    Raises:
-        UserError: The checkpoint's tensors are not those of the table, a tied model's has a head
-            that differs from the embedding, or values are NaN or infinite.
+    Raises `UserError` if the checkpoint's tensors do not match the table, a tied head differs from
+    the embedding, or values are NaN or infinite.
     """
     check_tensors(table, checkpoint, tied=tied)
     if tied:
         check_tied_head(checkpoint)
     mappings = {mapping.megatron: mapping for mapping in table}
     if tied:
-        # The copy of the embedding that the last stage has as its head.
+        # The last stage's copy of a tied embedding.
         mappings["output_layer.weight"] = mappings["embedding.word_embeddings.weight"]
     for name, parameter in named_parameters(chunks).items():
         assert name in mappings, f"parameter {name} is in no mapping"
@@ -72,6 +60,7 @@ def load_weights(
         assert parameter.shape == expected, f"{name}: {tuple(parameter.shape)} != {expected}"
         pieces = mapping.pieces(rank, size)
         fill = partial(_fill, pieces=pieces, checkpoint=checkpoint)
+        # One such parameter after the other, so that only one is in memory as it was read.
         if stores is not None and name in stores:
             stores[name](mapping, pieces, fill)
         else:
@@ -85,7 +74,8 @@ def _fill(target: Tensor, *, pieces: Sequence[Piece], checkpoint: WeightSource) 
             part.zero_()
         else:
             values = checkpoint.read_slice(piece.hf, *piece.hf_index)
-            # A sum is not finite if a value is not, and rarely otherwise: then all are looked at.
+            # A cheap test first: a value that is not finite makes the sum so. The sum may also
+            # overflow, hence the exact count.
             if not values.sum().isfinite() and (count := int((~values.isfinite()).sum())):
                 raise UserError(
                     f"{checkpoint.folder}: {count} values of {piece.hf} are NaN or infinite; give "

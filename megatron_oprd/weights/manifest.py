@@ -1,4 +1,4 @@
-"""A folder that these tools have written, compared with what its own manifest says of it."""
+"""Verifies a folder that these tools have written against its own manifest."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,70 +19,53 @@ from megatron_oprd.weights.positioned_reads import Bounds, row_blocks, shape_of,
 from megatron_oprd.weights.torch_dist_files import RELEASE, TorchDistFiles
 from megatron_oprd.weights.torch_dist_plan import chunk_name
 
-_ROWS_BYTES = 2**26  # of a tensor that are read at a time
+_ROWS_BYTES = 2**26  # bytes of a tensor read at a time
 
 
 class _Reader(Protocol):
     def __call__(self, name: str, *slices: slice) -> Tensor:
-        """Reads a part of a tensor."""
+        """Reads a slice of a tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor of a Hugging Face folder, or a chunk of one in a `torch_dist` checkpoint.
-
-    Attributes:
-        name: Its name in the manifest.
-        tensor: The tensor that it is or is a part of.
-        bounds: Which part.
-        dtype: Its dtype.
-        read: Reads parts of the tensor.
-    """
+    """A tensor of a Hugging Face folder, or a chunk of a tensor in a `torch_dist` checkpoint."""
 
     name: str
-    tensor: str
-    bounds: Bounds
+    tensor: str  # the whole tensor's name
+    bounds: Bounds  # the chunk's rectangle in the tensor
     dtype: torch.dtype
     read: _Reader
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of its values."""
+        """The size of its values."""
         return prod(shape_of(self.bounds)) * self.dtype.itemsize
 
     def blocks(self) -> Iterator[Tensor]:
-        """Its values in row-major order, some rows at a time."""
+        """The values in row-major order, in blocks of rows."""
         for rows in row_blocks(self.bounds, self.dtype.itemsize, _ROWS_BYTES):
             yield self.read(self.tensor, *slices_of(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChecksumDifference:
-    """A tensor or chunk that is not what the manifest says.
+    """A tensor, chunk or file that does not match the manifest."""
 
-    Attributes:
-        name: Its name in the manifest.
-        expected: The manifest's checksum; None if it has none, so that the tensor is too much.
-        found: That of the values on disk; None if they are missing.
-    """
-
-    name: str
-    expected: str | None
-    found: str | None
+    name: str  # key in the manifest's checksums
+    expected: str | None  # the manifest's checksum; None if it lists no such tensor
+    found: str | None  # checksum of the values on disk; None if missing
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """The checksums that the manifest of a folder has, by tensor or chunk.
+    """Reads the checksums in a folder's manifest, by tensor or chunk; `UserError` if it has none.
 
-    Args:
-        folder: A Hugging Face folder, a Megatron checkpoint, or the folder that holds one.
-
-    Raises:
-        UserError: There is no manifest, or none with checksums.
+    ``folder`` is a Hugging Face folder, a Megatron checkpoint, or the folder of one.
     """
     places = [folder]
     if is_megatron(folder):
         checkpoint = resolve_checkpoint_folder(folder)
+        # `torch_dist_writer` puts the manifest next to release/, not into it.
         places = [checkpoint, *([checkpoint.parent] if checkpoint.name == RELEASE else [])]
     file = next(
         (place / MANIFEST_FILE for place in places if (place / MANIFEST_FILE).exists()), None
@@ -107,10 +90,9 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def read_file_checksums(folder: Path) -> dict[str, tuple[int, str]] | None:
-    """Size and checksum of each file of a training checkpoint; None for what is none.
+    """(size, checksum) of each file of a training checkpoint, or of a run's newest one.
 
-    Args:
-        folder: A training checkpoint, or the folder of a run.
+    None if the folder has no manifest of a training checkpoint.
     """
     file = resolve_checkpoint_folder(folder) / MANIFEST_FILE
     try:
@@ -127,15 +109,9 @@ def compare_files(
     folder: Path,
     expected: Mapping[str, tuple[int, str]],
     *,
-    advance: Callable[[int], object] = lambda num_bytes: None,
+    advance: Callable[[int], object] = lambda num_bytes: None,  # after each file
 ) -> list[ChecksumDifference]:
-    """Reads every file of a training checkpoint and compares its checksum with the manifest's.
-
-    Args:
-        folder: The checkpoint, or the folder of a run.
-        expected: See `read_file_checksums`.
-        advance: Called with the bytes that were read.
-    """
+    """Compares the files of a training checkpoint with `read_file_checksums`; reads all of them."""
     checkpoint = resolve_checkpoint_folder(folder)
     different = []
     for name, (size, checksum) in expected.items():
@@ -148,13 +124,10 @@ def compare_files(
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """What a folder holds, named as in a manifest; no weight is read.
+    """Lists a folder's tensors under their names in the manifest; reads no weights.
 
-    Args:
-        folder: A Hugging Face folder, a Megatron checkpoint, or the folder that holds one.
-
-    Raises:
-        UserError: It cannot be read.
+    ``folder`` is a Hugging Face folder, a Megatron checkpoint, or the folder of one; `UserError` if
+    it cannot be read.
     """
     if not is_megatron(folder):
         source = HFCheckpoint(folder)
@@ -190,13 +163,7 @@ def compare_checksums(
 ) -> list[ChecksumDifference]:
     """Reads every tensor and compares its checksum with the manifest's.
 
-    Args:
-        stored: What the folder holds.
-        expected: The manifest's checksums.
-        advance: Called with the bytes that were read.
-
-    Raises:
-        UserError: A file cannot be read.
+    ``advance`` is called with the bytes read since its last call.
     """
     found: dict[str, str] = {}
     for one in stored:

@@ -1,15 +1,14 @@
-"""Mapping kinds between Hugging Face tensors and tensor-parallel Megatron parameters.
+"""Maps Hugging Face tensors to tensor-parallel Megatron parameters.
 
-A mapping says, for any tensor-parallel rank, which rectangle of which Hugging Face tensor is
-which rectangle of the rank's local parameter. Loading reads the rectangles, export writes them
-back, so both directions are one definition and no process group is needed to know a rank's share.
+A mapping gives, for any tensor-parallel rank, pairs of equal rectangles of a Hugging Face tensor
+and of the rank's local parameter. Loading reads the rectangles and export writes them back, so both
+directions share one definition, and no process group is needed.
 
-Megatron parameters carry the names of Megatron's own checkpoints with the global layer index,
-``decoder.layers.<i>.self_attention.linear_qkv.weight``; a norm in front of a linear layer is
-``<linear>.layer_norm_weight`` whichever layer spec the model was built with. In layers with a
-mixture of experts the norm in front of it is ``pre_mlp_layernorm.weight``, the router
-``mlp.router.weight``, and expert e of all the layer's experts
-``mlp.experts.experts.<e>.linear_fc1.weight`` and ``.linear_fc2.weight``.
+Parameters are named as in Megatron's checkpoints, with the global layer index:
+``decoder.layers.<i>.self_attention.linear_qkv.weight``. The norm before a linear layer is
+``<linear>.layer_norm_weight`` in every layer spec. In mixture-of-experts layers the norm is
+``pre_mlp_layernorm.weight``, the router ``mlp.router.weight``, and the weights of the layer's
+expert e are ``mlp.experts.experts.<e>.linear_fc1.weight`` and ``.linear_fc2.weight``.
 """
 
 from abc import ABC, abstractmethod
@@ -25,50 +24,37 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """One rectangle that a Hugging Face tensor and a rank's local parameter have in common.
+    """A rectangle shared by a Hugging Face tensor and a rank's local parameter."""
 
-    Attributes:
-        hf: Name of the Hugging Face tensor; None marks padding, which is zero and not exported.
-        hf_index: The rectangle in the Hugging Face tensor.
-        local_index: The same rectangle in the local parameter.
-    """
-
-    hf: str | None
-    hf_index: Index
-    local_index: Index
+    hf: str | None  # tensor name; None: padding, zero and not exported
+    hf_index: Index  # position in the Hugging Face tensor
+    local_index: Index  # position in the local parameter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mapping(ABC):
-    """How one Megatron parameter is made of Hugging Face tensors.
+    """Composition of one Megatron parameter from Hugging Face tensors."""
 
-    Attributes:
-        megatron: Name of the Megatron parameter.
-        hf: Full shapes of the Hugging Face tensors, by name.
-        expert: For an expert's parameter: which of the layer's experts, counted over all
-            expert-parallel ranks. The parameter is then split over the expert-tensor-parallel
-            group, and that is the group that `pieces` and `local_shape` mean. None for all others.
-        num_experts: For an expert's parameter: how many experts the layer has.
-    """
-
-    megatron: str
-    hf: dict[str, Shape]
+    megatron: str  # name of the Megatron parameter
+    hf: dict[str, Shape]  # full shapes of the Hugging Face tensors
+    # For an expert's parameter: the expert's index in the layer, over all expert-parallel ranks.
+    # Such a parameter is split over the expert-tensor-parallel group; `tp_rank` and `tp_size` refer
+    # to it.
     expert: int | None = None
-    num_experts: int | None = None
+    num_experts: int | None = None  # the layer's experts, for an expert's parameter
 
     @abstractmethod
     def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
-        """The pieces of tensor-parallel rank ``tp_rank``; they cover its parameter exactly."""
+        """The pieces of rank ``tp_rank``; they cover its local parameter exactly."""
 
     @abstractmethod
     def local_shape(self, tp_size: int) -> Shape:
-        """Shape of the parameter on each tensor-parallel rank."""
+        """The parameter's shape on each tensor-parallel rank."""
 
     def expert_rank(self, ep_size: int) -> int | None:
-        """The one of ``ep_size`` expert-parallel ranks that has the parameter; None: all have it.
+        """The expert-parallel rank that holds the parameter; None if all ranks do.
 
-        Raises:
-            ValueError: The layer's experts do not divide into ``ep_size`` ranks.
+        Raises `ValueError` if the layer's experts do not divide into ``ep_size`` ranks.
         """
         if self.expert is None:
             return None
@@ -80,11 +66,11 @@ class Mapping(ABC):
         return self.expert // (self.num_experts // ep_size)
 
     def is_held_at(self, place: Place) -> bool:
-        """Whether a rank at ``place`` has the parameter, if it has the layer."""
+        """Whether a rank at ``place`` holds the parameter, provided that it holds the layer."""
         return self.expert_rank(place.ep_size) in (None, place.ep_rank)
 
     def split_at(self, place: Place) -> tuple[int, int]:
-        """Rank and size, at ``place``, of the group that the parameter is split over."""
+        """(rank, size) at ``place`` in the group that the parameter is split over."""
         if self.expert is None:
             return place.tp_rank, place.tp_size
         return place.etp_rank, place.etp_size
@@ -97,7 +83,7 @@ class Mapping(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Copy(Mapping):
-    """The same tensor on every tensor-parallel rank: norms."""
+    """A tensor replicated on every tensor-parallel rank: norms, router."""
 
     @override
     def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
@@ -141,7 +127,7 @@ class RowSplit(Mapping):
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows(Mapping):
-    """A parameter whose rows are rows of Hugging Face tensors, split over ranks by rows."""
+    """A parameter made of rows of Hugging Face tensors and split by rows."""
 
     @abstractmethod
     def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
@@ -176,8 +162,8 @@ class _Rows(Mapping):
 class GatedMLP(_Rows):
     """Gate and up projection in one parameter: each rank holds [its gate rows; its up rows].
 
-    ``hf`` names the gate projection first, then the up projection; or one tensor that holds the
-    gate's rows and then as many of the up projection.
+    ``hf`` names gate and up projection in this order, or one tensor with all gate rows and then as
+    many up rows.
     """
 
     @override
@@ -191,7 +177,7 @@ class GatedMLP(_Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary(_Rows):
-    """Embedding or LM head, its rows padded with zeros to ``padded_vocab_size`` and then split."""
+    """Embedding or LM head: rows zero-padded to ``padded_vocab_size``, then split."""
 
     padded_vocab_size: int
 
@@ -200,6 +186,7 @@ class Vocabulary(_Rows):
         ((name, shape),) = self.hf.items()
         count = _divide(self.padded_vocab_size, tp_size, self.megatron)
         start = tp_rank * count
+        # Padding may begin within a rank, and the last ranks may have padding only.
         real = min(max(shape[0] - start, 0), count)
         segments: list[tuple[str | None, int, int]] = [(name, start, real), (None, 0, count - real)]
         return [segment for segment in segments if segment[2]]
@@ -209,10 +196,10 @@ class Vocabulary(_Rows):
 class QKV(_Rows):
     """Attention's query, key and value projection (weight or bias) in one parameter.
 
-    Megatron orders rows by key/value group: the group's query heads, its key head, its value
-    head. Ranks take equal runs of these rows; with fewer groups than ranks a run ends inside a
-    group, as megatron-core expects. ``hf`` names query, key, value in this order; or one tensor
-    that holds all query rows, then all key rows, then all value rows.
+    Megatron orders rows by query group: query heads, key head, value head of each. Ranks take equal
+    runs of rows. With fewer groups than ranks a run ends inside a group, as megatron-core expects.
+    ``hf`` names query, key and value in this order, or one tensor with all query, all key and all
+    value rows.
     """
 
     num_attention_heads: int
@@ -222,7 +209,7 @@ class QKV(_Rows):
     @override
     def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
         groups, dim = self.num_query_groups, self.head_dim
-        of_group = [self.num_attention_heads // groups * dim, dim, dim]
+        of_group = [self.num_attention_heads // groups * dim, dim, dim]  # query, key, value rows
         parts = _parts(self.hf, [groups * rows for rows in of_group])
         order: list[tuple[str, int, int]] = []
         for group in range(groups):
@@ -234,7 +221,7 @@ class QKV(_Rows):
 
 
 def _parts(hf: dict[str, Shape], rows: list[int]) -> list[tuple[str, int]]:
-    """(tensor, first row) of each part: a tensor each, or all of them in one, ``rows`` long."""
+    """(tensor, first row) of each part, for a tensor per part or one tensor of all parts."""
     if len(hf) > 1:
         return [(name, 0) for name in hf]
     (name,) = hf
@@ -244,7 +231,7 @@ def _parts(hf: dict[str, Shape], rows: list[int]) -> list[tuple[str, int]]:
 def _run_of_rows(
     order: list[tuple[str, int, int]], begin: int, end: int
 ) -> list[tuple[str | None, int, int]]:
-    """The part of ``order`` that covers rows [begin, end) of its concatenation."""
+    """The segments that cover rows [begin, end) of the concatenation of ``order``."""
     run: list[tuple[str | None, int, int]] = []
     row = 0
     for name, start, count in order:

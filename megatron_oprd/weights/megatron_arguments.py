@@ -1,7 +1,7 @@
-"""The arguments that a Megatron checkpoint was trained with, read without running any of its code.
+"""Reads the training arguments of a Megatron checkpoint without running any of its code.
 
-Megatron-LM keeps them as an ``argparse.Namespace`` in common.pt or, of late, in an object among the
-tensors; Megatron-Bridge as run_config.yaml beside them.
+Megatron-LM stores them as an ``argparse.Namespace`` in common.pt or, more recently, in an object
+among the tensors; Megatron-Bridge writes run_config.yaml.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
 
 COMMON_FILE, CONFIG_FILE = "common.pt", "run_config.yaml"
-_COMMON_OBJECT = "common_state/shard_0_1"
+_COMMON_OBJECT = "common_state/shard_0_1"  # recent Megatron-LM: shard 0 of 1
 
 
 class _Opaque:
-    """Stands in for every class in a checkpoint but argparse's: nothing of it is run."""
+    """Inert stand-in for every pickled class except argparse.Namespace."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -32,10 +32,9 @@ class _Opaque:
 
 
 def read_arguments(files: TorchDistFiles) -> tuple[str, dict[str, Any]] | None:
-    """The model's arguments, and the file that has them; None where there are none.
+    """Returns (file name, arguments of the model); None if the checkpoint has none.
 
-    Raises:
-        UserError: The file cannot be read, or its weights are an adapter's.
+    Raises `UserError` if the file cannot be read or the weights are an adapter's.
     """
     config = files.folder / CONFIG_FILE
     if config.is_file():
@@ -47,6 +46,7 @@ def read_arguments(files: TorchDistFiles) -> tuple[str, dict[str, Any]] | None:
         content = _read_common(files.folder, files.read_object(_COMMON_OBJECT))
     else:
         return None
+    # Megatron wraps an object among the tensors in a list of one.
     if isinstance(content, list) and len(content) == 1:
         content = content[0]
     arguments = content.get("args") if isinstance(content, dict) else None
@@ -58,6 +58,8 @@ def read_arguments(files: TorchDistFiles) -> tuple[str, dict[str, Any]] | None:
 def _read_common(path: Path, content: bytes) -> Any:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+        # weights_only=True refuses unknown classes. Mapping their names to an inert class lets it
+        # load everything else.
         inert = [(_Opaque, name) for name in names if name != "argparse.Namespace"]
         with torch.serialization.safe_globals([argparse.Namespace, *inert]):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -83,4 +85,5 @@ def _read_config(file: Path) -> dict[str, Any]:
     model = content.get("model")
     model = model if isinstance(model, dict) else {}
     nested = model.get("transformer")
+    # Megatron-Bridge may nest the transformer's settings; they win over the outer ones.
     return {**model, **(nested if isinstance(nested, dict) else {})}

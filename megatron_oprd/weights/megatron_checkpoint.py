@@ -1,4 +1,4 @@
-"""Megatron checkpoints seen as Hugging Face tensors, through a model's table of mappings."""
+"""Reads Megatron checkpoints as Hugging Face tensors, through a model's table of mappings."""
 
 import json
 import re
@@ -45,32 +45,28 @@ from megatron_oprd.weights.torch_dist_files import (
     read_tracker,
 )
 
-HF_FOLDER = "hf"
-_RUN_FOLDER = "checkpoints"
-_STEP = re.compile(r"step_(\d{7,})")
+HF_FOLDER = "hf"  # subfolder with config.json and companion files
+_RUN_FOLDER = "checkpoints"  # subfolder of a training run
+_STEP = re.compile(r"step_(\d{7,})")  # a training checkpoint, by step
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceTensors:
-    """What a conversion notes of the Hugging Face tensors it was made of.
+    """Facts about the Hugging Face tensors that a conversion read, for the way back."""
 
-    Attributes:
-        dtypes: The tensors' dtypes by name, in the source's order.
-        copies: Tensors that the source stored a second time (a tied LM head), by the name of the
-            tensor that they equal.
-    """
-
+    # By name, in the source's order.
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    # Tensors stored twice (a tied LM head), mapped to the tensor that they equal.
     copies: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """For the manifest; `of_manifest` reads it back."""
+        """Entries for the manifest, which `of_manifest` reads."""
         dtypes = {name: dtype_name(dtype) for name, dtype in self.dtypes.items()}
         return {"hf_dtypes": dtypes, "hf_copies": self.copies}
 
     @classmethod
     def of_manifest(cls, manifest: dict[str, Any]) -> "SourceTensors | None":
-        """What a manifest says; None if it is not a conversion's."""
+        """Parses a manifest; None if no conversion wrote it."""
         if "hf_dtypes" not in manifest:
             return None
         dtypes = {name: getattr(torch, dtype) for name, dtype in manifest["hf_dtypes"].items()}
@@ -79,7 +75,7 @@ class SourceTensors:
 
 @dataclass(frozen=True, kw_only=True)
 class _Home:
-    """Where a parameter is: in one tensor, or its two halves of rows in two."""
+    """A parameter's location: one tensor, or two that hold a half of its rows each."""
 
     mapping: Mapping
     slot: Slot
@@ -89,21 +85,10 @@ class _Home:
 class MegatronCheckpoint:
     """A `torch_dist` checkpoint of a known model, as a `WeightSource`.
 
-    Layers and experts may be stored in any of Megatron's ways (`megatron_keys`), the embedding
-    padded to any number of rows. Optimizer states, random states and what else is no weight of the
-    model are left alone; any other tensor too much or too few is an error.
-
-    Args:
-        files: The checkpoint's files.
-        hf: The folder with config.json and companion files.
-        table: The model's mappings, the vocabulary padded to `embedding_rows`.
-
-    Attributes:
-        folder: The checkpoint's folder.
-        config: The content of the model's config.json.
-
-    Raises:
-        UserError: The tensors are not those of the table.
+    Accepts all ways in which Megatron stores layers and experts (`megatron_keys`) and any padding
+    of the vocabulary, with ``table`` padded to `embedding_rows`. Skips optimizer states, random
+    states and everything else that is not a weight. Raises `UserError` for any other missing or
+    unexpected tensor.
     """
 
     folder: Path
@@ -134,46 +119,34 @@ class MegatronCheckpoint:
         return self._hf.folder
 
     def names(self) -> list[str]:
-        """The tensors' Hugging Face names, in the order of the model that was converted."""
+        """The tensors' Hugging Face names, in the order of the converted model."""
         return list(self._dtypes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of tensor `name`; `UserError` if the checkpoint has no such tensor."""
+        """The shape of tensor ``name``; `UserError` if the checkpoint has no such tensor."""
         original, home = self._home(name)
         return home.mapping.hf[original]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype that `name` had where the checkpoint was converted from, or that it has."""
+        """The dtype of ``name`` before the conversion; for other checkpoints, as stored."""
         self._home(name)
         return self._dtypes[name]
 
     def num_bytes(self) -> int:
-        """The bytes of all tensors together."""
+        """The total size of all tensors in these dtypes."""
         return sum(prod(self.shape(name)) * self.dtype(name).itemsize for name in self._dtypes)
 
     def read(self, name: str) -> Tensor:
-        """Reads the whole tensor `name` into a new contiguous CPU tensor."""
+        """Reads the whole tensor ``name`` into a new contiguous CPU tensor."""
         return self.read_slice(name)
 
     def read_slice(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
-        """Reads `tensor[slices]` of tensor `name`, and as little more as the format allows.
-
-        Args:
-            name: The tensor's Hugging Face name.
-            *slices: One slice a leading dimension, step 1; dimensions without one are read whole.
-            out: A contiguous CPU tensor of the slice's shape and dtype to read into; None makes
-                one.
-
-        Returns:
-            ``out``, or a new contiguous CPU tensor of `dtype(name)`.
-
-        Raises:
-            UserError: If the checkpoint has no such tensor, or a file cannot be read any more.
-        """
+        """Implements `WeightSource.read_slice`; the result has the dtype `dtype(name)`."""
         original, home = self._home(name)
         bounds = slice_bounds(name, home.mapping.hf[original], slices)
         if out is None:
             out = torch.empty(shape_of(bounds), dtype=self._dtypes[name])
+        # Rank 0 of 1: the pieces of the whole, unsplit parameter.
         for piece in home.mapping.pieces(0, 1):
             there, here = bounds_of(piece.hf_index), bounds_of(piece.local_index)
             both = common(bounds, there) if piece.hf == original else None
@@ -183,15 +156,15 @@ class MegatronCheckpoint:
         return out
 
     def companion_files(self) -> list[Path]:
-        """The files an exported model carries along: tokenizer, generation config, ..."""
+        """The files that an exported model carries along."""
         return self._hf.companion_files()
 
     def files(self) -> list[Path]:
-        """The files that config and tensors are read from."""
+        """The files that hold the configuration and the tensors."""
         return [self._hf.folder / CONFIG_FILE, *self._files.files()]
 
     def _home(self, name: str) -> tuple[str, _Home]:
-        """The tensor that ``name`` equals, and where its parameter is."""
+        """The tensor that ``name`` is a copy of (or itself), and its location."""
         original = self._copies.get(name, name)
         if name not in self._dtypes:
             raise UserError(f"checkpoint {self.folder} has no tensor {name!r}.")
@@ -199,6 +172,7 @@ class MegatronCheckpoint:
 
     def _read_parameter(self, home: _Home, bounds: Bounds, out: Tensor) -> None:
         """Reads a rectangle of a Megatron parameter."""
+        # The leading dimensions select one layer and one expert.
         first = tuple(slice(one, one + 1) for one in home.slot.index)
         rows = home.mapping.local_shape(1)[0] // len(home.keys)
         for number, key in enumerate(home.keys):
@@ -207,6 +181,7 @@ class MegatronCheckpoint:
             if both is None:
                 continue
             target = out[slices_of(moved(both, bounds))][(None,) * len(first)]
+            # Rows are relative to the half; columns are the same in both.
             cut = (*first, *slices_of([moved(both, own)[0], *both[1:]]))
             if target.is_contiguous() and target.dtype == self._files.dtype(key):
                 self._files.read_slice(key, *cut, out=target)
@@ -215,11 +190,7 @@ class MegatronCheckpoint:
 
 
 def embedding_rows(files: TorchDistFiles) -> int:
-    """Rows of the embedding in a checkpoint, padding included.
-
-    Raises:
-        UserError: It has no embedding.
-    """
+    """Rows of the stored embedding, padding included; `UserError` if it has none."""
     if EMBEDDING not in files.names():
         found = ", ".join(sorted(files.names())[:3]) or "none"
         raise UserError(
@@ -230,13 +201,10 @@ def embedding_rows(files: TorchDistFiles) -> int:
 
 
 def resolve_checkpoint_folder(path: Path) -> Path:
-    """The checkpoint that a folder stands for.
+    """The checkpoint that a path refers to; `UserError` if it names one that does not exist.
 
-    A checkpoint stands for itself; a folder of Megatron's with latest_checkpointed_iteration.txt
-    for the checkpoint that this names; a folder of one of our runs for its newest checkpoint.
-
-    Raises:
-        UserError: The folder names a checkpoint that is not there.
+    A checkpoint refers to itself, a Megatron folder to the checkpoint named in
+    latest_checkpointed_iteration.txt, the folder of one of our runs to its newest checkpoint.
     """
     if _is_hugging_face(path) or _is_torch_dist(path):
         return path
@@ -257,7 +225,7 @@ def resolve_checkpoint_folder(path: Path) -> Path:
 
 
 def is_megatron(path: Path) -> bool:
-    """Whether a folder looks like a Megatron checkpoint, of whatever format, or holds one."""
+    """Whether a folder is or contains a Megatron checkpoint of any format."""
     if _is_hugging_face(path):
         return False
     folder = resolve_checkpoint_folder(path)
@@ -265,7 +233,7 @@ def is_megatron(path: Path) -> bool:
 
 
 def _is_hugging_face(path: Path) -> bool:
-    """Whether a folder has a Hugging Face model, whatever else may lie in it."""
+    """Whether a folder has a Hugging Face model, whatever else is in it."""
     weights = (SINGLE_FILE, INDEX_FILE)
     has_weights = any((path / name).exists() for name in weights)
     return (path / CONFIG_FILE).is_file() and has_weights and not _says_its_format(path)
@@ -276,13 +244,15 @@ def _is_torch_dist(folder: Path) -> bool:
 
 
 def _says_its_format(folder: Path) -> bool:
-    """Whether metadata.json is Megatron's: people call other notes so, too."""
+    """Whether metadata.json is Megatron's; other tools use this file name, too."""
     try:
         content = json.loads((folder / FORMAT_FILE).read_bytes())
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
-        return not (folder / CONFIG_FILE).is_file()  # a damaged one is said to be that
+        # Damaged: treated as Megatron's, so that check_format reports it, unless a config.json
+        # suggests another owner.
+        return not (folder / CONFIG_FILE).is_file()
     return isinstance(content, dict) and "sharded_backend" in content
 
 
@@ -291,7 +261,7 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _with_stored_head(files: TorchDistFiles, table: Sequence[Mapping]) -> list[Mapping]:
-    """The table, with the head of a tied model if the checkpoint stores it as well."""
+    """Adds the LM head of a tied model to the table if the checkpoint stores it."""
     known = {mapping.megatron: mapping for mapping in table}
     if OUTPUT_LAYER in known or OUTPUT_LAYER not in files.names():
         return list(table)
@@ -306,7 +276,7 @@ def _with_stored_head(files: TorchDistFiles, table: Sequence[Mapping]) -> list[M
 
 
 def _find_homes(files: TorchDistFiles, table: Sequence[Mapping]) -> list[_Home]:
-    """Where each parameter is; every tensor of the model is used."""
+    """Locates every parameter; raises if a tensor of the model is missing or left unused."""
     present = {name for name in files.names() if not is_no_weight(name)}
     layers = num_layers(table)
     homes, missing = [], []
@@ -339,7 +309,7 @@ def _find_home(present: set[str], mapping: Mapping, layers: int) -> _Home | None
 
 
 def _read_source_tensors(folder: Path) -> SourceTensors | None:
-    """What the manifest says, beside the checkpoint or in it."""
+    """Reads the manifest in the checkpoint or next to it."""
     for path in (folder / MANIFEST_FILE, folder.parent / MANIFEST_FILE):
         try:
             manifest = json.loads(path.read_text())

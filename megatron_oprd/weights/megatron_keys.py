@@ -1,8 +1,8 @@
-"""Under which names Megatron's `torch_dist` checkpoints keep a parameter of one layer or expert.
+"""Names of a parameter of one layer or expert in Megatron's `torch_dist` checkpoints.
 
-By default the layers of a model are one tensor, with a dimension of layers in front, and so are
-the experts of its layers. Models whose layers differ, and our training, keep every layer under a
-name of its own; Megatron's option singleton_local_shards does the same with experts:
+By default all layers of a model share one tensor with a leading dimension of layers, and all
+experts of a layer share one, too. Models with unequal layers, and our training, store each layer
+under its own name. Megatron's option singleton_local_shards also does so for experts:
 
     decoder.layers.mlp.linear_fc1.weight                     [layers, rows, columns]
     decoder.layers.3.mlp.linear_fc1.weight                   [rows, columns]
@@ -25,45 +25,36 @@ OUTPUT_LAYER = "output_layer.weight"
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.experts)\.\d+\.(.+)")
+# A chained optimizer prefixes the keys of its parts with chained_<i>.
 _OTHERS = re.compile(r"(chained_\d+\.)?optimizer\.|teacher\.")
-# What Megatron's layer spec without Transformer Engine calls the norm in front of experts.
+# The norm before experts, as named by Megatron's layer spec without Transformer Engine.
 _OTHER_NAMES = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """A parameter's place in a global tensor: ``tensor[index]``.
+    """A parameter's position ``tensor[index]`` in a stored tensor."""
 
-    Attributes:
-        key: The tensor's name.
-        index: The parameter's layer, expert or both, in as many leading dimensions; empty where
-            the tensor is the parameter.
-        counts: The sizes of these leading dimensions.
-    """
-
-    key: str
+    key: str  # the tensor's name
+    # The parameter's (layer, expert), one of them, or none if the tensor is the parameter; and the
+    # sizes of these leading dimensions.
     index: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
 
 
 def num_layers(table: Iterable[Mapping]) -> int:
-    """The layers of a model's mappings."""
+    """The number of decoder layers in a model's table."""
     return 1 + max(layer for mapping in table if (layer := layer_of(mapping)) is not None)
 
 
 def layer_of(mapping: Mapping) -> int | None:
-    """The layer that a parameter belongs to; None for those outside the layers."""
+    """The layer of a parameter; None outside the decoder layers."""
     match = _LAYER.fullmatch(mapping.megatron)
     return None if match is None else int(match[1])
 
 
 def slots(mapping: Mapping, layers: int) -> list[Slot]:
-    """Where a checkpoint may keep a parameter, Megatron's default first.
-
-    Args:
-        mapping: The parameter's mapping.
-        layers: Layers of the model.
-    """
+    """All slots where a checkpoint may store a parameter, Megatron's default first."""
     match = _LAYER.fullmatch(mapping.megatron)
     if match is None:
         return [Slot(key=mapping.megatron)]
@@ -83,29 +74,28 @@ def slots(mapping: Mapping, layers: int) -> list[Slot]:
             one_layer = f"decoder.layers.{layer}.{name}"
             found.append(Slot(key=one_layer, index=index[1:], counts=counts[1:]))
             found.append(Slot(key=f"decoder.layers.{name}", index=index, counts=counts))
+    # Candidates were appended from the most specific name to Megatron's default.
     return found[::-1]
 
 
 def is_gated(mapping: Mapping) -> bool:
-    """Whether Megatron stores the parameter's two halves, gate and up, as tensors of their own.
-
-    They are chunks of one tensor by default, two tensors (`halves`) under singleton_local_shards.
-    """
+    """Whether Megatron stores the parameter's gate and up halves as separate tensors or chunks."""
+    # Chunks of one tensor by default, two tensors (`halves`) under singleton_local_shards.
     return mapping.megatron.endswith("linear_fc1.weight")
 
 
 def halves(key: str) -> tuple[str, str]:
-    """The names of gate and up projection where they are tensors of their own."""
+    """The names of gate and up projection if stored as two tensors."""
     return f"{key}_w", f"{key}_v"
 
 
 def is_no_weight(key: str) -> bool:
-    """Whether a tensor of a training checkpoint is the optimizer's, or of a refreshed teacher."""
+    """Whether a tensor belongs to the optimizer or to a refreshed teacher."""
     return _OTHERS.match(key) is not None
 
 
-# An expert's weight, numbered among the rank's own: in Megatron's SequentialMLP, which has a module
-# for each expert, and in TEGroupedMLP, which has all of them in one.
+# An expert's weight, numbered within the rank: SequentialMLP has a module for each expert,
+# TEGroupedMLP one module for all.
 _EXPERT_WEIGHTS = (
     re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])\.weight"),
     re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)"),
@@ -113,14 +103,11 @@ _EXPERT_WEIGHTS = (
 
 
 def named_parameters(chunks: Sequence[MegatronModule]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by the name that Megatron's checkpoints give them.
+    """This rank's parameters under their names in Megatron's checkpoints.
 
-    ``decoder.layers.<i>`` counts layers over the whole model, not over the stage, and
-    ``experts.<e>`` experts over the whole layer, not over the rank. A norm in front of a linear
-    layer is ``<linear>.layer_norm_weight`` in every layer spec.
-
-    Args:
-        chunks: This rank's model chunks, not wrapped.
+    Layers are numbered over the whole model and experts over the whole layer, not within the rank.
+    A norm before a linear layer is ``<linear>.layer_norm_weight`` in every layer spec. ``chunks``
+    are this rank's model chunks, not wrapped.
     """
     named: dict[str, torch.nn.Parameter] = {}
     for chunk in chunks:
@@ -130,6 +117,7 @@ def named_parameters(chunks: Sequence[MegatronModule]) -> dict[str, torch.nn.Par
             if parts[:2] == ["decoder", "layers"]:
                 layer = layers[int(parts[2])]
                 rest = ".".join(parts[3:])
+                # The layer spec's own renaming, which makes checkpoints independent of the spec.
                 for local, shared in layer.submodules_config.sharded_state_dict_keys_map.items():
                     if rest.startswith(local):
                         rest = shared + rest.removeprefix(local)
@@ -137,6 +125,7 @@ def named_parameters(chunks: Sequence[MegatronModule]) -> dict[str, torch.nn.Par
                     if expert := pattern.fullmatch(rest):
                         number = layer.mlp.local_expert_indices[int(expert["expert"])]
                         rest = f"mlp.experts.experts.{number}.{expert['linear']}.weight"
+                # Megatron's layer_number starts at 1.
                 name = f"decoder.layers.{layer.layer_number - 1}.{rest}"
             assert name not in named, f"two parameters are called {name}"
             named[name] = parameter
@@ -144,5 +133,5 @@ def named_parameters(chunks: Sequence[MegatronModule]) -> dict[str, torch.nn.Par
 
 
 def is_linear_weight(name: str) -> bool:
-    """Whether a parameter, by its name above, is the matrix of a decoder layer's linear layer."""
+    """Whether the checkpoint name is that of a linear layer's matrix in a decoder layer."""
     return re.search(r"\.linear_(qkv|proj|fc1|fc2)\.weight$", name) is not None

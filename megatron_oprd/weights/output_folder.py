@@ -1,10 +1,10 @@
-"""Output folders that are whole or not there.
+"""Output folders that appear whole or not at all.
 
-While folder ``name`` is written, there are next to it
+While folder ``name`` is written, its parent also has
 
     .name.<random>.tmp/    becomes ``name``
-    .name.lock             held by the process that writes
-    .name.replaced/        the old ``name``, for the moment of the exchange
+    .name.lock             held by the writing process
+    .name.replaced/        the old ``name``, during the exchange only
 """
 
 import json
@@ -24,8 +24,8 @@ from megatron_oprd.weights.disk import FileLock, bytes_on_disk, sync, write_json
 from megatron_oprd.weights.torch_dist_files import FORMAT_FILE, TRACKER_FILE, read_tracker
 
 MANIFEST_FILE = "manifest.json"
-# A folder with one of these files, with one of these fields, is a checkpoint: of Hugging Face's
-# kind, of these tools, or of Megatron's.
+# Any of these files with any of its fields marks a checkpoint: of Hugging Face, these tools, or
+# Megatron. --force replaces only such folders and those with Megatron's tracker file.
 _MARKS_OF_A_CHECKPOINT = {
     "config.json": ("model_type", "architectures"),
     MANIFEST_FILE: ("written_by",),
@@ -39,24 +39,20 @@ _logger = logging.getLogger(__name__)
 def check_output_folder(
     out: Path, *, force: bool, required_bytes: int | None = None, source: Path | None = None
 ) -> None:
-    """Checks that a checkpoint may be written to ``out`` and will fit; changes nothing.
+    """Checks that a checkpoint may be written to ``out`` and fits; changes nothing.
 
-    A symbolic link is followed: the folder that it points to is created or replaced, the link
-    stays.
+    A symbolic link is followed: its target is created or replaced, the link stays.
 
     Args:
-        out: The folder to be.
-        force: Whether a checkpoint that is there is replaced.
-        required_bytes: What the result will take. What a killed process has left of the same
-            folder will be removed first; a folder that is replaced stays until the new one is
-            whole, so its bytes do not count.
-        source: What the checkpoint is made of, which it may not replace.
+        out: The output folder.
+        force: Allows replacing a checkpoint at ``out``.
+        required_bytes: Size of the result. Leftovers of killed writers of ``out`` count as free; a
+            folder to be replaced does not, because it stays until the new one is whole.
+        source: The source of the checkpoint, which ``out`` must not replace.
 
     Raises:
-        UserError: ``out`` is or holds the source, is a file or a mount point, is not empty and
-            ``force`` is not set, or is not empty and no checkpoint, which ``force`` does not
-            replace either; it is in a place that cannot be written to; or the file system has less
-            space than is required.
+        UserError: ``out`` is or contains the source, is a file or mount point, is not empty (with
+            ``force``: and is not a checkpoint), cannot be written, or does not fit.
     """
     if source is not None and _resolve(out) in (source.resolve(), *source.resolve().parents):
         raise UserError(
@@ -114,7 +110,7 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 class OutputFolder:
-    """A folder that is written under another name and gets its own when it is whole.
+    """Writes a folder under a temporary name and renames it when it is whole.
 
     ::
 
@@ -122,31 +118,21 @@ class OutputFolder:
             ...  # write into folder.path
             folder.commit({...})
 
-    An exception leaves nothing, and what a killed process has left is removed by the next write of
-    the same folder. A folder that is replaced stays until the new one is whole and comes back if
-    the exchange fails. A process that is killed right between the exchange's two renames leaves it
-    under another name, from which the next write brings it back.
-
-    One process at a time writes a folder, held by a lock. Other processes may write files into
-    `path` meanwhile.
-
-    Args:
-        out: The folder to create; parents are created too. A symbolic link is followed.
-        force: Whether a checkpoint that is at ``out`` is replaced.
+    An exception leaves nothing; the next write of the same folder removes the leftovers of killed
+    processes. A replaced folder stays until the new one is whole and returns if the exchange fails.
+    If the process is killed between the exchange's two renames, the next write restores it. A lock
+    admits one process at a time; others may write files into `path` meanwhile.
 
     Raises:
-        UserError: On entering: ``out`` is taken (`check_output_folder`) or another process writes
-            it. On every call: the operating system refuses (a full disk, a read-only place).
-
-    Attributes:
-        out: The folder to create.
-        path: The folder to write into.
+        UserError: On entry, ``out`` is taken (`check_output_folder`) or being written. On any call,
+            the operating system refuses (disk full, read-only).
     """
 
     def __init__(self, out: Path, *, force: bool) -> None:
         self.out = out
         self._force = force
         self._target = _resolve(out)
+        # Next to the target, so on the same file system, where a rename is atomic.
         self.path = _beside(self._target, f"{uuid.uuid4().hex[:8]}.tmp")
         self._replaced = _beside(self._target, "replaced")
         self._lock: FileLock | None = None
@@ -173,30 +159,27 @@ class OutputFolder:
         self._lock.release()
 
     def commit(self, manifest: Mapping[str, Any]) -> Path:
-        """Adds manifest.json, brings everything to the disk and gives the folder its name.
+        """Adds manifest.json, syncs everything and renames the folder; returns ``out``.
 
-        Args:
-            manifest: The tool, the source and what else is to be known about the result. The
-                format's and the package's version are put in front.
-
-        Returns:
-            ``out``.
+        ``manifest`` names the tool, the source and so on. Versions of the manifest's format and of
+        this package are added in front.
         """
         with writing(self.out):
             write_json(self.path / MANIFEST_FILE, {"format": 1, "written_by": _PACKAGE, **manifest})
             for folder, _, names in os.walk(self.path):
                 for name in names:
                     sync(Path(folder, name))
+                # Also the folder: its entries are data of their own.
                 sync(Path(folder))
             self._exchange()
-        # The result is whole and in its place: what cannot be tidied up is no failure.
+        # The result is in place, so a failed cleanup is not an error.
         shutil.rmtree(self._replaced, ignore_errors=True)
         if self._replaced.exists():
             _logger.warning("%s could not be removed; it is not needed any more", self._replaced)
         return self.out
 
     def _prepare(self) -> None:
-        """Under the lock: tidies up after killed processes, checks, and makes the folder."""
+        """With the lock held: cleans up after killed processes, checks, creates the folder."""
         if self._replaced.exists():  # killed between the two renames of an exchange, or after them
             if self._target.exists():
                 shutil.rmtree(self._replaced)
@@ -204,6 +187,7 @@ class OutputFolder:
                 self._replaced.rename(self._target)
         check_output_folder(self.out, force=self._force)
         assert self._lock is not None
+        # Without locks these could be of a process that is still writing.
         if self._lock.is_held:
             for folder in list(_left_over(self._target)):
                 shutil.rmtree(folder)
@@ -218,6 +202,7 @@ class OutputFolder:
             if self._replaced.exists():
                 self._replaced.rename(self._target)
             raise
+        # Makes the renames durable.
         sync(self._target.parent)
 
 
@@ -229,7 +214,7 @@ def _resolve(out: Path) -> Path:
 
 
 def _left_over(target: Path) -> Iterator[Path]:
-    """Folders of processes that were killed while they wrote ``target``."""
+    """Temporary folders of killed writers of ``target``."""
     pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.tmp")
     if target.parent.is_dir():
         yield from (one for one in target.parent.iterdir() if pattern.fullmatch(one.name))

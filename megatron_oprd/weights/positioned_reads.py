@@ -1,7 +1,7 @@
-"""Reads of rectangles of tensors that lie in files as plain bytes, in row-major order.
+"""Reads rectangles of tensors stored in files as plain row-major bytes.
 
-Nothing is mapped, whose pages would count as the process's memory, and no other bytes than those
-asked for are read.
+Nothing is mapped, because mapped pages would count as the process's memory. Only the requested
+bytes are read.
 """
 
 import itertools
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from megatron_oprd.errors import UserError
 
-# First element and end of every dimension.
+# A rectangle: (start, stop) in every dimension.
 Bounds = list[tuple[int, int]]
 
 
 def bounds_of(index: Sequence[slice]) -> Bounds:
-    """The rectangle of slices that name both ends."""
+    """Converts slices with explicit start and stop to a rectangle."""
     return [(part.start, part.stop) for part in index]
 
 
 def slices_of(bounds: Bounds) -> tuple[slice, ...]:
-    """The slices that cut a rectangle out."""
+    """Converts a rectangle to slices."""
     return tuple(slice(start, stop) for start, stop in bounds)
 
 
@@ -37,14 +37,9 @@ def shape_of(bounds: Bounds) -> tuple[int, ...]:
 
 
 def row_blocks(bounds: Bounds, itemsize: int, max_bytes: int) -> Iterator[Bounds]:
-    """Rectangles that cover a rectangle in row-major order, one after the other.
+    """Cuts a rectangle into blocks of rows of at most ``max_bytes``, in row-major order.
 
-    Each is some rows of the first dimension that has more than one element.
-
-    Args:
-        bounds: The whole.
-        itemsize: Bytes of an element.
-        max_bytes: The most bytes of each, but for a single row with more.
+    Cuts along the first dimension of more than one element. A single larger row is a block.
     """
     cut = next((dim for dim, (start, stop) in enumerate(bounds) if stop - start != 1), None)
     if cut is None:
@@ -57,13 +52,13 @@ def row_blocks(bounds: Bounds, itemsize: int, max_bytes: int) -> Iterator[Bounds
 
 
 def common(one: Bounds, other: Bounds) -> Bounds | None:
-    """What two rectangles have in common; None where that is nothing."""
+    """The intersection of two rectangles; None if empty."""
     both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True)]
     return None if any(stop <= start for start, stop in both) else both
 
 
 def moved(bounds: Bounds, origin: Bounds, to: Bounds | None = None) -> Bounds:
-    """A rectangle seen from the start of ``origin``, or put where ``to`` starts instead."""
+    """Shifts a rectangle from the origin of ``origin`` to that of ``to``, by default to 0."""
     starts = [(0, 0)] * len(bounds) if to is None else to
     return [
         (start - old + new, stop - old + new)
@@ -73,29 +68,23 @@ def moved(bounds: Bounds, origin: Bounds, to: Bounds | None = None) -> Bounds:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """One tensor in a file."""
+    """Location and type of a tensor in a file."""
 
-    offset: int  # its first byte in the file
+    offset: int  # of the first byte, from the start of the file
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """The bytes it takes in the file."""
+        """The tensor's size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def slice_bounds(name: str, shape: Sequence[int], slices: Sequence[slice]) -> Bounds:
-    """What `slices` of a tensor of this shape cover.
+    """Resolves one slice per leading dimension to a rectangle; other dimensions are whole.
 
-    Args:
-        name: The tensor's name, for messages.
-        shape: Its shape.
-        slices: One slice a leading dimension, step 1, with Python's meaning of missing, negative
-            and too large bounds; dimensions without a slice are taken whole.
-
-    Raises:
-        ValueError: If there are more slices than dimensions, or a step is not 1.
+    Missing, negative and too large bounds mean what they do in Python. Raises `ValueError` for too
+    many slices or a step other than 1.
     """
     if len(slices) > len(shape):
         raise ValueError(f"{len(slices)} slices for {name} of shape {list(shape)}")
@@ -103,31 +92,22 @@ def slice_bounds(name: str, shape: Sequence[int], slices: Sequence[slice]) -> Bo
         raise ValueError(f"slices of {name} must have step 1, got {list(slices)}")
     whole = itertools.repeat(slice(None), len(shape) - len(slices))
     ends = (part.indices(n)[:2] for part, n in zip((*slices, *whole), shape, strict=True))
-    return [(start, max(start, stop)) for start, stop in ends]
+    return [(start, max(start, stop)) for start, stop in ends]  # empty, not negative, for 3:1
 
 
 def read_bounds(
     descriptor: int, path: Path, info: TensorInfo, bounds: Bounds, out: Tensor | None = None
 ) -> Tensor:
-    """Reads a rectangle of a tensor, and only its bytes.
+    """Reads a rectangle of a tensor, and only its bytes, from an open file.
 
-    Args:
-        descriptor: The file, open for reading; its position is neither used nor changed.
-        path: The file, for messages.
-        info: The tensor in the file.
-        bounds: The rectangle.
-        out: A contiguous CPU tensor of the rectangle's shape and the file's dtype to read into;
-            None makes one.
-
-    Returns:
-        ``out``, or a new contiguous CPU tensor with the file's dtype.
-
-    Raises:
-        UserError: If the file ends before the tensor does.
+    Reads into ``out`` if given, a contiguous CPU tensor of the rectangle's shape and the file's
+    dtype. The descriptor's position is neither used nor changed. Raises `UserError` if the file is
+    too short.
     """
     result = torch.empty(shape_of(bounds), dtype=info.dtype) if out is None else out
     assert (tuple(result.shape), result.dtype) == (shape_of(bounds), info.dtype)
     if result.numel():
+        # NumPy has no bfloat16, but shares the memory of the bytes.
         buffer = memoryview(result.view(-1).view(torch.uint8).numpy().data)
         starts, length = _runs(info, bounds)
         for number, start in enumerate(starts):
@@ -136,11 +116,7 @@ def read_bounds(
 
 
 def read_into(descriptor: int, path: Path, buffer: memoryview, offset: int) -> None:
-    """Fills `buffer` with the file's bytes from `offset` on.
-
-    Raises:
-        UserError: If the file ends before that, or the operating system cannot read it.
-    """
+    """Fills ``buffer`` from ``offset`` on; `UserError` if the file ends early or is unreadable."""
     try:
         while (count := os.preadv(descriptor, [buffer], offset)) != len(buffer):  # 2 GiB at most
             if count == 0:
@@ -152,10 +128,9 @@ def read_into(descriptor: int, path: Path, buffer: memoryview, offset: int) -> N
 
 
 def _runs(info: TensorInfo, bounds: Bounds) -> tuple[list[int], int]:
-    """The pieces of a non-empty rectangle in the file: where each starts, and the length of all.
+    """The rectangle's contiguous runs in the file: the start of each, and their common length.
 
-    They are in row-major order. A piece covers every dimension after the last one that is cut, so
-    a slice of leading rows is one piece.
+    A run covers all dimensions after the last one cut, so a slice of leading rows is one run.
     """
     cut = [dim for dim, (start, stop) in enumerate(bounds) if stop - start != info.shape[dim]]
     if not cut:

@@ -1,4 +1,4 @@
-"""Progress of long work in bytes, with rate and time left."""
+"""Progress of long work in bytes, with rate and remaining time."""
 
 import sys
 import time
@@ -15,17 +15,7 @@ _LINE = (
 
 
 class Progress:
-    """A bar on a terminal; elsewhere, such as in a job's log, a line every ten seconds.
-
-    A context manager. Work that ends within the first ten seconds leaves nothing in a log.
-
-    Args:
-        description: What is going on, in front of the numbers.
-        total_bytes: The bytes of the whole work.
-        stream: Where it is shown; stderr by default.
-        shown: False shows nothing, for all ranks but one.
-        clock: Seconds.
-    """
+    """A bar on a terminal; in a log, a line every ten seconds (none for shorter work)."""
 
     def __init__(
         self,
@@ -33,8 +23,8 @@ class Progress:
         total_bytes: int,
         *,
         stream: TextIO | None = None,
-        shown: bool = True,
-        clock: Callable[[], float] = time.monotonic,
+        shown: bool = True,  # False on all ranks except one
+        clock: Callable[[], float] = time.monotonic,  # in seconds
     ) -> None:
         self._description = description
         self._total = total_bytes
@@ -66,7 +56,7 @@ class Progress:
             self._bar.close()
 
     def advance(self, num_bytes: int) -> None:
-        """Says that so many bytes more are done."""
+        """Reports ``num_bytes`` more as done."""
         self._done += num_bytes
         if self._bar is not None:
             self._bar.update(num_bytes)

@@ -1,4 +1,4 @@
-"""Processes that share a conversion: those that torchrun started, or one."""
+"""The processes that share a conversion: those started by torchrun, or a single one."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,18 +12,13 @@ import torch.distributed as dist
 from megatron_oprd.errors import UserError
 
 _T = TypeVar("_T")
-# As long as one rank may still convert while another waits for it.
+# A rank may wait in a collective while another still converts its share.
 _TIMEOUT = timedelta(days=2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among those that share the work; without arguments, one that works alone.
-
-    Attributes:
-        rank: This process.
-        size: How many they are.
-    """
+    """This process among those that share the work; by default it works alone."""
 
     rank: int = 0
     size: int = 1
@@ -42,11 +37,7 @@ class Ranks:
         return values
 
     def together(self, action: Callable[[], _T]) -> _T:
-        """Does something on every rank and waits for all.
-
-        Raises:
-            UserError: On every rank, if it failed with this error on any.
-        """
+        """Runs ``action`` on all ranks and waits; a `UserError` of any is raised on every rank."""
         result: _T | None = None
         failure = None
         try:
@@ -59,17 +50,14 @@ class Ranks:
         return result  # type: ignore[return-value]  # None only if that is what the action gave
 
     def from_first(self, action: Callable[[], _T]) -> _T:
-        """Does something on rank 0; every rank gets the result.
-
-        Raises:
-            UserError: On every rank, if it failed with this error.
-        """
+        """Runs ``action`` on rank 0; its result, or its `UserError`, reaches every rank."""
         return self.gather(self.together(lambda: action() if self.rank == 0 else None))[0]  # type: ignore[return-value]
 
 
 @contextmanager
 def conversion_ranks() -> Iterator[Ranks]:
-    """Joins the processes that torchrun started, with gloo; a process by itself works alone."""
+    """Joins the processes started by torchrun, over gloo; a single process works alone."""
+    # Set by torchrun.
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()

@@ -1,9 +1,8 @@
-"""One safetensors file: reads of exactly the bytes asked for, and writes of a tensor at a time.
+"""Reads slices of safetensors files, and writes such files one tensor at a time.
 
-safetensors' own reader either maps the file, whose pages then count as the process's memory, or
-reads whole tensors where a slice was asked for; its writer wants all of a file's tensors at once.
-Here a slice is read with positioned reads of its bytes only, nothing stays mapped, and a file is
-written behind a header that needs names, shapes and dtypes only.
+safetensors' own reader maps the file, whose pages then count as the process's memory, or reads
+whole tensors; its writer needs all tensors of a file at once. Here, reads are positioned reads of a
+slice's bytes, and writes follow a header made from names, shapes and dtypes.
 """
 
 import json
@@ -42,59 +41,38 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """What is known of a tensor before its values."""
+    """A tensor's shape and dtype, known before its values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """The bytes that its values take."""
+        """The size of its values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsFile:
-    """A safetensors file, opened for reading; opening reads its header only.
+    """A safetensors file, opened for reading; opening reads the header only. Thread-safe.
 
-    The file handle is opened by the first read and kept. Reads are safe from several threads.
-
-    Attributes:
-        path: The file.
-        tensors: Its tensors by name, in the order of their bytes.
-
-    Raises:
-        UserError: If the file is no safetensors file, is not whole, or has a dtype that torch does
-            not know.
+    Raises `UserError` if it is not a safetensors file, is truncated, or has a dtype unknown to
+    torch.
     """
 
     path: Path
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo]  # in the order of their bytes
 
     def __init__(self, path: Path):
         self.path = path
         self.tensors = _read_header(path)
         self._opened: list[BinaryIO] = []  # empty until the first read
+        # A list rather than self: a finalizer that refers to self would keep it alive.
         weakref.finalize(self, _close_all, self._opened)
 
     def read_slice(
         self, name: str, slices: Sequence[slice], *, out: Tensor | None = None
     ) -> Tensor:
-        """Reads `tensor[slices]` of tensor `name`, and only those bytes of the file.
-
-        Args:
-            name: A name in `tensors`.
-            slices: One slice a leading dimension, step 1, with Python's meaning of missing,
-                negative and too large bounds; dimensions without a slice are read whole.
-            out: A contiguous CPU tensor of the slice's shape and dtype to read into; None makes
-                one.
-
-        Returns:
-            ``out``, or a new contiguous CPU tensor with the file's dtype.
-
-        Raises:
-            UserError: If the file cannot be read any more.
-            ValueError: If there are more slices than dimensions, or a step is not 1.
-        """
+        """Implements `WeightSource.read_slice` for a ``name`` in `tensors`."""
         info = self.tensors[name]
         bounds = slice_bounds(name, info.shape, slices)
         return read_bounds(self._descriptor(), self.path, info, bounds, out)
@@ -109,18 +87,11 @@ class SafetensorsFile:
 
 
 class SafetensorsWriter:
-    """A safetensors file whose header is written first, then its tensors one at a time.
-
-    A context manager; leaving it without an exception closes a whole file.
-
-    Args:
-        path: The file to create or to overwrite.
-        tensors: All tensors of the file.
+    """Writes a safetensors file: first the header, then one tensor at a time.
 
     Raises:
-        OSError: On every call: the operating system refuses.
-        ValueError: From the constructor: safetensors has no name for a dtype. On leaving: a tensor
-            was not written.
+        OSError: On any call, the operating system refuses.
+        ValueError: safetensors has no name for a dtype, or, on exit, a tensor was not written.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorSpec]) -> None:
@@ -143,14 +114,10 @@ class SafetensorsWriter:
             raise ValueError(f"{self.path.name} did not get tensor {next(iter(self._missing))}")
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes one tensor; they may come in any order, and from another thread.
+        """Writes a tensor, on any device; in any order and from any thread.
 
-        Args:
-            name: One of the constructor's names that was not written yet.
-            tensor: Its values, on any device; written as they look, so a view is fine.
-
-        Raises:
-            ValueError: ``name`` is not one of these names, or shape or dtype are not as announced.
+        Raises `ValueError` if ``name`` is unknown or already written, or shape or dtype not as
+        announced.
         """
         if (info := self._missing.pop(name, None)) is None:
             raise ValueError(f"{self.path.name} has no place for tensor {name}, or has it already")
@@ -162,21 +129,18 @@ class SafetensorsWriter:
         self._write(_bytes_of(tensor.detach().cpu().contiguous()), info.offset)
 
     def _write(self, buffer: memoryview, offset: int) -> None:
-        """Writes `buffer` from `offset` on; one write call takes 2 GiB at most."""
         while buffer:
-            count = os.pwrite(self._stream.fileno(), buffer, offset)
+            count = os.pwrite(self._stream.fileno(), buffer, offset)  # writes 2 GiB at most
             buffer = buffer[count:]
             offset += count
 
 
 def _make_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, TensorInfo]]:
-    """The header with its length in front, and where each tensor goes.
-
-    Wider dtypes come first, so that every tensor is aligned to its dtype, as in the files that
-    safetensors writes itself.
-    """
+    """The header with its length in front, and the location of each tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
+    # Wider dtypes first, as in safetensors' own files, so that every tensor is aligned to its
+    # dtype.
     in_order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     for name, spec in in_order:
         if spec.dtype not in _DTYPE_NAMES:
@@ -188,6 +152,7 @@ def _make_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, Te
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # Padded to 8 bytes, so that the tensors' alignment in the file is that in the data section.
     text += b" " * (-len(text) % 8)
     offset = 8 + len(text)
     places = {}
@@ -198,12 +163,11 @@ def _make_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, Te
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, in the order of their bytes; reads its header only."""
+    """The tensors in the order of their bytes."""
     try:
         with safe_open(path, framework="pt"):  # checks the layout and that the file is whole
             pass
@@ -236,7 +200,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_json_once(text: str | bytes) -> Any:
-    """Reads JSON; `KeyError` with the key if an object has it twice, where JSON keeps the last."""
+    """Parses JSON; raises `KeyError` for a duplicate key, where json keeps the last value."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What every checkpoint looks like to its readers, whichever format it has on disk."""
+"""The interface of checkpoints to their readers, independent of the format on disk."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +10,8 @@ from torch import Tensor
 class WeightSource(Protocol):
     """A model on disk under its Hugging Face names.
 
-    Loading, conversion and comparison read this and nothing else, so a Hugging Face folder and a
-    Megatron checkpoint are the same to them.
+    Loading, conversion and comparison use nothing else, so they treat Hugging Face folders and
+    Megatron checkpoints alike.
     """
 
     @property
@@ -36,7 +36,7 @@ class WeightSource(Protocol):
         """The dtype of tensor ``name``; `UserError` if the checkpoint has no such tensor."""
 
     def num_bytes(self) -> int:
-        """The bytes of all tensors together."""
+        """The total size of all tensors."""
 
     def read(self, name: str) -> Tensor:
         """Reads the whole tensor ``name`` into a new contiguous CPU tensor."""
@@ -46,16 +46,21 @@ class WeightSource(Protocol):
 
         Args:
             name: The tensor's name.
-            *slices: One slice a leading dimension, step 1; dimensions without one are read whole.
-            out: A contiguous CPU tensor of the slice's shape and dtype to read into; None makes
-                one.
+            *slices: One slice per leading dimension, step 1, with Python's meaning of missing,
+                negative and too large bounds; other dimensions are read whole.
+            out: A contiguous CPU tensor of the slice's shape and dtype to read into; None
+                allocates.
 
         Returns:
-            ``out``, or a new contiguous CPU tensor with the checkpoint's dtype.
+            ``out``, or a new contiguous CPU tensor of the checkpoint's dtype.
+
+        Raises:
+            UserError: The checkpoint has no such tensor, or a file cannot be read.
+            ValueError: There are more slices than dimensions, or a step is not 1.
         """
 
     def companion_files(self) -> list[Path]:
-        """The files an exported model carries along: tokenizer, generation config, ..."""
+        """The files that an exported model carries along: tokenizer, generation config, ..."""
 
     def files(self) -> list[Path]:
-        """The files that config and tensors are read from."""
+        """The files that hold the configuration and the tensors."""

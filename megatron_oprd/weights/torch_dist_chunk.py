@@ -1,4 +1,4 @@
-"""One chunk of a `.distcp` file: a zip that torch.save wrote, and where its tensor's bytes lie."""
+"""A chunk of a `.distcp` file, which is a zip written by torch.save: location of its tensor."""
 
 import io
 import os
@@ -15,8 +15,9 @@ from typing_extensions import override
 
 from megatron_oprd.weights.positioned_reads import TensorInfo, read_into
 
+# The fixed part of a zip entry's local header; lengths of name and extra field are at 26 and 28.
 _LOCAL_HEADER_BYTES = 30
-# The names that torch.save gives to storages of each dtype. Newer dtypes have none.
+# Legacy storage classes, under which torch.save pickles these dtypes. Newer dtypes have none.
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -32,24 +33,17 @@ _STORAGES = {
 
 
 def find_plain_tensor(descriptor: int, path: Path, offset: int, length: int) -> TensorInfo | None:
-    """Finds the bytes of a chunk's tensor in its file.
+    """Finds the tensor's bytes of the chunk at [offset, offset + length) of an open file.
 
-    Args:
-        descriptor: The file, open for reading.
-        path: The file, for messages.
-        offset: The chunk's first byte.
-        length: The chunk's bytes.
-
-    Returns:
-        The tensor in the file; None where its bytes do not lie there plainly (in another order
-        than row-major, compressed, or what is stored is no plain tensor).
+    None if they do not lie plainly in the file (not row-major, compressed, or not a plain tensor).
 
     Raises:
-        UserError: If the file ends before the chunk does.
-        zipfile.BadZipFile: If the chunk is no zip.
+        UserError: The file ends before the chunk.
+        zipfile.BadZipFile: The chunk is not a zip.
     """
     window = _Window(descriptor, path, offset, length)
     with zipfile.ZipFile(io.BufferedReader(window)) as archive:
+        # All names begin with a folder named by torch.save.
         entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
     data = [one for name, one in entries.items() if name.startswith("data/")]
     pickled = entries.get("data.pkl")
@@ -59,7 +53,7 @@ def find_plain_tensor(descriptor: int, path: Path, offset: int, length: int) -> 
         return None
 
     def start_of(entry: zipfile.ZipInfo) -> int:
-        # The central directory does not know how long the header in front of the bytes is.
+        # The central directory does not give the length of the local header before the bytes.
         header = bytearray(_LOCAL_HEADER_BYTES)
         start = offset + entry.header_offset
         read_into(descriptor, path, memoryview(header), start)
@@ -67,7 +61,7 @@ def find_plain_tensor(descriptor: int, path: Path, offset: int, length: int) -> 
         return start + len(header) + names
 
     def read(entry: zipfile.ZipInfo) -> bytes:
-        # zipfile would compare the checksum, which torch.save may leave out.
+        # Not zipfile's own read, which verifies the CRC32 that torch.save may leave out.
         content = bytearray(entry.file_size)
         read_into(descriptor, path, memoryview(content), start_of(entry))
         return bytes(content)
@@ -84,12 +78,9 @@ def find_plain_tensor(descriptor: int, path: Path, offset: int, length: int) -> 
 
 
 def load_chunk(descriptor: int, path: Path, offset: int, length: int) -> Tensor:
-    """Loads a whole chunk with torch.load, which unpickles nothing but tensors and plain values.
+    """Loads a whole chunk with torch.load(weights_only=True), and raises any error of it.
 
-    Raises:
-        UserError: If the file ends before the chunk does.
-        TypeError: If the chunk holds something else than a tensor.
-        Exception: What torch.load raises for a chunk that it cannot load.
+    Raises `UserError` if the file ends early, `TypeError` if the chunk is not a tensor.
     """
     content = bytearray(length)
     read_into(descriptor, path, memoryview(content), offset)
@@ -100,7 +91,7 @@ def load_chunk(descriptor: int, path: Path, offset: int, length: int) -> Tensor:
 
 
 class _Window(io.RawIOBase):
-    """A part of an open file as a file of its own."""
+    """A byte range of an open file, as a file for zipfile."""
 
     def __init__(self, descriptor: int, path: Path, offset: int, length: int):
         self._descriptor, self._path = descriptor, path
@@ -134,7 +125,7 @@ _Parsed = tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...], int]
 
 
 def _parse(pickled: bytes) -> _Parsed | None:
-    """dtype, first element, shape, stride and elements of storage of a pickled plain tensor."""
+    """(dtype, first element, shape, stride, storage elements) of a pickled plain tensor."""
     try:
         tensor = _TensorUnpickler(io.BytesIO(pickled)).load()
     except pickle.UnpicklingError:
@@ -143,7 +134,7 @@ def _parse(pickled: bytes) -> _Parsed | None:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads what torch.save says of a plain tensor; builds no object but the numbers."""
+    """Unpickles the description of a plain tensor and refuses every other class."""
 
     @override
     def find_class(self, module: str, name: str) -> Any:
@@ -157,7 +148,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
     @override
     def persistent_load(self, pid: Any) -> Any:
-        return pid
+        return pid  # (kind, storage class, key, device, elements), for _describe
 
 
 def _describe(
@@ -174,6 +165,7 @@ def _describe(
 def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     expected = 1
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        # The stride of a dimension of size 1 is arbitrary.
         if size != 1 and step != expected:
             return False
         expected *= size

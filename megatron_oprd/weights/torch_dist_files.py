@@ -1,8 +1,8 @@
-"""A folder of Megatron's `torch_dist` format: global tensors, read slice by slice.
+"""Reads folders of Megatron's `torch_dist` format: global tensors, slice by slice.
 
-The format is torch.distributed.checkpoint's: `.metadata` says of which chunks every tensor is made
-and where in which `.distcp` file each chunk lies. Megatron adds metadata.json, and common.pt with
-what is no tensor.
+The format is that of torch.distributed.checkpoint: `.metadata` lists each tensor's chunks and the
+location of each in a `.distcp` file. Megatron adds metadata.json, and common.pt for everything
+else.
 """
 
 import json
@@ -36,13 +36,13 @@ from megatron_oprd.weights.torch_dist_metadata import read_metadata
 
 METADATA_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
-RELEASE = "release"  # what Megatron calls a checkpoint that no training has written
+RELEASE = "release"  # Megatron's name for a checkpoint without training state
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Chunk:
-    """One chunk of a tensor: its rectangle, and where it is stored."""
+    """A chunk of a tensor: its rectangle and its byte range in a file."""
 
     starts: tuple[int, ...]
     shape: tuple[int, ...]
@@ -53,14 +53,12 @@ class _Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class _Tensor:
-    """One global tensor.
-
-    ``chunks`` are grouped by the leading dimensions in which every chunk has one element only:
-    layers, experts. A read looks at the groups that it needs.
-    """
+    """A global tensor and its chunks."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    # Chunks are grouped by the leading dimensions (layers, experts) in which each has size 1, so
+    # that a read visits only the groups it needs.
     num_leading: int
     chunks: dict[tuple[int, ...], list[_Chunk]] = field(default_factory=dict)
 
@@ -68,25 +66,17 @@ class _Tensor:
 class TorchDistFiles:
     """A `torch_dist` folder, opened for reading.
 
-    Opening reads `.metadata` and looks at the files' sizes. No code of a folder is run: the pickle
-    in `.metadata` may name the format's own classes only (torch's FileSystemReader and Megatron
-    restrict nothing), tensors are read with positioned reads of exactly the bytes asked for, and
-    chunks that do not lie plainly in their file with torch.load(weights_only=True).
-
-    Reads are safe from several threads.
-
-    Attributes:
-        folder: The folder.
-        objects: Names of what is stored beside tensors, which is not read: random states, extra
-            states of layers, ...
+    Opening reads `.metadata` and checks the sizes of all files. No code of a folder is run: the
+    pickle in `.metadata` may name the format's own classes only (torch's FileSystemReader and
+    Megatron restrict nothing). Tensors are read by positioned reads of exactly the requested bytes,
+    other chunks by torch.load(weights_only=True). Reads are thread-safe.
 
     Raises:
-        UserError: If the folder is of another format, or not whole. The message says what was
-            found.
+        UserError: The folder is incomplete or of another format; the message says which.
     """
 
     folder: Path
-    objects: list[str]
+    objects: list[str]  # names of other entries (random states, layers' extra states)
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -101,7 +91,7 @@ class TorchDistFiles:
             else:
                 self.objects.append(name)
         self._places: dict[MetadataIndex, Any] = metadata.storage_data
-        # By what was asked for: of a training checkpoint most tensors are the optimizer's.
+        # Filled on demand: most tensors of a training checkpoint are the optimizer's.
         self._tensors: dict[str, _Tensor] = {}
         self._plain: dict[_Chunk, TensorInfo | None] = {}
 
@@ -110,24 +100,20 @@ class TorchDistFiles:
         return list(self._stored)
 
     def files(self) -> list[Path]:
-        """The files that tensors are read from, and those that say where they are."""
+        """The metadata and the files that hold tensors."""
         stored = sorted({place.relative_path for place in self._places.values()})
         return [self.folder / name for name in (FORMAT_FILE, METADATA_FILE, *stored)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of global tensor `name`; `UserError` if its chunks do not make it up."""
+        """The shape of global tensor ``name``; `UserError` if its chunks do not cover it."""
         return self._tensor(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of global tensor `name`; `UserError` if its chunks do not make it up."""
+        """The dtype of global tensor ``name``; `UserError` if its chunks do not cover it."""
         return self._tensor(name).dtype
 
     def chunks(self, name: str) -> list[Bounds]:
-        """The rectangles in which global tensor `name` is stored.
-
-        Raises:
-            UserError: They do not make it up.
-        """
+        """The rectangles in which ``name`` is stored; `UserError` if they do not cover it."""
         return [
             [(start, start + size) for start, size in zip(one.starts, one.shape, strict=True)]
             for of_leading in self._tensor(name).chunks.values()
@@ -135,20 +121,7 @@ class TorchDistFiles:
         ]
 
     def read_slice(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
-        """Reads `tensor[slices]` of global tensor `name`, and only its bytes if they lie plainly.
-
-        Args:
-            name: A name in `names()`.
-            *slices: One slice a leading dimension, step 1; dimensions without one are read whole.
-            out: A contiguous CPU tensor of the slice's shape and dtype to read into; None makes
-                one.
-
-        Returns:
-            ``out``, or a new contiguous CPU tensor with the checkpoint's dtype.
-
-        Raises:
-            UserError: If a file cannot be read any more, or a chunk is not what `.metadata` says.
-        """
+        """Implements `WeightSource.read_slice`; `UserError` if a chunk contradicts `.metadata`."""
         tensor = self._tensor(name)
         bounds = slice_bounds(name, tensor.shape, slices)
         if out is None:
@@ -167,16 +140,13 @@ class TorchDistFiles:
                 part = torch.empty(target.shape, dtype=tensor.dtype)
                 target.copy_(self._read_chunk(name, tensor, chunk, inside, part))
             num_found += target.numel()
+        # Chunks that overlap elsewhere can have the right total and still leave a gap here.
         if num_found != out.numel():
             raise self._missing_chunks(name, tensor.shape)
         return out
 
     def read_object(self, name: str) -> bytes:
-        """The bytes of an object in `objects`, as torch.save wrote them.
-
-        Raises:
-            UserError: The file cannot be read.
-        """
+        """The bytes of an entry of `objects`, as saved by torch.save; `UserError` if unreadable."""
         place = self._places[MetadataIndex(name)]
         file = self.folder / place.relative_path
         try:
@@ -221,7 +191,7 @@ class TorchDistFiles:
         return out.copy_(whole[slices_of(bounds)])
 
     def _check_files(self, metadata: Metadata) -> None:
-        """Checks that every file that `.metadata` names is there and long enough."""
+        """Checks that every file in `.metadata` exists and is long enough."""
         needed: dict[str, int] = defaultdict(int)
         for place in metadata.storage_data.values():
             end = place.offset + place.length
@@ -289,10 +259,9 @@ class TorchDistFiles:
 
 
 def read_tracker(folder: Path) -> str | None:
-    """The name of the checkpoint in ``folder`` that Megatron's tracker file says is the newest.
+    """The newest checkpoint's folder name according to Megatron's tracker file in ``folder``.
 
-    None if there is no such file or it says something else. Nothing is said of whether that
-    checkpoint is there.
+    None if there is no such file or it says something else. The named checkpoint may not exist.
     """
     try:
         text = (folder / TRACKER_FILE).read_text(encoding="utf-8").strip()
@@ -304,11 +273,7 @@ def read_tracker(folder: Path) -> str | None:
 
 
 def check_format(folder: Path) -> None:
-    """Checks that a folder is a checkpoint of the format `torch_dist`.
-
-    Raises:
-        UserError: It is not; the message says what it is instead, as far as it shows.
-    """
+    """Raises `UserError` unless the folder is a `torch_dist` checkpoint; names the other format."""
     found = _other_format(folder)
     if found is not None:
         raise UserError(
@@ -318,7 +283,7 @@ def check_format(folder: Path) -> None:
 
 
 def _other_format(folder: Path) -> str | None:
-    """What the folder is if it is not `torch_dist`."""
+    """A description of a folder that is not `torch_dist`; None if it is."""
     if not folder.is_dir():
         return "it is a file" if folder.exists() else "it does not exist"
     has_metadata = (folder / METADATA_FILE).is_file()
@@ -351,7 +316,7 @@ def _read_metadata(folder: Path) -> Metadata:
 
 
 def _touched(tensor: _Tensor, bounds: Bounds) -> Iterator[_Chunk]:
-    """The chunks that may have something in common with ``bounds``."""
+    """The chunks that may overlap with ``bounds``."""
     for leading in product(*(range(*ends) for ends in bounds[: tensor.num_leading])):
         yield from tensor.chunks.get(leading, ())
 

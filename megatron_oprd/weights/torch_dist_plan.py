@@ -1,7 +1,7 @@
-"""How a model's weights are cut into chunks and files of a `torch_dist` checkpoint.
+"""Divides a model's weights into the chunks and files of a `torch_dist` checkpoint.
 
-Any layout loads any checkpoint. Chunks are what a rank of the chosen layout would have written, so
-that a run of this layout loads whole chunks, and a file holds chunks of one rank only.
+Any layout loads any checkpoint. The chunks are those that the ranks of the chosen layout would
+write, so a run of this layout loads whole chunks. Each file has chunks of one rank only.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,24 +29,16 @@ MAX_FILE_BYTES = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class TargetLayout:
-    """The layout whose ranks load whole chunks.
-
-    Attributes:
-        tensor_model_parallel_size: Ranks that share each layer's matrices.
-        pipeline_model_parallel_size: Ranks that share the layers.
-        expert_model_parallel_size: Ranks that share out the experts of each layer.
-        expert_tensor_parallel_size: Ranks that share each expert's matrices; None is
-            ``tensor_model_parallel_size``.
-    """
+    """The layout whose ranks load whole chunks."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int | None = None
+    expert_tensor_parallel_size: int | None = None  # None: tensor_model_parallel_size
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> "TargetLayout":
-        """What of a run's layout decides which weights a rank has."""
+        """The sizes of a run's layout that determine the weights of a rank."""
         return cls(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -56,25 +48,18 @@ class TargetLayout:
 
     @property
     def expert_tensor_size(self) -> int:
-        """``expert_tensor_parallel_size``, its default filled in."""
+        """``expert_tensor_parallel_size`` with its default filled in."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """One chunk of a global tensor.
-
-    Attributes:
-        mapping: The parameter that it is a part of.
-        bounds: Which part, as a rectangle of the whole, unsplit parameter.
-        slot: Where the parameter is in the global tensor.
-        dtype: The global tensor's.
-    """
+    """A chunk of a global tensor."""
 
     mapping: WeightMapping
-    bounds: Bounds
-    slot: Slot
-    dtype: torch.dtype
+    bounds: Bounds  # rectangle of the whole, unsplit parameter
+    slot: Slot  # position of the parameter in the global tensor
+    dtype: torch.dtype  # of the global tensor
 
     @property
     def key(self) -> str:
@@ -88,45 +73,40 @@ class Chunk:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """The chunk's first element in the global tensor."""
+        """The position of the chunk's first element in the global tensor."""
         return (*self.slot.index, *(start for start, _ in self.bounds))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The chunk's shape; the leading dimensions of layers and experts have size 1."""
+        """The chunk's shape, with size 1 in the dimensions of layers and experts."""
         return (*(1 for _ in self.slot.index), *shape_of(self.bounds))
 
     @property
     def name(self) -> str:
-        """The global tensor's name and the chunk's first element in it."""
+        """The chunk's name in messages and manifests."""
         return chunk_name(self.key, self.starts)
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of its values."""
+        """The size of its values."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """One file of the checkpoint.
-
-    Attributes:
-        chunks: The chunks in it.
-        objects: Names of empty objects in it.
-    """
+    """A file of the checkpoint: chunks, and names of empty objects."""
 
     chunks: list[Chunk] = field(default_factory=list)
     objects: list[str] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of the chunks' values."""
+        """The size of the chunks' values."""
         return sum(chunk.num_bytes for chunk in self.chunks)
 
 
 def chunk_name(key: str, starts: Sequence[int]) -> str:
-    """Names a chunk in messages and manifests."""
+    """Names a chunk in messages and manifests: tensor[first element]."""
     return f"{key}[{','.join(map(str, starts))}]"
 
 
@@ -135,19 +115,11 @@ def plan_files(
     *,
     layout: TargetLayout,
     dtypes: Mapping[str, torch.dtype],
-    max_file_bytes: int = MAX_FILE_BYTES,
+    max_file_bytes: int = MAX_FILE_BYTES,  # beyond it, a new file is begun
 ) -> list[File]:
-    """Cuts a model into chunks and deals them out to files.
+    """Divides a model into chunks and files; `UserError` if the layout does not divide the model.
 
-    Args:
-        table: The model's mappings.
-        layout: The layout whose ranks load whole chunks.
-        dtypes: The dtype of each parameter, by its Megatron name; of the parameters in one global
-            tensor the widest counts.
-        max_file_bytes: A file takes no further chunk beyond this.
-
-    Raises:
-        UserError: The layout does not divide the model.
+    ``dtypes`` are by Megatron name; a global tensor takes the widest of its parameters.
     """
     layers = num_layers(table)
     stages = stage_of_layers(layers, layout.pipeline_model_parallel_size)
@@ -166,7 +138,7 @@ def plan_files(
         except ValueError as error:
             raise UserError(f"the layout does not fit the model: {error}.") from None
         for tp_rank, bounds in cuts:
-            # Rank in the pipeline; in the expert-parallel group, none first; in the tensor group.
+            # (stage, expert-parallel rank or -1, tensor-parallel rank)
             rank = (stage, -1 if ep_rank is None else ep_rank, tp_rank)
             chunk = Chunk(mapping=mapping, bounds=bounds, slot=slot, dtype=stored[slot.key])
             by_rank.setdefault(rank, []).append(chunk)
@@ -186,16 +158,13 @@ def plan_files(
 
 
 def stage_of_layers(layers: int, stages: int) -> list[int]:
-    """The pipeline stage of each layer; the first stages have one more where they are uneven.
-
-    Raises:
-        UserError: There are more stages than layers.
-    """
+    """The pipeline stage of each layer; `UserError` if there are more stages than layers."""
     if stages > layers:
         raise UserError(
             f"--pipeline-model-parallel-size {stages}: the model has {layers} layers; give at "
             "most that many."
         )
+    # The first stages take the remainder, one layer each.
     share, rest = divmod(layers, stages)
     return [stage for stage in range(stages) for _ in range(share + (stage < rest))]
 
@@ -208,12 +177,9 @@ def _stage(mapping: WeightMapping, stages: Sequence[int]) -> int:
 
 
 def _cuts(mapping: WeightMapping, layout: TargetLayout) -> list[tuple[int, Bounds]]:
-    """The rectangles of a parameter that ranks of its tensor-parallel group write: (rank, bounds).
-
-    Gate and up projection are two tensors to Megatron, each split over the ranks; of what every
-    rank holds, the first writes it.
-    """
+    """(rank, rectangle) of each part of a parameter that a tensor-parallel rank writes."""
     whole = [(0, size) for size in mapping.local_shape(1)]
+    # Megatron has gate and up as two tensors, each split over the ranks.
     parts = 2 if is_gated(mapping) else 1
     size = (
         layout.tensor_model_parallel_size if mapping.expert is None else layout.expert_tensor_size
@@ -221,6 +187,7 @@ def _cuts(mapping: WeightMapping, layout: TargetLayout) -> list[tuple[int, Bound
     local = mapping.local_shape(size)
     split = [dim for dim, (_, n) in enumerate(whole) if n != local[dim]]
     dim = split[0] if split else 0
+    # The first rank alone writes a replicated parameter.
     ranks = size if split else 1
     length = local[dim] // parts
     cuts = []
@@ -234,13 +201,12 @@ def _cuts(mapping: WeightMapping, layout: TargetLayout) -> list[tuple[int, Bound
 
 
 def _extra_states(chunks: Iterable[Chunk]) -> list[str]:
-    """Names of the objects that go with the chunks' layers.
-
-    Megatron's layers, those of Transformer Engine above all, keep an extra state, which is empty
-    without FP8 training, and a load fails where it is missing.
-    """
+    """Names of the extra-state objects of the chunks' layers."""
     names = []
     for chunk in chunks:
+        # Megatron's layers, mostly Transformer Engine's, have an extra state. It is empty without
+        # FP8 training, but a load fails if it is missing. One object per weight: its first chunk
+        # stands for it.
         module, _, kind = chunk.key.rpartition(".")
         is_first = not any(start for start, _ in chunk.bounds)
         if kind != "weight" or not is_first or _has_no_extra_state(chunk.key):

@@ -1,6 +1,6 @@
-"""Megatron's `torch_dist` checkpoints, written a chunk at a time from any source of weights.
+"""Writes Megatron's `torch_dist` checkpoints, one chunk at a time, from any source of weights.
 
-The result is a folder that Megatron-LM's ``--load`` takes, as a released model without optimizer:
+Megatron-LM's ``--load`` takes the result as a released model without optimizer:
 
     latest_checkpointed_iteration.txt   "release"
     release/.metadata, *.distcp         torch.distributed.checkpoint's files
@@ -48,15 +48,15 @@ from megatron_oprd.weights.torch_dist_files import FORMAT_FILE, RELEASE, TRACKER
 from megatron_oprd.weights.torch_dist_plan import File
 
 _COMMON_FILE = "common.pt"
-# What megatron-core's dist_checkpointing.save writes.
+# As written by megatron-core's dist_checkpointing.save.
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-# Version 3 has query, key and value in today's order. The content's metadata is what a load asks
-# the model to name its tensors by.
+# From version 3 on, query, key and value are in today's order. A load passes content_metadata to
+# the model, which names its tensors accordingly.
 _COMMON = {
     "checkpoint_version": 3.0,
     "iteration": 0,
@@ -66,53 +66,36 @@ _COMMON = {
 
 @dataclass(frozen=True, kw_only=True)
 class TorchDistContent:
-    """Everything of a checkpoint folder but the weights' values.
-
-    Attributes:
-        files: Its files and the chunks in each.
-        config: The content of the model's config.json if it differs from the source's file, which
-            is copied otherwise.
-        origin: What the manifest says of where the checkpoint comes from: tool, source, settings,
-            and everything else that the values depend on.
-    """
+    """The content of a checkpoint folder except the weights' values."""
 
     files: Sequence[File]
+    # Content of the model's config.json; None copies the source's file.
     config: Mapping[str, Any] | None
+    # Provenance for the manifest: tool, source, settings and all else that the values depend on.
     origin: Mapping[str, Any]
 
     @property
     def num_bytes(self) -> int:
-        """About what the folder takes on the disk."""
+        """The approximate size of the folder on disk."""
         entries = sum(len(file.chunks) + len(file.objects) for file in self.files)
         return sum(file.num_bytes for file in self.files) + entries * OVERHEAD_BYTES
 
 
 def convert_to_torch_dist(
     out: Path,
-    source: WeightSource,
+    source: WeightSource,  # cast to the chunks' dtypes
     content: TorchDistContent,
     *,
-    force: bool = False,
-    ranks: Ranks | None = None,
+    force: bool = False,  # replaces a checkpoint at `out`
+    ranks: Ranks | None = None,  # None: this process alone
 ) -> Path:
-    """Writes a `torch_dist` checkpoint; ranks may share the work, file by file.
+    """Writes a `torch_dist` checkpoint; ranks may share the work, file by file. Returns ``out``.
 
-    A chunk is read while another is written, so one or two are in memory. Every file is read back
-    once it is on the disk and compared with the checksums of what was read from the source.
+    One or two chunks are in memory: one is read while another is written. Every file is read back
+    from disk and compared with the checksums of what was read from the source.
 
-    Args:
-        out: The folder to create.
-        source: Where the weights come from. What is read of it is cast to the chunks' dtypes.
-        content: What goes into the folder.
-        force: Whether a checkpoint that is at ``out`` is replaced.
-        ranks: The processes that share the work; each calls this alike. Rank 0 shows the progress.
-
-    Returns:
-        ``out``.
-
-    Raises:
-        UserError: ``out`` is taken or cannot be written, the source cannot be read, or a file does
-            not read back as it was written; on every rank alike.
+    Raises `UserError` on every rank if ``out`` is taken or cannot be written, the source cannot be
+    read, or a file does not read back as written.
     """
     ranks = ranks or Ranks()
     folder = OutputFolder(out, force=force)
@@ -126,13 +109,14 @@ def convert_to_torch_dist(
         everyones = {
             name: one for of_rank in ranks.gather(written) for name, one in of_rank.items()
         }
+        # In the order of the plan, whichever rank wrote which file.
         records = {name: everyones[name] for name in files}
         ranks.from_first(lambda: _finish(folder, records, source, content))
     return out
 
 
 def _share(files: Mapping[str, File], ranks: Ranks) -> dict[str, File]:
-    """This rank's share of the files: the largest go first, each to the rank with the least."""
+    """This rank's files: the largest first, each to the rank with the least so far."""
     shares: list[dict[str, File]] = [{} for _ in range(ranks.size)]
     sizes = [0] * ranks.size
     for name, file in sorted(files.items(), key=lambda item: -item[1].num_bytes):
@@ -145,10 +129,7 @@ def _share(files: Mapping[str, File], ranks: Ranks) -> dict[str, File]:
 def _write_files(
     path: Path, out: Path, files: Mapping[str, File], source: WeightSource, *, shown: bool
 ) -> dict[str, dict[str, Any]]:
-    """Writes files into the folder ``path``; returns their records.
-
-    While one file is brought to the disk and read back, the next is begun.
-    """
+    """Writes files into ``path`` and returns their records; checks one while writing the next."""
     records = {}
     with (
         writing(out),
@@ -180,7 +161,7 @@ def _finish(
     source: WeightSource,
     content: TorchDistContent,
 ) -> None:
-    """Adds what is not weights, and commits."""
+    """Writes everything except the weights, and commits."""
     results: list[WriteResult] = []
     checksums: dict[str, str] = {}
     nans: dict[str, int] = {}
@@ -228,7 +209,7 @@ def _metadata(files: Sequence[File]) -> Metadata:
 
 
 class _MetadataWriter(FileSystemWriter):
-    """Leaves out the name of the folder that is written, which is not the one it will have."""
+    """Records a fixed name instead of the temporary folder that is written."""
 
     @override
     def storage_meta(self) -> StorageMeta:

@@ -1,4 +1,4 @@
-"""Helpers of the family files: checks of fields, numbers that all read alike, numbered mappings."""
+"""Helpers of the family files: checks of fields, shared fields, numbered mappings."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,24 +14,17 @@ Check = Callable[[Any], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family, as its file defines it.
+    """A model family, as its file defines it."""
 
-    Attributes:
-        name: The Hugging Face class.
-        model_type: Its configuration's name; transformers builds the model that this names.
-        fields: The configuration's fields that are handled for some values only, with a check of
-            the value. Fields that every family reads, and fields without an effect, are listed in
-            `megatron_oprd.models.architecture`.
-        architecture: Translates a transformers configuration object; takes the configuration's
-            file as well, for messages.
-        mappings: The table: every parameter of a model of the given architecture and padded
-            vocabulary size, in the order of the Hugging Face model's own tensors.
-    """
-
-    name: str
-    model_type: str
+    name: str  # the Hugging Face class
+    model_type: str  # in config.json; transformers builds the model that it names
+    # Fields handled for some values only, with the check of the value. `models.architecture` lists
+    # those that every family reads and those without an effect.
     fields: dict[str, Check]
+    # (transformers configuration object, its file for messages) -> Architecture
     architecture: Callable[[Any, str], Architecture]
+    # (architecture, padded vocabulary size) -> every parameter, in the order of the Hugging Face
+    # model.
     mappings: Callable[[Architecture, int], list[Mapping]]
 
     def check(self, raw: dict[str, Any], source: str) -> None:
