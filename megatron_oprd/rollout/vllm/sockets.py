@@ -1,7 +1,7 @@
-"""The TCP conversation between a trainer and its engine's workers, by which weights travel.
+"""TCP protocol between a trainer and its engine's workers, for the weight sync.
 
-Lines of JSON go both ways; of each tensor the workers get name, shape and bytes. Nothing that is
-received is executed. A worker begins with a token that only the engine knows.
+Both sides send lines of JSON; each tensor is a line with name and shape, followed by its bytes. No
+received data is executed. A worker starts with a secret token that it got through the engine.
 """
 
 import hmac
@@ -23,24 +23,24 @@ _SECONDS_TO_SAY_TOKEN = 5
 
 
 class TrainerSocket:
-    """The trainer's end: waits for workers, and tells all of them the same."""
+    """The trainer's end: accepts workers and sends all of them the same messages."""
 
     def __init__(self, host: str, *, seconds: float) -> None:
         """Listens on a free port.
 
         Args:
-            host: This machine's address, as the workers see it.
-            seconds: How long a worker may take to call, or for a part of the conversation.
+            host: This machine's address as workers reach it.
+            seconds: Timeout for connecting and for each read or write.
 
         Raises:
-            OSError: There is no port.
+            OSError: The address or a port is not available.
         """
         self._seconds = seconds
         self._stack = ExitStack()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = self._stack.enter_context(socket.create_server((host, 0), family=family))
         self._workers: list[_Worker] = []
-        # What `WorkerSocket` needs to call.
+        # Arguments of `WorkerSocket`, sent to workers through the engine.
         self.invitation: dict[str, Any] = {
             "host": host,
             "port": self._listener.getsockname()[1],
@@ -60,16 +60,15 @@ class TrainerSocket:
         self._stack.close()
 
     def accept(self, num_workers: int, *, in_vain: Callable[[], bool]) -> None:
-        """Waits for so many workers.
+        """Waits for ``num_workers`` workers.
 
-        Args:
-            num_workers: How many.
-            in_vain: Asked now and then; true if they will not come.
+        ``in_vain`` is polled; it returns true if the workers will not connect.
 
         Raises:
-            OSError: They do not come.
+            OSError: The workers did not connect.
         """
         end = time.monotonic() + self._seconds
+        # Short, so that in_vain is polled.
         self._listener.settimeout(0.2)
         while len(self._workers) < num_workers:
             try:
@@ -78,7 +77,7 @@ class TrainerSocket:
                 if in_vain() or time.monotonic() > end:
                     raise
                 continue
-            # A mute stranger must not keep the others waiting.
+            # Short timeout: a connection that sends nothing must not hold up the workers.
             connection.settimeout(_SECONDS_TO_SAY_TOKEN)
             worker = _Worker(connection, connection.makefile("rb"))
             if self._knows_token(worker):
@@ -98,10 +97,10 @@ class TrainerSocket:
             return False
 
     def tell(self, message: Any, data: memoryview | None = None) -> None:
-        """Tells every worker a message, and bytes behind it.
+        """Sends a message, and optionally bytes after it, to every worker.
 
         Raises:
-            OSError: A worker left, or takes too long.
+            OSError: A worker disconnected or timed out.
         """
         line = f"{json.dumps(message)}\n".encode()
         for worker in self._workers:
@@ -110,30 +109,27 @@ class TrainerSocket:
                 worker.connection.sendall(data)
 
     def hear(self) -> list[Any]:
-        """What every worker says next.
+        """Receives one message from every worker.
 
         Raises:
-            OSError: A worker left, or takes too long.
+            OSError: A worker disconnected or timed out.
         """
         return [_message(worker.file) for worker in self._workers]
 
 
 class WorkerSocket:
-    """A worker's end."""
+    """A worker's end of the connection."""
 
     def __init__(self, *, host: str, port: int, token: str, seconds: float) -> None:
-        """Calls the trainer.
+        """Connects to the trainer and sends the token.
 
-        Args:
-            host: Where it listens.
-            port: Where it listens.
-            token: What it wants to hear.
-            seconds: How long it may take for a part of the conversation.
+        ``seconds`` is the timeout for connecting and for each read or write.
 
         Raises:
-            OSError: It is not there.
+            OSError: The trainer is not reachable.
         """
         self._connection = socket.create_connection((host, port), timeout=seconds)
+        # Answers are short lines that the trainer waits for; Nagle's algorithm would delay them.
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._file = cast(BufferedReader, self._connection.makefile("rb", buffering=2**20))
         self._connection.sendall(f"{token}\n".encode())
@@ -151,18 +147,18 @@ class WorkerSocket:
         self._connection.close()
 
     def hear(self) -> Any:
-        """The trainer's next message.
+        """Receives the trainer's next message.
 
         Raises:
-            OSError: It left, or takes too long.
+            OSError: The trainer disconnected or timed out.
         """
         return _message(self._file)
 
     def read_into(self, target: memoryview) -> None:
-        """The bytes that come behind a message.
+        """Reads the bytes after a message.
 
         Raises:
-            OSError: The trainer left, or takes too long.
+            OSError: The trainer disconnected or timed out.
         """
         while target:
             count = self._file.readinto(target)
@@ -171,10 +167,10 @@ class WorkerSocket:
             target = target[count:]
 
     def tell(self, message: Any) -> None:
-        """Tells the trainer a message.
+        """Sends the trainer a message.
 
         Raises:
-            OSError: It left.
+            OSError: The trainer disconnected.
         """
         self._connection.sendall(f"{json.dumps(message)}\n".encode())
 
@@ -195,23 +191,24 @@ def _message(file: BufferedReader) -> Any:
 def send_weights(
     workers: TrainerSocket, stream: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype
 ) -> None:
-    """Sends every worker the stream's tensors, converted on the way.
+    """Sends the tensors to every worker, converted to ``dtype`` on the way.
 
     Raises:
-        OSError: A worker left, or takes too long.
+        OSError: A worker disconnected or timed out.
     """
     for name, tensor in stream:
         values = tensor.detach().to(dtype).cpu().contiguous().reshape(-1)
         head = {"name": name, "shape": list(tensor.shape)}
+        # As bytes: numpy has no bf16.
         workers.tell(head, values.view(torch.uint8).numpy().data)
     workers.tell(None)
 
 
 def receive_weights(trainer: WorkerSocket, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that `send_weights` sends, on the host.
+    """Yields the tensors of `send_weights`, on the host.
 
     Raises:
-        OSError: The trainer left in the middle, or takes too long.
+        OSError: The trainer disconnected early or timed out.
     """
     while (head := trainer.hear()) is not None:
         tensor = torch.empty(head["shape"], dtype=dtype)
