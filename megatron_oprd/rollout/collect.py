@@ -26,15 +26,9 @@ def collect(
     context: ParallelContext,
     reader: TeacherReader | None = None,  # None: the teacher reads the student's sequences
 ) -> list[Rollout]:
-    """Generates the responses of a whole step and distributes them to all ranks.
+    """Generates a step's responses and distributes them; arguments and result as in `gather`.
 
-    ``prompts`` is the same list on every leader and ignored on other ranks. The result is that of
-    `gather`.
-
-    Raises:
-        RuntimeError: A rollout was sampled with weights other than ``weights_version``; on every
-            rank.
-        RolloutEngineError: An engine failed too often; on every rank.
+    Raises RolloutEngineError on every rank if an engine failed too often.
     """
     return gather(
         engines.generate(share_of_replica(prompts, context), sampling),
@@ -47,32 +41,19 @@ def collect(
 
 
 def gather(
-    generated: list[Rollout] | None,
-    prompts: Sequence[Prompt],
+    generated: list[Rollout] | None,  # of `share_of_replica`; ignored if not a leader
+    prompts: Sequence[Prompt],  # the step's, the same on every leader; ignored on other ranks
     sampling: SamplingParams,
     *,
     weights_versions: Collection[int],
     context: ParallelContext,
-    reader: TeacherReader | None = None,
+    reader: TeacherReader | None = None,  # None: the teacher reads the student's sequences
 ) -> list[Rollout]:
-    """Collects the rollouts of all replicas on every rank.
+    """Collects the rollouts of all replicas on every rank, ordered by prompt, then by sample.
 
     The rollouts are broadcast in each replica, then gathered over replicas (the context's control
-    groups).
-
-    Args:
-        generated: On leaders, the rollouts of `share_of_replica`; ignored on other ranks.
-        prompts: The step's prompts, the same on every leader; ignored on other ranks.
-        sampling: The sampling parameters of the rollouts.
-        weights_versions: Accepted versions of the sampling weights.
-        context: This rank's place in the layout.
-        reader: Builds the teacher's sequences; None if the teacher reads the student's sequences.
-
-    Returns:
-        All rollouts, ordered by prompt, then by sample; the same on every rank.
-
-    Raises:
-        RuntimeError: A rollout was sampled with another version of the weights; on every rank.
+    groups). Raises RuntimeError on every rank if a rollout was sampled with a version of the
+    weights outside ``weights_versions``.
     """
     # Leaders build the teacher's sequences before the exchange: other ranks have no prompts.
     if reader is not None and generated is not None:

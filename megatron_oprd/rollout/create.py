@@ -32,10 +32,7 @@ def create_engine(
 ) -> RolloutEngine:
     """Creates an engine without weights; call `RolloutEngine.load_weights` first.
 
-    The folder provides config.json and the end-of-sequence ids; its weights are not read.
-
-    Raises:
-        UserError: The model defines no end-of-sequence token.
+    Raises UserError if neither ``folder`` nor tokenizer defines an end-of-sequence token.
     """
     eos, known_ids = eos_token_ids(folder, tokenizer), tokenizer.get_vocab().values()
 

@@ -50,7 +50,7 @@ class Rollout:
     finished: bool  # False: cut at max_new_tokens
     # What the teacher reads instead of the student's sequence.
     teacher: TeacherSequence | None = None
-    # By teacher of the run: whether it teaches this rollout; None: all do.
+    # Per teacher of the run, whether it teaches this rollout; None: all do.
     taught_by: tuple[bool, ...] | None = None
     weights_version: int = 0  # the version passed to `RolloutEngine.load_weights`
     # Log-probability of each response token from the raw logits: before temperature, top-k and

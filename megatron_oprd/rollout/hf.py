@@ -58,7 +58,7 @@ class HFEngine:
         self._version: int | None = None
 
     def needs_all_weights(self) -> bool:
-        """Whether no `load_weights` has succeeded since the last failed one, if any."""
+        """Whether `load_weights` has not been called or has failed."""
         return self._version is None
 
     @torch.no_grad()
@@ -69,14 +69,10 @@ class HFEngine:
         version: int = 0,
         left_out: Collection[str] = (),
     ) -> None:
-        """Replaces weights in place.
+        """Replaces weights in place; tensors may have any float dtype and device.
 
-        Tensors may have any float dtype and device; they are converted. A tied weight may arrive
-        under either name or both.
-
-        Raises:
-            ValueError: Unknown name, wrong shape, duplicate (tied weights may repeat if equal) or
-                missing weight.
+        Tied weights may arrive under either name or both. Raises ValueError for an unknown name, a
+        wrong shape, a missing weight, or a repeated one (tied weights may repeat if equal).
         """
         assert not (left_out and self.needs_all_weights()), (
             "weights are left out that are not there"
@@ -102,10 +98,7 @@ class HFEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Samples ``samples_per_prompt`` responses per prompt, ordered by prompt, then sample.
 
-        Does not communicate with other ranks.
-
-        Raises:
-            RuntimeError: No weights have been loaded.
+        Does not communicate with other ranks. Raises RuntimeError if no weights have been loaded.
         """
         if self._version is None:
             raise RuntimeError("generate() before load_weights(): the model has no weights yet")
@@ -192,10 +185,9 @@ class HFEngine:
 def known_weights(
     stream: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Passes through a stream of weights, checking each name and shape against ``shapes``.
+    """Passes through a stream of weights and checks it while it is read.
 
-    Raises:
-        ValueError: Unknown name, wrong shape or duplicate name; raised while the stream is read.
+    Raises ValueError for an unknown name, a shape other than in ``shapes``, or a repeated name.
     """
     came: set[str] = set()
     for name, tensor in stream:

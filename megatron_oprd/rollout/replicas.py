@@ -38,37 +38,28 @@ class ReplicaEngines:
 
     A failed engine is restarted, gets the weights of the last `sync` and repeats the request; with
     the same seeds it returns the same rollouts. Other replicas keep their results. Every method
-    except `take_restarts` and `close` is collective over all ranks, because all ranks export
-    weights and have to learn of failures. Messages use the context's control groups.
+    except `take_restarts` and `close` is collective over all ranks (on the context's control
+    groups), because all ranks export weights and have to learn of failures. These methods raise
+    RolloutEngineError on every rank if an engine failed too often.
     """
 
     def __init__(
         self,
-        create: Callable[[], RolloutEngine],
+        create: Callable[[], RolloutEngine],  # called on leaders
+        # Exports the current weights, without `frozen` if its argument is true. All ranks exhaust
+        # it together; leaders get the tensors (`Exporter.stream`).
         stream: Callable[[bool], Iterator[tuple[str, Tensor | None]]],
         *,
+        # Names of weights that never change; sent only if an engine lacks weights.
         frozen: Collection[str] = (),
-        max_restarts: int,
-        is_shared: bool = False,
+        max_restarts: int,  # per engine, between two calls of `take_restarts`
+        is_shared: bool = False,  # all engines use one server, to which weights are sent once
+        # On global rank 0, if the run starts the server: starts it unless it responds. Called
+        # before engines start and after a failure.
         ensure_server: Callable[[], None] | None = None,
         context: ParallelContext,
     ) -> None:
-        """Starts the engines.
-
-        Args:
-            create: Starts an engine; called on leaders.
-            stream: Exports the current weights, without ``frozen`` if its argument is true. All
-                ranks exhaust it together; leaders get the tensors (`Exporter.stream`).
-            frozen: Names of weights that never change; sent only if an engine lacks weights.
-            max_restarts: Restarts allowed per engine between two calls of `take_restarts`.
-            is_shared: Whether all engines use one server, to which weights are sent once.
-            ensure_server: On global rank 0, if the run starts the server: starts it unless it
-                responds. Called before engines start and after a failure.
-            context: This rank's place in the layout.
-
-        Raises:
-            RolloutEngineError: An engine did not start.
-        """
+        """Starts the engines; raises RolloutEngineError on every rank if one does not start."""
         self._create = create
         self._stream = stream
         self._frozen = frozenset(frozen)
@@ -94,12 +85,8 @@ class ReplicaEngines:
     def sync(self, *, version: int = 0) -> int:
         """Sends the current weights to every engine; later rollouts carry ``version``.
 
-        Returns:
-            Bytes sent to this rank's engine, failed attempts included. 0 on ranks without an
-            engine; for a shared server, nonzero only on the first replica's leader.
-
-        Raises:
-            RolloutEngineError: An engine failed too often.
+        Returns the bytes sent to this rank's engine, failed attempts included. 0 on ranks without
+        an engine; for a shared server, nonzero only on the first replica's leader.
         """
         self._version = version
         self._bytes_sent = 0
@@ -108,19 +95,11 @@ class ReplicaEngines:
         return self._bytes_sent
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout] | None:
-        """Generates for this leader's ``prompts``; returns None on ranks that are not leaders.
-
-        Raises:
-            RolloutEngineError: An engine failed too often.
-        """
+        """Generates for this leader's ``prompts``; returns None on ranks that are not leaders."""
         return self._run(lambda engine: engine.generate(prompts, sampling))
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        """Starts `generate` in the background (`OverlappingEngine`); call `finish` next.
-
-        Raises:
-            RolloutEngineError: An engine failed too often.
-        """
+        """Starts `generate` in the background (`OverlappingEngine`); call `finish` next."""
 
         def start(engine: RolloutEngine) -> None:
             assert isinstance(engine, OverlappingEngine)
@@ -130,20 +109,15 @@ class ReplicaEngines:
         self._under_way = self._engine, prompts, sampling
 
     def finish(self, *, version: int) -> list[Rollout] | None:
-        """Waits for the rollouts of `start` and returns them as `generate` does.
-
-        ``version`` is the version of the current weights: an engine restarted here gets these
-        weights, and its rollouts carry this version.
-
-        Raises:
-            RolloutEngineError: An engine failed too often.
-        """
+        """Waits for the rollouts of `start` and returns them as `generate` does."""
         assert self._under_way is not None, "nothing was begun"
+        # `version` is that of the current weights, which an engine that is restarted below gets.
+        # They may be newer than those that the rollouts were started with.
         (started, prompts, sampling), self._under_way = self._under_way, None
         self._version = version
 
         def finish(engine: RolloutEngine) -> list[Rollout]:
-            # Restarted meanwhile: the new process knows nothing of the old request.
+            # Restarted meanwhile: the new engine does not have the request.
             if engine is not started:
                 return engine.generate(prompts, sampling)
             assert isinstance(engine, OverlappingEngine)
@@ -152,11 +126,7 @@ class ReplicaEngines:
         return self._run(finish)
 
     def sleep(self) -> None:
-        """Frees engine memory that is not needed until the next `sync`.
-
-        Raises:
-            RolloutEngineError: An engine failed too often.
-        """
+        """Frees engine memory that is not needed until the next `sync`."""
         self._run(lambda engine: engine.sleep())
 
     def take_restarts(self) -> int:
@@ -173,6 +143,7 @@ class ReplicaEngines:
 
     def _run(self, action: Callable[[RolloutEngine], Result]) -> Result | None:
         """Runs the action on every engine until it succeeds; returns the result on leaders."""
+        is_due, result = self._context.is_leader, None
         while True:
             failure = None
             if is_due:
@@ -227,7 +198,7 @@ class ReplicaEngines:
                 )
 
     def _server_failure(self) -> _Failure | None:
-        """Runs ``ensure_server`` on the rank that has it; returns its failure."""
+        """Runs ``ensure_server`` on the rank that has it; returns its failure, if any."""
         if self._ensure_server is not None:
             try:
                 self._ensure_server()

@@ -91,24 +91,16 @@ def seed_of(prompt: Prompt, sample: int, sampling: SamplingParams) -> int:
 
 def logits_processors(
     sampling: SamplingParams,
-    seeds: Sequence[int],
+    seeds: Sequence[int],  # one per row (`sample_seed`)
     device: torch.device,
     *,
-    never: Sequence[int] = (),
+    never: Sequence[int] = (),  # token ids, masked at any temperature
 ) -> tuple[LogitsProcessorList, SampledLogprobs | None]:
     """Builds the processors that turn greedy decoding into sampling.
 
     The order is temperature, top-k, top-p of the remaining tokens, noise; at temperature 0 none of
-    them. Log-probabilities are taken before all four, after ids in ``never`` are masked.
-
-    Args:
-        sampling: The sampling parameters.
-        seeds: One seed (`sample_seed`) per row of the batch.
-        device: The logits' device.
-        never: Token ids that are never sampled, at any temperature.
-
-    Returns:
-        The processors, and the recorder of log-probabilities if ``sampling`` requests them.
+    them. The second result records log-probabilities, if requested: before all four, after ids in
+    ``never`` are masked.
     """
     processors = LogitsProcessorList()
     if never:
@@ -135,28 +127,17 @@ class StopTexts(StoppingCriteria):
 
     transformers' `StopStringCriteria` also searches the prompt, which may end with part of a stop
     text, and does not report the position.
-
-    Attributes:
-        lengths: Response tokens of each row, up to and including the token that completed a text;
-            None until then.
     """
 
     def __init__(
         self,
-        stop: Sequence[str],
-        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str],  # none empty
+        decode: Callable[[Sequence[int]], str],  # keeps special tokens
         *,
-        prompt_width: int,
+        prompt_width: int,  # prompt tokens per row, padding included
         num_rows: int,
     ):
-        """Starts without any stop found.
-
-        Args:
-            stop: The texts, none empty.
-            decode: Token ids -> text, with special tokens.
-            prompt_width: Prompt tokens per row, padding included.
-            num_rows: Rows of the batch.
-        """
+        # By row: response tokens up to the token that completed a text, included; None until then.
         self.lengths: list[int | None] = [None] * num_rows
         self._stop = tuple(stop)
         self._decode = decode
@@ -180,8 +161,7 @@ def stopped_length(
 ) -> int | None:
     """The length at which `StopTexts` would have stopped a complete response.
 
-    Returns:
-        Tokens up to and including the token that completed a text; None if no text occurs.
+    Includes the token that completed the text; None if no text occurs.
     """
     # Most responses contain no stop text; this saves them the loop.
     whole = decode(tokens)

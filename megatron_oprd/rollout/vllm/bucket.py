@@ -42,13 +42,8 @@ class SendingBucket:
     """The sender's end."""
 
     def __init__(self, *, num_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocates the buffer on a CUDA device or on the CPU.
-
-        Args:
-            num_bytes: Size of both halves together; rounded down to whole elements.
-            dtype: Type to which all tensors are converted.
-            device: A CUDA device, or the CPU.
-        """
+        """Allocates the buffer on a CUDA device or on the CPU."""
+        # Two equal halves of whole elements; num_bytes is the size of both.
         count = max(num_bytes // dtype.itemsize // 2, 1) * 2
         self._file: int | None = None
         if device.type == "cuda":
@@ -145,11 +140,7 @@ class ReceivingBucket:
 def send_through(
     bucket: SendingBucket, workers: TrainerSocket, stream: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Sends the tensors to every worker through the shared buffer.
-
-    Raises:
-        OSError: A worker disconnected or timed out.
-    """
+    """Sends the tensors to every worker through the shared buffer; OSError as `TrainerSocket`."""
     is_first = True
     for pieces in bucket.fill(stream):
         workers.tell(pieces)
@@ -160,11 +151,7 @@ def send_through(
 
 
 def receive_through(bucket: ReceivingBucket, trainer: WorkerSocket) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of `send_through`, on this worker's device.
-
-    Raises:
-        OSError: The trainer disconnected early or timed out.
-    """
+    """Yields the tensors of `send_through` on this worker's device; OSError as `WorkerSocket`."""
     while (filling := trainer.hear()) is not None:
         yield from bucket.take([Piece(*fields) for fields in filling])
         trainer.tell("taken")

@@ -49,14 +49,9 @@ class ServerError(RolloutEngineError):
 
 
 class ServerClient:
-    """HTTP client of one server. Thread-safe."""
+    """HTTP client of one server, e.g. ``http://host:8000``. Thread-safe."""
 
     def __init__(self, url: str) -> None:
-        """Does not contact the server yet.
-
-        Args:
-            url: For example ``http://host:8000``.
-        """
         self.url = url.rstrip("/")
         # No proxy: the environment's proxy is not for servers of the same cluster.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -70,8 +65,7 @@ class ServerClient:
     def call(self, path: str, body: Any = None, *, seconds: float = _SECONDS_TO_ANSWER) -> Any:
         """POSTs ``body`` as JSON, or GETs without a body; returns the response's JSON or None.
 
-        Raises:
-            ServerError: No response within ``seconds``, or an error response.
+        Raises ServerError on an error response, or if none comes within ``seconds``.
         """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
@@ -99,21 +93,13 @@ class ServerClient:
     def workers(
         self, method: str, *arguments: Any, seconds: float = _SECONDS_TO_ANSWER
     ) -> list[Any]:
-        """Calls a method of `WeightReceiver` on every worker and returns their results.
-
-        Raises:
-            ServerError: As `call`.
-        """
+        """Calls a method of `WeightReceiver` on every worker; errors as in `call`."""
         body = {"method": method, "args": list(arguments)}
         answer = self.call("/collective_rpc", body, seconds=seconds)
         return answer["results"]
 
     def wait(self, seconds: float) -> None:
-        """Waits until the server responds.
-
-        Raises:
-            ServerError: It does not respond within ``seconds``.
-        """
+        """Waits until the server responds; raises ServerError after ``seconds``."""
         end = time.monotonic() + seconds
         while True:
             try:
@@ -131,15 +117,7 @@ def check_server(
 ) -> None:
     """Checks that a server can produce the student's rollouts.
 
-    Args:
-        url: ``rollout.vllm.server_url``.
-        folder: The student's Hugging Face folder.
-        dtype: ``model.params_dtype``.
-        max_model_len: Tokens of the longest prompt with its response.
-        checks_weights: Whether weights will be read back.
-
-    Raises:
-        UserError: It does not respond, lacks required options, or serves another model.
+    Raises UserError if it does not respond, lacks required options or serves another model.
     """
     found = _describe(url, folder)
     at = f"rollout.vllm.server_url = {url}: the server's"
@@ -162,17 +140,10 @@ def check_server(
 def check_served(
     found: list[dict[str, Any]], folder: Path, *, dtype: torch.dtype, max_model_len: int, at: str
 ) -> None:
-    """Checks the served model and the server's settings.
+    """Checks the served model and settings in the workers' descriptions (`oprd_describe`).
 
-    Args:
-        found: Workers' descriptions (`WeightReceiver.oprd_describe`).
-        folder: The student's Hugging Face folder.
-        dtype: ``model.params_dtype``.
-        max_model_len: Tokens of the longest prompt with its response.
-        at: Start of error messages, which names the server.
-
-    Raises:
-        UserError: Model or settings differ.
+    Raises UserError, starting with ``at``, if they do not fit the student, ``model.params_dtype``
+    or ``max_model_len`` (tokens of the longest prompt with its response).
     """
     own = AutoConfig.from_pretrained(folder, local_files_only=True)
     # Rope parameters are nested in transformers 5's config; flattened, they compare by name.

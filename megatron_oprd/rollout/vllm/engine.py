@@ -31,11 +31,7 @@ _WHOLE, _PART = "timeout_minutes", "sync_timeout_minutes"
 
 
 def check_vllm_is_there() -> None:
-    """Checks that vLLM is installed, without importing it.
-
-    Raises:
-        UserError: It is not.
-    """
+    """Raises UserError if vLLM is not installed; does not import it."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
             "rollout.engine = vllm needs vLLM, which is not installed. On a GPU: pip install "
@@ -55,35 +51,24 @@ class VLLMEngine:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path,  # its generation_config.json is ignored
         *,
-        dtype: torch.dtype,
-        device: torch.device,
-        gpus: Sequence[str] = (),
+        dtype: torch.dtype,  # of weights and activations
+        device: torch.device,  # the trainer's, from which weights are sent
+        gpus: Sequence[str] = (),  # of the engine (`engine_gpus`), `device` first; empty on a CPU
         eos_token_ids: Sequence[int],
+        # The tokenizer's ids; other ids pad the embedding and are never sampled.
         known_ids: Collection[int],
+        # Keeps special tokens; needed for stop texts.
         decode: Callable[[Sequence[int]], str] | None = None,
-        max_model_len: int,
+        max_model_len: int,  # tokens of the longest prompt with its response
+        # Responses generated at the same time; None: vLLM's default.
         max_batch_size: int | None = None,
         config: VLLMConfig,
     ) -> None:
         """Starts the engine without reading weights; call `load_weights` before `generate`.
 
-        Args:
-            folder: A Hugging Face model folder; its generation_config.json is ignored.
-            dtype: Type of weights and activations.
-            device: The trainer's device, from which weights are sent.
-            gpus: The engine's GPUs (`engine_gpus`): ``device`` first,
-                ``tensor_model_parallel_size`` in all. Empty on a CPU.
-            eos_token_ids: End-of-sequence tokens.
-            known_ids: The tokenizer's ids. Other ids pad the embedding and are never sampled.
-            decode: The tokenizer's decoding with special tokens; needed for stop texts.
-            max_model_len: Tokens of the longest prompt with its response.
-            max_batch_size: Responses generated at the same time; None: vLLM's default.
-            config: The ``rollout.vllm`` settings.
-
-        Raises:
-            RolloutEngineError: vLLM did not start.
+        Raises RolloutEngineError if vLLM does not start.
         """
         self._check = SyncCheck(folder, dtype=dtype, interval=config.check_weights_interval)
         self._config = config
@@ -133,13 +118,11 @@ class VLLMEngine:
         stream: Iterable[tuple[str, Tensor]],
         *,
         version: int = 0,
-        left_out: Collection[str] = (),
+        left_out: Collection[str] = (),  # unchanged weights; of each vLLM module all or none
     ) -> None:
         """Replaces weights by the stream's full tensors, under Hugging Face names.
 
-        Tensors may have any float dtype and device. ``left_out`` names weights that stay unchanged;
-        for each of vLLM's modules it must contain all weights or none. After an error the engine is
-        unusable.
+        Tensors may have any float dtype and device. After an error the engine is unusable.
 
         Raises:
             ValueError: Unknown name, wrong shape, duplicate or missing weight.
@@ -185,29 +168,18 @@ class VLLMEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Samples ``samples_per_prompt`` responses per prompt, ordered by prompt, then sample.
 
-        Responses are generated to their end and then cut after a stop text.
-
-        Raises:
-            RolloutEngineError: The engine failed, or has no weights.
+        Raises RolloutEngineError if the engine failed or has no weights.
         """
         self.start(prompts, sampling)
         return self.finish()
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        """Starts `generate` in the background. The next call must be `finish`.
-
-        Raises:
-            RolloutEngineError: The engine failed.
-        """
+        """Starts `generate` in the background. The next call must be `finish`."""
         self._send(("generate", (requests_of(prompts, sampling), sampling)))
         self._under_way = prompts, sampling
 
     def finish(self) -> list[Rollout]:
-        """Waits for the rollouts of `start` and returns them as `generate` does.
-
-        Raises:
-            RolloutEngineError: The engine failed, or has no weights.
-        """
+        """Waits for the rollouts of `start`; result and errors as in `generate`."""
         assert self._under_way is not None, "nothing was begun"
         (prompts, sampling), self._under_way = self._under_way, None
         version, responses = self._receive()
@@ -258,12 +230,9 @@ def _environment(gpus: Sequence[str]) -> dict[str, str]:
 
 
 def visible_gpus(device: torch.device, *, size: int) -> list[str]:
-    """Names ``device`` and the following devices for CUDA_VISIBLE_DEVICES, ``size`` in all.
+    """Names of ``device`` and the following devices for CUDA_VISIBLE_DEVICES; empty on a CPU.
 
-    The list is empty on a CPU.
-
-    Raises:
-        UserError: There are fewer devices.
+    Raises UserError if there are fewer than ``size``.
     """
     if device.type != "cuda":
         return []
@@ -280,15 +249,11 @@ def visible_gpus(device: torch.device, *, size: int) -> list[str]:
 
 
 def engine_gpus(context: ParallelContext, *, size: int) -> list[str]:
-    """Returns the GPUs of a replica's engine: the GPUs of its first ranks on the leader's machine.
+    """The GPUs of a replica's engine: those of its first ranks on the leader's machine.
 
-    Collective over the replica (``context.replica_control``).
-
-    Returns:
-        ``size`` names for CUDA_VISIBLE_DEVICES, the leader's first; empty on a CPU.
-
-    Raises:
-        UserError: The replica has fewer ranks on that machine; on every rank of the replica.
+    Collective over the replica (``context.replica_control``). Returns ``size`` names for
+    CUDA_VISIBLE_DEVICES, the leader's first; empty on a CPU. Raises UserError on every rank of the
+    replica if it has fewer ranks on that machine.
     """
     places: list[tuple[str, list[str]]] = [("", [])] * context.replica_control.size()
     own = (socket.gethostname(), visible_gpus(context.device, size=1))
@@ -297,12 +262,9 @@ def engine_gpus(context: ParallelContext, *, size: int) -> list[str]:
 
 
 def gpus_beside_the_first(places: Sequence[tuple[str, list[str]]], *, size: int) -> list[str]:
-    """Selects the GPUs of the first ``size`` ranks on the first rank's host.
+    """The GPUs of the first ``size`` ranks on the first rank's host; UserError if there are fewer.
 
     ``places`` has host and GPU names of each rank.
-
-    Raises:
-        UserError: There are fewer ranks on the host.
     """
     host, _ = places[0]
     beside = [gpu for of_rank, gpu in places if of_rank == host]

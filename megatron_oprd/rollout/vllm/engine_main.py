@@ -62,20 +62,13 @@ class Engine:
     def load_weights(
         self,
         version: int,
-        invitation: dict[str, Any],
-        keep: bool,
-        left_out: dict[str, tuple[int, ...]],
+        invitation: dict[str, Any],  # with which workers connect to the trainer (`TrainerSocket`)
+        keep: bool,  # read the weights back afterwards
+        left_out: dict[str, tuple[int, ...]],  # shapes of unchanged weights, by name
     ) -> dict[str, str]:
         """Replaces weights by the tensors that the trainer sends to the workers.
 
-        Args:
-            version: Version of the weights, returned with responses.
-            invitation: How workers connect to the trainer (`TrainerSocket`).
-            keep: Whether to read the engine's weights back afterwards.
-            left_out: Shapes of the weights that are not sent and stay unchanged.
-
-        Returns:
-            Checksum of every readable tensor by name; empty without ``keep``.
+        Returns the checksum of every readable tensor by name; empty without ``keep``.
         """
         self._version = None  # a partial load is not a usable model
         if self._asleep:

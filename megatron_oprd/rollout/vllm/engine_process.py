@@ -15,7 +15,11 @@ _SECONDS_TO_END = 10
 
 
 class EngineProcess:
-    """A child process with calls (method, arguments) -> (True, result) or (False, traceback)."""
+    """A child process with calls (method, arguments) -> (True, result) or (False, traceback).
+
+    `send` and `receive` raise RolloutEngineError if the process ended or exceeds the time limit, in
+    seconds; it is then killed.
+    """
 
     def __init__(self, module: str, *, environment: Mapping[str, str]) -> None:
         """Starts ``python -m module DESCRIPTOR`` with the pipe's other end as the descriptor."""
@@ -38,11 +42,7 @@ class EngineProcess:
         return self._process.pid
 
     def send(self, message: Any, *, seconds: float) -> None:
-        """Sends a message; kills the process if it does not read it within ``seconds``.
-
-        Raises:
-            RolloutEngineError: The process ended or was killed.
-        """
+        """Sends a message; the limit applies until the child has read it."""
         is_late = threading.Event()
 
         def end() -> None:
@@ -70,14 +70,7 @@ class EngineProcess:
         return bool(wait([self._connection, self._ended], 0))
 
     def receive(self, *, seconds: float, setting: str) -> Any:
-        """Returns the result of a call.
-
-        ``setting`` names the source of ``seconds`` in the error message.
-
-        Raises:
-            RolloutEngineError: The process ended, the call failed, or no answer came within
-                ``seconds``; the process is then killed.
-        """
+        """Returns a call's result; errors name ``setting`` as the source of the limit."""
         ready = wait([self._connection, self._ended], seconds)
         if not ready:
             self._process.kill()

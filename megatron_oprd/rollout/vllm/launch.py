@@ -43,26 +43,17 @@ class ServerProcess:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path,  # the student's; weights are not read
         *,
-        dtype: torch.dtype,
-        max_model_len: int,
+        dtype: torch.dtype,  # of weights and activations
+        max_model_len: int,  # tokens of the longest prompt with its response
         host: str,
-        log: Path,
+        log: Path,  # the server's output is appended
         config: VLLMConfig,
     ) -> None:
         """Reserves a free port; `ensure` starts the server.
 
-        Args:
-            folder: The student's Hugging Face folder; its weights are not read.
-            dtype: Type of weights and activations.
-            max_model_len: Tokens of the longest prompt with its response.
-            host: An address of this machine, on which the server listens.
-            log: File to which the server's output is appended.
-            config: The ``rollout.vllm`` settings, with ``start_server``.
-
-        Raises:
-            OSError: ``host`` is not an address of this machine.
+        Raises OSError if ``host`` is not an address of this machine.
         """
         self._folder = folder
         self._dtype = dtype
@@ -89,8 +80,8 @@ class ServerProcess:
     def ensure(self) -> None:
         """Starts the server, or restarts it if it exited or hangs; returns when it responds.
 
-        Raises:
-            RolloutEngineError: It exited during the start, took too long, or serves another model.
+        Raises RolloutEngineError if it exits during the start, takes too long or serves another
+        model.
         """
         if self._guard is not None:
             trouble = self._trouble()
@@ -263,13 +254,10 @@ def _network() -> str:
 
 
 def check_server_gpus(gpus: Sequence[int], *, ranks_on_host: int) -> None:
-    """Checks that the server's GPUs exist and that no rank trains on them.
+    """Checks on global rank 0, whose machine runs the server, that no rank trains on its GPUs.
 
-    Call on global rank 0, whose machine runs the server; local rank i trains on the i-th visible
-    GPU. ``gpus`` is ``rollout.vllm.server_gpus``.
-
-    Raises:
-        UserError: A GPU is missing or in use, or no GPU was given although the machine has some.
+    Local rank i trains on the i-th visible GPU. Raises UserError if a GPU is missing or in use, or
+    if none is given although the machine has GPUs.
     """
     found = f"{_SETTING} = {list(gpus)}"
     if not torch.cuda.is_available():
@@ -290,15 +278,9 @@ def check_server_gpus(gpus: Sequence[int], *, ranks_on_host: int) -> None:
 
 
 def check_gpus(gpus: Sequence[int], table: str, trained_on: Sequence[str]) -> None:
-    """Does the checks of `check_server_gpus`.
+    """Does the checks of `check_server_gpus`, with UUIDs of the GPUs that are trained on.
 
-    Args:
-        gpus: ``rollout.vllm.server_gpus``.
-        table: Output of nvidia-smi: lines of index and UUID.
-        trained_on: UUIDs of the ranks' GPUs.
-
-    Raises:
-        UserError: As `check_server_gpus`.
+    ``table`` is nvidia-smi's output: lines of index and UUID.
     """
     rows = [line.split(",") for line in table.splitlines()]
     uuids = {int(index): uuid.strip().removeprefix("GPU-") for index, uuid in rows}

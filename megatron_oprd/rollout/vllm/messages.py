@@ -50,7 +50,7 @@ def sampling_fields(
         "seed": request.seed,
         "stop_token_ids": [*stop_token_ids, *sampling.stop_token_ids],
         "logprobs": 0 if sampling.logprobs else None,  # 0: only the sampled token's
-        # The engine has no tokenizer; stop texts are found by `rollouts_of`.
+        # Not needed: `rollouts_of` finds stop texts in the token ids.
         "detokenize": False,
     }
 

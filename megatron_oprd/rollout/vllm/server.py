@@ -33,7 +33,7 @@ from megatron_oprd.weights.casting import dtype_name
 # Default of concurrent requests: vLLM's default batch on large GPUs.
 _REQUESTS = 1024
 _FRESH = "default"  # vLLM's label before any weights were sent
-_UNFINISHED = "unfinished"  # label while a sync is running
+_UNFINISHED = "unfinished"  # label during a sync, and after a failed one
 
 _UnderWay = tuple[
     Sequence[Prompt], SamplingParams, ThreadPoolExecutor, Iterator[tuple[int, Response]]
@@ -51,28 +51,18 @@ class VLLMServerEngine:
         self,
         folder: Path,
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype,  # the server's; weights are converted to it
         eos_token_ids: Sequence[int],
-        known_ids: Collection[int],
+        known_ids: Collection[int],  # the tokenizer's ids; other ids pad the embedding
+        # Keeps special tokens; needed for stop texts.
         decode: Callable[[Sequence[int]], str] | None = None,
-        max_batch_size: int | None = None,
-        owner: str,
+        max_batch_size: int | None = None,  # concurrent requests of this engine
+        owner: str,  # label of the run's weights: equal on all replicas, different in every run
         config: VLLMConfig,
     ) -> None:
         """Waits for the server and masks ids that the tokenizer does not know.
 
-        Args:
-            folder: The student's Hugging Face folder.
-            dtype: The server's type, to which weights are converted.
-            eos_token_ids: End-of-sequence tokens.
-            known_ids: The tokenizer's ids. Other ids pad the embedding and are never sampled.
-            decode: The tokenizer's decoding with special tokens; needed for stop texts.
-            max_batch_size: Concurrent requests of this engine.
-            owner: Label of the run's weights: equal on all replicas, different in every run.
-            config: The ``rollout.vllm`` settings, with ``server_url``.
-
-        Raises:
-            RolloutEngineError: The server does not respond.
+        Raises RolloutEngineError if the server does not respond.
         """
         assert config.server_url is not None
         self._config = config
@@ -98,11 +88,7 @@ class VLLMServerEngine:
         return self._config.sync_timeout_minutes * 60
 
     def needs_all_weights(self) -> bool:
-        """Whether the server lost this engine's last weights: restarted, or loaded by another run.
-
-        Raises:
-            RolloutEngineError: The server does not respond.
-        """
+        """Whether the server restarted or got other weights since this engine's last sync."""
         if self._sent_label is None:
             return True
         found = self._server.call("/weight_info", seconds=self._part)
@@ -113,12 +99,9 @@ class VLLMServerEngine:
         stream: Iterable[tuple[str, Tensor]],
         *,
         version: int = 0,
-        left_out: Collection[str] = (),
+        left_out: Collection[str] = (),  # unchanged weights; of each vLLM module all or none
     ) -> None:
         """Replaces the server's weights by the stream's full tensors, under Hugging Face names.
-
-        ``left_out`` names weights that stay unchanged; for each of vLLM's modules it must contain
-        all weights or none.
 
         Raises:
             ValueError: Unknown name, wrong shape, duplicate or missing weight.
@@ -162,7 +145,7 @@ class VLLMServerEngine:
         for answer in answers:
             if "error" in answer:
                 raise self._not_taken(version, answer["error"])
-        # Also aborts requests left running by an earlier, failed call; they would keep their cache.
+        # Also resets requests left running by an earlier, failed call, whose cache would stay.
         forget = "/reset_prefix_cache?reset_running_requests=true"
         if not self._server.call(forget, {}, seconds=self._part)["success"]:
             raise self._not_taken(version, "old weights' prefixes were not forgotten")
@@ -172,8 +155,6 @@ class VLLMServerEngine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Samples ``samples_per_prompt`` responses per prompt, ordered by prompt, then sample.
-
-        Responses are generated to their end and then cut after a stop text.
 
         Raises:
             RolloutEngineError: The server failed, or has no weights.
@@ -190,12 +171,7 @@ class VLLMServerEngine:
         self._under_way = prompts, sampling, pool, answers
 
     def finish(self) -> list[Rollout]:
-        """Waits for the rollouts of `start` and returns them as `generate` does.
-
-        Raises:
-            RolloutEngineError: As `generate`.
-            WrongWeightsError: As `generate`.
-        """
+        """Waits for the rollouts of `start`; result and errors as in `generate`."""
         assert self._under_way is not None, "nothing was begun"
         (prompts, sampling, pool, coming), self._under_way = self._under_way, None
         try:

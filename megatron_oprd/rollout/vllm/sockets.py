@@ -23,20 +23,14 @@ _SECONDS_TO_SAY_TOKEN = 5
 
 
 class TrainerSocket:
-    """The trainer's end: accepts workers and sends all of them the same messages."""
+    """The trainer's end. Its methods raise OSError if a worker disconnects or times out."""
 
     def __init__(self, host: str, *, seconds: float) -> None:
-        """Listens on a free port.
-
-        Args:
-            host: This machine's address as workers reach it.
-            seconds: Timeout for connecting and for each read or write.
-
-        Raises:
-            OSError: The address or a port is not available.
-        """
+        """Listens on a free port."""
+        # Timeout for connecting and for each read or write.
         self._seconds = seconds
         self._stack = ExitStack()
+        # host is this machine's address as workers reach it, possibly IPv6.
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = self._stack.enter_context(socket.create_server((host, 0), family=family))
         self._workers: list[_Worker] = []
@@ -60,13 +54,7 @@ class TrainerSocket:
         self._stack.close()
 
     def accept(self, num_workers: int, *, in_vain: Callable[[], bool]) -> None:
-        """Waits for ``num_workers`` workers.
-
-        ``in_vain`` is polled; it returns true if the workers will not connect.
-
-        Raises:
-            OSError: The workers did not connect.
-        """
+        """Waits for the workers; ``in_vain`` is polled and tells that they will not connect."""
         end = time.monotonic() + self._seconds
         # Short, so that in_vain is polled.
         self._listener.settimeout(0.2)
@@ -97,11 +85,7 @@ class TrainerSocket:
             return False
 
     def tell(self, message: Any, data: memoryview | None = None) -> None:
-        """Sends a message, and optionally bytes after it, to every worker.
-
-        Raises:
-            OSError: A worker disconnected or timed out.
-        """
+        """Sends a message, and optionally bytes after it, to every worker."""
         line = f"{json.dumps(message)}\n".encode()
         for worker in self._workers:
             worker.connection.sendall(line)
@@ -109,25 +93,15 @@ class TrainerSocket:
                 worker.connection.sendall(data)
 
     def hear(self) -> list[Any]:
-        """Receives one message from every worker.
-
-        Raises:
-            OSError: A worker disconnected or timed out.
-        """
+        """Receives one message from every worker."""
         return [_message(worker.file) for worker in self._workers]
 
 
 class WorkerSocket:
-    """A worker's end of the connection."""
+    """A worker's end. Its methods raise OSError if the trainer disconnects or times out."""
 
     def __init__(self, *, host: str, port: int, token: str, seconds: float) -> None:
-        """Connects to the trainer and sends the token.
-
-        ``seconds`` is the timeout for connecting and for each read or write.
-
-        Raises:
-            OSError: The trainer is not reachable.
-        """
+        """Connects to the trainer and sends the token; the timeout also applies to messages."""
         self._connection = socket.create_connection((host, port), timeout=seconds)
         # Answers are short lines that the trainer waits for; Nagle's algorithm would delay them.
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -147,19 +121,11 @@ class WorkerSocket:
         self._connection.close()
 
     def hear(self) -> Any:
-        """Receives the trainer's next message.
-
-        Raises:
-            OSError: The trainer disconnected or timed out.
-        """
+        """Receives the trainer's next message."""
         return _message(self._file)
 
     def read_into(self, target: memoryview) -> None:
-        """Reads the bytes after a message.
-
-        Raises:
-            OSError: The trainer disconnected or timed out.
-        """
+        """Reads the bytes after a message."""
         while target:
             count = self._file.readinto(target)
             if not count:
@@ -167,11 +133,7 @@ class WorkerSocket:
             target = target[count:]
 
     def tell(self, message: Any) -> None:
-        """Sends the trainer a message.
-
-        Raises:
-            OSError: The trainer disconnected.
-        """
+        """Sends the trainer a message."""
         self._connection.sendall(f"{json.dumps(message)}\n".encode())
 
 
@@ -191,11 +153,7 @@ def _message(file: BufferedReader) -> Any:
 def send_weights(
     workers: TrainerSocket, stream: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype
 ) -> None:
-    """Sends the tensors to every worker, converted to ``dtype`` on the way.
-
-    Raises:
-        OSError: A worker disconnected or timed out.
-    """
+    """Sends the tensors to every worker, converted to ``dtype`` on the way."""
     for name, tensor in stream:
         values = tensor.detach().to(dtype).cpu().contiguous().reshape(-1)
         head = {"name": name, "shape": list(tensor.shape)}
@@ -205,11 +163,7 @@ def send_weights(
 
 
 def receive_weights(trainer: WorkerSocket, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of `send_weights`, on the host.
-
-    Raises:
-        OSError: The trainer disconnected early or timed out.
-    """
+    """Yields the tensors of `send_weights`, on the host."""
     while (head := trainer.hear()) is not None:
         tensor = torch.empty(head["shape"], dtype=dtype)
         trainer.read_into(tensor.reshape(-1).view(torch.uint8).numpy().data)

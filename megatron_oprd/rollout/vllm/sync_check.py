@@ -20,39 +20,27 @@ class SyncCheck:
     """Checks the successive syncs of one engine.
 
     Weights omitted from a sync must be unchanged since they were last sent.
-
-    Attributes:
-        tied: Whether the LM head is the embedding; its weight is then sent only as the embedding.
-        vocab_size: Rows of the embedding.
-        is_due: Whether to read the engine's weights back after the current sync.
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, interval: int | None) -> None:
-        """Reads the model's config.
-
-        Args:
-            folder: A Hugging Face model folder; its weights are not read.
-            dtype: The engine's type, to which weights are converted before the checksum.
-            interval: Syncs between two comparisons; None: never compare.
-        """
+        """Reads the config in a Hugging Face model folder; weights are not read."""
         model = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # The LM head is the embedding; its weight is then sent only as the embedding.
         self.tied = bool(model.tie_word_embeddings)
-        self.vocab_size = int(model.vocab_size)
-        self.is_due = False
+        self.vocab_size = int(model.vocab_size)  # rows of the embedding
+        self.is_due = False  # read the engine's weights back after the current sync
         self._shapes = checkpoint_shapes(model, tied=self.tied)
-        self._dtype = dtype
-        self._interval = interval
+        self._dtype = dtype  # the engine's; weights are converted to it before the checksum
+        self._interval = interval  # syncs between two comparisons; None: never compare
         self._syncs = 0
         self._sent: dict[str, str] = {}
 
     def passing(
         self, stream: Iterable[tuple[str, Tensor]], *, left_out: Collection[str] = ()
     ) -> Iterator[tuple[str, Tensor]]:
-        """Starts a sync and passes its stream through, checking that it is complete.
+        """Starts a sync; passes its stream through and checks it while it is read.
 
-        Raises:
-            ValueError: Unknown name, wrong shape, duplicate or missing weight; raised while the
-                stream is read.
+        Raises ValueError for an unknown name, a wrong shape, a repeated or a missing weight.
         """
         self.is_due = self._interval is not None and self._syncs % self._interval == 0
         self._syncs += 1
@@ -78,13 +66,10 @@ class SyncCheck:
             raise ValueError(f"{len(missing)} weights were not delivered, the first {missing[0]!r}")
 
     def compare(self, found: Mapping[str, str], version: int) -> None:
-        """Compares checksums of sent weights with the engine's, for sync ``version``.
+        """Compares the checksums of sent weights with ``found`` (`checksums_of_engine`).
 
-        ``found`` is the result of `checksums_of_engine`. Weights omitted from this sync are
-        compared with the values last sent.
-
-        Raises:
-            WrongWeightsError: A checksum differs.
+        Weights omitted from this sync are compared with the values last sent. Raises
+        WrongWeightsError if a checksum differs.
         """
         sent = dict(self._sent)
         if self.tied:

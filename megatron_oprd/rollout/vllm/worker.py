@@ -72,18 +72,10 @@ def value_checksum(tensor: Tensor) -> str:
 
 @torch.no_grad()
 def checksums_of_engine(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Computes checksums of a vLLM model's weights.
+    """Checksums of a vLLM model's weights by name, given the shapes of the checkpoint's tensors.
 
     Collective over vLLM's workers: shards are gathered on the tensor-parallel group, one tensor at
-    a time.
-
-    Args:
-        model: One of vLLM's decoders, after weight loading.
-        shapes: Shape of every checkpoint tensor, by name.
-
-    Returns:
-        Checksum by name, for readable tensors of ``shapes``. Experts are not readable: vLLM keeps
-        them in the format of its kernels.
+    a time. Experts are left out: vLLM keeps them in the format of its kernels.
     """
     fused: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     found = {}
@@ -193,15 +185,9 @@ class WeightReceiver:
     ) -> dict[str, Any]:
         """Replaces weights by the tensors that the trainer sends.
 
-        Args:
-            invitation: Arguments of `WorkerSocket`, to connect to the trainer.
-            options: ``tied`` (LM head is the embedding), ``keep`` (read the weights back),
-                ``left_out`` (shapes of the weights that are not sent and stay unchanged).
-            dtype: Type of the tensors on the network; None if they come through the buffer.
-
-        Returns:
-            ``checksums`` by tensor name, empty without ``keep``; or ``error`` if the trainer
-            disconnected early.
+        ``options`` are ``tied`` (LM head is the embedding), ``keep`` (read the weights back) and
+        ``left_out`` (shapes of unchanged weights). Returns ``checksums`` by tensor name, empty
+        without ``keep``; or ``error`` if the trainer disconnected early.
         """
         shapes: dict[str, tuple[int, ...]] = dict(options["left_out"])
         failures: list[str] = []
@@ -209,6 +195,8 @@ class WeightReceiver:
         def arriving() -> Iterator[tuple[str, Tensor]]:
             try:
                 with WorkerSocket(**invitation) as trainer:
+                    # Only an engine next to the trainer maps the buffer; a server gets tensors of
+                    # this dtype over TCP.
                     if dtype is None:
                         yield from receive_through(self._oprd_bucket, trainer)
                     else:
