@@ -181,7 +181,7 @@ class Grader:
         line = b""
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([self._process.stdout], [], [], end - time.monotonic())
-            # read1 returns what is there; read and readline would block past the time limit.
+            # read1 returns the available bytes; read and readline would block past the time limit.
             piece = self._process.stdout.read1() if ready else b""  # type: ignore[attr-defined]
             if not piece:
                 return None

@@ -87,7 +87,7 @@ def teacher_forced_measures(
     *,
     batch_size: int = 8,
 ) -> TeacherForcedMeasures:
-    """Compares both models, in evaluation mode, at the continuations' tokens.
+    """Compares both models (or one with itself), in evaluation mode, at the continuations' tokens.
 
     Hidden states are compared at the positions of the response tokens, distributions at the
     positions that predict them (one earlier), in fp32 (fp64 for fp64 models). Memory grows with

@@ -98,8 +98,9 @@ def _student_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
     sequence_parallel = layout.config.parallel.sequence_parallel
     running = sum(num_running(layout, stage) for stage in stages)
     recomputed = sum(num_recomputed(layout, stage) for stage in stages)
-    # Per half layer a gather and a scatter, or one all-reduce without sequence parallelism. With
-    # it, the backward pass gathers the input of the half's first linear layer again.
+    # Per half layer a gather and a scatter (one all-reduce without sequence parallelism). With
+    # sequence parallelism, the backward pass gathers the input of the half's first linear layer
+    # again.
     in_backward = 3 if sequence_parallel else 2
     steps = _parallel_halves(layout.student) * (2 * (running + recomputed) + in_backward * running)
     if pp_rank == 0:

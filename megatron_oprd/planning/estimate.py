@@ -158,7 +158,7 @@ def check_host_memory(
         ] = ranks_on_host * fullest.host_bytes
     if config.teacher.offload == "cpu":
         for number, extra in enumerate(config.extra_teachers):
-            # Each further teacher's weights are on the host besides those of the first.
+            # Each further teacher's weights are on the host, too, next to the first teacher's.
             weights = _largest_teacher(_estimate(alone(config, extra), num_ranks))
             needs[f"extra_teachers[{number}]"] = ranks_on_host * weights
     if memory.vllm is not None and memory.vllm.host_bytes:

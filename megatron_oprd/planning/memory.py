@@ -183,7 +183,7 @@ def _rank_memory(
         phase: {"student parameters": student.total * itemsize} for phase in PHASES
     }
     for phase in PHASES:
-        # What is offloaded is there in the phase that uses it only.
+        # Offloaded items are on the device only in the phase that uses them.
         if phase == "optimizer" or not config.optimizer.offload_states:
             phases[phase]["optimizer states"] = states
         if phase == "teacher" or config.teacher.offload == "none":

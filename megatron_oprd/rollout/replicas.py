@@ -111,8 +111,8 @@ class ReplicaEngines:
     def finish(self, *, version: int) -> list[Rollout] | None:
         """Waits for the rollouts of `start` and returns them as `generate` does."""
         assert self._under_way is not None, "nothing was begun"
-        # `version` is that of the current weights, which an engine that is restarted below gets.
-        # They may be newer than those that the rollouts were started with.
+        # `version` belongs to the current weights, which an engine restarted below gets. They may
+        # be newer than the weights that the rollouts were started with.
         (started, prompts, sampling), self._under_way = self._under_way, None
         self._version = version
 

@@ -144,6 +144,7 @@ def send_through(
     is_first = True
     for pieces in bucket.fill(stream):
         workers.tell(pieces)
+        # One filling ahead: receivers copy a half while the next one is filled.
         if not is_first:
             workers.hear()  # all have copied the other half, which is filled next
         is_first = False

@@ -22,7 +22,7 @@ from megatron_oprd.rollout.vllm.messages import EngineSettings, requests_of, rol
 from megatron_oprd.rollout.vllm.sockets import TrainerSocket
 from megatron_oprd.rollout.vllm.sync_check import SyncCheck
 
-# torchrun's variables: vLLM would take the rank's place in the trainer for its own.
+# torchrun's variables: vLLM would mistake the rank's place in the trainer for its own.
 _OF_TORCHRUN = frozenset(
     ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 )
@@ -249,7 +249,7 @@ def visible_gpus(device: torch.device, *, size: int) -> list[str]:
 
 
 def engine_gpus(context: ParallelContext, *, size: int) -> list[str]:
-    """The GPUs of a replica's engine: those of its first ranks on the leader's machine.
+    """The GPUs of a replica's engine: its first ranks' GPUs on the leader's machine.
 
     Collective over the replica (``context.replica_control``). Returns ``size`` names for
     CUDA_VISIBLE_DEVICES, the leader's first; empty on a CPU. Raises UserError on every rank of the

@@ -93,6 +93,7 @@ def rollouts_of(
         length = None
         if sampling.stop:
             # vLLM's stop texts would search the text of its own tokenizer, which can differ.
+            # Responses are therefore generated to their end and cut here.
             assert decode is not None, "stop texts need the tokenizer's decoding"
             length = stopped_length(response.token_ids, sampling.stop, decode)
         rollouts.append(
