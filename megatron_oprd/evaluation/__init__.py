@@ -1,1 +1,1 @@
-"""Measures of a student against its teacher."""
+"""Evaluation of students: against the teacher, and on benchmarks."""

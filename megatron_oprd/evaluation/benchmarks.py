@@ -1,4 +1,4 @@
-"""Evaluates models on benchmarks: samples responses, grades them, and measures."""
+"""Evaluation on benchmarks: samples responses, grades them and computes metrics."""
 
 import contextlib
 import dataclasses
@@ -35,48 +35,34 @@ from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 logger = logging.getLogger(__name__)
 
-GRADING_SECONDS = 10.0
+GRADING_SECONDS = 10.0  # time limit of one comparison
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """What a model's responses depend on, besides the model and the problems.
+    """Settings on which responses depend, in addition to model and problems."""
 
-    Attributes:
-        engine: As in ``rollout.engine``.
-        sampling: How to sample; ``samples_per_prompt`` is n.
-        dtype: What the model computes in.
-        batch_size: Responses that are generated at once.
-        chat_template_kwargs: As ``data.chat_template_kwargs``.
-    """
-
-    engine: EngineName
-    sampling: SamplingParams
+    engine: EngineName  # as rollout.engine
+    sampling: SamplingParams  # samples_per_prompt is the benchmarks' n
     dtype: str
-    batch_size: int
+    batch_size: int  # responses generated at the same time
+    # As data.chat_template_kwargs.
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkEvaluation:
-    """What an evaluation on benchmarks writes to its JSON file.
-
-    Attributes:
-        settings: How the responses were generated.
-        models: Name -> folder, in the order in which they were given.
-        benchmarks: Name -> the numbers of problems, and of rows that were left out.
-        results: Model -> benchmark -> measures.
-    """
+    """Result of an evaluation on benchmarks, as written to its JSON file."""
 
     settings: GenerationSettings
-    models: dict[str, str]
-    benchmarks: dict[str, dict[str, int]]
-    results: dict[str, dict[str, SamplingMetrics]]
+    models: dict[str, str]  # name -> folder, in the given order
+    benchmarks: dict[str, dict[str, int]]  # name -> numbers of problems and of omitted rows
+    results: dict[str, dict[str, SamplingMetrics]]  # model -> benchmark -> metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
-    """A model that was opened and looked at, of which no weight was read."""
+    """An opened and checked model; its weights are not read yet."""
 
     name: str
     opened: OpenedCheckpoint
@@ -99,27 +85,27 @@ def evaluate_on_benchmarks(
     tensor_model_parallel_size: int = 1,
     server_url: str | None = None,
 ) -> BenchmarkEvaluation:
-    """Evaluates each model on each benchmark; one model is in memory at a time.
+    """Evaluates each model on each benchmark, with one model in memory at a time.
 
-    Samples go to ``output/samples/MODEL/BENCHMARK.jsonl`` as they come. Those that are there from
-    an interrupted evaluation are taken over.
+    Samples are appended to ``output/samples/MODEL/BENCHMARK.jsonl``. An interrupted evaluation
+    continues from the samples in these files.
 
     Args:
-        models: Name -> a Hugging Face folder or a Megatron checkpoint.
+        models: Name -> Hugging Face folder or Megatron checkpoint.
         benchmarks: The problems.
-        settings: How to generate.
-        output: The folder; made where it is missing.
-        device: Where models are.
-        tensor_model_parallel_size: With vllm, GPUs that each model is split over: ``device`` and
-            those behind it.
-        server_url: With vllm, a server that gets each model's weights in turn, so that all have to
-            have the architecture that it serves.
+        settings: The generation settings.
+        output: Output folder; created if missing.
+        device: The models' device.
+        tensor_model_parallel_size: With vllm, GPUs per model: ``device`` and the following ones.
+        server_url: With vllm, a server that gets each model's weights in turn; all models must have
+            the architecture that it serves.
 
     Raises:
-        UserError: A model cannot be used, not be split so, or is not what the server serves,
-            sequences would be longer than a model was made for, or ``output`` has samples of other
-            settings or another model.
+        UserError: A model is unusable, cannot be split, or differs from the server's; sequences
+            would exceed a model's maximum length; or ``output`` has samples of other settings or of
+            another model.
     """
+    # All models, files and the server are checked before the first model is loaded.
     gpus = visible_gpus(device, size=tensor_model_parallel_size)
     opened = [_open(name, folder, benchmarks, settings) for name, folder in models.items()]
     for model in opened:
@@ -127,7 +113,7 @@ def evaluate_on_benchmarks(
         check_divides(model.opened.architecture, layout, model=model.name)
     vllm = VLLMConfig(server_url=server_url, tensor_model_parallel_size=tensor_model_parallel_size)
     if device.type == "cuda":
-        # Nothing else is on a GPU. On the CPU it would be the host's memory.
+        # The engine has the GPU to itself. On the CPU this would be a share of the host's memory.
         vllm.gpu_memory_utilization = 0.9
     for model in opened:
         for benchmark in benchmarks:
@@ -164,13 +150,13 @@ def evaluate_on_benchmarks(
 
 
 def write_benchmark_evaluation(evaluation: BenchmarkEvaluation, file: Path) -> None:
-    """Writes an evaluation as JSON; the folder is made where it is missing."""
+    """Writes an evaluation as JSON; creates the folder if missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(dataclasses.asdict(evaluation), indent=2) + "\n", encoding="utf-8")
 
 
 def describe_benchmark(benchmark: Benchmark) -> dict[str, int]:
-    """The numbers of a benchmark's problems and of its rows that were left out."""
+    """Numbers of a benchmark's problems and of its omitted rows."""
     return {
         "num_problems": len(benchmark.problems),
         "num_rows": benchmark.num_rows,
@@ -185,7 +171,7 @@ def grade_rollouts(
     tokenizer: PreTrainedTokenizerBase,
     grader: Grader,
 ) -> list[Sample]:
-    """Graded samples of rollouts whose prompts are a benchmark's, in their order."""
+    """Grades rollouts of a benchmark's prompts; samples are in the rollouts' order."""
     answers = {problem.index: problem.answer for problem in benchmark.problems}
     samples = []
     for rollout in rollouts:
@@ -225,7 +211,8 @@ def _open(
 
 
 def _comparable(settings: GenerationSettings, benchmark: Benchmark) -> dict[str, object]:
-    """What samples depend on, as JSON has it, without the model's weights."""
+    """Settings on which samples depend, as plain JSON values, without the model's weights."""
+    # Through JSON, so that tuples equal the lists that are read from the file.
     generation = json.loads(json.dumps(dataclasses.asdict(settings)))
     return {**generation.pop("sampling"), **generation, "problems": benchmark.fingerprint()}
 
@@ -260,6 +247,8 @@ def _evaluate_model(
     with contextlib.closing(engine):
         noted = xxhash.xxh3_128()
         engine.load_weights(_noting(model.opened.source, noted))
+        # The weights' hash is complete once the stream has been read; samples files are opened
+        # after it.
         return {
             benchmark.name: _evaluate_benchmark(
                 model, benchmark, settings, output, engine, noted.hexdigest(), grader=grader
@@ -279,7 +268,7 @@ def _evaluate_benchmark(
     grader: Grader,
 ) -> SamplingMetrics:
     n = settings.sampling.samples_per_prompt
-    # Whole problems, so that a batch's samples are the same whenever it is generated.
+    # Whole problems: a batch's samples do not depend on when it is generated.
     num_prompts = max(1, settings.batch_size // n)
     prompts = model.prompts[benchmark.name]
     batches = [prompts[i : i + num_prompts] for i in range(0, len(prompts), num_prompts)]
@@ -306,7 +295,8 @@ def _evaluate_benchmark(
 
 
 def _noting(source: WeightSource, noted: xxhash.xxh3_128) -> Iterator[tuple[str, Tensor]]:
-    """The tensors by name; what passes is noted, so that the model is known again."""
+    """Yields the tensors by name and hashes them into ``noted``, to identify the model."""
+    # Sorted: the hash must not depend on the order of files.
     for name in sorted(source.names()):
         tensor = source.read(name)
         noted.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {checksum(tensor)}".encode())

@@ -1,8 +1,8 @@
-r"""Grades responses: finds the final answer and has math-verify compare it with the right one.
+r"""Grades responses: extracts the final answer and compares it with math-verify.
 
-The final answer is what stands in the last ``\boxed{...}`` or behind the last ``Answer:``,
-whichever comes later, as the benchmarks' prompts (MATH, AMC; DAPO-Math) ask for it. A response with
-neither has no answer and is wrong, whatever numbers it mentions.
+The final answer is the content of the last ``\boxed{...}`` or the text after the last ``Answer:``,
+whichever comes later. The benchmarks' prompts (MATH, AMC; DAPO-Math) ask for these forms. A
+response with neither has no answer and is wrong, whatever numbers it mentions.
 """
 
 import json
@@ -15,48 +15,42 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-# Far beyond any right answer; what is longer is garbage, which can take a parser forever.
+# Far longer than any correct answer. Longer text is garbage that can block a parser.
 MAX_ANSWER_CHARACTERS = 1000
-_START_SECONDS = 120.0
+_START_SECONDS = 120.0  # limit for the worker to import its modules
 
 _BOX = re.compile(r"\\f?boxed\s*")
-# The answer may stand on the line below, and in Markdown's bold.
+# The answer may be on the next line, or in Markdown's bold.
 _ANSWER_LINE = re.compile(r"\banswer\s*:[\s*]*([^\n]+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grade:
-    """How one response was graded.
+    """The grade of one response."""
 
-    Attributes:
-        answer: The answer that was found in it; None if none was.
-        correct: Whether it equals the right one.
-        timed_out: Whether the comparison was given up; such an answer is not correct.
-    """
-
-    answer: str | None
+    answer: str | None  # the extracted answer; None if there is none
     correct: bool
-    timed_out: bool
+    timed_out: bool  # the comparison was stopped; the answer counts as wrong
 
 
 def extract_answer(response: str) -> str | None:
-    """The final answer of a response, as it stands there, or None."""
+    """Extracts the final answer of a response verbatim; None if there is none."""
     box_start, boxed = _last_box(response)
     lines = list(_ANSWER_LINE.finditer(response))
     line = lines[-1] if lines else None
     if line is None or line.start() < box_start:
-        # ``Answer: \boxed{5}`` is a box behind an answer line.
+        # Also for ``Answer: \boxed{5}``: the box starts after the line's match.
         return boxed
     stripped = _without_delimiters(line.group(1))
     return stripped or boxed
 
 
 def _last_box(text: str) -> tuple[int, str | None]:
-    r"""Where the last whole ``\boxed{...}`` that has a content begins, and the content."""
+    r"""Start and content of the last complete, non-empty ``\boxed{...}``; else -1 and None."""
     for match in reversed(list(_BOX.finditer(text))):
         start = match.end()
         if text[start : start + 1] != "{":
-            # TeX takes one character where there are no braces: \boxed 5
+            # TeX accepts an argument without braces: \boxed 5
             content = re.match(r"[^\s${}\\.,]+", text[start:])
             if content is not None:
                 return match.start(), content.group()
@@ -74,30 +68,28 @@ def _last_box(text: str) -> tuple[int, str | None]:
 
 
 def _without_delimiters(text: str) -> str:
-    """An answer line's content without Markdown's bold, maths delimiters and the full stop."""
+    """Strips Markdown's bold, maths delimiters and the full stop from an answer line."""
     text = text.strip().strip("*").strip().removesuffix(".").strip("*").strip()
     for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         inner = text[len(left) : -len(right)]
+        # Not for $1$ or $2$: these delimiters belong to two formulas.
         if text.startswith(left) and text.endswith(right) and inner and left not in inner:
             return inner.strip()
     return text
 
 
 class Grader:
-    """Compares answers in a process of its own, which is ended when it takes too long.
+    """Compares answers in a child process, which is killed when it exceeds the time limit.
 
-    math-verify's own time limit is an alarm signal: it works in a main thread only, and cannot
-    interrupt a long operation inside the interpreter (a power of large integers, say).
+    math-verify's own time limit uses an alarm signal: it works only in a main thread and cannot
+    interrupt a long operation inside the interpreter, such as a power of large integers.
     """
 
     def __init__(self, *, timeout: float):
-        """Starts nothing yet.
-
-        Args:
-            timeout: Seconds that one comparison may take.
-        """
+        """Sets the time limit of a comparison, in seconds; starts no process yet."""
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
+        # (answer, gold) -> (equal, timed out).
         self._known: dict[tuple[str, str], tuple[bool, bool]] = {}
 
     def __enter__(self) -> Self:
@@ -112,12 +104,7 @@ class Grader:
         self.close()
 
     def grade(self, response: str, gold: str) -> Grade:
-        r"""Grades a response.
-
-        Args:
-            response: What the model wrote.
-            gold: The right answer, in a ``\boxed{}`` or plain.
-        """
+        r"""Grades a response against the correct answer ``gold``, in a ``\boxed{}`` or plain."""
         answer = extract_answer(response)
         if answer is None:
             return Grade(answer=None, correct=False, timed_out=False)
@@ -126,12 +113,10 @@ class Grader:
         return Grade(answer=answer, correct=correct, timed_out=timed_out)
 
     def compare(self, answer: str, gold: str) -> tuple[bool, bool]:
-        """Whether two answers are equal, and whether the comparison was given up.
+        """Returns whether two answers are equal, and whether the comparison was stopped.
 
-        Equal texts are equal. A process that ends without an answer (for memory) gave up, too.
-
-        Raises:
-            RuntimeError: The process does not start.
+        Equal texts are equal without a comparison. A process that dies, e.g. for lack of memory,
+        counts as stopped. Raises RuntimeError if the process does not start.
         """
         if answer.split() == gold.split():
             return True, False
@@ -146,6 +131,7 @@ class Grader:
     def close(self) -> None:
         """Ends the process, if there is one."""
         if self._process is not None:
+            # kill() before communicate(), which would wait for a comparison that hangs.
             self._process.kill()
             self._process.communicate()
             self._process = None
@@ -166,9 +152,9 @@ class Grader:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # what ends the trainer at its step's end does not end this
+            start_new_session=True,  # signals to the trainer's group must not end it in a step
         )
-        # The imports' time is not the first answer's.
+        # A first request, so that the time of the imports does not count for an answer.
         self._send("1", "1")
         if self._receive(_START_SECONDS) is None:
             self.close()
@@ -185,16 +171,17 @@ class Grader:
             self._process.stdin.write(request.encode())
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # the process is gone, which `_receive` finds
+            pass  # the process ended; `_receive` reports it
 
     def _receive(self, seconds: float) -> bytes | None:
-        """The next line, or None where the process took too long or ended."""
+        """Returns the next line; None if the process timed out or ended."""
         assert self._process is not None
         assert self._process.stdout is not None
         end = time.monotonic() + seconds
         line = b""
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([self._process.stdout], [], [], end - time.monotonic())
+            # read1 returns the available bytes; read and readline would block past the time limit.
             piece = self._process.stdout.read1() if ready else b""  # type: ignore[attr-defined]
             if not piece:
                 return None

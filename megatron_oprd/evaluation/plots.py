@@ -1,4 +1,4 @@
-"""The picture of a training run: curves over the steps, and cosine by layer."""
+"""Figure of a training run: curves over steps, and cosine by layer."""
 
 import json
 import math
@@ -14,33 +14,26 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation.students import Evaluation
 
-# Okabe and Ito's colours, told apart by colour-blind readers; light ones left out.
+# Okabe and Ito's colours, safe for colour-blind readers, without the light ones.
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _COLOURS = (_ORANGE, _BLUE, _GREEN, _PURPLE)
 _MARKERS = ("o", "s", "^", "D")
-_FEW_STEPS = 60  # up to this many, each step gets a dot
+_FEW_STEPS = 60  # up to this many steps are marked with dots
 
 Record = Mapping[str, Any]
 
 
 def read_metrics(file: Path) -> list[Record]:
-    """Reads metrics.jsonl: one record a step, by rising step.
+    """Reads metrics.jsonl, one JSON object with ``step`` per line, by increasing step.
 
-    A run that was resumed from a checkpoint has written some steps again: what it wrote last
-    holds, and later steps of the abandoned part are dropped. A last line without its end is one
-    that is being written and is left out.
-
-    Args:
-        file: One JSON object a line, each with ``step``.
-
-    Raises:
-        UserError: The file is missing, has no record, or a line is not a record.
+    Raises UserError if the file is missing, has no record, or has an invalid line.
     """
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--metrics: cannot read {file}: {error.strerror}") from error
     records: list[Record] = []
+    # An unterminated last line is still being written.
     whole_lines = text[: text.rfind("\n") + 1].splitlines()
     for number, line in enumerate(whole_lines, start=1):
         try:
@@ -50,6 +43,7 @@ def read_metrics(file: Path) -> list[Record]:
             raise UserError(
                 f"--metrics: line {number} of {file} is not a JSON object with 'step'"
             ) from error
+        # A resumed run repeats steps: its records replace those of the abandoned part.
         while records and records[-1]["step"] >= step:
             records.pop()
         records.append(record)
@@ -59,19 +53,17 @@ def read_metrics(file: Path) -> list[Record]:
 
 
 def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
-    """Steps and one key's values; NaN, which is drawn as a gap, where a step has no finite one."""
+    """Steps and values of one key; NaN (a gap in the plot) if missing or not finite."""
     steps = [record["step"] for record in records]
     values = [record.get(key) for record in records]
     return steps, [v if v is not None and math.isfinite(v) else math.nan for v in values]
 
 
 def report_figure(records: Sequence[Record], evaluation: Evaluation | None = None) -> Figure:
-    """Loss, cosine, gradient norm, learning rate and response length over steps; cosine by layer.
+    """Plots loss, cosine, gradient norm, learning rate and response length, and cosine by layer.
 
-    Args:
-        records: See `read_metrics`; at least one.
-        evaluation: Its students' cosine by layer is drawn. Without one, or where no student has a
-            cosine, the training's own at its first and last step is.
+    The last plot shows the students of ``evaluation``. Without an evaluation, or if no student has
+    a cosine, it shows the first and last measured step of the training.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
     figure = Figure(figsize=(14, 7.6), dpi=120, layout=layout)
@@ -108,11 +100,7 @@ def report_figure(records: Sequence[Record], evaluation: Evaluation | None = Non
 
 
 def write_picture(figure: Figure, file: Path) -> None:
-    """Writes a PNG; the folder is made where it is missing.
-
-    Raises:
-        UserError: The file's name does not end in .png.
-    """
+    """Writes a PNG and creates its folder; raises UserError unless ``file`` ends in .png."""
     if file.suffix != ".png":
         raise UserError(f"--output is {file}; it must end in .png")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +150,7 @@ def _from_zero(axis: Axes) -> None:
 
 
 def _log_scale_where_fit(axis: Axes, records: Sequence[Record], key: str) -> None:
-    """A logarithmic y-axis where all values are positive and spread over more than a factor 4."""
+    """Uses a logarithmic y-axis if all values are positive and differ by more than a factor 4."""
     values = [value for value in series(records, key)[1] if not math.isnan(value)]
     if values and min(values) > 0 and max(values) > 4 * min(values):
         axis.set_yscale("log")
@@ -182,6 +170,7 @@ def _layers(axis: Axes, records: Sequence[Record], evaluation: Evaluation | None
         measured = [r for r in records if r.get("cosine_per_layer")]
         curves = {f"step {r['step']}": r["cosine_per_layer"] for r in measured[:1] + measured[-1:]}
     for index, (label, by_layer) in enumerate(curves.items()):
+        # JSON keys are text: '10' would sort before '2'.
         layers = sorted(by_layer, key=int)
         axis.plot(
             [int(layer) for layer in layers],

@@ -1,7 +1,7 @@
-"""Files of graded responses, one JSON object a line, which an interrupted evaluation goes on with.
+"""Files of graded responses, one JSON object per line, from which an evaluation resumes.
 
-Beside ``NAME.jsonl`` lies ``NAME.settings.json``: what the responses depend on. Other settings, or
-another model, never go on with the same file.
+Next to ``NAME.jsonl``, ``NAME.settings.json`` stores everything the responses depend on. An
+evaluation with other settings or another model never continues the file.
 """
 
 import dataclasses
@@ -17,67 +17,48 @@ from megatron_oprd.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One graded response.
+    """One graded response."""
 
-    Attributes:
-        prompt_index: The problem's row in its file, from 0.
-        sample_index: Which of the problem's n responses this is.
-        response: The text, special tokens left out.
-        num_tokens: Its tokens, what ended it included.
-        finished: Whether it ended by itself; else it was cut at the length limit.
-        answer: The answer that was found in it; None if none was.
-        correct: Whether that is right.
-        timed_out: Whether its grading was given up; it then counts as wrong.
-    """
-
-    prompt_index: int
-    sample_index: int
-    response: str
-    num_tokens: int
-    finished: bool
-    answer: str | None
+    prompt_index: int  # the problem's row in its file, from 0
+    sample_index: int  # from 0, among the problem's n responses
+    response: str  # without special tokens
+    num_tokens: int  # the end token included
+    finished: bool  # False: cut at the length limit
+    answer: str | None  # the extracted answer; None if there is none
     correct: bool
-    timed_out: bool
+    timed_out: bool  # grading was stopped; counts as wrong
 
     def as_line(self) -> str:
-        """The sample as a line of a file, with its end."""
+        """The sample as a line of JSON, newline included."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False) + "\n"
 
 
 class SamplesFile:
-    """The samples of one model on one benchmark; they are written batch by batch, in order.
+    """Samples of one model on one benchmark, written batch by batch, in order.
 
-    A batch that was not written whole is written again: its responses then come from the same
+    A partly written batch is generated again as a whole: its responses then come from the same
     batch as without the interruption, to the last bit of the logits.
-
-    Attributes:
-        samples: What the file holds, whole batches only.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], batch_sizes: Sequence[int]):
-        """Opens a file, or begins it.
+        """Opens or creates the ``.jsonl`` file and its folder.
 
-        Args:
-            path: ``.jsonl``; its folder is made where it is missing.
-            settings: All that the samples depend on, as JSON has it.
-            batch_sizes: Samples of each batch of the whole file.
-
-        Raises:
-            UserError: The file is of other settings, or has a line that is no sample.
+        Raises UserError if the file has other settings or an invalid line.
         """
         check_settings(path, settings)
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Write and rename: an interruption must not leave half a settings file.
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         temporary.replace(_settings_file(path))
         self._path = path
         self._batch_sizes = list(batch_sizes)
-        self.samples: list[Sample] = []
+        self.samples: list[Sample] = []  # of complete batches
         self._read()
 
     @property
     def num_batches(self) -> int:
-        """Batches that the file holds."""
+        """Batches in the file."""
         total, batches = 0, 0
         while total < len(self.samples):
             total += self._batch_sizes[batches]
@@ -85,7 +66,7 @@ class SamplesFile:
         return batches
 
     def append(self, batch: Sequence[Sample]) -> None:
-        """Writes the next batch, to the disk."""
+        """Writes the next batch and syncs it to the disk."""
         assert len(batch) == self._batch_sizes[self.num_batches]
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(sample.as_line() for sample in batch))
@@ -94,10 +75,10 @@ class SamplesFile:
         self.samples += batch
 
     def _read(self) -> None:
-        """Reads whole batches and cuts the file behind them."""
+        """Reads the complete batches and truncates the file after them."""
         if not self._path.exists():
             return
-        # A line without its end was cut off in the middle.
+        # The last element is empty, or a line that was cut off.
         *lines, _ = self._path.read_bytes().split(b"\n")
         whole = 0
         for size in self._batch_sizes:
@@ -116,14 +97,9 @@ class SamplesFile:
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Checks that a file of samples, if there is one, is of these settings.
+    """Checks that an existing file of samples has the given settings; others are not compared.
 
-    Args:
-        path: The ``.jsonl`` file.
-        settings: Some of the settings; the others are not compared.
-
-    Raises:
-        UserError: It is not.
+    Raises UserError if a setting differs, or if the file of settings is missing or invalid.
     """
     file = _settings_file(path)
     if not file.exists():

@@ -1,4 +1,4 @@
-"""Measures of several sampled responses to each of a benchmark's problems."""
+"""Metrics over several sampled responses per problem of a benchmark."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -9,20 +9,14 @@ import xxhash
 
 from megatron_oprd.evaluation.samples_file import Sample
 
-_RESAMPLES = 2000
+_RESAMPLES = 2000  # bootstrap
 _LEVEL = 0.95
 _NGRAM = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over problems and its bootstrap interval.
-
-    Attributes:
-        value: The mean.
-        low: Lower end of the 95% interval.
-        high: Upper end.
-    """
+    """A mean over problems with its 95% bootstrap interval."""
 
     value: float
     low: float
@@ -31,35 +25,22 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingMetrics:
-    """A model's measures on one benchmark.
-
-    Attributes:
-        num_problems: Problems.
-        n: Responses for each.
-        avg: Avg@n: the share of right responses.
-        best: Best@n: the share of problems with a right response among all n.
-        pass_at: k -> pass@k: the expected share of problems with a right response among k.
-        dist_4: Dist-4g (`distinct_ngrams`).
-        mean_length: Tokens of a response, what ended it included.
-        cut_share: Share of responses that were cut at the length limit.
-        no_answer_share: Share of responses without an answer.
-        num_timed_out: Responses whose grading was given up (they count as wrong).
-    """
+    """Metrics of a model on one benchmark."""
 
     num_problems: int
-    n: int
-    avg: Estimate
-    best: Estimate
-    pass_at: dict[int, Estimate]
-    dist_4: float
-    mean_length: float
-    cut_share: float
-    no_answer_share: float
-    num_timed_out: int
+    n: int  # responses per problem
+    avg: Estimate  # Avg@n: share of correct responses
+    best: Estimate  # Best@n: share of problems with a correct response among n
+    pass_at: dict[int, Estimate]  # k -> pass@k (`pass_at_k`)
+    dist_4: float  # Dist-4g (`distinct_ngrams`)
+    mean_length: float  # tokens per response, the end token included
+    cut_share: float  # share of responses cut at the length limit
+    no_answer_share: float  # share of responses without an answer
+    num_timed_out: int  # responses whose grading was stopped; they count as wrong
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that k of n responses, drawn without replacement, contain one of c right ones.
+    """Probability that k of n responses, drawn without replacement, include one of c correct ones.
 
     1 - C(n-c, k) / C(n, k), the unbiased estimator of Chen et al., arXiv:2107.03374, eq. 1.
     """
@@ -67,16 +48,14 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def ks(n: int) -> list[int]:
-    """The k of pass@k that are reported: powers of two up to n, and n."""
+    """Reported values of k for pass@k: powers of two up to n, and n."""
     return sorted({2**i for i in range(n.bit_length())} | {n})
 
 
 def bootstrap(values: Sequence[float]) -> Estimate:
-    """Mean of one value a problem, with its 95% percentile bootstrap interval over problems.
-
-    The resampling has a fixed seed: the same values give the same interval.
-    """
+    """Mean of one value per problem, with its 95% percentile bootstrap interval over problems."""
     array = np.asarray(values, dtype=np.float64)
+    # Fixed seed: the same values give the same interval.
     draw = np.random.default_rng(0)
     means = np.array(
         [array[draw.integers(len(array), size=len(array))].mean() for _ in range(_RESAMPLES)]
@@ -86,15 +65,16 @@ def bootstrap(values: Sequence[float]) -> Estimate:
 
 
 def distinct_ngrams(texts: Iterable[str]) -> float:
-    """Unique 4-grams over all 4-grams of words, over all responses to a benchmark together.
+    """Distinct 4-grams divided by all 4-grams of words, over all responses together.
 
-    Words are what whitespace separates, so that models with different tokenizers compare. N-grams
-    do not reach from one response into the next. 0 where no response has four words.
+    Words are separated by whitespace, so that models with different tokenizers are comparable.
+    N-grams do not span responses. 0 if no response has four words.
     """
     hashes = []
     for text in texts:
         words = text.split()
         hashes.append(
+            # Hashes instead of texts: 8 bytes per n-gram, and numpy counts the distinct ones.
             np.array(
                 [
                     xxhash.xxh3_64_intdigest(" ".join(words[i : i + _NGRAM]).encode())
@@ -108,12 +88,7 @@ def distinct_ngrams(texts: Iterable[str]) -> float:
 
 
 def sampling_metrics(samples: Sequence[Sample], n: int) -> SamplingMetrics:
-    """The measures of a benchmark.
-
-    Args:
-        samples: All responses, ordered by problem, n for each; at least one.
-        n: How many.
-    """
+    """Computes the metrics from all responses, ordered by problem, with n responses per problem."""
     assert samples
     assert len(samples) % n == 0
     problems = [samples[i : i + n] for i in range(0, len(samples), n)]

@@ -1,4 +1,4 @@
-"""Measures several students, or one before and after training, against their teacher."""
+"""Compares students, or a student before and after training, with their teacher."""
 
 import dataclasses
 import json
@@ -27,41 +27,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StudentResult:
-    """One student's measures.
+    """Result of one student."""
 
-    Attributes:
-        name: What tables and pictures call it.
-        folder: The Hugging Face model folder.
-        num_layers: Its number of layers.
-        layer_map: For each of its layers, the teacher layer it was compared with, from 0. Empty
-            where the student is not as wide as the teacher: no layers were compared.
-        measures: The measures.
-    """
-
-    name: str
-    folder: str
+    name: str  # label in tables and figures
+    folder: str  # Hugging Face model folder
     num_layers: int
-    layer_map: list[int]
+    layer_map: list[int]  # student layer -> teacher layer, from 0; empty if hidden sizes differ
     measures: TeacherForcedMeasures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What ``megatron_oprd.evaluate`` writes to its JSON file.
+    """Result of ``megatron_oprd.evaluate``, as written to its JSON file."""
 
-    Attributes:
-        teacher: The teacher's folder.
-        prompts: The prompt files.
-        num_prompts: Prompts that were continued.
-        max_new_tokens: The longest continuation allowed, in tokens.
-        students: The results, in the order in which the students were given (before, after).
-    """
-
-    teacher: str
-    prompts: list[str]
-    num_prompts: int
-    max_new_tokens: int
-    students: list[StudentResult]
+    teacher: str  # the teacher's folder
+    prompts: list[str]  # prompt files
+    num_prompts: int  # continued prompts
+    max_new_tokens: int  # limit of continuations, in tokens
+    students: list[StudentResult]  # in the given order (before, after)
 
 
 def evaluate_students(
@@ -76,27 +59,28 @@ def evaluate_students(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Evaluation:
-    """Lets the teacher continue the prompts and compares each student with it on that.
+    """Lets the teacher continue the prompts and compares each student with it on the continuations.
 
-    All layers of a student that is as wide as the teacher are compared, under the proportional
-    map; of any student the distributions of the next token. One student is in memory at a time,
-    beside the teacher.
+    Next-token distributions are compared for every student; hidden states of all layers, under the
+    proportional map, if the student has the teacher's hidden size. One student at a time is in
+    memory, next to the teacher.
 
     Args:
-        teacher_folder: The teacher's Hugging Face model folder; its tokenizer reads the prompts.
+        teacher_folder: The teacher's Hugging Face model folder, whose tokenizer is used.
         students: Name -> Hugging Face model folder, in the order of the result.
-        prompt_files: Read by `load_prompts`.
-        max_new_tokens: The longest continuation, in tokens.
-        max_prompt_tokens: Longer prompts are left out.
+        prompt_files: Files for `load_prompts`.
+        max_new_tokens: Limit of continuations, in tokens.
+        max_prompt_tokens: Longer prompts are omitted.
         chat: How prompts are rendered.
-        batch_size: Sequences a forward pass.
-        dtype: What both models compute in.
-        device: Where both models are.
+        batch_size: Sequences per forward pass.
+        dtype: Type in which both models compute.
+        device: Device of both models.
 
     Raises:
-        UserError: A folder or a prompt file is not usable, or a student's tokenizer or vocabulary
-            size is not the teacher's.
+        UserError: A folder or prompt file is unusable, or a student's tokenizer or vocabulary size
+            differs from the teacher's.
     """
+    # Before any weights are read: an unusable folder fails at once.
     for folder in students.values():
         _check_comparable(folder, teacher_folder)
     tokenizer = load_tokenizer(teacher_folder)
@@ -157,17 +141,13 @@ def evaluate_students(
 
 
 def write_evaluation(evaluation: Evaluation, file: Path) -> None:
-    """Writes an evaluation as JSON; the folder is made where it is missing."""
+    """Writes an evaluation as JSON; creates the folder if missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(dataclasses.asdict(evaluation), indent=2) + "\n", encoding="utf-8")
 
 
 def read_evaluation(file: Path) -> Evaluation:
-    """Reads what `write_evaluation` wrote.
-
-    Raises:
-        UserError: The file is missing or is something else.
-    """
+    """Reads a file of `write_evaluation`; raises UserError if it is missing or invalid."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         students = [
@@ -186,7 +166,7 @@ def read_evaluation(file: Path) -> Evaluation:
 
 
 def _check_comparable(student_folder: Path, teacher_folder: Path) -> None:
-    """Raises a UserError where two folders cannot be compared, before any weight is read."""
+    """Raises UserError if student and teacher cannot be compared; reads no weights."""
     student, teacher = _config(student_folder), _config(teacher_folder)
     check_same_tokenizer(student_folder, teacher_folder)
     if student.get("vocab_size") != teacher.get("vocab_size"):

@@ -1,4 +1,4 @@
-"""Tables of an evaluation for the terminal."""
+"""Terminal tables of evaluations."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ from megatron_oprd.evaluation.teacher_forced import TeacherForcedMeasures
 
 @dataclass(frozen=True)
 class _Measure:
-    """How a field of `TeacherForcedMeasures` is shown; ``number`` is a format specification."""
+    """How a field of `TeacherForcedMeasures` is displayed."""
 
     field: str
     title: str
     unit: str
-    number: str
+    number: str  # format specification
     more_is_better: bool
 
     def of(self, measures: TeacherForcedMeasures) -> float | None:
@@ -39,12 +39,12 @@ _MEASURES = (
 
 
 def students_table(evaluation: Evaluation) -> Table:
-    """One row a student, one column a measure."""
+    """Table with a row per student and a column per metric."""
     table = Table(title="Students against the teacher", caption=_caption(evaluation))
     table.add_column("student")
     table.add_column("layers", justify="right")
     for measure in _MEASURES:
-        # Two short lines each, so that the table fits 80 columns.
+        # Column titles in two lines, so that the table fits into 80 columns.
         title = measure.title.replace(" ", "\n", 1)
         table.add_column(f"{title}, {measure.unit}" if measure.unit else title, justify="right")
     for student in evaluation.students:
@@ -54,7 +54,7 @@ def students_table(evaluation: Evaluation) -> Table:
 
 
 def changes_table(evaluation: Evaluation) -> Table:
-    """One row a measure, one column a student, and the change from the first to the last."""
+    """Table with a row per metric, a column per student, and the change from first to last."""
     table = Table(title="Before and after", caption=_caption(evaluation))
     table.add_column("measure")
     for student in evaluation.students:
@@ -73,6 +73,7 @@ def changes_table(evaluation: Evaluation) -> Table:
 
 def _change(measure: _Measure, change: float) -> Text:
     shown = format(change, "+" + measure.number)
+    # A change that rounds to zero is neither better nor worse.
     if not any(digit in shown for digit in "123456789"):
         return Text("none")
     better = (change > 0) == measure.more_is_better
@@ -88,7 +89,7 @@ def _caption(evaluation: Evaluation) -> str:
 
 
 def benchmarks_table(evaluation: BenchmarkEvaluation) -> Table:
-    """One section a benchmark, one row a measure, one column a model."""
+    """Table with a section per benchmark, a row per metric and a column per model."""
     sampling = evaluation.settings.sampling
     table = Table(
         title="Benchmarks",

@@ -1,7 +1,7 @@
-"""Measures of a student on its teacher's greedy continuations: no sampling noise.
+"""Metrics of a student on its teacher's greedy continuations, without sampling noise.
 
-The teacher continues held-out prompts greedily; then both models read the same prompt and
-continuation and are compared at the continuation's tokens. Models are plain transformers ones.
+The teacher continues held-out prompts greedily. Both models (from transformers) then read prompt
+and continuation and are compared at the continuation's tokens.
 """
 
 import math
@@ -15,50 +15,32 @@ from transformers import PreTrainedModel
 from megatron_oprd.distill.layer_map import LayerPair
 from megatron_oprd.distill.representation import token_cosine
 
-_ROWS = 256  # positions whose distributions over the vocabulary are held at a time
+_ROWS = 256  # positions per chunk of distributions; bounds memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """A prompt and the teacher's greedy continuation of it.
+    """A prompt and the teacher's greedy continuation, both with at least one token."""
 
-    Attributes:
-        prompt_ids: Token ids of the prompt, without padding; at least one.
-        response_ids: Token ids of the continuation, the end-of-sequence token included when the
-            teacher wrote it; at least one.
-    """
-
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]  # without padding
+    response_ids: tuple[int, ...]  # the end-of-sequence token included, if the teacher wrote it
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherForcedMeasures:
-    """A student against its teacher; every mean is over all response tokens of all sequences.
+    """Metrics of a student; means are over all response tokens of all sequences."""
 
-    Attributes:
-        num_sequences: Continuations compared.
-        num_positions: Response tokens in them.
-        cosine: Mean of ``cosine_per_layer`` over the layers; None where none were compared.
-        cosine_per_layer: Student layer (counted from 0, as text) -> mean cosine of the hidden
-            states that hold the response tokens. The last layer's are those after the final norm.
-        top1_agreement: Share of response tokens for which both models' most likely token is the
-            same one, 0 to 1.
-        reverse_kl: KL(student || teacher) of the next-token distributions, nats a token.
-        forward_kl: KL(teacher || student), nats a token.
-        student_perplexity: exp of the student's mean negative log-likelihood of a response token.
-        teacher_perplexity: The same of the teacher: what a perfect student reaches.
-    """
-
-    num_sequences: int
-    num_positions: int
-    cosine: float | None
+    num_sequences: int  # compared continuations
+    num_positions: int  # their response tokens
+    cosine: float | None  # mean over the layers; None if no layers were compared
+    # Student layer (from 0, as text) -> mean cosine of hidden states at the response tokens. The
+    # last layer's are taken after the final norm.
     cosine_per_layer: dict[str, float]
-    top1_agreement: float
-    reverse_kl: float
-    forward_kl: float
-    student_perplexity: float
-    teacher_perplexity: float
+    top1_agreement: float  # share of tokens with the same argmax in both models, 0 to 1
+    reverse_kl: float  # KL(student || teacher) of next-token distributions, nats per token
+    forward_kl: float  # KL(teacher || student), nats per token
+    student_perplexity: float  # exp(mean negative log-likelihood of a response token)
+    teacher_perplexity: float  # the teacher's own: the value of a perfect student
 
 
 @torch.inference_mode()
@@ -70,23 +52,12 @@ def teacher_continuations(
     max_new_tokens: int,
     batch_size: int = 8,
 ) -> list[Continuation]:
-    """The teacher's greedy continuations.
+    """Generates the teacher's greedy continuations, in the order of the prompts.
 
-    The most likely token follows each time, whatever the model's generation config asks for (a
-    repetition penalty, say).
-
-    Args:
-        teacher: In evaluation mode.
-        prompts: Token ids of each prompt, at least one a prompt.
-        eos_token_ids: A continuation ends with the first of these; may be empty.
-        max_new_tokens: It ends after so many tokens at the latest; at least 1.
-        batch_size: Prompts that are continued at a time.
-
-    Returns:
-        One continuation a prompt, in the order of ``prompts``.
-
-    Raises:
-        ValueError: A prompt is empty, or ``max_new_tokens`` is below 1.
+    The model must be in evaluation mode. Each token is the argmax: the model's generation config
+    (e.g. a repetition penalty) is ignored. A continuation ends with the first of ``eos_token_ids``,
+    which may be empty, or after ``max_new_tokens`` tokens. Raises ValueError if a prompt is empty
+    or ``max_new_tokens`` is below 1.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
@@ -116,26 +87,16 @@ def teacher_forced_measures(
     *,
     batch_size: int = 8,
 ) -> TeacherForcedMeasures:
-    """Compares both models at the continuations' tokens.
+    """Compares both models (or one with itself), in evaluation mode, at the continuations' tokens.
 
-    Hidden states are compared at the positions that hold the response tokens, distributions at
-    the positions that predict them (one earlier). Distributions are computed in fp32, or fp64 for
-    fp64 models. Memory grows with ``batch_size``, not with the number of sequences.
+    Hidden states are compared at the positions of the response tokens, distributions at the
+    positions that predict them (one earlier), in fp32 (fp64 for fp64 models). Memory grows with
+    ``batch_size``, not with the number of sequences; batching and padding change results only by
+    rounding. ``pairs`` are the compared layers; they require equal hidden sizes, and without them
+    only distributions are compared.
 
-    Args:
-        student: In evaluation mode.
-        teacher: In evaluation mode, with the student's vocabulary size. The two may be one object.
-        sequences: What is read, at least one.
-        pairs: The layers whose hidden states are compared, which takes models of one width; none
-            compares the distributions only.
-        batch_size: Sequences that are read at a time.
-
-    Returns:
-        The measures; batching and padding do not change them beyond rounding.
-
-    Raises:
-        ValueError: No sequences, or the models' vocabulary sizes differ, or their widths where
-            layers are to be compared.
+    Raises ValueError for no sequences, different vocabulary sizes, or different hidden sizes with
+    ``pairs``.
     """
     if not sequences:
         raise ValueError("nothing to compare: no sequences")
@@ -173,7 +134,7 @@ def teacher_forced_measures(
 
 
 class _Sums:
-    """Sums over the response tokens seen so far."""
+    """Sums over the response tokens processed so far."""
 
     def __init__(self, num_pairs: int) -> None:
         self.positions = 0
@@ -183,7 +144,7 @@ class _Sums:
         self.student_nll = self.teacher_nll = 0.0
 
     def add_distributions(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> None:
-        """Adds n positions: logits [n, V] of both models, and the tokens [n] that follow."""
+        """Adds n positions: logits [n, V] of both models and the next tokens [n]."""
         log_p, log_q = _log_softmax(student), _log_softmax(teacher)
         picked = tokens.to(log_p.device)[:, None]
         self.positions += len(tokens)
@@ -197,11 +158,10 @@ class _Sums:
 def _read(
     model: PreTrainedModel, batch: Sequence[Continuation], layers: Sequence[int]
 ) -> tuple[list[Tensor], Tensor]:
-    """One forward pass over prompt + response, padded on the right.
+    """Runs prompts and responses, padded on the right, through the model.
 
-    Returns:
-        For each layer, its hidden states at the response tokens, [n, d]; and the logits [n, V]
-        that predict these tokens. Rows are ordered by sequence, then position.
+    Returns each layer's hidden states at the response tokens, [n, d], and the logits [n, V] that
+    predict these tokens. Rows are ordered by sequence, then position.
     """
     width = max(len(s.prompt_ids) + len(s.response_ids) for s in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -214,7 +174,8 @@ def _read(
         attended[row, :end] = 1
         holds_response[row, start:end] = True
 
-    # Logits only from the first column that predicts a response token; the last predicts none.
+    # Saves memory: logits start at the first column that predicts a response token of any row. The
+    # last column predicts none.
     first = min(len(s.prompt_ids) for s in batch) - 1
     predicting = torch.arange(first, width - 1, device=model.device)
     output = model(
@@ -225,20 +186,22 @@ def _read(
         logits_to_keep=predicting,
     )
     holds_response = holds_response.to(model.device)
-    # transformers' hidden_states[0] is the embedding.
+    # hidden_states[0] is the embedding.
     hidden = [output.hidden_states[layer + 1][holds_response] for layer in layers]
+    # Column j of the logits predicts column first + 1 + j.
     return hidden, output.logits[holds_response[:, first + 1 :]]
 
 
 def _greedy(
     model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, ends: set[int]
 ) -> list[list[int]]:
-    """The most likely tokens one after the other; rows go on after their end of sequence."""
+    """Greedy decoding; finished rows continue until all rows are finished."""
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     attended = torch.zeros(len(prompts), width + max_new_tokens, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        # To the end: the columns of generated tokens, too.
         attended[row, width - len(prompt) :] = 1
     ids, attended = ids.to(model.device), attended.to(model.device)
     positions = (attended.cumsum(dim=1) - 1).clamp(min=0)
@@ -265,7 +228,7 @@ def _greedy(
 
 
 def _batches_of_like_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches, by length, so that little is padded."""
+    """Batches of indices with similar lengths, to save padding."""
     by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
     for start in range(0, len(by_length), batch_size):
         yield by_length[start : start + batch_size]
@@ -276,4 +239,5 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _total(values: Tensor) -> float:
+    # fp64: sums run over many positions.
     return values.sum(dtype=torch.float64).item()

@@ -1,1 +1,1 @@
-"""What a run will cost, worked out from configurations alone: memory, messages, FLOPs, time."""
+"""Cost of a run from configurations alone: memory, communication, FLOPs and time."""

@@ -1,7 +1,7 @@
 """Bytes that a rank sends in a step.
 
-A collective over n ranks sends what a ring does: a gather or a scatter (n-1)/n of the whole, a sum
-twice that. Small messages (shapes, metrics, the gradient norm) are left out.
+Collectives over n ranks count as ring algorithms: a gather or scatter sends (n-1)/n of the whole,
+an all-reduce twice that. Small messages (shapes, metrics, the gradient norm) are omitted.
 """
 
 import math
@@ -29,43 +29,32 @@ _FP32 = 4
 
 @dataclass(frozen=True, kw_only=True)
 class SentBytes:
-    """What each rank of a pipeline stage sends in a step.
+    """Bytes that each rank of a pipeline rank sends in a step.
 
-    Attributes:
-        teacher_tp: On the tensor-parallel group, in the teacher's pass.
-        student_tp: Likewise in the student's.
-        teacher_experts: Tokens to and from experts, on the expert-parallel and the
-            expert-tensor-parallel group, in the teacher's pass.
-        student_experts: Likewise in the student's, with their gradients.
-        teacher_cp: Keys and values on the context-parallel group, in the teacher's pass.
-        student_cp: Likewise in the student's, with their gradients.
-        teacher_pp: To the neighbouring stages, in the teacher's pass.
-        student_pp: Likewise in the student's.
-        gradients: On the data-parallel group, to reduce gradients.
-        parameters: On the data-parallel group, to gather updated parameters.
-        weight_sync: Towards the rollout engine, the stage's ranks of a replica together (with
-            those of other replicas that share its experts): shards within the stage, and whole
-            tensors from the stage to the leader.
-        into_engine: All weights, from a replica's leader into a vLLM engine's process or, of one
-            replica only, to each worker of a server, which is counted as one. None from others.
+    Fields named student_* include the backward pass.
     """
 
-    teacher_tp: int
+    teacher_tp: int  # on the tensor-parallel group
     student_tp: int
+    # Tokens to and from experts (expert-parallel and expert-tensor-parallel groups).
     teacher_experts: int
-    student_experts: int
-    teacher_cp: int
-    student_cp: int
-    teacher_pp: int
+    student_experts: int  # with gradients
+    teacher_cp: int  # keys and values on the context-parallel group
+    student_cp: int  # with gradients
+    teacher_pp: int  # to neighbouring stages
     student_pp: int
-    gradients: int
-    parameters: int
+    gradients: int  # reduction on the data-parallel group
+    parameters: int  # gather of updated parameters on the data-parallel group
+    # Towards the rollout engine, by all ranks of the stage in a replica (and in replicas that share
+    # its experts): shards within the stage, then whole tensors to the leader.
     weight_sync: int
+    # All weights: from a replica's leader into its vLLM engine or, from one replica only, to a
+    # server, whose workers count as one. 0 elsewhere.
     into_engine: int
 
 
 def sent_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> SentBytes:
-    """What the ranks of pipeline rank ``pp_rank`` send."""
+    """Bytes sent by each rank of pipeline rank ``pp_rank``."""
     forward, backward = _hidden_states_sent(layout, layout.student, pp_rank)
     of_student = _sliced_bytes(layout, layout.student, workload)
     of_teacher = _sliced_bytes(layout, layout.teacher, workload)
@@ -95,9 +84,11 @@ def _teacher_layers(layout: RunLayout, pp_rank: int) -> int:
 
 def _teacher_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
     steps = 2 * _parallel_halves(layout.teacher) * _teacher_layers(layout, pp_rank)
+    # The embedding's output: a scatter with sequence parallelism, else an all-reduce.
     if pp_rank == 0:
         steps += 1 if layout.config.parallel.sequence_parallel else 2
     if has_output_loss(layout, pp_rank) and layout.config.parallel.sequence_parallel:
+        # The hidden states, gathered for the LM head.
         steps += 1
     return _ring(layout, steps * _whole_bytes(layout, layout.teacher, workload))
 
@@ -107,26 +98,28 @@ def _student_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
     sequence_parallel = layout.config.parallel.sequence_parallel
     running = sum(num_running(layout, stage) for stage in stages)
     recomputed = sum(num_recomputed(layout, stage) for stage in stages)
-    # A half of a layer: a gather and a scatter, which without sequence parallelism are one sum.
-    # With it the backward pass gathers the input of the half's first linear layer once more.
+    # Per half layer a gather and a scatter (one all-reduce without sequence parallelism). With
+    # sequence parallelism, the backward pass gathers the input of the half's first linear layer
+    # again.
     in_backward = 3 if sequence_parallel else 2
     steps = _parallel_halves(layout.student) * (2 * (running + recomputed) + in_backward * running)
     if pp_rank == 0:
         steps += 2
     if has_output_loss(layout, pp_rank):
-        # Hidden states; sums of a few numbers a position are left out.
+        # The hidden states and their gradients; sums of a few numbers per position are omitted.
         steps += 2
     if layout.config.recompute.distribute_saved_activations:
         steps += sum(num_checkpoints(layout, stage) for stage in stages)
     sent = _ring(layout, steps * _whole_bytes(layout, layout.student, workload))
     if sequence_parallel:
+        # Gradients of norms are all-reduced, as each rank has seen only its slice of the sequence.
         replicated = count_parameters(layout, layout.student, pp_rank).replicated
         sent += _ring(layout, 2 * replicated * _FP32)
     return sent
 
 
 def _parallel_halves(model: ModelLayout) -> int:
-    """Halves of a layer that are tensor-parallel: attention, and an MLP without experts."""
+    """Tensor-parallel halves of a layer: attention, and an MLP without experts."""
     return 2 if model.architecture.moe is None else 1
 
 
@@ -137,13 +130,14 @@ def _student_experts(layout: RunLayout, workload: Workload, pp_rank: int) -> int
 
 
 def _tokens_to_experts(layout: RunLayout, model: ModelLayout, workload: Workload) -> int:
-    """What a rank sends so that tokens get to one layer's experts and back, in equal shares."""
+    """Bytes sent by a rank for one layer's tokens to experts and back, in equal shares."""
     moe, parallel = model.architecture.moe, model.parallel
     if moe is None:
         return 0
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_size
     copies = moe.num_experts_per_token * _sliced_bytes(layout, model, workload)
-    # Exchanged over one group, gathered and scattered over the other.
+    # All-to-all over the expert-parallel group, gather and scatter over the expert-tensor-parallel
+    # group.
     return 2 * copies * (ep - 1) // ep + 2 * copies * (etp - 1)
 
 
@@ -151,7 +145,7 @@ def _student_cp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
     stages = stages_of_rank(layout, pp_rank)
     forward_again = layout.config.recompute.recompute_granularity == "selective"
     passes = sum(
-        # Forward, and their gradients, which are scattered where they were gathered.
+        # Forward, and the gradients, which are scattered where keys and values were gathered.
         (2 + forward_again) * num_running(layout, stage) + num_recomputed(layout, stage)
         for stage in stages
     )
@@ -159,7 +153,7 @@ def _student_cp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
 
 
 def _keys_and_values(layout: RunLayout, model: ModelLayout, workload: Workload) -> int:
-    """What a rank sends so that one layer's keys and values are known on all ranks."""
+    """Bytes that a rank sends to exchange one layer's keys and values."""
     a, parallel = model.architecture, layout.config.parallel
     groups = max(a.num_query_groups // parallel.tensor_model_parallel_size, 1)
     itemsize = DTYPES[layout.config.model.params_dtype].itemsize
@@ -168,7 +162,7 @@ def _keys_and_values(layout: RunLayout, model: ModelLayout, workload: Workload) 
 
 
 def _hidden_states_sent(layout: RunLayout, model: ModelLayout, pp_rank: int) -> tuple[int, int]:
-    """How often a micro-batch's hidden state leaves the rank, forward and backward."""
+    """Sends of a micro-batch's hidden state by the rank, forward and backward."""
     stages, last = stages_of_rank(layout, pp_rank), len(model.extent.layers_per_stage) - 1
     if last == 0:
         return 0, 0
@@ -181,8 +175,8 @@ def _data_parallel(layout: RunLayout, pp_rank: int) -> tuple[int, int]:
     counts = count_parameters(layout, layout.student, pp_rank)
     itemsize = DTYPES[config.model.params_dtype].itemsize
     gradients = parameters = 0.0
-    # Experts have an optimizer of their own, and each of the two gathers all parameters, unless
-    # they are gathered in the forward pass.
+    # Experts have their own optimizer, and each of the two optimizers gathers all parameters,
+    # unless the forward pass gathers them.
     twice = counts.trainable_experts and not config.optimizer.overlap_param_gather
     times = 2 if twice else 1
     for number, replicas in (
@@ -222,20 +216,20 @@ def _into_engine(layout: RunLayout) -> int:
 
 
 def _ring(layout: RunLayout, num_bytes: int) -> int:
-    """What a rank sends of ``num_bytes`` that its tensor-parallel group gathers or scatters."""
+    """Bytes that a rank sends when its tensor-parallel group gathers or scatters ``num_bytes``."""
     tp = layout.config.parallel.tensor_model_parallel_size
     return num_bytes * (tp - 1) // tp
 
 
 def _whole_bytes(layout: RunLayout, model: ModelLayout, workload: Workload) -> int:
-    """The hidden states of all tokens of a step on a context-parallel rank."""
+    """Hidden states of all tokens of a step on a context-parallel rank."""
     itemsize = DTYPES[layout.config.model.params_dtype].itemsize
     tokens = workload.tokens // layout.config.parallel.context_parallel_size
     return tokens * model.architecture.hidden_size * itemsize
 
 
 def _sliced_bytes(layout: RunLayout, model: ModelLayout, workload: Workload) -> int:
-    """Of these what one rank holds between a layer's parallel regions."""
+    """The part of `_whole_bytes` that a rank holds between a layer's parallel regions."""
     parallel = layout.config.parallel
     slices = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     return _whole_bytes(layout, model, workload) // slices

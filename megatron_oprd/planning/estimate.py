@@ -1,4 +1,4 @@
-"""A run's cost from configurations alone: memory, time, and the check of the host's memory."""
+"""Cost of a run from configurations alone: memory, time, and a check of host memory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,27 +25,18 @@ from megatron_oprd.weights.megatron_checkpoint import is_megatron
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """What a plan knows of both models.
-
-    Attributes:
-        student: The student's architecture.
-        teacher: The teacher's.
-        bridge_rank: Width of the states behind the run's bridge; None is no bridge.
-    """
+    """Both models' architectures, and the width of the bridge's targets."""
 
     student: Architecture
     teacher: Architecture
-    bridge_rank: int | None = None
+    bridge_rank: int | None = None  # None: no bridge
 
 
 def read_models(config: RunConfig) -> Models:
-    """Reads the models' configurations. A Hugging Face folder needs nothing but config.json.
+    """Reads the models' configurations; of a Hugging Face folder only config.json.
 
-    The bridge is not needed where ``bridge.rank`` is given.
-
-    Raises:
-        UserError: A folder has no configuration, or one that is not supported; or the bridge
-            cannot be read.
+    The bridge file is not needed if ``bridge.rank`` is given. Raises UserError if a configuration
+    is missing or unsupported, or the bridge cannot be read.
     """
     bridge_rank = config.bridge.rank
     if config.bridge.path is not None and bridge_rank is None:
@@ -61,34 +52,27 @@ def _read(folder: str, hf_config: str | None) -> Architecture:
     if is_megatron(Path(folder)):
         own = None if hf_config is None else Path(hf_config)
         return open_checkpoint(Path(folder), hf_config=own).architecture
-    if hf_config is not None:  # a plan needs no checkpoint
+    if hf_config is not None:  # a plan does not read the checkpoint
         return read_architecture(HFFolder(hf_config))
     return read_architecture(HFFolder(folder))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """The memory of a run.
+    """Memory of a run."""
 
-    Attributes:
-        layout: Both models, placed.
-        largest: A step in which everything is as long as the settings allow.
-        ranks: Every distinct rank.
-        vllm: The engine beside the trainer, if it is vLLM.
-    """
-
-    layout: RunLayout
-    largest: Workload
-    ranks: list[RankMemory]
-    vllm: VLLMBytes | None = None
+    layout: RunLayout  # placement of both models
+    largest: Workload  # step with prompts and responses of maximum length
+    ranks: list[RankMemory]  # one entry per distinct rank
+    vllm: VLLMBytes | None = None  # the engine on the trainer's GPUs; None if there is none
 
     @property
     def fullest(self) -> RankMemory:
-        """The rank that needs most."""
+        """The rank with the highest peak."""
         return max(self.ranks, key=lambda rank: rank.peak_bytes)
 
     def fits(self, hardware: Hardware) -> bool:
-        """Whether every rank has the memory it needs, and the engine room for a response."""
+        """Whether every rank has enough memory, and the engine room for the longest sequence."""
         has_room = self.vllm is None or holds_longest(self.vllm)
         return has_room and self.fullest.peak_bytes <= hardware.memory_gb * 1e9
 
@@ -96,17 +80,9 @@ class MemoryEstimate:
 def estimate_memory(
     config: RunConfig, models: Models, kernels: Kernels, *, num_gpus: int, memory_gb: float
 ) -> MemoryEstimate:
-    """The memory of a run on ``num_gpus`` GPUs.
+    """Estimates the memory of a run; ``memory_gb`` is per GPU, in 10^9 bytes.
 
-    Args:
-        config: The run.
-        models: Both models.
-        kernels: The layers' implementation.
-        num_gpus: GPUs of the run.
-        memory_gb: Memory of each, in 10^9 bytes, of which vLLM takes a share.
-
-    Raises:
-        UserError: The settings do not fit the models or the number of GPUs.
+    Raises UserError if the settings do not fit the models or the number of GPUs.
     """
     layout = make_layout(
         config,
@@ -134,29 +110,20 @@ def estimate_memory(
 
 @dataclass(frozen=True, kw_only=True)
 class WorkEstimate:
-    """What a step of typical length sends and computes.
-
-    Attributes:
-        workload: The step.
-        sent: What the ranks of each pipeline rank send.
-        stages: FLOPs of each stage of a replica.
-        prefill: FLOPs of a replica's rollout engine over the prompts.
-        decode: FLOPs of its responses.
-        seconds: How long the phases take.
-    """
+    """Communication, FLOPs and time of a step of typical length."""
 
     workload: Workload
-    sent: list[SentBytes]
-    stages: list[StageFlops]
-    prefill: int
-    decode: int
+    sent: list[SentBytes]  # by pipeline rank
+    stages: list[StageFlops]  # FLOPs of each stage of a replica
+    prefill: int  # FLOPs of a replica's rollout engine, prompts
+    decode: int  # FLOPs of a replica's rollout engine, responses
     seconds: StepSeconds
 
 
 def estimate_work(
     layout: RunLayout, hardware: Hardware, *, prompt_tokens: int, response_tokens: int
 ) -> WorkEstimate:
-    """What a step with prompts and responses of the given lengths sends and computes."""
+    """Estimates a step with prompts and responses of the given lengths, in tokens."""
     typical = workload(layout, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
     pp_ranks = range(layout.config.parallel.pipeline_model_parallel_size)
     stages = range(len(layout.student.extent.layers_per_stage))
@@ -176,16 +143,9 @@ _ANY_MEMORY_GB = 80.0
 def check_host_memory(
     config: RunConfig, *, num_ranks: int, ranks_on_host: int, available_bytes: int
 ) -> None:
-    """Refuses a run that puts more on its hosts than they can take, from configurations alone.
+    """Checks that a host's ranks have enough host memory, from configurations alone.
 
-    Args:
-        config: The run.
-        num_ranks: Ranks of the run.
-        ranks_on_host: Those that share this host.
-        available_bytes: Memory that is free on it.
-
-    Raises:
-        UserError: There is too little.
+    ``available_bytes`` is the host's free memory. Raises UserError if it is too little.
     """
     memory = _estimate(config, num_ranks)
     fullest = max(memory.ranks, key=lambda rank: rank.host_bytes + rank.checkpoint_bytes)
@@ -198,9 +158,11 @@ def check_host_memory(
         ] = ranks_on_host * fullest.host_bytes
     if config.teacher.offload == "cpu":
         for number, extra in enumerate(config.extra_teachers):
+            # Each further teacher's weights are on the host, too, next to the first teacher's.
             weights = _largest_teacher(_estimate(alone(config, extra), num_ranks))
             needs[f"extra_teachers[{number}]"] = ranks_on_host * weights
     if memory.vllm is not None and memory.vllm.host_bytes:
+        # Engines on this host, one per replica, rounded up.
         engines = -(-ranks_on_host * memory.layout.data_parallel_size // num_ranks)
         needs["rollout.vllm.sleep_level = 1"] = engines * memory.vllm.host_bytes
     if of_checkpoints := (
@@ -219,7 +181,7 @@ def check_host_memory(
 
 
 def _first_replica_ranks(config: RunConfig, num_ranks: int, ranks_on_host: int) -> int:
-    """Most ranks of one host that write what all data-parallel replicas have."""
+    """Upper bound of a host's ranks that write data shared by all data-parallel replicas."""
     parallel = config.parallel
     num_stages = parallel.pipeline_model_parallel_size
     stages_on_host = -(-ranks_on_host * num_stages // num_ranks)
@@ -231,7 +193,7 @@ def _first_replica_ranks(config: RunConfig, num_ranks: int, ranks_on_host: int) 
 
 
 def _estimate(config: RunConfig, num_ranks: int) -> MemoryEstimate:
-    # What is on the host depends neither on the layers' implementation nor on the GPU's memory.
+    # Host memory does not depend on the layers' implementation or the GPU's memory: any values do.
     return estimate_memory(
         config,
         read_models(config),
@@ -242,7 +204,7 @@ def _estimate(config: RunConfig, num_ranks: int) -> MemoryEstimate:
 
 
 def _largest_teacher(memory: MemoryEstimate) -> int:
-    """The teacher's weights on the rank that has most of them."""
+    """The teacher's weights on the rank with most of them, in bytes."""
     layout = memory.layout
     itemsize = DTYPES[layout.config.model.params_dtype].itemsize
     return max(

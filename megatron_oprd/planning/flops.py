@@ -1,8 +1,8 @@
-"""Floating-point operations of a step, of one data-parallel replica.
+"""Floating-point operations of a step of one data-parallel replica.
 
-A multiplication and an addition are two. Counted are the matrix products of the linear layers and
-of attention, whose causal half only; norms, rotations and the loss are left out. The backward pass
-costs twice the forward pass, attention's two and a half times (it computes the scores again).
+A multiplication and an addition count as two. Counted are the matrix products of linear layers and
+of causal attention (only the causal half); norms, rotary embeddings and losses are omitted. A
+backward pass costs twice its forward pass, attention's 2.5 times, because it recomputes the scores.
 """
 
 from dataclasses import dataclass
@@ -15,28 +15,21 @@ from megatron_oprd.training.layout import RunLayout
 
 @dataclass(frozen=True, kw_only=True)
 class StageFlops:
-    """What one stage of a replica computes in a step, all its ranks together.
+    """FLOPs of one stage of a replica in a step, over all its ranks."""
 
-    Attributes:
-        teacher: The teacher's forward pass.
-        student_forward: The student's forward pass.
-        student_backward: Its backward pass.
-        student_recompute: What of the forward pass the backward pass does again.
-    """
-
-    teacher: int
+    teacher: int  # forward pass
     student_forward: int
     student_backward: int
-    student_recompute: int
+    student_recompute: int  # forward passes repeated in the backward pass
 
     @property
     def student(self) -> int:
-        """The student's passes together."""
+        """FLOPs of all the student's passes."""
         return self.student_forward + self.student_backward + self.student_recompute
 
 
 def linear_flops(a: Architecture) -> int:
-    """Of one layer's linear layers, for one token."""
+    """FLOPs of one layer's linear layers for one token."""
     q, kv = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     attention = a.hidden_size * (q + 2 * kv) + q * a.hidden_size
     if a.moe is None:
@@ -44,21 +37,21 @@ def linear_flops(a: Architecture) -> int:
     else:
         moe = a.moe
         mlp = 3 * a.hidden_size * moe.ffn_hidden_size * moe.num_experts_per_token
+        # The router.
         mlp += a.hidden_size * moe.num_experts
     return 2 * (attention + mlp)
 
 
 def attention_flops(a: Architecture, *, first: int, last: int) -> int:
-    """Of one layer's attention core, for a sequence's tokens ``first`` to ``last`` (not included).
-
-    Each token looks at itself and at all before it.
-    """
+    """FLOPs of one layer's attention core, for tokens ``first`` to ``last`` - 1 of a sequence."""
+    # Pairs: token t (from 0) attends to t + 1 tokens.
     looks = (last * (last + 1) - first * (first + 1)) // 2
+    # Two products (scores, and their product with the values), two operations each.
     return 4 * a.num_attention_heads * a.head_dim * looks
 
 
 def stage_flops(layout: RunLayout, workload: Workload, stage: int) -> StageFlops:
-    """What a stage (virtual stages in the order a token passes them) computes."""
+    """FLOPs of a stage; virtual stages are numbered in the order in which a token passes them."""
     teacher_layers = layout.teacher.extent.layers_per_stage[stage]
     running = num_running(layout, stage)
     linear, attention = _forward(layout.student.architecture, workload)
@@ -67,8 +60,8 @@ def stage_flops(layout: RunLayout, workload: Workload, stage: int) -> StageFlops
         recompute = attention * running
     else:
         recompute = (linear + attention) * num_recomputed(layout, stage)
-    # Logits; their gradients, of the hidden states and of the head. The teacher's are computed
-    # beside the student's.
+    # The student's logits, and two products for the gradients of hidden states and head. The
+    # teacher's logits are computed in the student's pass.
     rows = workload.output_rows * workload.num_micro_batches
     at_head = layout.compares_outputs and is_last_stage(layout, stage)
     logits = rows * _lm_head(layout.student.architecture) if at_head else 0
@@ -82,7 +75,7 @@ def stage_flops(layout: RunLayout, workload: Workload, stage: int) -> StageFlops
 
 
 def prefill_flops(layout: RunLayout, workload: Workload) -> int:
-    """Of the rollout engine's forward pass over a replica's prompts."""
+    """FLOPs of the rollout engine's forward pass over a replica's prompts."""
     a, prompt = layout.student.architecture, workload.prompt_tokens
     of_sequence = a.num_layers * (
         prompt * linear_flops(a) + attention_flops(a, first=0, last=prompt)
@@ -91,7 +84,7 @@ def prefill_flops(layout: RunLayout, workload: Workload) -> int:
 
 
 def decode_flops(layout: RunLayout, workload: Workload) -> int:
-    """Of a replica's responses, token by token."""
+    """FLOPs of decoding a replica's responses."""
     a, prompt = layout.student.architecture, workload.prompt_tokens
     tokens = workload.response_tokens - 1  # the first comes from the prompt's forward pass
     of_sequence = a.num_layers * (
@@ -105,7 +98,7 @@ def _lm_head(a: Architecture) -> int:
 
 
 def _forward(a: Architecture, workload: Workload) -> tuple[int, int]:
-    """Of one layer, for a replica's step: linear layers, attention."""
+    """FLOPs of one layer in a replica's step: linear layers, attention."""
     length = workload.prompt_tokens + workload.response_tokens
     attention = workload.num_sequences * attention_flops(a, first=0, last=length)
     return workload.tokens * linear_flops(a), attention

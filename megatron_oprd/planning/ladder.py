@@ -1,4 +1,4 @@
-"""The nearest change of the settings with which a run fits."""
+"""Search for the smallest change of settings with which a run fits."""
 
 import copy
 import itertools
@@ -16,13 +16,13 @@ from megatron_oprd.planning.time import Hardware
 from megatron_oprd.planning.vllm import check_kv_cache
 
 _MOST_CHANGES = 3
-_LARGEST_TP = 8  # beyond a node's fast links it is seldom worth it
+_LARGEST_TP = 8  # beyond a node's fast links it rarely pays
 _LARGEST_PP = 16
 
 
 @dataclass(frozen=True)
 class Change:
-    """One step on the ladder: settings that are changed together, by their dotted names."""
+    """Settings that are changed together, as (dotted name, value)."""
 
     settings: tuple[tuple[str, Any], ...]
 
@@ -32,12 +32,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """A way to change the settings.
-
-    Attributes:
-        changes: What to change.
-        estimate: The memory then.
-    """
+    """Changes of settings, with the resulting memory."""
 
     changes: tuple[Change, ...]
     estimate: MemoryEstimate
@@ -49,11 +44,10 @@ class Suggestion:
 def check_fits(
     memory: MemoryEstimate, models: Models, kernels: Kernels, hardware: Hardware, *, num_gpus: int
 ) -> None:
-    """Checks that every rank has the memory that it needs.
+    """Checks that every rank has enough memory.
 
-    Raises:
-        UserError: One has not; the message names the nearest change with which all do. Or a vLLM
-            engine has no room for the longest response.
+    Raises UserError if not, with the nearest change that fits; or if a vLLM engine has no room for
+    the longest sequence.
     """
     if memory.fits(hardware):
         return
@@ -78,9 +72,9 @@ def check_fits(
 def nearest_that_fits(
     config: RunConfig, models: Models, kernels: Kernels, hardware: Hardware, *, num_gpus: int
 ) -> Suggestion | None:
-    """The first change, in the ladder's order, with which the run fits; None if none does.
+    """Returns the first combination of changes that fits, or None.
 
-    One change is tried before two, two before three.
+    One change is tried before two, two before three, each in the ladder's order.
     """
     rungs = _ladder(config)
     for number in range(1, _MOST_CHANGES + 1):
@@ -102,7 +96,7 @@ def _estimate_with(
     num_gpus: int,
     memory_gb: float,
 ) -> MemoryEstimate | None:
-    """The memory with some changes; None where settings, models or GPUs do not go with them."""
+    """Memory with some changes; None if they are incompatible with settings, models or GPUs."""
     changed = copy.deepcopy(config)
     for change in changes:
         for key, value in change.settings:
@@ -116,9 +110,10 @@ def _estimate_with(
 
 
 def _ladder(config: RunConfig) -> list[list[Change]]:
-    """The rungs from the cheapest to the dearest, each with its steps."""
+    """Rungs from cheapest to most expensive, each a list of alternatives."""
     parallel, teacher = config.parallel, config.teacher
     length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    # An explicit list of layers per stage has the old pipeline size: drop it with a new size.
     any_layout = (("parallel.num_layers_per_stage", None),) if parallel.num_layers_per_stage else ()
     of_sleep, of_engine = _rollout_rungs(config)
     rungs = [
@@ -155,12 +150,12 @@ def _ladder(config: RunConfig) -> list[list[Change]]:
         ],
         *of_engine,
     ]
-    # What is so already is no change.
+    # Drop changes that are already set.
     return [new for steps in rungs if (new := [s for s in steps if not _is_so(s, config)])]
 
 
 def _rollout_rungs(config: RunConfig) -> tuple[list[Change], list[list[Change]]]:
-    """Those of the rollout engine: that it sleeps, and the others."""
+    """Rungs of the rollout engine: sleeping (cheap), and the others."""
     rollout, vllm = config.rollout, config.rollout.vllm
     if rollout.engine == "hf":
         sequences = rollout.prompts_per_step * rollout.samples_per_prompt
@@ -200,7 +195,7 @@ def _halved(number: int, least: int) -> Iterator[int]:
 
 
 def _as_written(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Formats a value as on the command line."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""The memory of each distinct rank in each phase of a step."""
+"""Memory of each distinct rank in each phase of a step."""
 
 import math
 from dataclasses import dataclass
@@ -27,33 +27,21 @@ from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
 
 _FP32 = _INT32 = 4
-# fp32 tensors that decoding a run of a weight's rows needs at once
+# Three fp32 tensors for decoding one run of a weight's rows.
 _DECODING = 3 * 2**22 * _FP32
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherBytes:
-    """The teacher's weights on one rank.
+    """The teacher's weights on one rank, in bytes."""
 
-    Attributes:
-        weights: All of them, scales included.
-        head: Of these the LM head that an output-space loss uses, which stays on the device.
-        decoding: What one weight takes while a layer that decodes it runs.
-    """
-
-    weights: int
-    head: int
-    decoding: int
+    weights: int  # all, with scales
+    head: int  # the part for an output-space loss, which stays on the device
+    decoding: int  # workspace to decode one weight while its layer runs
 
 
 def teacher_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> TeacherBytes:
-    """The teacher's weights on pipeline rank ``pp_rank``.
-
-    Args:
-        layout: The run.
-        pp_rank: The rank.
-        itemsize: Bytes of a weight that is not in FP8.
-    """
+    """The teacher's weights on a pipeline rank; ``itemsize`` is for weights that are not in FP8."""
     teacher, place = layout.config.teacher, place_of(layout.teacher.parallel)
     in_fp8 = layers_in_fp8(teacher, sum(layout.teacher.extent.layers_per_stage))
     weights = largest = 0
@@ -66,6 +54,7 @@ def teacher_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> TeacherB
         else:
             weights += math.prod(shape) * itemsize
     a = layout.teacher.architecture
+    # The last stage has a copy of the tied embedding.
     if a.tied and pp_rank > 0 and has_output_loss(layout, pp_rank):
         weights += layout.teacher.padded_vocab_size // place.tp_size * a.hidden_size * itemsize
     decodes = largest and not uses_engine(teacher)
@@ -80,14 +69,9 @@ def teacher_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> TeacherB
 
 
 def average_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> int:
-    """The fp32 averages of a teacher that follows the student (``teacher.ema_decay``).
+    """The fp32 averages of a teacher that follows the student (``teacher.ema_decay``), in bytes.
 
-    Where the weights are fp32 they are the averages.
-
-    Args:
-        layout: The run.
-        pp_rank: The rank.
-        itemsize: Bytes of a weight.
+    0 for fp32 weights, which are the averages themselves.
     """
     if not layout.config.teacher.ema_decay or itemsize == _FP32:
         return 0
@@ -95,16 +79,16 @@ def average_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> int:
 
 
 def _fp8_bytes(rows: int, columns: int, *, recipe: str) -> int:
-    """A weight with its scales."""
+    """Bytes of a weight with its scales."""
     blocks = -(-rows // 128) * -(-columns // 128)
     scales = {
         "per_channel_log": rows * _FP32,
         "per_channel": rows * _FP32,
-        # Each row and each column also has the number of its block.
+        # Also stores the block index of each row and column.
         "block_128": blocks * _FP32 + (rows + columns) * _INT32,
         "tensorwise": _FP32,
         "blockwise": blocks * _FP32,
-        "mxfp8": rows * columns // 32,
+        "mxfp8": rows * columns // 32,  # a one-byte scale per 32 elements
     }
     return rows * columns + scales[recipe]
 
@@ -131,58 +115,47 @@ ITEMS: tuple[Item, ...] = get_args(Item)
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """A rank's memory; the other ranks of its kind have the same.
+    """Memory of a rank, and of all ranks of its kind."""
 
-    Attributes:
-        pp_rank: Its place in the pipeline.
-        is_leader: Whether it is its replica's first rank, to which weights for rollouts go.
-        has_engine: Whether a vLLM engine, or a part of it, is on its device.
-        phases: Bytes of each item that there is in each phase, where the phase needs most.
-        host_bytes: Bytes of teacher and optimizer that are offloaded to the host.
-        checkpoint_bytes: Bytes on the host while a checkpoint is written or read, on every rank:
-            its share of a distributed optimizer's states.
-        written_once_bytes: Likewise, on one data-parallel replica's ranks alone: their part of the
-            model, and of an undivided optimizer's states.
-    """
-
-    pp_rank: int
-    is_leader: bool
-    has_engine: bool
-    phases: dict[Phase, dict[Item, int]]
-    host_bytes: int
+    pp_rank: int  # pipeline rank
+    is_leader: bool  # first rank of its replica, which collects the weights for rollouts
+    has_engine: bool  # (a part of) a vLLM engine is on its device
+    phases: dict[Phase, dict[Item, int]]  # bytes per item in each phase, at the phase's peak
+    host_bytes: int  # offloaded teacher and optimizer
+    # Host bytes of every rank while a checkpoint is written or read: its share of a distributed
+    # optimizer's states.
     checkpoint_bytes: int
+    # The same for ranks of one data-parallel replica only: their part of the model, and of the
+    # states of an optimizer that is not distributed.
     written_once_bytes: int
 
     @property
     def peak_phase(self) -> Phase:
-        """The phase that needs most."""
+        """The phase with the highest peak."""
         return max(PHASES, key=self.bytes_in)
 
     @property
     def peak_bytes(self) -> int:
-        """What that phase needs."""
+        """Bytes at the peak of that phase."""
         return self.bytes_in(self.peak_phase)
 
     def bytes_in(self, phase: Phase) -> int:
-        """All bytes of a phase."""
+        """Bytes of all items in a phase."""
         return sum(self.phases[phase].values())
 
 
 def rank_memories(
     layout: RunLayout, workload: Workload, kernels: Kernels, vllm: VLLMBytes | None
 ) -> list[RankMemory]:
-    """The memory of every distinct rank: the leader's, and those of each stage.
+    """Memory of every distinct rank: the leader and one rank of each kind and stage.
 
-    Args:
-        layout: The run.
-        workload: The largest step.
-        kernels: The layers' implementation.
-        vllm: The engine on the GPUs of each replica's first ranks, if it is vLLM.
+    ``workload`` is the largest step; ``vllm`` the engine on the GPUs of each replica's first ranks,
+    if any.
     """
     parallel = layout.config.parallel
     of_stage = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     num_gpus = 0 if vllm is None else vllm.num_gpus
-    # By stage, whether it is the first rank, and whether it is one of the engine's.
+    # (stage, is the leader, has a part of the engine); a dict keeps the order.
     kinds = dict.fromkeys(
         (rank // of_stage, rank == 0, rank < num_gpus) for rank in range(parallel.replica_size)
     )
@@ -210,14 +183,15 @@ def _rank_memory(
         phase: {"student parameters": student.total * itemsize} for phase in PHASES
     }
     for phase in PHASES:
-        # What is offloaded is there in the phase that uses it only.
+        # Offloaded items are on the device only in the phase that uses them.
         if phase == "optimizer" or not config.optimizer.offload_states:
             phases[phase]["optimizer states"] = states
         if phase == "teacher" or config.teacher.offload == "none":
             phases[phase]["teacher weights"] = teacher.weights
         elif teacher.head:
             phases[phase]["teacher weights"] = teacher.head
-        # Gradient buffers are back for the second group of micro-batches.
+        # With several groups, the teacher's later turns run after the student's first, which
+        # allocated the gradient buffers.
         is_back = phase == "teacher" and workload.group_size < workload.num_micro_batches
         if phase in ("student", "optimizer") or is_back or not config.optimizer.offload_states:
             phases[phase]["gradients"] = gradients
@@ -259,19 +233,19 @@ def _add_hf(
     *,
     is_leader: bool,
 ) -> None:
-    """Adds the engine inside the trainer, or what the check of log-probabilities needs instead."""
+    """Adds the engine in the trainer, or the workspace of the log-probability check if larger."""
     rollout = phases["rollout"]
     if is_leader:
         engine = engine_bytes(layout, workload, itemsize=itemsize)
         for items in phases.values():
             items["rollout engine's weights"] = engine.weights
-        # Either the weights are sent, or responses are generated.
+        # The sync and the generation do not overlap: the larger counts.
         if engine.sync_workspace > engine.kv_cache + engine.workspace:
             rollout["workspace"] = engine.sync_workspace
         else:
             rollout["KV cache"] = engine.kv_cache
             rollout["workspace"] = engine.workspace
-    # Behind the rollout, when neither engine nor gradients are at work.
+    # The check runs after the rollout, without engine workspace or gradients.
     if check > rollout.get("workspace", 0) + rollout.get("KV cache", 0):
         rollout.pop("KV cache", None)
         rollout["workspace"] = check
@@ -285,7 +259,7 @@ def _add_vllm(
     check: int,
     is_leader: bool,
 ) -> None:
-    """Adds an engine beside the trainer, if there is one on this device, and a sync's workspace."""
+    """Adds a vLLM engine on this device, if any, and the workspace of the weight sync."""
     rollout = phases["rollout"]
     gathered = sync_workspace(layout, itemsize=itemsize) if is_leader else 0
     if engine is None:
@@ -307,7 +281,7 @@ def _add_vllm(
         gathered = max(gathered, check)
     if gathered:
         rollout["workspace"] = gathered
-    # The check comes when the engine is asleep.
+    # The check runs while the engine sleeps: it counts if it exceeds the awake engine.
     if check > gathered + sum(awake.values()):
         for item in awake:
             rollout.pop(item)

@@ -1,4 +1,4 @@
-"""Layers and parameters of each pipeline rank, counted from the table of mappings."""
+"""Layers and parameters of each pipeline rank, counted from the table of weight mappings."""
 
 import math
 import re
@@ -14,23 +14,21 @@ LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 def stages_of_rank(layout: RunLayout, pp_rank: int) -> range:
-    """The stages of a pipeline rank: one, or one for each of its virtual stages.
-
-    Stages are counted in the order in which a token passes them, over all ranks.
-    """
+    """Stages of a pipeline rank, numbered over all ranks in the order a token passes them."""
     counts = layout.student.extent.layers_per_stage
+    # Virtual stages are assigned round-robin.
     return range(pp_rank, len(counts), layout.config.parallel.pipeline_model_parallel_size)
 
 
 def layers_of_stage(model: ModelLayout, stage: int) -> range:
-    """A model's layers, counted from 0, on a stage."""
+    """A stage's layers of a model, counted from 0."""
     counts = model.extent.layers_per_stage
     start = sum(counts[:stage])
     return range(start, start + counts[stage])
 
 
 def is_last_stage(layout: RunLayout, stage: int) -> bool:
-    """Whether a stage has the models' ends."""
+    """Whether a stage has final norm and LM head."""
     return stage == len(layout.student.extent.layers_per_stage) - 1
 
 
@@ -41,13 +39,13 @@ def has_output_loss(layout: RunLayout, pp_rank: int) -> bool:
 
 
 def num_running(layout: RunLayout, stage: int) -> int:
-    """The student's layers on a stage that run in training: those up to the deepest tap."""
+    """The student's layers on a stage that run in training, i.e. up to the deepest tap."""
     layers = layers_of_stage(layout.student, stage)
     return sum(layer < layout.num_running_layers for layer in layers)
 
 
 def num_recomputed(layout: RunLayout, stage: int) -> int:
-    """Of these the layers whose forward pass runs again in the backward pass."""
+    """Running layers whose forward pass is repeated in the backward pass."""
     recompute, running = layout.config.recompute, num_running(layout, stage)
     match recompute.recompute_method:
         case "uniform":
@@ -60,25 +58,23 @@ def num_recomputed(layout: RunLayout, stage: int) -> int:
 
 
 def num_checkpoints(layout: RunLayout, stage: int) -> int:
-    """Runs of a stage's layers of which only the input is saved.
-
-    Layers past the deepest tap are among them, though they do not run.
-    """
+    """Recomputed runs of a stage's layers, which save only their input."""
     recompute, layers = layout.config.recompute, len(layers_of_stage(layout.student, stage))
     number = recompute.recompute_num_layers
     if number is None:
         return 0
+    # Layers past the deepest tap count, although they do not run.
     return -(-layers // number) if recompute.recompute_method == "uniform" else min(number, layers)
 
 
 def layer_of(parameter: str) -> int | None:
-    """The layer that a parameter belongs to; None for embedding, final norm and LM head."""
+    """Layer of a parameter; None for embedding, final norm and LM head."""
     match = LAYER.match(parameter)
     return int(match[1]) if match else None
 
 
 def stage_of(parameter: str, model: ModelLayout) -> int | None:
-    """The stage that holds a parameter; None if it is not built."""
+    """Stage that holds a parameter; None if it is not built."""
     extent = model.extent
     stages = range(len(extent.layers_per_stage))
     layer = layer_of(parameter)
@@ -88,6 +84,7 @@ def stage_of(parameter: str, model: ModelLayout) -> int | None:
         case "embedding":
             return 0
         case "decoder":  # the final norm
+            # The stage of the last layer; later stages can be empty.
             behind = max(stage for stage in stages if extent.layers_per_stage[stage])
             return behind if extent.final_norm else None
         case "output_layer":
@@ -116,24 +113,16 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Parameters of one model on one rank.
-
-    Attributes:
-        total: All of them.
-        trainable: Those with a gradient, without experts'.
-        trainable_experts: Experts' parameters with a gradient; other ranks share their optimizer
-            states than those of the rest.
-        replicated: Those with a gradient that every tensor-parallel rank holds whole: norms.
-    """
+    """Numbers of parameters of one model on one rank."""
 
     total: int
-    trainable: int
-    trainable_experts: int
-    replicated: int
+    trainable: int  # with a gradient, without experts'
+    trainable_experts: int  # separate, because different ranks share their optimizer states
+    replicated: int  # trainable and whole on every tensor-parallel rank: norms
 
 
 def place_of(parallel: ParallelConfig) -> Place:
-    """The first place; every other holds as many parameters of its layers."""
+    """The first place in the layout; all places hold equally many parameters of their layers."""
     return Place(
         tp_size=parallel.tensor_model_parallel_size,
         etp_size=parallel.expert_tensor_size,
@@ -142,7 +131,7 @@ def place_of(parallel: ParallelConfig) -> Place:
 
 
 def held_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list[Mapping]:
-    """The parameters of a model that the first place of a pipeline rank holds."""
+    """A model's parameters at the first place of a pipeline rank."""
     place, stages = place_of(model.parallel), stages_of_rank(layout, pp_rank)
     return [
         mapping
@@ -152,10 +141,10 @@ def held_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list
 
 
 def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> ParameterCounts:
-    """The parameters of one of the run's models on pipeline rank ``pp_rank``."""
+    """Counts the parameters of one of the run's models on a pipeline rank."""
     place = place_of(model.parallel)
     is_student = model is layout.student
-    sizes: dict[str, int] = {}  # layers are alike, and so are experts
+    sizes: dict[str, int] = {}  # one per kind: layers and experts are alike
     counts: Counter[str] = Counter()
     for mapping in held_parameters(layout, model, pp_rank):
         name = mapping.megatron
@@ -167,7 +156,7 @@ def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> Par
             counts["trainable" if mapping.expert is None else "trainable_experts"] += sizes[kind]
             counts["replicated"] += sizes[kind] if mapping.is_replicated else 0
     if model.architecture.tied and pp_rank > 0 and has_output_loss(layout, pp_rank):
-        # Megatron keeps a copy of the embedding on the last stage.
+        # Megatron keeps a copy of a tied embedding on the last stage.
         copy = model.padded_vocab_size // place.tp_size * model.architecture.hidden_size
         counts["total"] += copy
         counts["trainable"] += copy if is_student else 0
@@ -180,33 +169,28 @@ def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> Par
 
 
 def parameter_replicas(layout: RunLayout) -> int:
-    """Copies of each parameter that is no expert's in the whole run."""
+    """Copies of each non-expert parameter in the run."""
     return layout.data_parallel_size * layout.config.parallel.context_parallel_size
 
 
 def expert_replicas(layout: RunLayout) -> int:
-    """Copies of each expert in the whole run."""
+    """Copies of each expert in the run."""
     parallel = layout.config.parallel
     ranks_of_stage = parameter_replicas(layout) * parallel.tensor_model_parallel_size
     return ranks_of_stage // (parallel.expert_tensor_size * parallel.expert_model_parallel_size)
 
 
 def gradient_bytes(counts: ParameterCounts) -> int:
-    """Megatron's gradient buffers, in fp32."""
+    """Bytes of Megatron's gradient buffers, in fp32."""
     return (counts.trainable + counts.trainable_experts) * _FP32
 
 
 def optimizer_bytes(counts: ParameterCounts, layout: RunLayout, *, itemsize: int) -> int:
-    """Adam's two moments, and fp32 main parameters where the parameters are in another format.
-
-    Args:
-        counts: The student's parameters on the rank.
-        layout: The run.
-        itemsize: Bytes of a parameter.
-    """
+    """Bytes of Adam's moments, and of fp32 main parameters for other parameter types."""
     of_each = 2 * _FP32 + (_FP32 if itemsize != _FP32 else 0)
     if not layout.config.optimizer.use_distributed_optimizer:
         return (counts.trainable + counts.trainable_experts) * of_each
+    # A distributed optimizer divides the states over the replicas of each parameter.
     shared = counts.trainable / parameter_replicas(layout)
     shared += counts.trainable_experts / expert_replicas(layout)
     return round(shared * of_each)

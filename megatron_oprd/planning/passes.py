@@ -1,4 +1,4 @@
-"""The student's and the teacher's pass over a step's micro-batches, on one rank."""
+"""Memory of the student's and the teacher's passes over micro-batches, on one rank."""
 
 from dataclasses import replace
 
@@ -35,20 +35,20 @@ from megatron_oprd.training.layout import ModelLayout, RunLayout
 
 
 def student_peak(layout: RunLayout, workload: Workload, kernels: Kernels, *, pp_rank: int) -> Peak:
-    """The most that pipeline rank ``pp_rank`` keeps at once in the student's pass."""
+    """Memory of a pipeline rank at the peak of the student's pass."""
     return peak_of_student_pass(
         student_chunks(layout, workload, kernels, pp_rank=pp_rank),
         targets=kept_target_bytes(layout, workload, pp_rank=pp_rank),
         pp_rank=pp_rank,
         pp_size=layout.config.parallel.pipeline_model_parallel_size,
-        num_micro_batches=workload.group_size,
+        num_micro_batches=workload.group_size,  # a pass covers one group of micro-batches
     )
 
 
 def student_chunks(
     layout: RunLayout, workload: Workload, kernels: Kernels, *, pp_rank: int
 ) -> list[ChunkBytes]:
-    """The student's chunks on pipeline rank ``pp_rank``."""
+    """The student's model chunks on a pipeline rank."""
     return [
         _student_chunk(layout, workload, kernels, stage)
         for stage in stages_of_rank(layout, pp_rank)
@@ -56,12 +56,12 @@ def student_chunks(
 
 
 def teacher_workspace(layout: RunLayout, workload: Workload, kernels: Kernels) -> int:
-    """Bytes that the teacher's pass needs for a while, on every rank."""
+    """Temporary bytes of the teacher's pass, on every rank."""
     teacher = layout.config.teacher
     if teacher.precision == "fp8" and not uses_engine(teacher):
-        kernels = replace(kernels, fused_swiglu=False)  # made of Megatron's local layers
+        kernels = replace(kernels, fused_swiglu=False)  # these teachers use Megatron's local layers
     shape = layer_shape(layout, layout.teacher, workload, kernels)
-    # What went into the chunk, and what is on its way to the next stage.
+    # The chunk's input, and the output on its way to the next stage.
     others = 1 + (layout.config.parallel.pipeline_model_parallel_size > 1)
     return forward_workspace(shape) + others * shape.hidden_bytes
 
@@ -69,23 +69,24 @@ def teacher_workspace(layout: RunLayout, workload: Workload, kernels: Kernels) -
 def logprob_check_workspace(
     layout: RunLayout, workload: Workload, kernels: Kernels, *, pp_rank: int
 ) -> int:
-    """Bytes that comparing log-probabilities with the rollout engine's needs for a while."""
+    """Temporary bytes for comparing log-probabilities with the rollout engine's."""
     shape = layer_shape(layout, layout.student, workload, kernels)
-    needed = forward_workspace(shape) + shape.hidden_bytes  # what went into the chunk
+    needed = forward_workspace(shape) + shape.hidden_bytes  # the chunk's input
     vocab_size, student = layout.student.padded_vocab_size, layout.student.architecture
     if any(is_last_stage(layout, stage) for stage in stages_of_rank(layout, pp_rank)):
         positions = workload.micro_batch_size * workload.response_tokens
         rows = min(CHUNK_TOKENS, positions // layout.config.parallel.context_parallel_size)
         needed = max(needed, logprob_workspace(shape, rows, vocab_size=vocab_size))
         if student.tied and pp_rank > 0 and not layout.compares_outputs:
-            # The first stage's, sent for this once.
+            # The tied embedding: the first stage sends it for this check only.
             needed += vocab_size // shape.tp * student.hidden_size * shape.itemsize
+    # Log-probabilities of the whole step, in fp32, over all replicas.
     tokens = workload.num_sequences * layout.data_parallel_size * workload.response_tokens
     return needed + tokens * torch.float32.itemsize
 
 
 def kept_target_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> int:
-    """Bytes of the targets that pipeline rank ``pp_rank`` keeps at once."""
+    """Bytes of the targets that a pipeline rank keeps at the same time."""
     stages = stages_of_rank(layout, pp_rank)
     return sum(
         _target_bytes_of_stage(layout, workload.kept_rows, workload.kept_output_rows, stage)
@@ -122,7 +123,7 @@ def _student_chunk(
 
 
 def _saved_by_chunk(layout: RunLayout, shape: LayerShape, rows: int, stage: int) -> tuple[int, int]:
-    """Bytes that a chunk saves, and those that its backward pass saves again at most."""
+    """Bytes that a chunk saves, and bytes that its backward pass saves again at most."""
     recompute, layers = layout.config.recompute, layers_of_stage(layout.student, stage)
     running = num_running(layout, stage)
     tapped = sum(pair.student in layers for pair in layout.pairs)
@@ -140,7 +141,8 @@ def _saved_by_chunk(layout: RunLayout, shape: LayerShape, rows: int, stage: int)
     number = recompute.recompute_num_layers
     assert number is not None
     if recompute.recompute_method == "uniform":
-        # The first layer's input is there already; when the last run again, the norm is done.
+        # The first layer's input is already saved; when the last layers run again, the norm's
+        # backward pass is done.
         again = min(number, running) * with_tap - of_input - norm
         return num_checkpoints(layout, stage) * of_input + norm, max(again, 0)
     kept = max(running - number, 0) * with_tap
@@ -149,7 +151,7 @@ def _saved_by_chunk(layout: RunLayout, shape: LayerShape, rows: int, stage: int)
 
 
 def _messages(layout: RunLayout) -> int:
-    """Hidden states and their gradients that are under way between stages at once."""
+    """Hidden states and gradients in transit between stages at the same time."""
     parallel = layout.config.parallel
     if parallel.virtual_pipeline_model_parallel_size is not None:
         return 6
@@ -168,7 +170,7 @@ def _target_bytes_of_stage(layout: RunLayout, rows: int, output_rows: int, stage
 def layer_shape(
     layout: RunLayout, model: ModelLayout, workload: Workload, kernels: Kernels
 ) -> LayerShape:
-    """A layer of ``model`` at work on the largest micro-batch."""
+    """Sizes of a layer of ``model`` for the largest micro-batch."""
     config = layout.config
     return LayerShape(
         architecture=model.architecture,

@@ -24,7 +24,7 @@ _GB = 1e9
 def print_plan(
     console: Console, memory: MemoryEstimate, work: WorkEstimate, hardware: Hardware
 ) -> None:
-    """Prints the whole plan."""
+    """Prints all tables of the plan."""
     console.print(summary(memory, work))
     for table in (
         placement_table(memory.layout),
@@ -43,7 +43,7 @@ def print_plan(
 
 
 def summary(memory: MemoryEstimate, work: WorkEstimate) -> str:
-    """The run in a few lines."""
+    """Describes the run in a few lines."""
     layout, largest = memory.layout, memory.largest
     config = layout.config
     student, teacher = layout.student.architecture, layout.teacher.architecture
@@ -78,7 +78,7 @@ def summary(memory: MemoryEstimate, work: WorkEstimate) -> str:
 
 
 def placement_table(layout: RunLayout) -> Table:
-    """Which layers sit on which rank."""
+    """Table of layers and parameters by pipeline rank."""
     table = Table(title="Where the layers sit")
     table.add_column("stage")
     for name in ("student", "teacher"):
@@ -97,7 +97,7 @@ def placement_table(layout: RunLayout) -> Table:
 
 
 def memory_table(memory: MemoryEstimate, hardware: Hardware) -> Table:
-    """One row a rank, one column a phase."""
+    """Table with a row per rank and a column per phase."""
     table = Table(
         title="Memory of a rank in each phase, GB",
         caption=f"10^9 bytes; {hardware.memory_gb:g} a GPU",
@@ -117,7 +117,7 @@ def memory_table(memory: MemoryEstimate, hardware: Hardware) -> Table:
 
 
 def items_table(memory: MemoryEstimate) -> Table:
-    """What the fullest rank's memory is for."""
+    """Table of the fullest rank's memory by item and phase."""
     rank = memory.fullest
     table = Table(title=f"What takes it on the fullest rank ({rank_name(rank, memory.layout)}), GB")
     table.add_column("")
@@ -140,12 +140,13 @@ def items_table(memory: MemoryEstimate) -> Table:
 
 
 def messages_table(work: WorkEstimate) -> Table:
-    """Bytes sent in a step, on the stage that sends most."""
+    """Table of bytes sent in a step, by the stage that sends most."""
     table = Table(title="Sent in a step, GB (the stage that sends most)")
     table.add_column("")
     table.add_column("teacher", justify="right")
     table.add_column("student", justify="right")
     table.add_column("update", justify="right")
+    # Maximum of each kind of message; the maxima may be on different stages.
     most = {name: max(getattr(sent, name) for sent in work.sent) for name in asdict(work.sent[0])}
     rows = {
         "tensor parallel": (most["teacher_tp"], most["student_tp"], 0),
@@ -163,7 +164,7 @@ def messages_table(work: WorkEstimate) -> Table:
 
 
 def work_table(layout: RunLayout, work: WorkEstimate, hardware: Hardware) -> Table:
-    """FLOPs and seconds of each phase."""
+    """Table of FLOPs and seconds per phase."""
     table = Table(
         title="A step's work",
         caption=f"{hardware.mfu:.0%} of {hardware.tflops:g} TFLOP/s, {hardware.bandwidth:g} GB/s; "
@@ -180,6 +181,7 @@ def work_table(layout: RunLayout, work: WorkEstimate, hardware: Hardware) -> Tab
         ("optimizer", None, seconds.optimizer),
     ]
     for name, flops, duration in rows:
+        # Work is counted per replica; the table shows the run's.
         shown = "" if flops is None else f"{flops * layout.data_parallel_size / 1e15:,.2f}"
         table.add_row(name, shown, f"{duration:,.1f}", f"{duration / seconds.total:.0%}")
     table.add_section()
@@ -188,7 +190,7 @@ def work_table(layout: RunLayout, work: WorkEstimate, hardware: Hardware) -> Tab
 
 
 def as_json(memory: MemoryEstimate, work: WorkEstimate, hardware: Hardware) -> dict[str, Any]:
-    """The whole plan: bytes, FLOPs, seconds."""
+    """The plan in bytes, FLOPs and seconds."""
     layout = memory.layout
     pp_ranks = range(layout.config.parallel.pipeline_model_parallel_size)
     return {
@@ -231,11 +233,7 @@ def as_json(memory: MemoryEstimate, work: WorkEstimate, hardware: Hardware) -> d
 
 
 def write_json(file: Path, plan: dict[str, Any]) -> None:
-    """Writes what `as_json` made.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Writes the plan of `as_json`; raises UserError if the file cannot be written."""
     try:
         file.write_text(json.dumps(plan, indent=2) + "\n")
     except OSError as error:
@@ -243,7 +241,7 @@ def write_json(file: Path, plan: dict[str, Any]) -> None:
 
 
 def rank_name(rank: RankMemory, layout: RunLayout) -> str:
-    """A rank for a reader."""
+    """A rank's name in tables and messages."""
     suffix = ", with vLLM" if rank.has_engine and not rank.is_leader else ""
     if layout.config.parallel.pipeline_model_parallel_size == 1:
         return "leader" if rank.is_leader else f"others{suffix}"
@@ -270,7 +268,7 @@ def _groups_of_ranks(layout: RunLayout) -> str:
 
 
 def _rollouts(memory: MemoryEstimate) -> str | None:
-    """What is to be said of vLLM."""
+    """Describes the vLLM engine; None with another engine."""
     if memory.layout.config.rollout.engine != "vllm":
         return None
     if (engine := memory.vllm) is None:
@@ -312,4 +310,5 @@ def _layer_numbers(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list[
 
 def _gb(num_bytes: float) -> str:
     gb = num_bytes / _GB
+    # Two significant digits for sizes that one decimal would show as 0.0.
     return f"{gb:.1f}" if gb >= 0.05 or gb == 0 else f"{gb:.2g}"

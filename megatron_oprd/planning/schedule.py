@@ -1,4 +1,4 @@
-"""How much is kept at once under Megatron's pipeline schedules."""
+"""Peak memory under Megatron's pipeline schedules."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,43 +6,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkBytes:
-    """One model chunk of a rank, at work on one micro-batch of the student's pass.
+    """Bytes of one model chunk for one micro-batch of the student's pass."""
 
-    Attributes:
-        saved: Bytes from its forward pass until its backward pass.
-        recomputed: Bytes that the backward pass saves again, at most, beside ``saved``.
-        workspace: Bytes that either pass needs for a while beside that.
-        end_workspace: Bytes that the backward pass needs at its end, when ``saved`` is freed.
-        targets: Bytes of the teacher's targets that the chunk uses.
-        uses_targets_in_backward: Whether it uses them in the backward pass (recomputed layers), and
-            not in the forward pass.
-    """
-
-    saved: int
-    recomputed: int
-    workspace: int
-    end_workspace: int
-    targets: int
+    saved: int  # from the forward until the backward pass
+    recomputed: int  # saved again in the backward pass, at most, in addition to saved
+    workspace: int  # temporary, in either pass
+    end_workspace: int  # temporary, at the end of the backward pass, when saved is freed
+    targets: int  # the teacher's targets that the chunk uses
+    # In the backward instead of the forward pass (recomputed layers).
     uses_targets_in_backward: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """What a rank keeps at the moment at which it keeps most.
+    """Bytes that a rank keeps at the moment of highest memory."""
 
-    Attributes:
-        activations: Bytes of saved tensors.
-        workspace: Bytes needed for a while.
-        targets: Bytes of targets that are not used yet.
-    """
-
-    activations: int = 0
-    workspace: int = 0
-    targets: int = 0
+    activations: int = 0  # saved tensors
+    workspace: int = 0  # temporary
+    targets: int = 0  # not used yet
 
     @property
     def total(self) -> int:
-        """All bytes."""
+        """Sum of all bytes."""
         return self.activations + self.workspace + self.targets
 
 
@@ -54,14 +39,10 @@ def peak_of_student_pass(
     pp_size: int,
     num_micro_batches: int,
 ) -> Peak:
-    """The most that a rank keeps at once in the student's pass.
+    """The highest memory of a rank in the student's pass.
 
-    Args:
-        chunks: The rank's chunks: one, or one for each virtual stage.
-        targets: Bytes of all targets at the start.
-        pp_rank: The rank's place in the pipeline.
-        pp_size: Pipeline ranks.
-        num_micro_batches: Micro-batches of the pass.
+    ``chunks`` has one chunk per virtual stage; ``targets`` are the bytes of all targets at the
+    start.
     """
     saved, peak = 0, Peak(targets=targets)
 
@@ -79,6 +60,7 @@ def peak_of_student_pass(
             see(saved + chunk.recomputed, chunk.workspace)
             saved -= chunk.saved
             see(saved, chunk.end_workspace)
+        # Targets are freed by the pass that uses them.
         if forward != chunk.uses_targets_in_backward:
             targets = max(targets - chunk.targets, 0)
     assert saved == 0
@@ -88,11 +70,11 @@ def peak_of_student_pass(
 def _order(
     num_chunks: int, pp_rank: int, pp_size: int, num_micro_batches: int
 ) -> Iterator[tuple[int, bool]]:
-    """The (chunk, whether forward) that a rank works on, one after the other.
+    """Yields (chunk, is forward) in the order in which a rank processes them.
 
-    The order of megatron-core's 1F1B (``get_pp_rank_microbatches`` and ``get_schedule_table`` of
-    its schedules.py): the interleaved one takes ``pp_size`` micro-batches through a chunk at a
-    time.
+    This is megatron-core's 1F1B (``get_pp_rank_microbatches`` and ``get_schedule_table`` in
+    schedules.py). The interleaved schedule takes ``pp_size`` micro-batches at a time through a
+    chunk.
     """
     total = num_micro_batches * num_chunks
     warmup = pp_size - pp_rank - 1
@@ -104,6 +86,7 @@ def _order(
         yield forward[item], True
     for item in range(total - warmup):
         yield forward[warmup + item], True
+        # Backward passes take the chunks in reverse.
         yield num_chunks - 1 - forward[item], False
     for item in range(total - warmup, total):
         yield num_chunks - 1 - forward[item], False

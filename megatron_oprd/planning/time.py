@@ -1,11 +1,10 @@
-"""How long a step's phases take on given hardware, at least.
+"""Lower bounds of the time of a step's phases on given hardware.
 
-The models' passes take as long as their FLOPs at the share of the peak that ``mfu`` says, on the
-slowest stage, and the pipeline's bubble. Decoding reads all weights and the cache for every token,
-and so is bound by the memory's bandwidth; transformers' ``generate`` is slower than that bound. A
-vLLM engine's GPUs share that work. A server's takes no time here, since nothing is known of it.
-Not counted: waiting for messages that ``mfu`` does not cover, weight sync, copies from and to the
-host, loading and logging.
+The models' passes take their FLOPs at ``mfu`` of the peak on the slowest stage, plus the pipeline
+bubble. Decoding reads all weights and the cache for every token and is bound by memory bandwidth;
+transformers' ``generate`` is slower than this bound. A vLLM engine's GPUs share the work. A
+server's time is unknown and counts as 0. Not counted: waiting for communication beyond ``mfu``,
+weight sync, copies to and from the host, loading and logging.
 """
 
 from dataclasses import dataclass
@@ -32,61 +31,40 @@ from megatron_oprd.training.layout import RunLayout
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One GPU.
+    """One GPU."""
 
-    Attributes:
-        memory_gb: Memory that a run may take, in 10^9 bytes.
-        tflops: Peak of bf16 matrix products, in 10^12 operations a second.
-        bandwidth: Memory bandwidth, in 10^9 bytes a second.
-        mfu: Share of the peak that the models' passes reach while a stage computes.
-    """
-
-    memory_gb: float
-    tflops: float
-    bandwidth: float
-    mfu: float
+    memory_gb: float  # available to the run, in 10^9 bytes
+    tflops: float  # peak of bf16 matrix products, in 10^12 operations per second
+    bandwidth: float  # of memory, in 10^9 bytes per second
+    mfu: float  # share of the peak in the models' passes while a stage computes
 
     def seconds_for_flops(self, flops: float) -> float:
-        """Seconds that one GPU computes."""
+        """Time of one GPU for computing, in seconds."""
         return flops / (self.tflops * 1e12 * self.mfu)
 
     def seconds_for_bytes(self, num_bytes: float) -> float:
-        """Seconds that one GPU reads or writes its memory."""
+        """Time of one GPU for reading or writing memory, in seconds."""
         return num_bytes / (self.bandwidth * 1e9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSeconds:
-    """Seconds of each phase.
+    """Seconds of each phase."""
 
-    Attributes:
-        prefill: The rollout engine's pass over the prompts.
-        decode: Its responses.
-        teacher: The teacher's pass.
-        student: The student's passes.
-        optimizer: The update.
-    """
-
-    prefill: float
-    decode: float
+    prefill: float  # the rollout engine's pass over prompts
+    decode: float  # the engine's responses
     teacher: float
     student: float
     optimizer: float
 
     @property
     def total(self) -> float:
-        """The whole step."""
+        """Seconds of the whole step."""
         return self.prefill + self.decode + self.teacher + self.student + self.optimizer
 
 
 def step_seconds(layout: RunLayout, workload: Workload, hardware: Hardware) -> StepSeconds:
-    """The seconds of a step's phases.
-
-    Args:
-        layout: The run.
-        workload: The step.
-        hardware: The GPUs.
-    """
+    """Estimates the seconds of a step's phases."""
     itemsize = DTYPES[layout.config.model.params_dtype].itemsize
     pp_ranks = range(layout.config.parallel.pipeline_model_parallel_size)
     teacher = student = optimizer = 0.0
@@ -96,7 +74,7 @@ def step_seconds(layout: RunLayout, workload: Workload, hardware: Hardware) -> S
         student = max(student, sum(stage.student for stage in stages))
         counts = count_parameters(layout, layout.student, pp_rank)
         states = optimizer_bytes(counts, layout, itemsize=itemsize)
-        # Reads gradients and states, writes states and parameters.
+        # The update reads gradients and states, and writes states and parameters.
         share = gradient_bytes(counts) / parameter_replicas(layout)
         optimizer = max(optimizer, 2 * states + 2 * share)
     prefill, decode = _rollout_seconds(layout, workload, hardware, itemsize)
@@ -110,7 +88,7 @@ def step_seconds(layout: RunLayout, workload: Workload, hardware: Hardware) -> S
 
 
 def _with_bubble(layout: RunLayout, workload: Workload, flops: float) -> float:
-    """FLOPs of a rank, with those that it could do while the pipeline fills and empties."""
+    """A rank's FLOPs, plus those it could do while the pipeline fills and drains."""
     parallel = layout.config.parallel
     bubble = (parallel.pipeline_model_parallel_size - 1) / workload.group_size
     bubble /= parallel.virtual_pipeline_model_parallel_size or 1
@@ -121,7 +99,7 @@ def _with_bubble(layout: RunLayout, workload: Workload, flops: float) -> float:
 def _rollout_seconds(
     layout: RunLayout, workload: Workload, hardware: Hardware, itemsize: int
 ) -> tuple[float, float]:
-    """Of the prompts' pass, and of decoding."""
+    """Seconds of prefill and of decoding."""
     prompt, response = workload.prompt_tokens, workload.response_tokens
     if has_embedded_vllm(layout):
         vllm = vllm_bytes(layout, workload, itemsize=itemsize, memory_gb=hardware.memory_gb)
@@ -136,9 +114,10 @@ def _rollout_seconds(
         num_gpus, weights, whole_cache = 1, engine.weights, engine.kv_cache
         batch = generation_batch(layout, workload)
     steps = -(-workload.num_sequences // batch) * (response - 1)
-    # The cache is, on average, as long as the prompt and half of the response.
+    # On average the cache has the prompt and half of the response.
     cache = whole_cache * (prompt + response / 2) / (prompt + response)
     reading = hardware.seconds_for_bytes(steps * (weights + cache))
     flops = decode_flops(layout, workload) / num_gpus
+    # Bound by memory or by arithmetic, whichever is slower.
     decode = max(reading, hardware.seconds_for_flops(flops))
     return hardware.seconds_for_flops(prefill_flops(layout, workload) / num_gpus), decode

@@ -1,10 +1,9 @@
-"""What a vLLM engine beside the trainer takes, and how many responses it generates at once.
+"""Memory of a rollout engine on the trainer's GPUs, and its number of concurrent responses.
 
-An engine takes its share of the device (``gpu_memory_utilization``) for weights, working memory
-and, with what is left, the KV cache; with ``kv_cache_gb`` the cache has that size, whatever the
-share. Working memory is that of the largest batch, which vLLM 0.32 tries out when it starts. CUDA
-graphs are not counted. Tests compare the number of the cache's blocks with vLLM's; nothing else
-here has been measured.
+A vLLM engine takes its share of the device (``gpu_memory_utilization``) for weights, workspace and,
+with the rest, KV cache; with ``kv_cache_gb`` the cache has that size, independent of the share. The
+workspace is that of the largest batch, which vLLM 0.32 runs when it starts. CUDA graphs are not
+counted. Tests compare the number of cache blocks with vLLM's; nothing else here is measured.
 """
 
 import math
@@ -20,37 +19,23 @@ _FP32, _FP64 = 4, 8
 
 
 def generation_batch(layout: RunLayout, workload: Workload) -> int:
-    """Responses that are generated at once."""
+    """Number of responses generated at the same time."""
     limit = layout.config.rollout.max_batch_size
     return min(limit or workload.num_sequences, workload.num_sequences)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineBytes:
-    """The engine's memory.
+    """Memory of the hf engine, in bytes."""
 
-    Attributes:
-        weights: Its copy of the student, whole, which stays between rollouts.
-        kv_cache: Keys and values at the end of the longest generation.
-        workspace: What the prompts' forward pass, a layer's attention, or sampling needs beside
-            that.
-        sync_workspace: What the largest tensor needs while it is gathered for the engine.
-    """
-
-    weights: int
-    kv_cache: int
-    workspace: int
-    sync_workspace: int
+    weights: int  # copy of the whole student, kept between rollouts
+    kv_cache: int  # at the end of the longest generation
+    workspace: int  # the largest of prefill, a layer's attention and sampling
+    sync_workspace: int  # for gathering the largest tensor
 
 
 def engine_bytes(layout: RunLayout, workload: Workload, *, itemsize: int) -> EngineBytes:
-    """The engine's memory.
-
-    Args:
-        layout: The run.
-        workload: The step.
-        itemsize: Bytes of a weight.
-    """
+    """Estimates the memory of the hf engine; ``itemsize`` is bytes per weight."""
     a = layout.student.architecture
     batch, prompt = generation_batch(layout, workload), workload.prompt_tokens
     length = prompt + workload.response_tokens
@@ -61,11 +46,12 @@ def engine_bytes(layout: RunLayout, workload: Workload, *, itemsize: int) -> Eng
     moe = a.moe
     ffn = a.ffn_hidden_size if moe is None else moe.ffn_hidden_size * moe.num_experts_per_token
     prefill = batch * prompt * 3 * (ffn + a.hidden_size) * itemsize
-    # Logits in the weights' format and in fp32, with and without noise; the noise, its logarithm.
+    # Logits in the weights' type and, with and without noise, in fp32; noise and its logarithm in
+    # fp64.
     sampling = batch * a.vocab_size * (itemsize + 2 * _FP32 + 2 * _FP64)
     return EngineBytes(
         weights=sum(tensor_sizes(layout)) * itemsize,
-        # A layer's cache is copied to grow by a token.
+        # One layer more: appending a token copies a layer's cache.
         kv_cache=(a.num_layers + 1) * layer,
         workspace=max(prefill, sampling, repeated),
         sync_workspace=sync_workspace(layout, itemsize=itemsize),
@@ -73,22 +59,22 @@ def engine_bytes(layout: RunLayout, workload: Workload, *, itemsize: int) -> Eng
 
 
 def sync_workspace(layout: RunLayout, *, itemsize: int) -> int:
-    """Bytes that the largest tensor needs on the leader while it is gathered for an engine."""
-    # The ranks' shards, and the tensor they are put together to.
+    """Bytes on the leader while the largest tensor is gathered for an engine."""
+    # The ranks' shards, and the whole tensor.
     return 2 * max(tensor_sizes(layout)) * itemsize
 
 
 def tensor_sizes(layout: RunLayout) -> list[int]:
-    """Elements of every tensor that the student's weights are sent to an engine as."""
+    """Elements of every tensor in which the student's weights are sent to an engine."""
     return [math.prod(s) for mapping in layout.student.table for s in mapping.hf.values()]
 
 
 _FP8, _FP32, _INT64 = 1, 4, 8
-# What a second process on a device needs for CUDA itself, awake or asleep; assumed.
+# CUDA context of a second process on a device, awake or asleep; an assumption.
 CONTEXT_BYTES = 500_000_000
-# Tokens of a block of the KV cache on a GPU. One block is never used.
+# vLLM's tokens per KV-cache block on a GPU. One block is never used.
 BLOCK_TOKENS = 16
-# The largest batch by default: tokens and responses on a GPU of 70 GiB or more, and on others.
+# vLLM's default maximum batch (tokens, responses), by whether the GPU has 70 GiB or more.
 _LARGE_GPU = 70 * 2**30
 _BATCH_TOKENS = {True: 16_384, False: 8_192}
 _BATCH_RESPONSES = {True: 1_024, False: 256}
@@ -96,36 +82,24 @@ _BATCH_RESPONSES = {True: 1_024, False: 256}
 
 @dataclass(frozen=True, kw_only=True)
 class VLLMBytes:
-    """An engine's memory on each of its GPUs, and what fits into its cache.
+    """Memory of an engine on each of its GPUs, and capacity of its cache."""
 
-    Attributes:
-        num_gpus: GPUs of an engine: the first of its replica.
-        weights: Its share of the student's weights.
-        kv_cache: Its share of the KV cache.
-        workspace: Activations and logits of the largest batch.
-        bucket: The buffer that weights come through, on the replica's leader only.
-        sleeps: Whether it gives up all that, but for the bucket, while teacher and student run.
-        host_bytes: What of it then goes to the host's memory, of all its GPUs together.
-        num_tokens: Tokens whose keys and values fit into the cache.
-        max_model_len: Tokens of the longest prompt with its response.
-        num_responses: Responses of the longest sequences that fit at once, at most as many as a
-            replica's step has or ``rollout.max_batch_size`` allows.
-    """
-
-    num_gpus: int
-    weights: int
-    kv_cache: int
-    workspace: int
-    bucket: int
-    sleeps: bool
-    host_bytes: int
-    num_tokens: int
-    max_model_len: int
+    num_gpus: int  # of an engine: the first of its replica
+    weights: int  # share of the student's weights
+    kv_cache: int  # share of the KV cache
+    workspace: int  # activations and logits of the largest batch
+    bucket: int  # buffer of the weight sync; only on the replica's leader
+    sleeps: bool  # frees all but the bucket and the CUDA context while teacher and student run
+    host_bytes: int  # moved to host memory by sleep, for all GPUs together
+    num_tokens: int  # capacity of the cache
+    max_model_len: int  # tokens of the longest prompt with its response
+    # Responses of maximum length that fit at the same time, up to the replica's step and
+    # rollout.max_batch_size.
     num_responses: int
 
     @property
     def awake(self) -> int:
-        """All of a GPU's, without the bucket."""
+        """Bytes on a GPU while awake, without the bucket."""
         return self.weights + self.kv_cache + self.workspace + CONTEXT_BYTES
 
 
@@ -138,13 +112,9 @@ def has_embedded_vllm(layout: RunLayout) -> bool:
 def vllm_bytes(
     layout: RunLayout, workload: Workload, *, itemsize: int, memory_gb: float
 ) -> VLLMBytes:
-    """The engine's memory.
+    """Estimates an engine's memory on a GPU with ``memory_gb`` (10^9 bytes).
 
-    Args:
-        layout: The run.
-        workload: The step.
-        itemsize: Bytes of a weight, and of a key's or value's element.
-        memory_gb: Memory of a GPU, in 10^9 bytes.
+    ``itemsize`` is bytes per weight and per element of the cache.
     """
     rollout, a = layout.config.rollout, layout.student.architecture
     vllm, size = rollout.vllm, rollout.vllm.tensor_model_parallel_size
@@ -168,7 +138,8 @@ def vllm_bytes(
         kv_cache=kv_cache,
         workspace=workspace,
         bucket=vllm.sync_bucket_mb * 10**6,
-        # It generates the next step's responses while teacher and student run.
+        # One step off-policy, it generates during the teacher's and student's passes and cannot
+        # sleep.
         sleeps=vllm.sleep_level > 0 and not rollout.one_step_off_policy,
         host_bytes=weights * size if vllm.sleep_level == 1 else 0,
         num_tokens=usable * BLOCK_TOKENS,
@@ -178,7 +149,7 @@ def vllm_bytes(
 
 
 def _weight_bytes(layout: RunLayout, itemsize: int) -> int:
-    """The student's weights as an engine keeps them; the scales of FP8 are left out."""
+    """Bytes of the student's weights in an engine; FP8 scales are omitted."""
     in_fp8 = layout.config.rollout.vllm.quantization is not None
     total = 0
     for mapping in layout.student.table:
@@ -192,14 +163,10 @@ def _weight_bytes(layout: RunLayout, itemsize: int) -> int:
 def num_blocks(
     a: Architecture, kv_cache: int, *, size: int, itemsize: int, block_tokens: int = BLOCK_TOKENS
 ) -> int:
-    """Blocks into which a GPU's part of the KV cache is divided, as vLLM counts them.
+    """KV-cache blocks on one GPU, counted as vLLM does.
 
-    Args:
-        a: The student's architecture.
-        kv_cache: Bytes of the cache on one GPU.
-        size: GPUs that share the heads; with fewer heads than GPUs several have the same.
-        itemsize: Bytes of an element.
-        block_tokens: Tokens of a block.
+    ``kv_cache`` is in bytes per GPU; ``size`` GPUs share the heads, and replicate them if there are
+    fewer heads than GPUs.
     """
     of_token = kv_bytes_per_token(a, size=size, itemsize=itemsize)
     return kv_cache // (of_token * block_tokens)
@@ -211,11 +178,7 @@ def kv_bytes_per_token(a: Architecture, *, size: int, itemsize: int) -> int:
 
 
 def check_kv_cache(engine: VLLMBytes | None, layout: RunLayout, *, memory_gb: float) -> None:
-    """Checks that the longest sequence fits into the engine's KV cache.
-
-    Raises:
-        UserError: It does not, so that vLLM would not start.
-    """
+    """Raises UserError if the longest sequence exceeds the KV cache: vLLM would not start."""
     if engine is None or holds_longest(engine):
         return
     vllm = layout.config.rollout.vllm
@@ -238,7 +201,7 @@ def check_kv_cache(engine: VLLMBytes | None, layout: RunLayout, *, memory_gb: fl
 
 
 def holds_longest(engine: VLLMBytes) -> bool:
-    """Whether the longest sequence fits into the cache, without which vLLM does not start."""
+    """Whether the longest sequence fits into the cache; vLLM does not start otherwise."""
     return engine.num_tokens >= engine.max_model_len
 
 
@@ -251,12 +214,12 @@ def _workspace(
     max_batch_size: int | None,
     is_large: bool,
 ) -> int:
-    """Bytes that the largest batch's forward pass, or its sampling, needs."""
+    """Bytes of the largest batch's forward pass or of its sampling, whichever is larger."""
     responses = max_batch_size or _BATCH_RESPONSES[is_large]
     tokens = min(_BATCH_TOKENS[is_large], responses * max_model_len)
     moe = a.moe
     ffn = a.ffn_hidden_size if moe is None else moe.ffn_hidden_size * moe.num_experts_per_token
-    # Gate, up and their product; the residual, its norm, what goes into and comes out of the MLP.
+    # Gate, up and their product; residual, its norm, the MLP's input and output.
     forward = tokens * (3 * ffn // size + 4 * a.hidden_size) * itemsize
     # Logits in the weights' format and in fp32, their log-probabilities; sorted, with their order.
     sampling = min(responses, tokens) * a.vocab_size * (itemsize + 3 * _FP32 + _INT64)

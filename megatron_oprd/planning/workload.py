@@ -1,4 +1,4 @@
-"""What one data-parallel replica works on in a step."""
+"""Workload of one data-parallel replica in a step."""
 
 from dataclasses import dataclass, replace
 
@@ -12,38 +12,26 @@ from megatron_oprd.training.layout import RunLayout
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The micro-batches of a step, all sequences of one length.
+    """Micro-batches of a step in which all sequences have the same length."""
 
-    Attributes:
-        num_sequences: Sequences of this replica.
-        prompt_tokens: Tokens of each prompt.
-        response_tokens: Tokens of each response.
-        num_micro_batches: Micro-batches of this replica.
-        micro_batch_size: Sequences of the largest micro-batch.
-        num_rows: Its rows: one for all of its sequences if they are packed, else one for each.
-        row_tokens: Tokens of a row, padding included.
-        target_rows: Supervised positions of the largest micro-batch on the rank that has most of
-            them, where ranks share sequences.
-        kept_rows: Supervised positions whose targets a rank keeps at once: those of a whole step,
-            or of a group of micro-batches under ``teacher.target_memory_gb``.
-        output_rows: Positions of the output-space loss in the largest micro-batch, which every
-            tensor-parallel rank has; 0 without one.
-        kept_output_rows: Of these what is kept at once.
-        group_size: Micro-batches of such a group.
-    """
-
-    num_sequences: int
-    prompt_tokens: int
-    response_tokens: int
-    num_micro_batches: int
-    micro_batch_size: int
-    num_rows: int
-    row_tokens: int
+    num_sequences: int  # of this replica
+    prompt_tokens: int  # per prompt
+    response_tokens: int  # per response
+    num_micro_batches: int  # of this replica
+    micro_batch_size: int  # sequences of the largest micro-batch
+    num_rows: int  # of the largest micro-batch: one if packed, else one per sequence
+    row_tokens: int  # padding included
+    # Supervised positions of the largest micro-batch, on the sequence-sharing rank with most of
+    # them.
     target_rows: int
+    # Supervised positions whose targets a rank keeps at the same time: of a step, or of a group of
+    # micro-batches under teacher.target_memory_gb.
     kept_rows: int
+    # Positions of the output-space loss in the largest micro-batch, on every tensor-parallel rank;
+    # 0 without the loss.
     output_rows: int
-    kept_output_rows: int
-    group_size: int
+    kept_output_rows: int  # of these, kept at the same time
+    group_size: int  # micro-batches per group
 
     @property
     def tokens(self) -> int:
@@ -52,18 +40,12 @@ class Workload:
 
     @property
     def num_groups(self) -> int:
-        """Times that teacher and student take turns."""
+        """Number of turns of teacher and student."""
         return -(-self.num_micro_batches // self.group_size)
 
 
 def workload(layout: RunLayout, *, prompt_tokens: int, response_tokens: int) -> Workload:
-    """A step in which all prompts, and all responses, have one length.
-
-    Args:
-        layout: The run.
-        prompt_tokens: Tokens of each prompt.
-        response_tokens: Tokens of each response.
-    """
+    """Builds the workload of a step in which all prompts and all responses have equal lengths."""
     config = layout.config
     parallel = config.parallel
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
@@ -91,6 +73,7 @@ def workload(layout: RunLayout, *, prompt_tokens: int, response_tokens: int) -> 
             alignment=alignment,
             aggregation=config.loss.aggregation,
         )
+        # Sequences are equal: rows depend only on a micro-batch's size.
         of_size = {
             size: supervised_rows([0] * size, weights, split, is_packed=is_packed)
             for size in set(map(len, replica))
@@ -100,6 +83,7 @@ def workload(layout: RunLayout, *, prompt_tokens: int, response_tokens: int) -> 
     rows = rows_of(taps.positions, taps.k, taps.alignment, split)
     output_rows = [0] * len(replica)
     if layout.compares_outputs:
+        # Tensor-parallel ranks split the vocabulary at the LM head, not the positions.
         whole = replace(split, tp_size=1)
         output_rows = rows_of(output.positions, output.positions_k, "predictor", whole)
     budget = config.teacher.target_memory_gb

@@ -1,4 +1,4 @@
-"""One step's rollouts: generated on each replica's leader, known on every rank afterwards."""
+"""Collects the rollouts of a step: generated on replica leaders, then sent to every rank."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from megatron_oprd.rollout.replicas import ReplicaEngines
 
 
 def share_of_replica(prompts: Sequence[Prompt], context: ParallelContext) -> Sequence[Prompt]:
-    """The prompts that this replica's leader generates for: every n-th."""
+    """The prompts that this replica's leader generates for: every dp_size-th prompt."""
     return prompts[context.dp_rank :: context.dp_size]
 
 
@@ -24,24 +24,11 @@ def collect(
     *,
     weights_version: int = 0,
     context: ParallelContext,
-    reader: TeacherReader | None = None,
+    reader: TeacherReader | None = None,  # None: the teacher reads the student's sequences
 ) -> list[Rollout]:
-    """Generates the responses of the whole step.
+    """Generates a step's responses and distributes them; arguments and result as in `gather`.
 
-    Args:
-        engines: The replicas' engines, with the weights.
-        prompts: The step's prompts, the same on every leader; not looked at on other ranks.
-        sampling: How to sample.
-        weights_version: The version of the weights that the rollouts have to come from.
-        context: This rank's place.
-        reader: How the teacher reads; None: the student's sequences.
-
-    Returns:
-        See `gather`.
-
-    Raises:
-        RuntimeError: See `gather`.
-        RolloutEngineError: An engine failed too often; on every rank.
+    Raises RolloutEngineError on every rank if an engine failed too often.
     """
     return gather(
         engines.generate(share_of_replica(prompts, context), sampling),
@@ -54,32 +41,21 @@ def collect(
 
 
 def gather(
-    generated: list[Rollout] | None,
-    prompts: Sequence[Prompt],
+    generated: list[Rollout] | None,  # of `share_of_replica`; ignored if not a leader
+    prompts: Sequence[Prompt],  # the step's, the same on every leader; ignored on other ranks
     sampling: SamplingParams,
     *,
     weights_versions: Collection[int],
     context: ParallelContext,
-    reader: TeacherReader | None = None,
+    reader: TeacherReader | None = None,  # None: the teacher reads the student's sequences
 ) -> list[Rollout]:
-    """Puts together what the replicas generated.
+    """Collects the rollouts of all replicas on every rank, ordered by prompt, then by sample.
 
-    The results go to each replica's ranks, then over the replicas, on the context's control groups.
-
-    Args:
-        generated: On leaders, the rollouts of `share_of_replica`; not looked at on other ranks.
-        prompts: The step's prompts; likewise.
-        sampling: How they were sampled.
-        weights_versions: Versions of the weights that the rollouts may come from.
-        context: This rank's place.
-        reader: How the teacher reads; None: the student's sequences.
-
-    Returns:
-        All rollouts in the order of ``prompts``, then of the sample, the same on every rank.
-
-    Raises:
-        RuntimeError: A rollout comes from other weights; on every rank.
+    The rollouts are broadcast in each replica, then gathered over replicas (the context's control
+    groups). Raises RuntimeError on every rank if a rollout was sampled with a version of the
+    weights outside ``weights_versions``.
     """
+    # Leaders build the teacher's sequences before the exchange: other ranks have no prompts.
     if reader is not None and generated is not None:
         repeated = [
             prompt
@@ -95,12 +71,14 @@ def gather(
     shares: list[list[Rollout] | None] = [None] * context.dp_size
     dist.all_gather_object(shares, own[0], group=context.leaders_control)
     rollouts: list[Rollout] = []
+    # Inverse of share_of_replica: prompt i is entry i // dp_size of replica i % dp_size.
     n = sampling.samples_per_prompt
     num_prompts = sum(len(share or ()) for share in shares) // n
     for prompt in range(num_prompts):
         share, first = shares[prompt % context.dp_size], prompt // context.dp_size * n
         assert share is not None
         rollouts += share[first : first + n]
+    # Checked after the exchange, so that all ranks raise and none is left waiting in a collective.
     for rollout in rollouts:
         if rollout.weights_version not in weights_versions:
             raise RuntimeError(

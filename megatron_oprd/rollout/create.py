@@ -1,4 +1,4 @@
-"""Makes the rollout engine that a setting names."""
+"""Creates the rollout engine that ``rollout.engine`` selects."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,32 +24,20 @@ def create_engine(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    gpus: Sequence[str] = (),
-    max_batch_size: int | None,
-    max_model_len: int | None = None,
+    gpus: Sequence[str] = (),  # of `VLLMEngine`: names for CUDA_VISIBLE_DEVICES
+    max_batch_size: int | None,  # responses generated at the same time; None: no limit
+    max_model_len: int | None = None,  # vllm only: tokens of the longest prompt with its response
     vllm: VLLMConfig | None = None,
-    owner: str = "",
+    owner: str = "",  # vllm server only: identifies the run whose weights the server has
 ) -> RolloutEngine:
-    """Makes an engine without weights; `RolloutEngine.load_weights` has to come first.
+    """Creates an engine without weights; call `RolloutEngine.load_weights` first.
 
-    Args:
-        name: Which engine; ``rollout.engine``.
-        folder: A folder with the model's config.json.
-        tokenizer: The model's.
-        dtype: Type of weights and activations.
-        device: Where the model is.
-        gpus: For vllm that is no server: see `VLLMEngine`.
-        max_batch_size: Most responses that are generated at once; None is no limit.
-        max_model_len: For vllm: tokens of the longest prompt with its response.
-        vllm: For vllm: its settings.
-        owner: For vllm on a server: whose weights it has, which tells runs apart.
-
-    Raises:
-        UserError: The model names no end-of-sequence token.
+    Raises UserError if neither ``folder`` nor tokenizer defines an end-of-sequence token.
     """
     eos, known_ids = eos_token_ids(folder, tokenizer), tokenizer.get_vocab().values()
 
     def decode(ids: Sequence[int]) -> str:
+        # Stop texts may contain special tokens.
         return tokenizer.decode(ids, skip_special_tokens=False)
 
     if name == "vllm":

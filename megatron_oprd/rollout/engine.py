@@ -1,4 +1,4 @@
-"""What the training loop asks of a rollout engine, and what it gets back."""
+"""The interface of rollout engines: sampling parameters, rollouts and the engine protocol."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,77 +11,57 @@ from megatron_oprd.data.teacher_sequences import TeacherSequence
 
 
 class RolloutEngineError(RuntimeError):
-    """An engine ended, does not answer or failed. It is of no further use; another one may be."""
+    """An engine exited, hangs or failed. It is unusable; a new engine may work."""
 
 
 class WrongWeightsError(RolloutEngineError):
-    """An engine has other weights than were sent."""
+    """An engine's weights differ from the weights that were sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How responses are sampled.
+    """Sampling parameters of a step.
 
-    Attributes:
-        temperature: Softmax temperature; 0 is greedy.
-        top_p: Nucleus: the smallest set of tokens whose probability reaches this; 1.0 is off.
-        top_k: Only the k most likely tokens; 0 is off.
-        stop: A response ends with the token that completes any of these texts in the response.
-        stop_token_ids: A response ends with any of these, besides the engine's end-of-sequence
-            tokens.
-        max_new_tokens: A response is cut after this many tokens.
-        samples_per_prompt: Responses for each prompt.
-        seed: The same seed gives the same response to the same prompt and sample index, whatever
-            else is in the batch and however the prompts are divided over processes.
-        logprobs: Whether rollouts come with the log-probabilities of their tokens, which takes the
-            engine some time.
+    A seed gives the same response for a prompt and sample index, independent of the rest of the
+    batch and of how prompts are divided over processes.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float = 1.0  # softmax temperature; 0 is greedy
+    top_p: float = 1.0  # nucleus: smallest set of tokens with at least this probability; 1.0 is off
+    top_k: int = 0  # sample from the k most likely tokens; 0 is off
+    # A response ends with the token that completes any of these texts in it.
     stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # in addition to the engine's end-of-sequence tokens
     max_new_tokens: int
     samples_per_prompt: int = 1
     seed: int
-    logprobs: bool = False
+    logprobs: bool = False  # return log-probabilities of the sampled tokens; costs the engine time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One response to one prompt.
+    """One response to one prompt."""
 
-    Attributes:
-        prompt_index: The prompt's index in the data set (`Prompt.index`).
-        sample_index: Which of the prompt's ``samples_per_prompt`` responses this is.
-        prompt_ids: Token ids of the prompt, without padding.
-        response_ids: Token ids of the response, what ended it (end-of-sequence token, stop token,
-            tokens of a stop text) included. Never empty.
-        finished: False when the response was cut at ``max_new_tokens``.
-        teacher: What the teacher reads in its place, if that is something else.
-        taught_by: For each of the run's teachers, whether it teaches this rollout; None: all do.
-        weights_version: The number that came with the weights (`RolloutEngine.load_weights`).
-        logprobs: Log-probability of each response token by the model's logits as they are, before
-            temperature, top-k and top-p, over the whole vocabulary but for ids that mean nothing.
-            They are not those that it was sampled with, unless these three are off. None where they
-            were not asked for. Rollouts are compared without them, since the batch that a response
-            is in changes their rounding.
-    """
-
-    prompt_index: int
-    sample_index: int
-    prompt_ids: tuple[int, ...]
+    prompt_index: int  # index in the data set (`Prompt.index`)
+    sample_index: int  # from 0, among the prompt's samples_per_prompt responses
+    prompt_ids: tuple[int, ...]  # without padding
+    # Including the stop token, or the tokens of the stop text; never empty.
     response_ids: tuple[int, ...]
-    finished: bool
+    finished: bool  # False: cut at max_new_tokens
+    # What the teacher reads instead of the student's sequence.
     teacher: TeacherSequence | None = None
+    # Per teacher of the run, whether it teaches this rollout; None: all do.
     taught_by: tuple[bool, ...] | None = None
-    weights_version: int = 0
+    weights_version: int = 0  # the version passed to `RolloutEngine.load_weights`
+    # Log-probability of each response token from the raw logits: before temperature, top-k and
+    # top-p, over the whole vocabulary except padding ids. Equal to the sampling log-probabilities
+    # only if all three are off. None if not requested. Excluded from comparison, because their
+    # rounding depends on the batch.
     logprobs: tuple[float, ...] | None = field(default=None, compare=False)
 
 
 def teacher_sequences_of(rollouts: Sequence[Rollout]) -> list[TeacherSequence] | None:
-    """What the teacher reads of each rollout; None if it reads the student's sequences."""
+    """The teacher's sequence of each rollout; None if it reads the student's sequences."""
     read = [rollout.teacher for rollout in rollouts]
     if all(one is None for one in read):
         return None
@@ -92,11 +72,12 @@ def teacher_sequences_of(rollouts: Sequence[Rollout]) -> list[TeacherSequence] |
 class RolloutEngine(Protocol):
     """Generates responses with the student's current weights.
 
-    Any call may raise `RolloutEngineError`; `load_weights` also in the middle of its stream.
+    Any call may raise `RolloutEngineError`; `load_weights` may raise before its stream is
+    exhausted.
     """
 
     def needs_all_weights(self) -> bool:
-        """Whether the next `load_weights` has to bring every weight: the engine lacks some."""
+        """Whether the engine lacks weights, so the next `load_weights` must bring all of them."""
 
     def load_weights(
         self,
@@ -105,17 +86,17 @@ class RolloutEngine(Protocol):
         version: int = 0,
         left_out: Collection[str] = (),
     ) -> None:
-        """Replaces weights by the stream's (full tensors under Hugging Face names).
+        """Replaces weights by the stream's full tensors, under Hugging Face names.
 
-        Rollouts come back with ``version`` until other weights are loaded. All weights come but
-        ``left_out``, which stay as they are; with `needs_all_weights` that is empty.
+        Later rollouts carry ``version``. The stream has all weights except ``left_out``, which stay
+        unchanged; ``left_out`` must be empty if `needs_all_weights`.
         """
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample."""
+        """Samples ``samples_per_prompt`` responses per prompt, ordered by prompt, then sample."""
 
     def sleep(self) -> None:
-        """Gives up the memory that it does not need until the next `load_weights`."""
+        """Frees memory that is not needed until the next `load_weights`."""
 
     def close(self) -> None:
         """Ends the engine."""
@@ -123,10 +104,10 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class OverlappingEngine(RolloutEngine, Protocol):
-    """An engine that can generate while its caller does something else."""
+    """An engine that generates in the background."""
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        """Begins what `generate` does. No other call may come before `finish`."""
+        """Starts `generate` in the background. The next call must be `finish`."""
 
     def finish(self) -> list[Rollout]:
-        """Waits for the rollouts, and returns them as `generate` does."""
+        """Waits for the rollouts and returns them as `generate` does."""

@@ -1,4 +1,4 @@
-"""The embedded rollout engine: the student as a transformers model in this process."""
+"""Rollout engine in the training process: the student as a transformers model."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,45 +20,33 @@ from megatron_oprd.rollout.sampling import StopTexts, logits_processors, seed_of
 
 
 class HFEngine:
-    """A `RolloutEngine` on transformers' ``generate``, with a copy of the student's weights.
+    """A `RolloutEngine` that runs transformers' ``generate`` on a copy of the student.
 
-    The model is built without weights; `load_weights` has to come before `generate`.
-
-    The same seed gives the same response whatever else is in the batch, up to the rounding of
-    the logits: a kernel that rounds otherwise for another batch shape can flip a near tie.
+    Call `load_weights` before `generate`. A seed gives the same response in any batch, up to the
+    rounding of the logits: kernels may round differently for another batch shape and flip a near
+    tie.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path,  # its generation_config.json is ignored
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype,  # of weights and activations
         device: torch.device,
         eos_token_ids: Sequence[int],
-        pad_token_id: int,
+        pad_token_id: int,  # left padding; masked
+        # The tokenizer's ids; other ids pad the embedding and are never sampled.
         known_ids: Collection[int],
+        # Keeps special tokens; needed for stop texts.
         decode: Callable[[Sequence[int]], str] | None = None,
-        max_batch_size: int | None = None,
+        max_batch_size: int | None = None,  # responses generated at the same time; None: no limit
     ):
-        """Builds the model of ``folder``'s config.json; no weights are read.
-
-        Args:
-            folder: A Hugging Face model folder. Its generation_config.json has no influence.
-            dtype: The weights' and activations' type.
-            device: Where the model lives.
-            eos_token_ids: A response ends with any of these.
-            pad_token_id: Fills up shorter prompts on the left; masked.
-            known_ids: The tokenizer's ids. Others, which only pad the embedding and mean nothing,
-                are never sampled.
-            decode: The tokenizer's decoding, special tokens kept; without it there are no stop
-                texts.
-            max_batch_size: Most responses that are generated at once; None is no limit.
-        """
+        """Builds the model from ``folder``'s config.json, without reading weights."""
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device(device), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.tie_weights()  # no_init_weights leaves this out too
-        # generate() takes from here whatever its explicit config leaves open.
+        model.tie_weights()  # no_init_weights skips tying, too
+        # generate() reads defaults from here for fields that its explicit config leaves unset.
         model.generation_config = GenerationConfig()
         self._model: PreTrainedModel = model.eval().requires_grad_(False)
         self._device = device
@@ -70,7 +58,7 @@ class HFEngine:
         self._version: int | None = None
 
     def needs_all_weights(self) -> bool:
-        """Whether `load_weights` was not called yet, or failed: nothing else loses weights."""
+        """Whether `load_weights` has not been called or has failed."""
         return self._version is None
 
     @torch.no_grad()
@@ -81,26 +69,18 @@ class HFEngine:
         version: int = 0,
         left_out: Collection[str] = (),
     ) -> None:
-        """Replaces weights, in place.
+        """Replaces weights in place; tensors may have any float dtype and device.
 
-        Args:
-            stream: Full tensors, under the names they have in a Hugging Face checkpoint, of any
-                float type and on any device. A weight with two names (tied embeddings) may come
-                under either or both.
-            version: The number that rollouts with these weights come back with.
-            left_out: Names of weights that do not come and stay as they are.
-
-        Raises:
-            ValueError: A name that the model lacks, a wrong shape, a weight that came twice (tied
-                ones may, if equal) or not at all.
+        Tied weights may arrive under either name or both. Raises ValueError for an unknown name, a
+        wrong shape, a missing weight, or a repeated one (tied weights may repeat if equal).
         """
         assert not (left_out and self.needs_all_weights()), (
             "weights are left out that are not there"
         )
-        self._version = None  # until all have come: half of them are no model
+        self._version = None  # a partial load is not a usable model
         destinations = checkpoint_tensors(self._model.state_dict())
         shapes = {name: tuple(tensor.shape) for name, tensor in destinations.items()}
-        delivered: dict[int, str] = {}  # where the weight is in memory -> the name it came under
+        delivered: dict[int, str] = {}  # data pointer -> name; tied weights share the pointer
         for name, tensor in known_weights(stream, shapes):
             destination = destinations[name]
             value = tensor.to(device=destination.device, dtype=destination.dtype)
@@ -116,16 +96,14 @@ class HFEngine:
         self._version = version
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample.
+        """Samples ``samples_per_prompt`` responses per prompt, ordered by prompt, then sample.
 
-        Prompts of similar length share a batch. Communicates with nobody.
-
-        Raises:
-            RuntimeError: `load_weights` has not been called.
+        Does not communicate with other ranks. Raises RuntimeError if no weights have been loaded.
         """
         if self._version is None:
             raise RuntimeError("generate() before load_weights(): the model has no weights yet")
         requests = [(p, i) for p in prompts for i in range(sampling.samples_per_prompt)]
+        # Prompts of similar length share a batch, which saves padding.
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i][0].token_ids))
         batch_size = self._max_batch_size or max(len(requests), 1)
         rollouts: dict[int, Rollout] = {}
@@ -137,18 +115,18 @@ class HFEngine:
         return [rollouts[i] for i in range(len(requests))]
 
     def sleep(self) -> None:
-        """Keeps everything: the copy of the student is all there is."""
+        """Does nothing: the model's weights are all the memory the engine holds."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing."""
 
     def _generate(
         self, requests: Sequence[tuple[Prompt, int]], sampling: SamplingParams
     ) -> list[Rollout]:
-        """Generates one batch of (prompt, sample index)."""
+        """Generates one batch of (prompt, sample index) pairs."""
         assert self._version is not None
         width = max(len(prompt.token_ids) for prompt, _ in requests)
-        # [b, s], padded on the left
+        # [b, s], padded on the left: generate() appends after the last column
         input_ids = torch.full((len(requests), width), self._pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         for row, (prompt, _) in enumerate(requests):
@@ -170,6 +148,7 @@ class HFEngine:
             input_ids.to(self._device),
             attention_mask=attention_mask.to(self._device),
             generation_config=GenerationConfig(
+                # Greedy decoding of logits with Gumbel noise is sampling (GumbelNoise).
                 do_sample=False,
                 num_beams=1,
                 use_cache=True,
@@ -187,7 +166,7 @@ class HFEngine:
         ):
             length = next((i + 1 for i, token in enumerate(response) if token in end_ids), None)
             if stop_texts is not None and (stopped := stop_texts.lengths[row]) is not None:
-                # What follows is padding, which may be an end-of-sequence token.
+                # generate() pads after the stop, possibly with an end-of-sequence token.
                 length = stopped if length is None else min(length, stopped)
             rollouts.append(
                 Rollout(
@@ -206,15 +185,9 @@ class HFEngine:
 def known_weights(
     stream: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The stream, refused where it is not a model's weights, each at most once.
+    """Passes through a stream of weights and checks it while it is read.
 
-    Args:
-        stream: Tensors by name.
-        shapes: Those of the model's weights.
-
-    Raises:
-        ValueError: A name that the model lacks, a wrong shape, or a name that came twice; while the
-            stream is read.
+    Raises ValueError for an unknown name, a shape other than in ``shapes``, or a repeated name.
     """
     came: set[str] = set()
     for name, tensor in stream:
@@ -231,10 +204,10 @@ def known_weights(
 
 
 def checkpoint_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors, or views of them, under the names that they have in its checkpoints.
+    """Maps checkpoint names to a model's tensors, or to views of them.
 
-    transformers 5 keeps a layer's experts in two tensors, ``experts.gate_up_proj`` [e, 2f, h] and
-    ``experts.down_proj`` [e, h, f]; checkpoints have three tensors for each expert.
+    transformers 5 stores a layer's experts in two tensors, ``experts.gate_up_proj`` [e, 2f, h] and
+    ``experts.down_proj`` [e, h, f]; checkpoints have three tensors per expert.
     """
     tensors = {}
     for name, tensor in state.items():

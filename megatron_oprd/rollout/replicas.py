@@ -1,4 +1,4 @@
-"""The rollout engines of all data-parallel replicas, and what is done when one of them fails."""
+"""Rollout engines of all data-parallel replicas, and recovery when an engine fails."""
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -27,50 +27,39 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class _Failure:
-    """What the other ranks are told of an engine that failed."""
+    """Description of an engine failure, sent to all ranks."""
 
     message: str
-    is_final: bool
+    is_final: bool  # wrong weights: raised without a restart
 
 
 class ReplicaEngines:
-    """One rollout engine for each replica, on its leader.
+    """One rollout engine per replica, on the replica's leader.
 
-    An engine that fails is started again, gets the weights of the last `sync`, and repeats what it
-    was asked for: with the same seeds it gives the same rollouts. Engines of other replicas keep
-    what they have done. Every rank has to make every call, since the weights come from all of them
-    and a failure has to be known to all; they talk on the context's control groups.
+    A failed engine is restarted, gets the weights of the last `sync` and repeats the request; with
+    the same seeds it returns the same rollouts. Other replicas keep their results. Every method
+    except `take_restarts` and `close` is collective over all ranks (on the context's control
+    groups), because all ranks export weights and have to learn of failures. These methods raise
+    RolloutEngineError on every rank if an engine failed too often.
     """
 
     def __init__(
         self,
-        create: Callable[[], RolloutEngine],
+        create: Callable[[], RolloutEngine],  # called on leaders
+        # Exports the current weights, without `frozen` if its argument is true. All ranks exhaust
+        # it together; leaders get the tensors (`Exporter.stream`).
         stream: Callable[[bool], Iterator[tuple[str, Tensor | None]]],
         *,
+        # Names of weights that never change; sent only if an engine lacks weights.
         frozen: Collection[str] = (),
-        max_restarts: int,
-        is_shared: bool = False,
+        max_restarts: int,  # per engine, between two calls of `take_restarts`
+        is_shared: bool = False,  # all engines use one server, to which weights are sent once
+        # On global rank 0, if the run starts the server: starts it unless it responds. Called
+        # before engines start and after a failure.
         ensure_server: Callable[[], None] | None = None,
         context: ParallelContext,
     ) -> None:
-        """Starts the engines.
-
-        Args:
-            create: Starts an engine; called on leaders.
-            stream: The weights as they are; if its argument is true, without ``frozen``. All ranks
-                exhaust it together, and leaders get the tensors (`Exporter.stream`).
-            frozen: Names of the weights that never change. They are sent only when an engine lacks
-                weights.
-            max_restarts: How often one engine is started again, from one `take_restarts` to the
-                next.
-            is_shared: Whether all replicas' engines are one server, which is sent weights once.
-            ensure_server: On global rank 0, where the run starts that server: has it answer; called
-                before engines are started, and when one of them failed.
-            context: This rank's place.
-
-        Raises:
-            RolloutEngineError: An engine did not start.
-        """
+        """Starts the engines; raises RolloutEngineError on every rank if one does not start."""
         self._create = create
         self._stream = stream
         self._frozen = frozenset(frozen)
@@ -94,17 +83,10 @@ class ReplicaEngines:
                 )
 
     def sync(self, *, version: int = 0) -> int:
-        """Gives every engine the weights.
+        """Sends the current weights to every engine; later rollouts carry ``version``.
 
-        Args:
-            version: The number that rollouts with these weights come back with.
-
-        Returns:
-            Bytes of the tensors that this rank's engine was sent, in tries that failed as well; 0
-            without an engine, and of one that is shared but on the first replica's leader.
-
-        Raises:
-            RolloutEngineError: An engine failed too often.
+        Returns the bytes sent to this rank's engine, failed attempts included. 0 on ranks without
+        an engine; for a shared server, nonzero only on the first replica's leader.
         """
         self._version = version
         self._bytes_sent = 0
@@ -113,19 +95,11 @@ class ReplicaEngines:
         return self._bytes_sent
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout] | None:
-        """What the replica's engine answers to its leader's prompts, on leaders; None elsewhere.
-
-        Raises:
-            RolloutEngineError: An engine failed too often.
-        """
+        """Generates for this leader's ``prompts``; returns None on ranks that are not leaders."""
         return self._run(lambda engine: engine.generate(prompts, sampling))
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        """Begins what `generate` does, on engines that can; `finish` is the next call.
-
-        Raises:
-            RolloutEngineError: An engine failed too often.
-        """
+        """Starts `generate` in the background (`OverlappingEngine`); call `finish` next."""
 
         def start(engine: RolloutEngine) -> None:
             assert isinstance(engine, OverlappingEngine)
@@ -135,20 +109,15 @@ class ReplicaEngines:
         self._under_way = self._engine, prompts, sampling
 
     def finish(self, *, version: int) -> list[Rollout] | None:
-        """Waits for what was begun, and returns what `generate` does.
-
-        Args:
-            version: The version of the weights as they are. An engine that is started again here
-                gets these, and its rollouts come with this version.
-
-        Raises:
-            RolloutEngineError: An engine failed too often.
-        """
+        """Waits for the rollouts of `start` and returns them as `generate` does."""
         assert self._under_way is not None, "nothing was begun"
+        # `version` belongs to the current weights, which an engine restarted below gets. They may
+        # be newer than the weights that the rollouts were started with.
         (started, prompts, sampling), self._under_way = self._under_way, None
         self._version = version
 
         def finish(engine: RolloutEngine) -> list[Rollout]:
+            # Restarted meanwhile: the new engine does not have the request.
             if engine is not started:
                 return engine.generate(prompts, sampling)
             assert isinstance(engine, OverlappingEngine)
@@ -157,15 +126,11 @@ class ReplicaEngines:
         return self._run(finish)
 
     def sleep(self) -> None:
-        """Has the engines give up the memory that they do not need until the next `sync`.
-
-        Raises:
-            RolloutEngineError: An engine failed too often.
-        """
+        """Frees engine memory that is not needed until the next `sync`."""
         self._run(lambda engine: engine.sleep())
 
     def take_restarts(self) -> int:
-        """How often engines were started again, all together, since the last time."""
+        """Returns the number of engine restarts since the last call, over all replicas."""
         count = sum(self._restarts)
         self._restarts = [0] * self._context.dp_size
         return count
@@ -177,7 +142,7 @@ class ReplicaEngines:
             self._engine = None
 
     def _run(self, action: Callable[[RolloutEngine], Result]) -> Result | None:
-        """Runs the action on every engine once with success; the result, on leaders."""
+        """Runs the action on every engine until it succeeds; returns the result on leaders."""
         is_due, result = self._context.is_leader, None
         while True:
             failure = None
@@ -185,6 +150,7 @@ class ReplicaEngines:
                 assert self._engine is not None
                 try:
                     result = action(self._engine)
+                    # Not repeated here when another replica fails.
                     is_due = False
                 except RolloutEngineError as error:
                     failure = _failure(error)
@@ -194,10 +160,12 @@ class ReplicaEngines:
             self._recover(failures)
 
     def _recover(self, failures: list[_Failure | None]) -> None:
-        """Starts the failed engines again and gives them the weights, until all have them."""
+        """Restarts failed engines and sends them the weights, until none fails."""
         while any(failures):
             self._count(failures)
             has_failed = failures[self._context.dp_rank] is not None
+            # A shared server gets weights from the first replica, whichever replica noticed the
+            # failure.
             take = self._context.dp_rank == 0 if self._is_shared else has_failed
             while any(of_server := self._told(self._server_failure())):
                 self._count(of_server)
@@ -205,7 +173,8 @@ class ReplicaEngines:
             if has_failed and self._context.is_leader:
                 self.close()
                 failure = self._start()
-            # Starting takes long, and nobody may wait for it in a collective of the weight stream.
+            # Starting takes long: ranks wait for it on the control groups, whose timeout allows for
+            # that, not in a collective of the weight stream.
             failures = self._told(failure)
             if not any(failures):
                 failures = self._told(self._send_weights(take=take))
@@ -229,7 +198,7 @@ class ReplicaEngines:
                 )
 
     def _server_failure(self) -> _Failure | None:
-        """Has the server answer that this rank started, if it did; why it does not."""
+        """Runs ``ensure_server`` on the rank that has it; returns its failure, if any."""
         if self._ensure_server is not None:
             try:
                 self._ensure_server()
@@ -238,7 +207,7 @@ class ReplicaEngines:
         return None
 
     def _start(self) -> _Failure | None:
-        """Starts this rank's engine, if it is a leader."""
+        """Starts this rank's engine on leaders."""
         _give_up_device_memory()
         if self._context.is_leader:
             try:
@@ -248,9 +217,10 @@ class ReplicaEngines:
         return None
 
     def _send_weights(self, *, take: bool) -> _Failure | None:
-        """Streams the weights, with ``take`` into this rank's engine, if it has one."""
+        """Streams the weights; if ``take``, this rank's engine receives them."""
         _give_up_device_memory()
-        # An engine that needs less takes all the same: the stream is one, of all ranks.
+        # All engines receive the full stream even if some need less, because all ranks drive it
+        # together.
         sends_all = not self._frozen or any(self._told(take and self._needs_all_weights()))
         stream, failure = self._stream(not sends_all), None
         if take and self._engine is not None:
@@ -262,7 +232,8 @@ class ReplicaEngines:
                 )
             except RolloutEngineError as error:
                 failure = _failure(error)
-        # Where no engine took it, or one failed on the way: the other ranks count on this one.
+        # Exhaust the stream if no engine took it or one failed: other ranks wait in its
+        # collectives.
         for _ in stream:
             pass
         return failure
@@ -273,7 +244,7 @@ class ReplicaEngines:
         try:
             return self._engine.needs_all_weights()
         except RolloutEngineError:
-            return True  # `load_weights` fails in its turn, and its error is told to all
+            return True  # `load_weights` will fail, too, and report the error
 
     def _counted(self, stream: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in stream:
@@ -282,7 +253,7 @@ class ReplicaEngines:
                 yield name, tensor
 
     def _told(self, value: Result) -> list[Result]:
-        """What each replica's leader says, known on every rank afterwards."""
+        """Gathers the values of all replica leaders on every rank."""
         own: list[Any] = [value]
         dist.broadcast_object_list(
             own, src=self._context.leader, group=self._context.replica_control
@@ -293,7 +264,7 @@ class ReplicaEngines:
 
 
 def _give_up_device_memory() -> None:
-    """Lets an engine on this rank's GPU have what torch holds back, before it starts or wakes."""
+    """Returns torch's cached memory to the device, for an engine that starts or wakes there."""
     torch.cuda.empty_cache()
 
 

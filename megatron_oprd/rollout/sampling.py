@@ -1,4 +1,4 @@
-"""Sampling that depends on the sample alone, not on the batch it is in."""
+"""Sampling that depends on the sample's seed, not on the batch."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -20,12 +20,11 @@ from megatron_oprd.rollout.engine import SamplingParams
 
 
 class GumbelNoise(LogitsProcessor):
-    """Adds standard Gumbel noise to the logits, from one random generator a row.
+    """Adds standard Gumbel noise to the logits, with one random generator per row.
 
-    argmax_v(logit_v + g_v) with independent Gumbel g_v is an exact sample of softmax(logits)
-    (the Gumbel-max trick), so greedy decoding after this processor samples. Every call draws one
-    value a token of the vocabulary from each row's generator: row i's k-th token depends on its
-    logits, its seed and k only.
+    argmax_v(logit_v + g_v) with independent Gumbel g_v is an exact sample of softmax(logits) (the
+    Gumbel-max trick), so greedy decoding after this processor samples. Each call draws one value
+    per vocabulary entry and row: token k of row i depends only on its logits, its seed and k.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device):
@@ -36,8 +35,8 @@ class GumbelNoise(LogitsProcessor):
         """Returns ``scores`` ([b, vocabulary], float32; b the number of seeds) with noise."""
         assert len(scores) == len(self._generators), (len(scores), len(self._generators))
         if self._exponential is None:
-            # float64: with 24 random bits the smallest values, which decide between a hundred
-            # thousand tokens, would be coarse, and 0 would come up.
+            # float64: the smallest values decide among 10^5 tokens. With float32's 24 random bits
+            # they would be coarse, and 0 would occur.
             self._exponential = torch.empty_like(scores, dtype=torch.float64)
         for row, generator in zip(self._exponential, self._generators, strict=True):
             row.exponential_(generator=generator)
@@ -46,78 +45,62 @@ class GumbelNoise(LogitsProcessor):
 
 
 class RawLogits(LogitsProcessor):
-    """Keeps the logits of the step under way, as they are before what follows it.
-
-    Attributes:
-        scores: [b, vocabulary], float32; None before the first step.
-    """
+    """Stores the current step's logits before later processors change them."""
 
     def __init__(self) -> None:
-        self.scores: Tensor | None = None
+        self.scores: Tensor | None = None  # [b, vocabulary], float32
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Returns ``scores`` as they are."""
+        """Returns ``scores`` unchanged."""
         self.scores = scores
         return scores
 
 
 class SampledLogprobs(LogitsProcessor):
-    """The last processor: log-probability, by the raw logits, of what greedy decoding then takes.
-
-    Args:
-        raw: The processor that sees the raw logits.
-    """
+    """Last processor: records the raw log-probability of the token that greedy decoding picks."""
 
     def __init__(self, raw: RawLogits) -> None:
         self._raw = raw
         self._steps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Returns ``scores`` as they are."""
+        """Returns ``scores`` unchanged."""
         raw = self._raw.scores
         assert raw is not None
+        # generate() does not report its choice to processors; greedy decoding picks this argmax.
         chosen = raw.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
         self._steps.append(chosen - raw.logsumexp(dim=1))
         return scores
 
     def rows(self) -> list[list[float]]:
-        """For each row of the batch one value a step, those behind its end included."""
+        """Returns one value per row and step, including steps after the row's end."""
         return torch.stack(self._steps, dim=1).tolist()
 
 
 def sample_seed(seed: int, prompt_index: int, sample_index: int) -> int:
-    """A 63-bit seed for one sample, the same on every machine and in every process."""
+    """A 63-bit seed for one sample, equal on every machine and in every process."""
     text = f"{seed}/{prompt_index}/{sample_index}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def seed_of(prompt: Prompt, sample: int, sampling: SamplingParams) -> int:
-    """The seed of a prompt's sample, counted from 0; of a prompt that comes again other ones."""
+    """The seed of sample ``sample`` (from 0). A repeated prompt gets new seeds per occurrence."""
     number = prompt.occurrence * sampling.samples_per_prompt + sample
     return sample_seed(sampling.seed, prompt.index, number)
 
 
 def logits_processors(
     sampling: SamplingParams,
-    seeds: Sequence[int],
+    seeds: Sequence[int],  # one per row (`sample_seed`)
     device: torch.device,
     *,
-    never: Sequence[int] = (),
+    never: Sequence[int] = (),  # token ids, masked at any temperature
 ) -> tuple[LogitsProcessorList, SampledLogprobs | None]:
-    """What turns greedy decoding into sampling as ``sampling`` says: nothing at temperature 0.
+    """Builds the processors that turn greedy decoding into sampling.
 
-    Temperature first, then top-k, then top-p of what is left, then the noise. Log-probabilities
-    are those before all of them, without the ids that are never sampled.
-
-    Args:
-        sampling: How to sample.
-        seeds: One seed (`sample_seed`) for each row of the batch.
-        device: Where the logits are.
-        never: Token ids that are not sampled, at no temperature.
-
-    Returns:
-        The processors, and the one of them that has the samples' log-probabilities, where they
-        are asked for.
+    The order is temperature, top-k, top-p of the remaining tokens, noise; at temperature 0 none of
+    them. The second result records log-probabilities, if requested: before all four, after ids in
+    ``never`` are masked.
     """
     processors = LogitsProcessorList()
     if never:
@@ -140,32 +123,21 @@ def logits_processors(
 
 
 class StopTexts(StoppingCriteria):
-    """Ends a row with the token that completes one of some texts, and notes where that was.
+    """Stops a row at the token that completes one of the texts in its response.
 
-    transformers' own `StopStringCriteria` also looks at the prompt, which may end with a part of a
-    stop text, and does not say where the text was.
-
-    Attributes:
-        lengths: For each row, the tokens of its response up to and with the one that completed a
-            text; None as long as none did.
+    transformers' `StopStringCriteria` also searches the prompt, which may end with part of a stop
+    text, and does not report the position.
     """
 
     def __init__(
         self,
-        stop: Sequence[str],
-        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str],  # none empty
+        decode: Callable[[Sequence[int]], str],  # keeps special tokens
         *,
-        prompt_width: int,
+        prompt_width: int,  # prompt tokens per row, padding included
         num_rows: int,
     ):
-        """Knows of no token yet.
-
-        Args:
-            stop: The texts, none empty.
-            decode: Token ids -> text, special tokens kept.
-            prompt_width: Tokens of each row that are its prompt.
-            num_rows: Rows of the batch.
-        """
+        # By row: response tokens up to the token that completed a text, included; None until then.
         self.lengths: list[int | None] = [None] * num_rows
         self._stop = tuple(stop)
         self._decode = decode
@@ -173,7 +145,7 @@ class StopTexts(StoppingCriteria):
         self._window = _window(stop)
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
-        """Which rows ([b], bool) have ended; ``input_ids`` is [b, s] with the newest token."""
+        """Returns the stopped rows ([b], bool); ``input_ids`` is [b, s], newest token included."""
         length = input_ids.shape[1] - self._prompt_width
         start = self._prompt_width + max(0, length - self._window)
         for row, tokens in enumerate(input_ids[:, start:].tolist()):
@@ -187,16 +159,11 @@ class StopTexts(StoppingCriteria):
 def stopped_length(
     tokens: Sequence[int], stop: Sequence[str], decode: Callable[[Sequence[int]], str]
 ) -> int | None:
-    """Where `StopTexts` would have ended a response that was generated to its end.
+    """The length at which `StopTexts` would have stopped a complete response.
 
-    Args:
-        tokens: The response.
-        stop: The texts, none empty.
-        decode: Token ids -> text, special tokens kept.
-
-    Returns:
-        The tokens up to and with the one that completed a text; None if none did.
+    Includes the token that completed the text; None if no text occurs.
     """
+    # Most responses contain no stop text; this saves them the loop.
     whole = decode(tokens)
     if not any(text in whole for text in stop):
         return None
@@ -209,7 +176,7 @@ def stopped_length(
 
 
 def _window(stop: Sequence[str]) -> int:
-    """The last tokens of a response that can complete one of the texts."""
-    # A token is at least one byte of text. The rest is for decoders that treat the first tokens
-    # otherwise (a space, a part of a character).
+    """Last tokens of a response that can complete one of the texts."""
+    # A token has at least one byte of text. The margin is for decoders that treat the first tokens
+    # differently (a leading space, part of a character).
     return max(len(text.encode()) for text in stop) + 8

@@ -1,7 +1,7 @@
-"""A buffer of fixed size that processes share, through which a stream of tensors goes.
+"""Fixed-size buffer shared between processes, through which a stream of tensors is sent.
 
-On a GPU all map the same device memory (CUDA IPC), elsewhere the same anonymous file in memory. The
-sender fills one half, says what is in it, and fills the other while the receivers take the first.
+On a GPU all processes map the same device memory (CUDA IPC), otherwise the same anonymous file in
+memory. It has two halves: the sender fills one while receivers copy the other.
 """
 
 import ctypes
@@ -18,37 +18,23 @@ from megatron_oprd.rollout.vllm.sockets import TrainerSocket, WorkerSocket
 
 
 class Piece(NamedTuple):
-    """Elements of one tensor that lie in the buffer.
-
-    Attributes:
-        name: The tensor.
-        shape: Its full shape.
-        start: The first of these elements in the flattened tensor.
-        length: How many they are.
-        offset: Where they begin in the buffer, in elements.
-    """
+    """A run of a tensor's elements in the buffer."""
 
     name: str
-    shape: Sequence[int]
-    start: int
-    length: int
-    offset: int
+    shape: Sequence[int]  # the whole tensor's
+    start: int  # index of the first element in the flattened tensor
+    length: int  # elements
+    offset: int  # first element in the buffer
 
 
 @dataclass(frozen=True, kw_only=True)
 class BucketHandle:
-    """What another process needs to map the buffer.
-
-    Attributes:
-        dtype: Of the elements.
-        num_elements: The buffer's size.
-        file: Path of the file in memory, for processes of the same user; None on a GPU.
-        cuda: torch's description of the device memory; None on the host.
-    """
+    """Description with which another process maps the buffer."""
 
     dtype: torch.dtype
-    num_elements: int
-    file: str | None = None
+    num_elements: int  # both halves
+    file: str | None = None  # path for processes of the same user; None on a GPU
+    # Arguments of torch's rebuild_cuda_tensor; None on the host.
     cuda: tuple[Any, ...] | None = None
 
 
@@ -56,13 +42,8 @@ class SendingBucket:
     """The sender's end."""
 
     def __init__(self, *, num_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocates the buffer.
-
-        Args:
-            num_bytes: Its size, of both halves, rounded down to whole elements.
-            dtype: What every tensor is converted to when it is put in.
-            device: A CUDA device, or the CPU.
-        """
+        """Allocates the buffer on a CUDA device or on the CPU."""
+        # Two equal halves of whole elements; num_bytes is the size of both.
         count = max(num_bytes // dtype.itemsize // 2, 1) * 2
         self._file: int | None = None
         if device.type == "cuda":
@@ -72,15 +53,17 @@ class SendingBucket:
         else:
             self._file = os.memfd_create("rollout weights")
             os.truncate(self._file, count * dtype.itemsize)
+            # Other processes open the anonymous file through this process's descriptor.
             path = f"/proc/{os.getpid()}/fd/{self._file}"
             self.handle = BucketHandle(dtype=dtype, num_elements=count, file=path)
             self._buffer = _map(self.handle)
 
     def fill(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[list[Piece]]:
-        """Puts the stream's tensors into the buffer, one behind the other.
+        """Copies the stream's tensors into the buffer, back to back.
 
-        Yields what is in a half whenever it is full, and at the end. A half is overwritten when the
-        iterator goes on for the second time. A larger tensor comes in several fillings.
+        Yields the pieces of a half whenever it is full, and at the end. The second advance of the
+        iterator after a yield overwrites that half. A tensor larger than a half spans several
+        yields.
         """
         size = self.handle.num_elements // 2
         half, used = 0, 0
@@ -94,7 +77,7 @@ class SendingBucket:
                     half, used, pieces = 1 - half, 0, []
                 count = min(len(flat) - start, size - used)
                 offset = half * size + used
-                # Conversion and copy are one pass over the memory.
+                # copy_ converts, too: one pass over the memory.
                 self._buffer[offset : offset + count].copy_(flat[start : start + count])
                 pieces.append(
                     Piece(
@@ -110,7 +93,7 @@ class SendingBucket:
         yield pieces
 
     def close(self) -> None:
-        """Gives the memory back. A second call does nothing."""
+        """Frees the buffer. A second call does nothing."""
         self._buffer = self._buffer.new_empty(0)
         if self._file is not None:
             os.close(self._file)
@@ -123,7 +106,8 @@ class ReceivingBucket:
     def __init__(self, handle: BucketHandle) -> None:
         if handle.cuda is not None:
             arguments = list(handle.cuda)
-            # The seventh is the device's index: the sender's is the first that engines see.
+            # Element 6 is the device's index. The sender's GPU is the first in an engine's
+            # CUDA_VISIBLE_DEVICES.
             arguments[6] = 0
             self._buffer = torch.multiprocessing.reductions.rebuild_cuda_tensor(*arguments)
             self._own_device = torch.device("cuda", torch.cuda.current_device())
@@ -134,9 +118,9 @@ class ReceivingBucket:
         self._unfinished: dict[str, tuple[Tensor, int]] = {}
 
     def take(self, pieces: Sequence[Piece]) -> Iterator[tuple[str, Tensor]]:
-        """Copies one filling out of the buffer; yields every tensor that is then whole.
+        """Copies the pieces of one half out of the buffer; yields each tensor once it is complete.
 
-        At its end the filling may be overwritten.
+        When the iterator is exhausted, the half may be overwritten.
         """
         for piece in pieces:
             count = prod(piece.shape)
@@ -156,43 +140,36 @@ class ReceivingBucket:
 def send_through(
     bucket: SendingBucket, workers: TrainerSocket, stream: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Sends every worker the stream's tensors through a buffer that all of them map.
-
-    Raises:
-        OSError: A worker left, or takes too long.
-    """
+    """Sends the tensors to every worker through the shared buffer; OSError as `TrainerSocket`."""
     is_first = True
     for pieces in bucket.fill(stream):
         workers.tell(pieces)
+        # One filling ahead: receivers copy a half while the next one is filled.
         if not is_first:
-            workers.hear()  # all have taken the filling before this one, which is overwritten next
+            workers.hear()  # all have copied the other half, which is filled next
         is_first = False
     workers.tell(None)
 
 
 def receive_through(bucket: ReceivingBucket, trainer: WorkerSocket) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that `send_through` sends, on this worker's device.
-
-    Raises:
-        OSError: The trainer left in the middle, or takes too long.
-    """
+    """Yields the tensors of `send_through` on this worker's device; OSError as `WorkerSocket`."""
     while (filling := trainer.hear()) is not None:
         yield from bucket.take([Piece(*fields) for fields in filling])
         trainer.tell("taken")
 
 
 def _synchronize(buffer: Tensor) -> None:
-    """Waits for copies: another process does not share this one's streams."""
+    """Waits for copies: processes do not share streams, so nothing orders them otherwise."""
     if buffer.is_cuda:
         torch.cuda.synchronize()  # this process's device, which need not be the buffer's
         torch.cuda.synchronize(buffer.device)
 
 
 def _keep_freed_memory() -> None:
-    """Lets this process keep the host memory that it frees, for the next tensors of a stream.
+    """Makes glibc keep freed host memory for the next tensors of a stream.
 
-    glibc gives blocks of some size back at once, and every page of a new one costs a fault: more
-    time than the copy itself.
+    By default it returns large blocks at once, and each page of a new block costs a fault: more
+    time than the copy.
     """
     trim_threshold, mmap_max, most = -1, -4, 2**31 - 1  # glibc's malloc.h
     libc = ctypes.CDLL(None)

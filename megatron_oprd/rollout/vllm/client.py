@@ -1,4 +1,4 @@
-"""HTTP to a vLLM server, and whether it is one that a run can use."""
+"""HTTP client of a vLLM server, and checks that a run can use the server."""
 
 import http.client
 import json
@@ -18,7 +18,7 @@ from megatron_oprd.rollout.vllm.messages import EXTENSION
 from megatron_oprd.weights.casting import dtype_name
 
 GENERATE = "/inference/v1/generate"
-# What has to be the same in the server's model, as far as both configurations have it.
+# Fields that must be equal in the server's and the student's config, if both have them.
 _SAME = (
     "model_type",
     "num_hidden_layers",
@@ -40,25 +40,20 @@ _SAME = (
     *("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"),
 )
 _SECONDS_TO_ANSWER = 30
-_SECONDS_FOR_INFO = 300  # it looks at the whole machine
+_SECONDS_FOR_INFO = 300  # vLLM collects information on the whole machine
 _SECONDS_BETWEEN_TRIES = 2
 
 
 class ServerError(RolloutEngineError):
-    """A server does not answer, or answers with an error."""
+    """A server does not respond, or responds with an error."""
 
 
 class ServerClient:
-    """Calls one server. Threads may share it."""
+    """HTTP client of one server, e.g. ``http://host:8000``. Thread-safe."""
 
     def __init__(self, url: str) -> None:
-        """Nothing is sent yet.
-
-        Args:
-            url: As in ``http://host:8000``.
-        """
         self.url = url.rstrip("/")
-        # A server of the same cluster is not behind the proxy of the environment.
+        # No proxy: the environment's proxy is not for servers of the same cluster.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     @property
@@ -68,10 +63,9 @@ class ServerClient:
         return str(parts.hostname), parts.port or 80
 
     def call(self, path: str, body: Any = None, *, seconds: float = _SECONDS_TO_ANSWER) -> Any:
-        """POSTs a body as JSON, or GETs where there is none; the answer's JSON, or None.
+        """POSTs ``body`` as JSON, or GETs without a body; returns the response's JSON or None.
 
-        Raises:
-            ServerError: The server does not answer within ``seconds``, or with an error.
+        Raises ServerError on an error response, or if none comes within ``seconds``.
         """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
@@ -99,21 +93,13 @@ class ServerClient:
     def workers(
         self, method: str, *arguments: Any, seconds: float = _SECONDS_TO_ANSWER
     ) -> list[Any]:
-        """Calls a method of `WeightReceiver` on every worker; what they returned.
-
-        Raises:
-            ServerError: See `call`.
-        """
+        """Calls a method of `WeightReceiver` on every worker; errors as in `call`."""
         body = {"method": method, "args": list(arguments)}
         answer = self.call("/collective_rpc", body, seconds=seconds)
         return answer["results"]
 
     def wait(self, seconds: float) -> None:
-        """Waits until the server is there.
-
-        Raises:
-            ServerError: It is not after ``seconds``.
-        """
+        """Waits until the server responds; raises ServerError after ``seconds``."""
         end = time.monotonic() + seconds
         while True:
             try:
@@ -129,17 +115,9 @@ class ServerClient:
 def check_server(
     url: str, folder: Path, *, dtype: torch.dtype, max_model_len: int, checks_weights: bool
 ) -> None:
-    """Refuses a server that the student's rollouts cannot come from.
+    """Checks that a server can produce the student's rollouts.
 
-    Args:
-        url: ``rollout.vllm.server_url``.
-        folder: The student's Hugging Face folder.
-        dtype: ``model.params_dtype``.
-        max_model_len: Tokens of the longest prompt with its response.
-        checks_weights: Whether weights are to be read back.
-
-    Raises:
-        UserError: It is not there, was not started for this, or serves another model.
+    Raises UserError if it does not respond, lacks required options or serves another model.
     """
     found = _describe(url, folder)
     at = f"rollout.vllm.server_url = {url}: the server's"
@@ -151,6 +129,7 @@ def check_server(
         check_served(found, folder, dtype=dtype, max_model_len=max_model_len, at=at)
     except UserError as error:
         raise UserError(f"{error}{again}") from error
+    # Quantized weights never match the checksums of the weights that are sent.
     if checks_weights and (quantization := found[0]["quantization"]) is not None:
         raise UserError(
             f"rollout.vllm.check_weights_interval: {at} quantization is {quantization}, with which "
@@ -161,19 +140,13 @@ def check_server(
 def check_served(
     found: list[dict[str, Any]], folder: Path, *, dtype: torch.dtype, max_model_len: int, at: str
 ) -> None:
-    """Refuses a server with another model, or that was started with other settings.
+    """Checks the served model and settings in the workers' descriptions (`oprd_describe`).
 
-    Args:
-        found: What its workers say of themselves (`WeightReceiver.oprd_describe`).
-        folder: The student's Hugging Face folder.
-        dtype: ``model.params_dtype``.
-        max_model_len: Tokens of the longest prompt with its response.
-        at: How an error begins: which server's.
-
-    Raises:
-        UserError: It has.
+    Raises UserError, starting with ``at``, if they do not fit the student, ``model.params_dtype``
+    or ``max_model_len`` (tokens of the longest prompt with its response).
     """
     own = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # Rope parameters are nested in transformers 5's config; flattened, they compare by name.
     served, ours = (
         config | (config.get("rope_parameters") or {})
         for config in (found[0]["config"], json.loads(own.to_json_string(use_diff=False)))
@@ -205,7 +178,7 @@ def check_served(
 
 
 def _first_difference(key: str, one: Any, other: Any) -> tuple[str, Any, Any]:
-    """Names the first place where two values of a config differ, with what is there."""
+    """Locates the first difference of two config values: name and both values."""
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         index = next(i for i, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
         return f"{key}[{index}]", one[index], other[index]
@@ -213,7 +186,7 @@ def _first_difference(key: str, one: Any, other: Any) -> tuple[str, Any, Any]:
 
 
 def _describe(url: str, folder: Path) -> list[dict[str, Any]]:
-    """What each of the server's workers says of itself."""
+    """Checks the server's options one by one; returns its workers' descriptions."""
     client = ServerClient(url)
     setting = f"rollout.vllm.server_url = {url}"
     start = _command(folder)
@@ -222,6 +195,8 @@ def _describe(url: str, folder: Path) -> list[dict[str, Any]]:
     except ServerError as error:
         raise UserError(f"{setting}: {error}. Start it first: {start}") from error
     try:
+        # The endpoint exists only with VLLM_SERVER_DEV_MODE=1, as do the endpoints of the weight
+        # sync.
         info = client.call("/server_info?config_format=json", seconds=_SECONDS_FOR_INFO)
     except ServerError as error:
         raise UserError(
@@ -234,6 +209,7 @@ def _describe(url: str, folder: Path) -> list[dict[str, Any]]:
             f"beside vLLM (pip install megatron-oprd), and start it as {start}"
         )
     try:
+        # The endpoint exists only with --enable-scale-out.
         client.call(GENERATE, {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
     except ServerError as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The vLLM rollout engine: processes next to a replica's first rank, and their GPUs."""
+"""The vLLM rollout engine: processes on the machine and GPUs of a replica's first ranks."""
 
 import importlib.util
 import os
@@ -22,20 +22,16 @@ from megatron_oprd.rollout.vllm.messages import EngineSettings, requests_of, rol
 from megatron_oprd.rollout.vllm.sockets import TrainerSocket
 from megatron_oprd.rollout.vllm.sync_check import SyncCheck
 
-# What torchrun tells a rank, which vLLM must not take for its own place.
+# torchrun's variables: vLLM would mistake the rank's place in the trainer for its own.
 _OF_TORCHRUN = frozenset(
     ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 )
-# The settings of how long the engine may take, for all of a call and for a part of a weight sync.
+# Names of the timeouts: for a whole call, and for a part of a weight sync.
 _WHOLE, _PART = "timeout_minutes", "sync_timeout_minutes"
 
 
 def check_vllm_is_there() -> None:
-    """Checks that vLLM is installed, without importing it.
-
-    Raises:
-        UserError: It is not.
-    """
+    """Raises UserError if vLLM is not installed; does not import it."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
             "rollout.engine = vllm needs vLLM, which is not installed. On a GPU: pip install "
@@ -48,45 +44,31 @@ def check_vllm_is_there() -> None:
 class VLLMEngine:
     """A `RolloutEngine` on vLLM, with a copy of the student's weights.
 
-    The engine is a process of its own, with one more for each GPU if it has several. Weights go to
-    all of them through a buffer that they and this process map. The same seed gives the same
-    response whatever else is in the batch, up to the rounding of the logits; it is not the response
-    that `HFEngine` gives.
+    The engine is a child process, plus one process per GPU if it has several. Weights reach all of
+    them through a buffer that they share with this process. A seed gives the same response in any
+    batch, up to the rounding of the logits, but not the same response as `HFEngine`.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path,  # its generation_config.json is ignored
         *,
-        dtype: torch.dtype,
-        device: torch.device,
-        gpus: Sequence[str] = (),
+        dtype: torch.dtype,  # of weights and activations
+        device: torch.device,  # the trainer's, from which weights are sent
+        gpus: Sequence[str] = (),  # of the engine (`engine_gpus`), `device` first; empty on a CPU
         eos_token_ids: Sequence[int],
+        # The tokenizer's ids; other ids pad the embedding and are never sampled.
         known_ids: Collection[int],
+        # Keeps special tokens; needed for stop texts.
         decode: Callable[[Sequence[int]], str] | None = None,
-        max_model_len: int,
+        max_model_len: int,  # tokens of the longest prompt with its response
+        # Responses generated at the same time; None: vLLM's default.
         max_batch_size: int | None = None,
         config: VLLMConfig,
     ) -> None:
-        """Starts the engine; no weights are read. `load_weights` has to come before `generate`.
+        """Starts the engine without reading weights; call `load_weights` before `generate`.
 
-        Args:
-            folder: A Hugging Face model folder. Its generation_config.json has no influence.
-            dtype: The weights' and activations' type.
-            device: Where the weights come from.
-            gpus: Where the engine runs (`engine_gpus`): ``device``, and as many more as
-                ``tensor_model_parallel_size`` says. Empty on a CPU.
-            eos_token_ids: A response ends with any of these.
-            known_ids: The tokenizer's ids. Others, which only pad the embedding and mean nothing,
-                are never sampled.
-            decode: The tokenizer's decoding, special tokens kept; without it there are no stop
-                texts.
-            max_model_len: Most tokens of a prompt with its response.
-            max_batch_size: Most responses that are generated at once; None leaves it to vLLM.
-            config: The engine's settings.
-
-        Raises:
-            RolloutEngineError: vLLM did not start.
+        Raises RolloutEngineError if vLLM does not start.
         """
         self._check = SyncCheck(folder, dtype=dtype, interval=config.check_weights_interval)
         self._config = config
@@ -128,7 +110,7 @@ class VLLMEngine:
             raise
 
     def needs_all_weights(self) -> bool:
-        """Whether weights have not come yet, only in part, or were thrown away by `sleep`."""
+        """Whether weights are missing: not loaded, partly loaded, or discarded by `sleep`."""
         return self._lacks_weights
 
     def load_weights(
@@ -136,24 +118,16 @@ class VLLMEngine:
         stream: Iterable[tuple[str, Tensor]],
         *,
         version: int = 0,
-        left_out: Collection[str] = (),
+        left_out: Collection[str] = (),  # unchanged weights; of each vLLM module all or none
     ) -> None:
-        """Replaces weights.
+        """Replaces weights by the stream's full tensors, under Hugging Face names.
 
-        Args:
-            stream: Full tensors, under the names they have in a Hugging Face checkpoint, of any
-                float type and on any device.
-            version: The number that rollouts with these weights come back with.
-            left_out: Names of weights that do not come and stay as they are: of each of vLLM's
-                modules all weights or none.
+        Tensors may have any float dtype and device. After an error the engine is unusable.
 
         Raises:
-            ValueError: A name that the model lacks, a wrong shape, a weight that came twice or not
-                at all.
-            RolloutEngineError: The engine failed. The stream may not have come to its end.
-            WrongWeightsError: A check found other weights than were sent.
-
-        After an error the engine is of no further use.
+            ValueError: Unknown name, wrong shape, duplicate or missing weight.
+            RolloutEngineError: The engine failed; the stream may not be exhausted.
+            WrongWeightsError: The weights read back differ from the weights sent.
         """
         assert not (left_out and self._lacks_weights), "weights are left out that are not there"
         self._lacks_weights = True
@@ -161,7 +135,7 @@ class VLLMEngine:
         try:
             answer = self._exchange(weights, version, left_out)
         except BaseException:
-            self.close()  # it waits for weights that will not come
+            self.close()  # it would wait for the rest of the weights
             raise
         if self._check.is_due:
             self._check.compare(answer, version)
@@ -170,7 +144,7 @@ class VLLMEngine:
     def _exchange(
         self, weights: Iterable[tuple[str, Tensor]], version: int, left_out: Collection[str]
     ) -> Any:
-        """Sends the weights to the engine's workers; what the engine says to that."""
+        """Sends the weights to the engine's workers; returns the engine's answer."""
         seconds = self._config.sync_timeout_minutes * 60
         with TrainerSocket("127.0.0.1", seconds=seconds) as workers:
             shapes = self._check.left_out_shapes(left_out)
@@ -188,42 +162,31 @@ class VLLMEngine:
                         f"for {seconds:.3g} s (rollout.vllm.{_PART} = {seconds / 60:g})"
                     ) from error
             except OSError:
-                pass  # a worker left, of which the engine's answer says more
+                pass  # a worker disconnected; the engine's answer gives the reason
         return self._receive(_PART)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample.
+        """Samples ``samples_per_prompt`` responses per prompt, ordered by prompt, then sample.
 
-        A response with a stop text is generated to its end, and then cut.
-
-        Raises:
-            RolloutEngineError: The engine failed, or has no weights yet.
+        Raises RolloutEngineError if the engine failed or has no weights.
         """
         self.start(prompts, sampling)
         return self.finish()
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        """Begins what `generate` does. No other call may come before `finish`.
-
-        Raises:
-            RolloutEngineError: The engine failed.
-        """
+        """Starts `generate` in the background. The next call must be `finish`."""
         self._send(("generate", (requests_of(prompts, sampling), sampling)))
         self._under_way = prompts, sampling
 
     def finish(self) -> list[Rollout]:
-        """Waits for what was begun, and returns what `generate` does.
-
-        Raises:
-            RolloutEngineError: The engine failed, or has no weights yet.
-        """
+        """Waits for the rollouts of `start`; result and errors as in `generate`."""
         assert self._under_way is not None, "nothing was begun"
         (prompts, sampling), self._under_way = self._under_way, None
         version, responses = self._receive()
         return rollouts_of(prompts, sampling, responses, version=version, decode=self._decode)
 
     def sleep(self) -> None:
-        """Frees device memory as ``sleep_level`` says, until the next `load_weights`."""
+        """Frees device memory according to ``sleep_level``, until the next `load_weights`."""
         self._lacks_weights = self._lacks_weights or self._sleep_level == 2
         self._call("sleep")
 
@@ -241,24 +204,25 @@ class VLLMEngine:
         self._process.send(message, seconds=getattr(self._config, timeout) * 60)
 
     def _receive(self, timeout: str = _WHOLE) -> Any:
-        """The engine's next word, within a setting's time."""
+        """Receives the engine's answer; ``timeout`` names the setting with the time limit."""
         minutes = getattr(self._config, timeout)
         setting = f"rollout.vllm.{timeout} = {minutes}"
         return self._process.receive(seconds=minutes * 60, setting=setting)
 
 
 def environment_without_rank() -> dict[str, str]:
-    """This process's environment without its place among the ranks."""
+    """This process's environment without torchrun's variables."""
     return {
         name: value
         for name, value in os.environ.items()
-        # With torchrun's store vLLM would look for a store at its own address instead of making it.
+        # With torchrun's store, vLLM would connect to a store at its own address instead of
+        # creating it.
         if name not in _OF_TORCHRUN and not name.startswith("TORCHELASTIC_")
     }
 
 
 def _environment(gpus: Sequence[str]) -> dict[str, str]:
-    """The engine's environment: its GPUs and no other, and no rank."""
+    """The engine's environment: only its GPUs, and no rank."""
     environment = environment_without_rank()
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -266,14 +230,9 @@ def _environment(gpus: Sequence[str]) -> dict[str, str]:
 
 
 def visible_gpus(device: torch.device, *, size: int) -> list[str]:
-    """A device of this process and those behind it, as CUDA_VISIBLE_DEVICES names them.
+    """Names of ``device`` and the following devices for CUDA_VISIBLE_DEVICES; empty on a CPU.
 
-    Args:
-        device: The first; a CPU has none.
-        size: How many.
-
-    Raises:
-        UserError: There are fewer.
+    Raises UserError if there are fewer than ``size``.
     """
     if device.type != "cuda":
         return []
@@ -290,19 +249,11 @@ def visible_gpus(device: torch.device, *, size: int) -> list[str]:
 
 
 def engine_gpus(context: ParallelContext, *, size: int) -> list[str]:
-    """The GPUs of a replica's engine: those of its first ranks on its leader's machine.
+    """The GPUs of a replica's engine: its first ranks' GPUs on the leader's machine.
 
-    Every rank of the replica has to call; they talk on ``context.replica_control``.
-
-    Args:
-        context: This rank's place.
-        size: How many.
-
-    Returns:
-        Their names for CUDA_VISIBLE_DEVICES, the leader's first; none on a CPU.
-
-    Raises:
-        UserError: The replica has fewer ranks on that machine; on every rank of it.
+    Collective over the replica (``context.replica_control``). Returns ``size`` names for
+    CUDA_VISIBLE_DEVICES, the leader's first; empty on a CPU. Raises UserError on every rank of the
+    replica if it has fewer ranks on that machine.
     """
     places: list[tuple[str, list[str]]] = [("", [])] * context.replica_control.size()
     own = (socket.gethostname(), visible_gpus(context.device, size=1))
@@ -311,10 +262,9 @@ def engine_gpus(context: ParallelContext, *, size: int) -> list[str]:
 
 
 def gpus_beside_the_first(places: Sequence[tuple[str, list[str]]], *, size: int) -> list[str]:
-    """The GPUs of the first ranks on the first one's host; of each rank its host and GPU.
+    """The GPUs of the first ``size`` ranks on the first rank's host; UserError if there are fewer.
 
-    Raises:
-        UserError: They are fewer.
+    ``places`` has host and GPU names of each rank.
     """
     host, _ = places[0]
     beside = [gpu for of_rank, gpu in places if of_rank == host]

@@ -1,10 +1,9 @@
-"""vLLM in a process of its own: ``python -m megatron_oprd.rollout.vllm.engine_main DESCRIPTOR``.
+"""vLLM's process: ``python -m megatron_oprd.rollout.vllm.engine_main DESCRIPTOR``.
 
-`VLLMEngine` starts it and talks to it over an inherited pipe. vLLM takes torch.distributed's world
-for its own and makes its groups from all of its ranks. Inside a trainer with several ranks every
-rank would have to build an engine. vLLM also binds the process to threads and memory nodes, and
-ends the process group with the engine. Here it has a world of one, and the trainer's stays as it
-is.
+`VLLMEngine` starts it and talks to it over an inherited pipe. It is a separate process because vLLM
+uses the process's torch.distributed world: in a trainer with several ranks, every rank would have
+to build an engine. vLLM also binds threads and memory nodes, and destroys the process group when
+the engine ends.
 """
 
 import ctypes
@@ -26,7 +25,8 @@ from megatron_oprd.rollout.vllm.messages import (
 )
 from megatron_oprd.weights.casting import dtype_name
 
-# Before vLLM is imported. Its scheduler in this process; with one worker, that too.
+# Set before vLLM is imported: scheduler (and a single worker) in this process, threads not bound to
+# cores.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -37,7 +37,7 @@ class Engine:
     """vLLM's ``LLM``, its weights and their version."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        """Builds vLLM's engine with weights that mean nothing."""
+        """Builds vLLM's engine with dummy weights."""
         from vllm import LLM
 
         self._settings = settings
@@ -62,23 +62,18 @@ class Engine:
     def load_weights(
         self,
         version: int,
-        invitation: dict[str, Any],
-        keep: bool,
-        left_out: dict[str, tuple[int, ...]],
+        invitation: dict[str, Any],  # with which workers connect to the trainer (`TrainerSocket`)
+        keep: bool,  # read the weights back afterwards
+        left_out: dict[str, tuple[int, ...]],  # shapes of unchanged weights, by name
     ) -> dict[str, str]:
-        """Replaces weights by those that the trainer sends the workers.
+        """Replaces weights by the tensors that the trainer sends to the workers.
 
-        Args:
-            version: The number that rollouts with these weights come back with.
-            invitation: How workers call the trainer (`TrainerSocket`).
-            keep: Whether to read the engine's weights afterwards.
-            left_out: Shapes of the weights that do not come and stay as they are.
-
-        Returns:
-            With ``keep`` the checksum of every tensor as the engine has it, by name; else nothing.
+        Returns the checksum of every readable tensor by name; empty without ``keep``.
         """
-        self._version = None  # until all have come: half of them are no model
+        self._version = None  # a partial load is not a usable model
         if self._asleep:
+            # Weights only: the KV cache wakes after the transfer, which lowers the sync's peak
+            # memory.
             self._llm.wake_up(tags=["weights"])
         options = {"tied": self._settings.tied, "keep": keep, "left_out": left_out}
         answers = self._llm.collective_rpc("oprd_receive", args=(invitation, options))
@@ -96,7 +91,7 @@ class Engine:
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams
     ) -> tuple[int, list[Response]]:
-        """Generates the responses, in the order of ``requests``, and names the weights' version."""
+        """Returns the version of the weights and the responses, in the order of ``requests``."""
         from vllm import SamplingParams as VLLMSamplingParams
 
         if self._version is None:
@@ -126,7 +121,7 @@ class Engine:
         return self._version, responses
 
     def sleep(self) -> None:
-        """Gives up what memory the settings say, until the next `load_weights`."""
+        """Frees memory according to ``sleep_level``, until the next `load_weights`."""
         if self._settings.sleep_level and not self._asleep:
             self._llm.sleep(level=self._settings.sleep_level)
             self._asleep = True
@@ -139,9 +134,9 @@ def _of_sampled(tokens: Sequence[int], logprobs: Any) -> tuple[float, ...] | Non
 
 
 def serve(connection: Connection) -> None:
-    """Answers calls until the other end closes: (method, arguments) -> (True, what it returned).
+    """Answers calls (method, arguments) with (True, result), until the other end closes.
 
-    An exception is answered with (False, its traceback).
+    Exceptions are answered with (False, traceback).
     """
     engine: Engine | None = None
     while True:
@@ -164,8 +159,8 @@ def serve(connection: Connection) -> None:
 
 
 def main() -> None:
-    """Serves on the pipe whose descriptor is the argument."""
-    # However the trainer ends, this process does not outlive it.
+    """Serves on the pipe whose file descriptor is the argument."""
+    # The kernel kills this process when the trainer ends, however it ends.
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     os.environ.update(ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""A rollout engine's process: started here, talked to over a pipe, noticed when it fails."""
+"""The process of a rollout engine: start, pipe, and detection of failures."""
 
 import os
 import subprocess
@@ -15,48 +15,42 @@ _SECONDS_TO_END = 10
 
 
 class EngineProcess:
-    """A child that answers calls: (method, arguments) -> (True, result) or (False, traceback)."""
+    """A child process with calls (method, arguments) -> (True, result) or (False, traceback).
+
+    `send` and `receive` raise RolloutEngineError if the process ended or exceeds the time limit, in
+    seconds; it is then killed.
+    """
 
     def __init__(self, module: str, *, environment: Mapping[str, str]) -> None:
-        """Starts ``python -m module DESCRIPTOR``, the pipe's other end being the descriptor.
-
-        Args:
-            module: The child's entry point.
-            environment: All of its environment.
-        """
+        """Starts ``python -m module DESCRIPTOR`` with the pipe's other end as the descriptor."""
         self._connection, theirs = Pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, str(theirs.fileno())],
             env=environment,
             pass_fds=[theirs.fileno()],
-            # torchrun and Slurm signal the trainer's group: it ends at its step's end, and needs
-            # the engine until then.
+            # torchrun and Slurm signal the trainer's process group. The trainer then finishes its
+            # step, for which it still needs the engine.
             start_new_session=True,
         )
         theirs.close()
-        # Readable when the process has ended, whoever else still has its end of the pipe.
+        # Becomes readable when the process ends, even if its children hold the pipe open.
         self._ended = os.pidfd_open(self._process.pid)
 
     @property
     def pid(self) -> int:
-        """The process's id."""
+        """The process id."""
         return self._process.pid
 
     def send(self, message: Any, *, seconds: float) -> None:
-        """Sends a message.
-
-        Raises:
-            RolloutEngineError: The process has ended. One that does not take the message in time
-                is ended.
-        """
+        """Sends a message; the limit applies until the child has read it."""
         is_late = threading.Event()
 
         def end() -> None:
             is_late.set()
             self._process.kill()
 
-        # A message larger than the pipe waits for its reader, and nothing but the reader's end
-        # ends that.
+        # A message larger than the pipe's buffer blocks until it is read; only the reader's end
+        # unblocks send().
         alarm = threading.Timer(seconds, end)
         alarm.daemon = True
         alarm.start()
@@ -72,25 +66,18 @@ class EngineProcess:
             alarm.cancel()
 
     def has_answered(self) -> bool:
-        """Whether `receive` would not have to wait, be it that the process has ended."""
+        """Whether `receive` would return or raise at once."""
         return bool(wait([self._connection, self._ended], 0))
 
     def receive(self, *, seconds: float, setting: str) -> Any:
-        """What a call returned.
-
-        Args:
-            seconds: How long to wait for it.
-            setting: Where that comes from, as the error names it.
-
-        Raises:
-            RolloutEngineError: It ended, failed, or did not answer in time; then it is ended.
-        """
+        """Returns a call's result; errors name ``setting`` as the source of the limit."""
         ready = wait([self._connection, self._ended], seconds)
         if not ready:
             self._process.kill()
             raise RolloutEngineError(
                 f"the vLLM process {self.pid} has not answered for {seconds:.3g} s ({setting})"
             )
+        # An answer sent just before the end is still in the pipe.
         if self._connection not in ready and not self._connection.poll():
             raise self._failure()
         try:
@@ -102,7 +89,7 @@ class EngineProcess:
         return answer
 
     def close(self) -> None:
-        """Ends the process, which gets some seconds to do so itself. A second call does nothing."""
+        """Ends the process, after a few seconds' grace. A second call does nothing."""
         if not self._connection.closed:
             self._connection.close()
             self._exit_code()

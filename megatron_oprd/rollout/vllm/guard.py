@@ -1,10 +1,9 @@
-"""Runs a vLLM server, and leaves nothing of it: ``server_guard.py PARENT COMMAND ...``.
+"""Runs a vLLM server and ends all of its processes: ``server_guard.py PARENT COMMAND ...``.
 
-A server is several processes, and when the first of them is killed the others go on and keep their
-GPUs. This one starts the server in a process group of its own, and kills what is left of the group
-when the server has ended, at a SIGINT, and some seconds after a SIGTERM or the end of the parent,
-in which the server may end itself. It is run as a file and imports nothing of the package, so that
-it is small and there at once.
+If a server's main process is killed, its other processes continue and keep their GPUs. The guard
+therefore starts the server in its own process group and kills the group's remaining processes when
+the server exits; on SIGINT at once; on SIGTERM or the parent's end after a grace period. It runs as
+a file and imports nothing from the package, to be small and start at once.
 """
 
 import contextlib
@@ -21,17 +20,17 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 
 
 def guard(parent: int, command: Sequence[str]) -> int:
-    """Runs the command while the parent lives; its exit code, 128 + n where signal n ended it.
+    """Runs the command while the parent process lives.
 
-    Args:
-        parent: The parent's process id.
-        command: Program and arguments.
+    Returns the command's exit code, or 128 + n if signal n ended it.
     """
-    # Blocked and waited for, so that none comes between two lines.
+    # Blocked, and received by sigwait: no signal can arrive between a check and the wait.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     _signal_when_parent_ends(signal.SIGTERM)
+    # The parent may have ended before the death signal was set.
     if os.getppid() != parent:
         return 128 + signal.SIGTERM
+    # If the guard itself is killed, the kernel kills the server (_prepare).
     server = subprocess.Popen(command, process_group=0, preexec_fn=_prepare)
     while not _has_ended(server.pid):
         if (received := signal.sigwait(_SIGNALS)) == signal.SIGTERM:
@@ -39,6 +38,7 @@ def guard(parent: int, command: Sequence[str]) -> int:
             end = time.monotonic() + SECONDS_TO_END
             while not _has_ended(server.pid) and (left := end - time.monotonic()) > 0:
                 signal.sigtimedwait([signal.SIGCHLD], left)
+        # SIGCHLD: the loop's condition checks whether the server ended.
         if received != signal.SIGCHLD:
             break
     with contextlib.suppress(ProcessLookupError):
@@ -48,7 +48,7 @@ def guard(parent: int, command: Sequence[str]) -> int:
 
 
 def _prepare() -> None:
-    """In the server, before its program starts."""
+    """Runs in the server process before its program starts."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     _signal_when_parent_ends(signal.SIGKILL)
 
@@ -59,7 +59,7 @@ def _signal_when_parent_ends(number: int) -> None:
 
 
 def _has_ended(pid: int) -> bool:
-    """Whether a child has ended; it stays there, so that its process group's id is not reused."""
+    """Whether a child has ended; leaves it unreaped, so that its group id is not reused."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 

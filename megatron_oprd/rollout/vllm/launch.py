@@ -1,4 +1,4 @@
-"""A vLLM server that the run starts itself: its address and GPUs, its start, checks and end."""
+"""A vLLM server that the run starts: address, GPUs, start, health checks and end."""
 
 import importlib.metadata
 import logging
@@ -35,34 +35,25 @@ _SECONDS_BETWEEN_TRIES = 0.5
 
 
 class ServerProcess:
-    """A vLLM server on one port, which it gets again whenever it is started again.
+    """A vLLM server on a fixed port, kept across restarts.
 
-    Nothing of it outlives this process, also where that is killed. The thread that starts it has to
-    live as long.
+    The server ends with this process, even if this process is killed. The thread that calls
+    `ensure` must live as long as the server, because Linux signals the end of the parent thread.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path,  # the student's; weights are not read
         *,
-        dtype: torch.dtype,
-        max_model_len: int,
+        dtype: torch.dtype,  # of weights and activations
+        max_model_len: int,  # tokens of the longest prompt with its response
         host: str,
-        log: Path,
+        log: Path,  # the server's output is appended
         config: VLLMConfig,
     ) -> None:
-        """Takes a free port; `ensure` starts the server.
+        """Reserves a free port; `ensure` starts the server.
 
-        Args:
-            folder: The student's Hugging Face folder, of which no weight is read.
-            dtype: The weights' and activations' type.
-            max_model_len: Most tokens of a prompt with its response.
-            host: An address of this machine, where the server listens.
-            log: Gets the server's output, behind what is there.
-            config: The settings, ``start_server`` among them.
-
-        Raises:
-            OSError: ``host`` is no address of this machine.
+        Raises OSError if ``host`` is not an address of this machine.
         """
         self._folder = folder
         self._dtype = dtype
@@ -72,7 +63,7 @@ class ServerProcess:
         self._log_start = 0
         self._config = config
         self._guard: subprocess.Popen | None = None
-        # Bound and never listened on: nobody else is given the port while no server has it.
+        # Bound but never listened on: keeps the port reserved while no server is running.
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._reserved = socket.socket(family)
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -82,15 +73,15 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        """Where the server is, as in ``http://127.0.0.1:40000``."""
+        """The server's URL, e.g. ``http://127.0.0.1:40000``."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}"
 
     def ensure(self) -> None:
-        """Has a server that answers: starts it, or again where it ended or hangs.
+        """Starts the server, or restarts it if it exited or hangs; returns when it responds.
 
-        Raises:
-            RolloutEngineError: It ended while it started, took too long, or serves something else.
+        Raises RolloutEngineError if it exits during the start, takes too long or serves another
+        model.
         """
         if self._guard is not None:
             trouble = self._trouble()
@@ -101,7 +92,7 @@ class ServerProcess:
         self._start()
 
     def close(self) -> None:
-        """Ends the server, which gets some seconds to do so itself. A second call does nothing."""
+        """Ends the server, after a few seconds' grace. A second call does nothing."""
         self._end()
         self._reserved.close()
 
@@ -111,13 +102,13 @@ class ServerProcess:
         with self._log.open("ab") as log:
             self._log_start = log.tell()
             self._guard = subprocess.Popen(
-                # Isolated, so that modules beside the file hide none of Python's own.
+                # -I: modules next to the file must not shadow the standard library's.
                 [sys.executable, "-I", server_guard.__file__, str(os.getpid()), *self._command()],
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # What is sent to the run's processes as a group, this one answers to.
+                # Signals to the run's process group must not reach the server: the guard ends it.
                 start_new_session=True,
             )
         while True:
@@ -126,6 +117,7 @@ class ServerProcess:
                     f"the vLLM server ended with exit code {code} while it started{self._said()}"
                 )
             try:
+                # Cheap; the workers are asked only once the front end responds.
                 self._client.call("/health")
                 found = self._client.workers("oprd_describe")
             except ServerError as error:
@@ -150,26 +142,26 @@ class ServerProcess:
             raise RolloutEngineError(f"{error}{self._said()}") from error
 
     def _trouble(self) -> str | None:
-        """What is wrong with the server that was started; None if nothing is."""
+        """Describes what is wrong with the started server; None if it works."""
         assert self._guard is not None
         if (code := self._guard.poll()) is not None:
             return f"it ended with exit code {code}{self._said()}"
         try:
-            # Not /health: the front end may be well and the workers not.
+            # Not /health: the front end can respond while the workers hang.
             self._client.workers("oprd_describe", seconds=self._config.sync_timeout_minutes * 60)
         except ServerError as error:
             return f"{error}{self._said()}"
         return None
 
     def _end(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Ends the server: with SIGTERM it gets some seconds, with SIGINT none."""
+        """Ends the server: SIGTERM allows a few seconds, SIGINT none (see guard.py)."""
         if self._guard is not None:
             self._guard.send_signal(how)
             self._guard.wait()
             self._guard = None
 
     def _said(self) -> str:
-        """The end of what the server has written since its start, as a part of a message."""
+        """The end of the server's output since its start, for an error message."""
         with self._log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - _QUOTED_BYTES))
@@ -186,8 +178,8 @@ class ServerProcess:
             "--max-model-len": self._max_model_len,
             "--tensor-parallel-size": config.tensor_model_parallel_size,
             "--gpu-memory-utilization": config.gpu_memory_utilization,
-            "--load-format": "dummy",
-            "--generation-config": "vllm",
+            "--load-format": "dummy",  # the first sync sends all weights
+            "--generation-config": "vllm",  # vLLM's defaults, not the model folder's
             "--disable-access-log-for-endpoints": f"/health,{GENERATE}",
         }
         if config.kv_cache_gb is not None:
@@ -206,22 +198,23 @@ class ServerProcess:
     def _environment(self) -> dict[str, str]:
         environment = environment_without_rank() | {
             "VLLM_SERVER_DEV_MODE": "1",
-            # Threads are not bound to cores, which the trainer's need as well.
+            # The trainer needs the cores, too.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENGINE_READY_TIMEOUT_S": str(max(1, round(self._config.timeout_minutes * 60))),
         }
         if gpus := self._config.server_gpus:
-            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's
+            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's order
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         return environment
 
 
 def _serve(folder: Path) -> list[str]:
-    """``vllm serve``, of the vLLM of this environment."""
+    """The command ``vllm serve`` of this environment's vLLM."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        # The command asks for the package's version, and the CPU build's has another name.
+        # The vllm command queries the version of package `vllm`; the CPU build's package has
+        # another name.
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
 
@@ -231,11 +224,10 @@ _SETTING = "rollout.vllm.server_gpus"
 
 
 def server_host() -> str:
-    """The address on which all ranks reach the machine of global rank 0.
+    """Returns the address under which all ranks reach the machine of global rank 0.
 
-    Loopback where all ranks are on that machine, so that nobody else reaches the server; else what
-    ``MASTER_ADDR``, which is that machine, means on the others. Every rank has to call, with the
-    default process group.
+    Loopback if all ranks are on that machine, so that the server is not reachable from outside;
+    otherwise ``MASTER_ADDR`` as the other machines resolve it. Collective over the default group.
     """
     master = socket.getaddrinfo(os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM)
     own = (_network(), str(master[0][4][0]))
@@ -245,34 +237,27 @@ def server_host() -> str:
 
 
 def host_of(ranks: Sequence[tuple[str, str]]) -> str:
-    """The address of the first rank's machine.
+    """Returns the address of the first rank's machine.
 
-    Args:
-        ranks: Of each rank what tells its network from others (ranks with the same one share a
-            loopback device), and what it takes for the first rank's address.
+    ``ranks`` has, for each rank, an id of its network (equal ids share a loopback device) and the
+    first rank's address as this rank resolves it.
     """
     first, _ = ranks[0]
+    # Another machine's view: on its own machine, MASTER_ADDR may resolve to loopback.
     return next((address for network, address in ranks if network != first), LOOPBACK)
 
 
 def _network() -> str:
-    """Tells this process's network (a machine's, or a container's) from others."""
+    """An id of this process's network: of a machine or of a container on it."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {Path('/proc/self/ns/net').stat().st_ino}"
 
 
 def check_server_gpus(gpus: Sequence[int], *, ranks_on_host: int) -> None:
-    """Refuses GPUs for the server that are not there, or that ranks train on.
+    """Checks on global rank 0, whose machine runs the server, that no rank trains on its GPUs.
 
-    Called on global rank 0, whose machine the server is on; local rank i has the i-th GPU that is
-    visible to it.
-
-    Args:
-        gpus: ``rollout.vllm.server_gpus``.
-        ranks_on_host: Ranks on this machine.
-
-    Raises:
-        UserError: There is such a GPU, or none where one is needed.
+    Local rank i trains on the i-th visible GPU. Raises UserError if a GPU is missing or in use, or
+    if none is given although the machine has GPUs.
     """
     found = f"{_SETTING} = {list(gpus)}"
     if not torch.cuda.is_available():
@@ -293,15 +278,9 @@ def check_server_gpus(gpus: Sequence[int], *, ranks_on_host: int) -> None:
 
 
 def check_gpus(gpus: Sequence[int], table: str, trained_on: Sequence[str]) -> None:
-    """Does what `check_server_gpus` does.
+    """Does the checks of `check_server_gpus`, with UUIDs of the GPUs that are trained on.
 
-    Args:
-        gpus: ``rollout.vllm.server_gpus``.
-        table: nvidia-smi's lines of index and UUID.
-        trained_on: The UUIDs of the GPUs that ranks have.
-
-    Raises:
-        UserError: See `check_server_gpus`.
+    ``table`` is nvidia-smi's output: lines of index and UUID.
     """
     rows = [line.split(",") for line in table.splitlines()]
     uuids = {int(index): uuid.strip().removeprefix("GPU-") for index, uuid in rows}

@@ -1,4 +1,4 @@
-"""Messages between a trainer and its vLLM process, and the rollouts made of vLLM's responses."""
+"""Messages between a trainer and its vLLM process, and rollouts from vLLM's responses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,60 +12,36 @@ from megatron_oprd.rollout.engine import Rollout, SamplingParams
 from megatron_oprd.rollout.sampling import seed_of, stopped_length
 from megatron_oprd.rollout.vllm.bucket import BucketHandle
 
-# What vLLM's workers get besides (--worker-extension-cls of a server).
+# Worker extension class (a server's --worker-extension-cls).
 EXTENSION = "megatron_oprd.rollout.vllm.worker.WeightReceiver"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How the engine is built.
+    """Settings of a vLLM engine process."""
 
-    Attributes:
-        folder: A Hugging Face model folder. Its weights and its generation_config.json have no
-            influence.
-        dtype: The weights' and activations' type.
-        options: Further arguments of ``vllm.LLM``.
-        bucket: The buffer that weights come through.
-        tied: Whether the LM head is the embedding.
-        stop_token_ids: A response ends with any of these.
-        meaningless_ids: Never sampled.
-        sleep_level: How deep `sleep` is: 0 not at all, 1 weights to the host, 2 weights thrown
-            away; the KV cache goes in both.
-    """
-
-    folder: Path
-    dtype: torch.dtype
-    options: dict[str, Any]
-    bucket: BucketHandle
-    tied: bool
+    folder: Path  # its weights and generation_config.json are not used
+    dtype: torch.dtype  # of weights and activations
+    options: dict[str, Any]  # further arguments of vllm.LLM
+    bucket: BucketHandle  # buffer of the weight sync
+    tied: bool  # the LM head is the embedding
     stop_token_ids: tuple[int, ...]
-    meaningless_ids: tuple[int, ...]
-    sleep_level: int
+    meaningless_ids: tuple[int, ...]  # never sampled: they pad the embedding
+    sleep_level: int  # 0: none; 1: weights to the host; 2: weights discarded (KV cache: 1 and 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One response that is asked for.
-
-    Attributes:
-        prompt_ids: The prompt.
-        seed: The sample's own seed.
-    """
+    """A request for one response."""
 
     prompt_ids: tuple[int, ...]
-    seed: int
+    seed: int  # the sample's own seed (`seed_of`)
 
 
 def sampling_fields(
     request: Request, sampling: SamplingParams, *, stop_token_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """The fields of vLLM's own SamplingParams for one response.
-
-    Args:
-        request: The response that is asked for.
-        sampling: How to sample.
-        stop_token_ids: A response ends with any of these, besides ``sampling``'s.
-    """
+    """Builds the fields of vLLM's SamplingParams for one response."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -73,29 +49,24 @@ def sampling_fields(
         "max_tokens": sampling.max_new_tokens,
         "seed": request.seed,
         "stop_token_ids": [*stop_token_ids, *sampling.stop_token_ids],
-        "logprobs": 0 if sampling.logprobs else None,  # 0: of the sampled token alone
+        "logprobs": 0 if sampling.logprobs else None,  # 0: only the sampled token's
+        # Not needed: `rollouts_of` finds stop texts in the token ids.
         "detokenize": False,
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """One response.
+    """One response of vLLM."""
 
-    Attributes:
-        token_ids: Its tokens, the one that ended it included.
-        logprobs: The model's log-probability of each, before temperature, top-k and top-p; None
-            where they were not asked for.
-        finished: Whether one of ``stop_token_ids`` ended it.
-    """
-
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]  # the end token included
+    # Raw: before temperature, top-k and top-p; None if not requested.
     logprobs: tuple[float, ...] | None
-    finished: bool
+    finished: bool  # ended by one of stop_token_ids
 
 
 def requests_of(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Request]:
-    """One request a sample, ordered by prompt, then sample, each with a seed of its own."""
+    """One request per sample, ordered by prompt, then sample, each with its own seed."""
     return [
         Request(prompt_ids=prompt.token_ids, seed=seed_of(prompt, sample, sampling))
         for prompt in prompts
@@ -111,21 +82,18 @@ def rollouts_of(
     version: int,
     decode: Callable[[Sequence[int]], str] | None,
 ) -> list[Rollout]:
-    """The rollouts of the responses to `requests_of`; a response is cut behind a stop text.
+    """Converts responses to rollouts, cutting each after its stop text.
 
-    Args:
-        prompts: As they were asked for.
-        sampling: As it was asked for.
-        responses: In the order of the requests.
-        version: Of the weights that they come from.
-        decode: The tokenizer's decoding, special tokens kept; needed for stop texts.
+    ``responses`` has the order of `requests_of`; ``decode`` (special tokens kept) is needed for
+    stop texts.
     """
     samples = [(p, sample) for p in prompts for sample in range(sampling.samples_per_prompt)]
     rollouts = []
     for (prompt, sample), response in zip(samples, responses, strict=True):
         length = None
         if sampling.stop:
-            # Not vLLM's own stop texts, which look at what its own tokenizer makes of it.
+            # vLLM's stop texts would search the text of its own tokenizer, which can differ.
+            # Responses are therefore generated to their end and cut here.
             assert decode is not None, "stop texts need the tokenizer's decoding"
             length = stopped_length(response.token_ids, sampling.stop, decode)
         rollouts.append(

@@ -1,4 +1,4 @@
-"""A rollout engine on a vLLM server: one for all replicas."""
+"""A rollout engine on a vLLM server that all replicas share."""
 
 import socket
 import threading
@@ -30,11 +30,10 @@ from megatron_oprd.rollout.vllm.sockets import TrainerSocket, send_weights
 from megatron_oprd.rollout.vllm.sync_check import SyncCheck
 from megatron_oprd.weights.casting import dtype_name
 
-# Requests that are under way at once, where no setting says how many: what vLLM generates at once
-# on large GPUs unless it is told otherwise.
+# Default of concurrent requests: vLLM's default batch on large GPUs.
 _REQUESTS = 1024
-_FRESH = "default"  # the version of a server that nobody has sent weights
-_UNFINISHED = "unfinished"
+_FRESH = "default"  # vLLM's label before any weights were sent
+_UNFINISHED = "unfinished"  # label during a sync, and after a failed one
 
 _UnderWay = tuple[
     Sequence[Prompt], SamplingParams, ThreadPoolExecutor, Iterator[tuple[int, Response]]
@@ -42,39 +41,28 @@ _UnderWay = tuple[
 
 
 class VLLMServerEngine:
-    """A `RolloutEngine` on a server that is shared: one replica's leader sends the weights.
+    """A `RolloutEngine` on a shared server, to which one replica's leader sends the weights.
 
-    The server keeps the weights' version and says it with each response (vLLM's weight versions),
-    together with whose weights they are.
+    The server stores a label of its weights (vLLM's weight version), ``OWNER#VERSION``, and returns
+    it with each response.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype,  # the server's; weights are converted to it
         eos_token_ids: Sequence[int],
-        known_ids: Collection[int],
+        known_ids: Collection[int],  # the tokenizer's ids; other ids pad the embedding
+        # Keeps special tokens; needed for stop texts.
         decode: Callable[[Sequence[int]], str] | None = None,
-        max_batch_size: int | None = None,
-        owner: str,
+        max_batch_size: int | None = None,  # concurrent requests of this engine
+        owner: str,  # label of the run's weights: equal on all replicas, different in every run
         config: VLLMConfig,
     ) -> None:
-        """Waits for the server, and has it never sample ids that mean nothing.
+        """Waits for the server and masks ids that the tokenizer does not know.
 
-        Args:
-            folder: The student's Hugging Face folder.
-            dtype: The server's type, which weights are converted to.
-            eos_token_ids: A response ends with any of these.
-            known_ids: The tokenizer's ids. Others, which only pad the embedding, are never sampled.
-            decode: The tokenizer's decoding, special tokens kept; without it there are no stop
-                texts.
-            max_batch_size: Most requests of this engine that are under way at once.
-            owner: Whose weights the server has; the same on every replica, another in another run.
-            config: The settings, ``server_url`` among them.
-
-        Raises:
-            RolloutEngineError: The server is not there.
+        Raises RolloutEngineError if the server does not respond.
         """
         assert config.server_url is not None
         self._config = config
@@ -92,7 +80,7 @@ class VLLMServerEngine:
         self._mask()
 
     def _mask(self) -> int:
-        """Has the server never sample ids that mean nothing; how many workers it has."""
+        """Masks ids that the tokenizer does not know; returns the number of workers."""
         return len(self._server.workers("oprd_mask", self._never, seconds=self._part))
 
     @property
@@ -100,11 +88,7 @@ class VLLMServerEngine:
         return self._config.sync_timeout_minutes * 60
 
     def needs_all_weights(self) -> bool:
-        """Whether the server does not have what this sent last: started anew, or sent others'.
-
-        Raises:
-            RolloutEngineError: The server does not say.
-        """
+        """Whether the server restarted or got other weights since this engine's last sync."""
         if self._sent_label is None:
             return True
         found = self._server.call("/weight_info", seconds=self._part)
@@ -115,27 +99,21 @@ class VLLMServerEngine:
         stream: Iterable[tuple[str, Tensor]],
         *,
         version: int = 0,
-        left_out: Collection[str] = (),
+        left_out: Collection[str] = (),  # unchanged weights; of each vLLM module all or none
     ) -> None:
-        """Replaces weights of the server's model.
-
-        Args:
-            stream: Full tensors, under the names they have in a Hugging Face checkpoint.
-            version: The number that rollouts with these weights come back with.
-            left_out: Names of weights that do not come and stay as they are: of each of vLLM's
-                modules all weights or none.
+        """Replaces the server's weights by the stream's full tensors, under Hugging Face names.
 
         Raises:
-            ValueError: A name that the model lacks, a wrong shape, a weight that came twice or not
-                at all.
-            RolloutEngineError: The server failed. The stream may not have come to its end.
-            WrongWeightsError: A check found other weights than were sent.
+            ValueError: Unknown name, wrong shape, duplicate or missing weight.
+            RolloutEngineError: The server failed; the stream may not be exhausted.
+            WrongWeightsError: The weights read back differ from the weights sent.
         """
-        if left_out and self.needs_all_weights():  # since it was asked
+        if left_out and self.needs_all_weights():  # changed since the caller asked
             raise self._not_taken(version, "it does not have the last sync's weights any more")
         self._sent_label = None
+        # Responses sampled from partly loaded weights must not carry a valid version.
         self._set_version(_UNFINISHED)
-        num_workers = self._mask()  # it may be another server than the last time
+        num_workers = self._mask()  # again: the server may have restarted
         weights = self._check.passing(stream, left_out=left_out)
         host = self._own_address()
         options = {
@@ -148,6 +126,7 @@ class VLLMServerEngine:
         except OSError as error:
             raise self._not_taken(version, f"no port on {host}: {error}") from error
         with listening as workers:
+            # The call returns only after the transfer, which this thread has to serve.
             loaded = _in_background(
                 lambda: self._server.workers(
                     "oprd_receive",
@@ -160,13 +139,13 @@ class VLLMServerEngine:
                 send_weights(workers, weights, dtype=self._dtype)
                 answers = loaded.result(timeout=self._part)
             except OSError as error:
-                # The server's own error says more, where there is one.
+                # The server's error, if there is one, explains a broken connection.
                 why = loaded.exception() if loaded.done() else None
                 raise self._not_taken(version, why or error) from error
         for answer in answers:
             if "error" in answer:
                 raise self._not_taken(version, answer["error"])
-        # Also of what an earlier, failed call left running, whose cache would stay otherwise.
+        # Also resets requests left running by an earlier, failed call, whose cache would stay.
         forget = "/reset_prefix_cache?reset_running_requests=true"
         if not self._server.call(forget, {}, seconds=self._part)["success"]:
             raise self._not_taken(version, "old weights' prefixes were not forgotten")
@@ -175,9 +154,7 @@ class VLLMServerEngine:
         self._sent_label = self._set_version(str(version))
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Samples ``samples_per_prompt`` responses a prompt, ordered by prompt, then sample.
-
-        A response with a stop text is generated to its end, and then cut.
+        """Samples ``samples_per_prompt`` responses per prompt, ordered by prompt, then sample.
 
         Raises:
             RolloutEngineError: The server failed, or has no weights.
@@ -187,24 +164,20 @@ class VLLMServerEngine:
         return self.finish()
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        """Begins what `generate` does. No other call may come before `finish`."""
+        """Starts `generate` in the background. The next call must be `finish`."""
         requests = requests_of(prompts, sampling)
         pool = ThreadPoolExecutor(self._at_once)
         answers = pool.map(lambda one: self._respond(one, sampling), requests)
         self._under_way = prompts, sampling, pool, answers
 
     def finish(self) -> list[Rollout]:
-        """Waits for what was begun, and returns what `generate` does.
-
-        Raises:
-            RolloutEngineError: See `generate`.
-            WrongWeightsError: See `generate`.
-        """
+        """Waits for the rollouts of `start`; result and errors as in `generate`."""
         assert self._under_way is not None, "nothing was begun"
         (prompts, sampling, pool, coming), self._under_way = self._under_way, None
         try:
             answers = list(coming)
         finally:
+            # After an error, do not wait for the other requests.
             pool.shutdown(wait=False, cancel_futures=True)
         if not answers:
             return []
@@ -218,7 +191,7 @@ class VLLMServerEngine:
         return rollouts_of(prompts, sampling, responses, version=version, decode=self._decode)
 
     def _respond(self, request: Request, sampling: SamplingParams) -> tuple[int, Response]:
-        """The version of the weights that a response comes from, and the response."""
+        """Requests one response; returns the version of its weights and the response."""
         body = {
             "token_ids": list(request.prompt_ids),
             "sampling_params": sampling_fields(request, sampling, stop_token_ids=self._stop_ids),
@@ -276,23 +249,23 @@ class VLLMServerEngine:
         return int(version)
 
     def sleep(self) -> None:
-        """Does nothing: the server has devices of its own."""
+        """Does nothing: the server has its own devices."""
 
     def close(self) -> None:
-        """Asks for nothing more; the server goes on."""
+        """Cancels requests that have not started; the server keeps running."""
         if self._under_way is not None:
             (_, _, pool, _), self._under_way = self._under_way, None
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_background(call: Callable[[], Any]) -> Future:
-    """What a call comes to. At the process's end it is not waited for."""
+    """Runs a call in a daemon thread, which does not delay the process's exit."""
     future: Future = Future()
 
     def run() -> None:
         try:
             future.set_result(call())
-        except Exception as error:  # whatever it is, who waits for the future has to know
+        except Exception as error:  # the future carries it to the waiting thread
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()

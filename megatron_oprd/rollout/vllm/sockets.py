@@ -1,7 +1,7 @@
-"""The TCP conversation between a trainer and its engine's workers, by which weights travel.
+"""TCP protocol between a trainer and its engine's workers, for the weight sync.
 
-Lines of JSON go both ways; of each tensor the workers get name, shape and bytes. Nothing that is
-received is executed. A worker begins with a token that only the engine knows.
+Both sides send lines of JSON; each tensor is a line with name and shape, followed by its bytes. No
+received data is executed. A worker starts with a secret token that it got through the engine.
 """
 
 import hmac
@@ -23,24 +23,18 @@ _SECONDS_TO_SAY_TOKEN = 5
 
 
 class TrainerSocket:
-    """The trainer's end: waits for workers, and tells all of them the same."""
+    """The trainer's end. Its methods raise OSError if a worker disconnects or times out."""
 
     def __init__(self, host: str, *, seconds: float) -> None:
-        """Listens on a free port.
-
-        Args:
-            host: This machine's address, as the workers see it.
-            seconds: How long a worker may take to call, or for a part of the conversation.
-
-        Raises:
-            OSError: There is no port.
-        """
+        """Listens on a free port."""
+        # Timeout for connecting and for each read or write.
         self._seconds = seconds
         self._stack = ExitStack()
+        # host is this machine's address as workers reach it, possibly IPv6.
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = self._stack.enter_context(socket.create_server((host, 0), family=family))
         self._workers: list[_Worker] = []
-        # What `WorkerSocket` needs to call.
+        # Arguments of `WorkerSocket`, sent to workers through the engine.
         self.invitation: dict[str, Any] = {
             "host": host,
             "port": self._listener.getsockname()[1],
@@ -60,16 +54,9 @@ class TrainerSocket:
         self._stack.close()
 
     def accept(self, num_workers: int, *, in_vain: Callable[[], bool]) -> None:
-        """Waits for so many workers.
-
-        Args:
-            num_workers: How many.
-            in_vain: Asked now and then; true if they will not come.
-
-        Raises:
-            OSError: They do not come.
-        """
+        """Waits for the workers; ``in_vain`` is polled and tells that they will not connect."""
         end = time.monotonic() + self._seconds
+        # Short, so that in_vain is polled.
         self._listener.settimeout(0.2)
         while len(self._workers) < num_workers:
             try:
@@ -78,7 +65,7 @@ class TrainerSocket:
                 if in_vain() or time.monotonic() > end:
                     raise
                 continue
-            # A mute stranger must not keep the others waiting.
+            # Short timeout: a connection that sends nothing must not hold up the workers.
             connection.settimeout(_SECONDS_TO_SAY_TOKEN)
             worker = _Worker(connection, connection.makefile("rb"))
             if self._knows_token(worker):
@@ -98,11 +85,7 @@ class TrainerSocket:
             return False
 
     def tell(self, message: Any, data: memoryview | None = None) -> None:
-        """Tells every worker a message, and bytes behind it.
-
-        Raises:
-            OSError: A worker left, or takes too long.
-        """
+        """Sends a message, and optionally bytes after it, to every worker."""
         line = f"{json.dumps(message)}\n".encode()
         for worker in self._workers:
             worker.connection.sendall(line)
@@ -110,30 +93,17 @@ class TrainerSocket:
                 worker.connection.sendall(data)
 
     def hear(self) -> list[Any]:
-        """What every worker says next.
-
-        Raises:
-            OSError: A worker left, or takes too long.
-        """
+        """Receives one message from every worker."""
         return [_message(worker.file) for worker in self._workers]
 
 
 class WorkerSocket:
-    """A worker's end."""
+    """A worker's end. Its methods raise OSError if the trainer disconnects or times out."""
 
     def __init__(self, *, host: str, port: int, token: str, seconds: float) -> None:
-        """Calls the trainer.
-
-        Args:
-            host: Where it listens.
-            port: Where it listens.
-            token: What it wants to hear.
-            seconds: How long it may take for a part of the conversation.
-
-        Raises:
-            OSError: It is not there.
-        """
+        """Connects to the trainer and sends the token; the timeout also applies to messages."""
         self._connection = socket.create_connection((host, port), timeout=seconds)
+        # Answers are short lines that the trainer waits for; Nagle's algorithm would delay them.
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._file = cast(BufferedReader, self._connection.makefile("rb", buffering=2**20))
         self._connection.sendall(f"{token}\n".encode())
@@ -151,19 +121,11 @@ class WorkerSocket:
         self._connection.close()
 
     def hear(self) -> Any:
-        """The trainer's next message.
-
-        Raises:
-            OSError: It left, or takes too long.
-        """
+        """Receives the trainer's next message."""
         return _message(self._file)
 
     def read_into(self, target: memoryview) -> None:
-        """The bytes that come behind a message.
-
-        Raises:
-            OSError: The trainer left, or takes too long.
-        """
+        """Reads the bytes after a message."""
         while target:
             count = self._file.readinto(target)
             if not count:
@@ -171,11 +133,7 @@ class WorkerSocket:
             target = target[count:]
 
     def tell(self, message: Any) -> None:
-        """Tells the trainer a message.
-
-        Raises:
-            OSError: It left.
-        """
+        """Sends the trainer a message."""
         self._connection.sendall(f"{json.dumps(message)}\n".encode())
 
 
@@ -195,24 +153,17 @@ def _message(file: BufferedReader) -> Any:
 def send_weights(
     workers: TrainerSocket, stream: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype
 ) -> None:
-    """Sends every worker the stream's tensors, converted on the way.
-
-    Raises:
-        OSError: A worker left, or takes too long.
-    """
+    """Sends the tensors to every worker, converted to ``dtype`` on the way."""
     for name, tensor in stream:
         values = tensor.detach().to(dtype).cpu().contiguous().reshape(-1)
         head = {"name": name, "shape": list(tensor.shape)}
+        # As bytes: numpy has no bf16.
         workers.tell(head, values.view(torch.uint8).numpy().data)
     workers.tell(None)
 
 
 def receive_weights(trainer: WorkerSocket, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that `send_weights` sends, on the host.
-
-    Raises:
-        OSError: The trainer left in the middle, or takes too long.
-    """
+    """Yields the tensors of `send_weights`, on the host."""
     while (head := trainer.hear()) is not None:
         tensor = torch.empty(head["shape"], dtype=dtype)
         trainer.read_into(tensor.reshape(-1).view(torch.uint8).numpy().data)

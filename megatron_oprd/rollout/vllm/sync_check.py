@@ -1,4 +1,4 @@
-"""What is checked of a weight sync: that all weights come once, and that the engine has them."""
+"""Checks of a weight sync: every weight is sent once, and the engine received it intact."""
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -17,64 +17,48 @@ logger = logging.getLogger(__name__)
 
 
 class SyncCheck:
-    """Checks one engine's syncs, one after the other.
+    """Checks the successive syncs of one engine.
 
-    A weight that a sync leaves out has to have the values of the one before.
-
-    Attributes:
-        tied: Whether the LM head is the embedding, under whose name alone its weight comes.
-        vocab_size: Rows of the embedding.
-        is_due: Whether the engine's weights are to be read after the sync that `passing` began.
+    Weights omitted from a sync must be unchanged since they were last sent.
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, interval: int | None) -> None:
-        """Reads the model's config.
-
-        Args:
-            folder: A Hugging Face model folder, of which no weight is read.
-            dtype: The engine's type, which weights are converted to on their way.
-            interval: Syncs from one `compare` to the next; None never compares.
-        """
+        """Reads the config in a Hugging Face model folder; weights are not read."""
         model = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # The LM head is the embedding; its weight is then sent only as the embedding.
         self.tied = bool(model.tie_word_embeddings)
-        self.vocab_size = int(model.vocab_size)
-        self.is_due = False
+        self.vocab_size = int(model.vocab_size)  # rows of the embedding
+        self.is_due = False  # read the engine's weights back after the current sync
         self._shapes = checkpoint_shapes(model, tied=self.tied)
-        self._dtype = dtype
-        self._interval = interval
+        self._dtype = dtype  # the engine's; weights are converted to it before the checksum
+        self._interval = interval  # syncs between two comparisons; None: never compare
         self._syncs = 0
         self._sent: dict[str, str] = {}
 
     def passing(
         self, stream: Iterable[tuple[str, Tensor]], *, left_out: Collection[str] = ()
     ) -> Iterator[tuple[str, Tensor]]:
-        """Begins a sync: the stream, refused where it is not all of the model's weights once.
+        """Starts a sync; passes its stream through and checks it while it is read.
 
-        Args:
-            stream: Tensors by name.
-            left_out: Names that do not come.
-
-        Raises:
-            ValueError: A name that the model lacks, a wrong shape, a weight that came twice or not
-                at all; while the stream is read.
+        Raises ValueError for an unknown name, a wrong shape, a repeated or a missing weight.
         """
         self.is_due = self._interval is not None and self._syncs % self._interval == 0
         self._syncs += 1
         return self._pass(stream, left_out)
 
     def left_out_shapes(self, left_out: Collection[str]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the weights that a sync leaves out, by name."""
+        """Shapes of the weights omitted from a sync, by name."""
         return {name: self._shapes[name] for name in left_out}
 
     def _pass(
         self, stream: Iterable[tuple[str, Tensor]], left_out: Collection[str]
     ) -> Iterator[tuple[str, Tensor]]:
         came: set[str] = set()
-        # The engine gives a tied head the embedding.
+        # Tied: the receiver copies the embedding to the head.
         own = ((n, tensor) for n, tensor in stream if not (self.tied and n == HEAD))
         for name, tensor in known_weights(own, self._shapes):
             came.add(name)
-            # Of every weight once at least: it may be left out when a check is due.
+            # Every weight at least once: it may be left out of the sync whose check is due.
             if self.is_due or (self._interval is not None and name not in self._sent):
                 self._sent[name] = value_checksum(tensor.to(self._dtype))
             yield name, tensor
@@ -82,16 +66,10 @@ class SyncCheck:
             raise ValueError(f"{len(missing)} weights were not delivered, the first {missing[0]!r}")
 
     def compare(self, found: Mapping[str, str], version: int) -> None:
-        """Compares checksums of what was sent and of what the engine has, by tensor.
+        """Compares the checksums of sent weights with ``found`` (`checksums_of_engine`).
 
-        Of weights that the sync left out, with what was sent when they came last.
-
-        Args:
-            found: `checksums_of_engine`.
-            version: Of the weights.
-
-        Raises:
-            WrongWeightsError: They differ.
+        Weights omitted from this sync are compared with the values last sent. Raises
+        WrongWeightsError if a checksum differs.
         """
         sent = dict(self._sent)
         if self.tied:
@@ -113,7 +91,7 @@ class SyncCheck:
 
 
 def checkpoint_shapes(config: PretrainedConfig, *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a model's checkpoint, by name; of a tied head under one name."""
+    """Shape of every checkpoint tensor, by name; without the LM head if it is tied."""
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
     tensors = checkpoint_tensors(model.state_dict())

@@ -1,4 +1,4 @@
-"""The worker extension of a vLLM server: receives, applies and reads back weights.
+"""Worker extension of vLLM: receives, applies and reads back weights.
 
 VLLM_SERVER_DEV_MODE=1 vllm serve DIR --enable-scale-out \
     --worker-extension-cls megatron_oprd.rollout.vllm.worker.WeightReceiver
@@ -24,18 +24,18 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def with_tied_head(
     stream: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], *, tied: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """The stream as vLLM's ``reload_weights`` wants it; ``shapes`` gets what came."""
+    """Adds the tied LM head that vLLM's ``reload_weights`` expects; records shapes."""
     for name, tensor in stream:
         shapes[name] = tuple(tensor.shape)
         yield name, tensor
         if tied and name == EMBEDDING:
-            # vLLM may keep a packed copy for the LM head, which only its own name renews.
+            # vLLM may keep a packed copy of the LM head, which is renewed only under its own name.
             yield HEAD, tensor
 
 
 @contextmanager
 def quiet_about_missing(quiet: bool) -> Iterator[None]:
-    """Where weights stay on purpose, vLLM does not warn of each module that it got none for."""
+    """Silences vLLM's warning for each module without new weights, for partial syncs."""
     logger = logging.getLogger("vllm.model_executor.model_loader.reload")
     level = logger.level
     if quiet:
@@ -47,13 +47,12 @@ def quiet_about_missing(quiet: bool) -> Iterator[None]:
 
 
 def mask_ids(model: Any, ids: Sequence[int]) -> None:
-    """Makes the logits of some ids -inf, whatever samples from them. Again: of others instead.
+    """Sets the logits of ``ids`` to -inf for all requests; a second call replaces the ids.
 
-    Args:
-        model: One of vLLM's decoders.
-        ids: Ids that mean nothing.
+    ``model`` is one of vLLM's decoders.
     """
     never = torch.tensor(ids, dtype=torch.long, device=next(model.parameters()).device)
+    # The class's method, so that a second call does not wrap the first mask.
     compute_logits = type(model).compute_logits
 
     def masked(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -67,24 +66,16 @@ _ROWS = 256
 
 
 def value_checksum(tensor: Tensor) -> str:
-    """xxh3_128 of a tensor's values; -0 counts as 0, because reading weights back may turn it."""
+    """xxh3_128 of a tensor's values; -0 counts as 0, as reading weights back may turn it."""
     return checksum(tensor.detach() + 0.0)
 
 
 @torch.no_grad()
 def checksums_of_engine(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """The checksums of a vLLM model's weights.
+    """Checksums of a vLLM model's weights by name, given the shapes of the checkpoint's tensors.
 
-    Where it is split over workers, all of them have to call: shards are gathered on vLLM's
-    tensor-parallel group, one tensor at a time.
-
-    Args:
-        model: One of vLLM's decoders, in its working format.
-        shapes: Shape of every tensor of the checkpoint, by name.
-
-    Returns:
-        A checksum by name, for each of ``shapes`` that can be read: not for experts, which vLLM
-        keeps in a format of its kernels.
+    Collective over vLLM's workers: shards are gathered on the tensor-parallel group, one tensor at
+    a time. Experts are left out: vLLM keeps them in the format of its kernels.
     """
     fused: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     found = {}
@@ -96,12 +87,13 @@ def checksums_of_engine(model: nn.Module, shapes: Mapping[str, tuple[int, ...]])
             for part in fused.get(last, [last])
         ]
         if not all(one in shapes for one in of_checkpoint):
-            # One tensor in the checkpoint, too (Phi-3), or none that this knows.
+            # Either also one tensor in the checkpoint (Phi-3), or a parameter that is not checked.
             of_checkpoint = [name] if name in shapes else []
         if not of_checkpoint:
             continue
         module = model.get_submodule(module_name)
         values: Tensor = parameter
+        # vLLM's CPU linear layers may keep only a packed copy and empty the parameter.
         if not parameter.numel():
             values = _read_through(module, columns=shapes[of_checkpoint[0]][1])
         values = _whole(module, values)
@@ -112,21 +104,16 @@ def checksums_of_engine(model: nn.Module, shapes: Mapping[str, tuple[int, ...]])
             row += rows
     head = getattr(model, "lm_head", None)
     if HEAD not in shapes and hasattr(head, "cpu_linear"):
-        # A tied head's packed copy has to be the embedding; it is reported under its own name.
+        # A tied head's packed copy must equal the embedding; it is reported under its own name.
         rows, columns = shapes[EMBEDDING]
         found[HEAD] = value_checksum(_whole(head, _read_through(head, columns))[:rows])
     return found
 
 
 def _read_through(module: Any, columns: int) -> Tensor:
-    """This worker's weight [out, in] of a linear layer that has only a packed copy of it.
+    """Reads this worker's weight [out, in] of a linear layer that has only a packed copy.
 
-    That is its answer to unit vectors: each output is one weight times 1 plus zeros, which is
-    exact.
-
-    Args:
-        module: One of vLLM's layers.
-        columns: Of the whole weight.
+    The layer's outputs for unit vectors are exact: each is one weight times 1, plus zeros.
     """
     columns = getattr(module, "input_size_per_partition", columns)
     vectors = torch.eye(columns, dtype=module.weight.dtype)
@@ -135,7 +122,7 @@ def _read_through(module: Any, columns: int) -> Tensor:
 
 
 def _whole(module: Any, values: Tensor) -> Tensor:
-    """The parameter of which ``values`` are this worker's shard, in the checkpoint's order."""
+    """Gathers a parameter from the workers' shards, in the checkpoint's order."""
     if getattr(module, "tp_size", 1) == 1:
         return values
     from vllm.distributed import tensor_model_parallel_all_gather
@@ -150,12 +137,12 @@ def _whole(module: Any, values: Tensor) -> Tensor:
         return tensor_model_parallel_all_gather(shard.contiguous(), dim)
 
     if isinstance(module, VocabParallelEmbedding):
-        return gathered(values, 0)  # padding comes last
+        return gathered(values, 0)  # the vocabulary's padding comes last
     if isinstance(module, RowParallelLinear):
-        return gathered(values, 1) if values.ndim == 2 else values  # every worker has the bias
+        return gathered(values, 1) if values.ndim == 2 else values  # the bias is replicated
     assert isinstance(module, ColumnParallelLinear), type(module)
-    # Of q, k and v, or gate and up, each worker has a part. Where there are fewer key/value heads
-    # than workers, several in a row have the same.
+    # Fused layers: each worker holds a part of q, k and v (or gate and up). With fewer key/value
+    # heads than workers, consecutive workers hold the same heads.
     copies = [1] * len(module.output_partition_sizes)
     if isinstance(module, QKVParallelLinear):
         copies = [1, module.num_kv_head_replicas, module.num_kv_head_replicas]
@@ -167,7 +154,7 @@ def _whole(module: Any, values: Tensor) -> Tensor:
 
 
 class WeightReceiver:
-    """Methods that vLLM adds to its worker, for ``collective_rpc``."""
+    """Methods that vLLM adds to its worker class, called with ``collective_rpc``."""
 
     vllm_config: Any
     model_runner: Any
@@ -175,7 +162,7 @@ class WeightReceiver:
     _oprd_bucket: ReceivingBucket
 
     def oprd_describe(self) -> dict[str, Any]:
-        """What the server serves: its model's config, and how it was started."""
+        """Returns the served model's config and the server's settings."""
         model = self.vllm_config.model_config
         return {
             "config": json.loads(model.hf_config.to_json_string(use_diff=False)),
@@ -186,28 +173,21 @@ class WeightReceiver:
         }
 
     def oprd_mask(self, ids: list[int]) -> None:
-        """Never samples these ids."""
+        """Excludes these ids from sampling."""
         mask_ids(self.model_runner.get_model(), ids)
 
     def oprd_map(self, handle: BucketHandle) -> None:
-        """Maps the buffer that an engine in a process of the trainer's gets its weights through."""
+        """Maps the buffer through which an engine on the trainer's machine gets its weights."""
         self._oprd_bucket = ReceivingBucket(handle)
 
     def oprd_receive(
         self, invitation: dict[str, Any], options: dict[str, Any], dtype: str | None = None
     ) -> dict[str, Any]:
-        """Replaces weights by those that a trainer sends.
+        """Replaces weights by the tensors that the trainer sends.
 
-        Args:
-            invitation: How to call it (`TrainerSocket`).
-            options: ``tied`` (whether the LM head is the embedding), ``keep`` (whether to read the
-                weights back), ``left_out`` (shapes of the weights that do not come and stay as they
-                are).
-            dtype: What it sends over the network; None if it sends through the buffer.
-
-        Returns:
-            ``checksums``: with ``keep`` that of every tensor as the model has it, by name; else
-            nothing. Where the trainer left before the end, ``error`` instead.
+        ``options`` are ``tied`` (LM head is the embedding), ``keep`` (read the weights back) and
+        ``left_out`` (shapes of unchanged weights). Returns ``checksums`` by tensor name, empty
+        without ``keep``; or ``error`` if the trainer disconnected early.
         """
         shapes: dict[str, tuple[int, ...]] = dict(options["left_out"])
         failures: list[str] = []
@@ -215,13 +195,15 @@ class WeightReceiver:
         def arriving() -> Iterator[tuple[str, Tensor]]:
             try:
                 with WorkerSocket(**invitation) as trainer:
+                    # Only an engine next to the trainer maps the buffer; a server gets tensors of
+                    # this dtype over TCP.
                     if dtype is None:
                         yield from receive_through(self._oprd_bucket, trainer)
                     else:
                         yield from receive_weights(trainer, dtype=getattr(torch, dtype))
             except OSError as error:
-                # Not an exception of this method, which would end a server. What has come is
-                # loaded, and other weights can follow.
+                # Reported instead of raised: an exception here would end a server. Tensors that
+                # arrived are loaded, and another sync can follow.
                 failures.append(str(error))
 
         weights = with_tied_head(arriving(), shapes, tied=options["tied"])
