@@ -1,4 +1,4 @@
-"""Builds a bridge: rollouts, sums or rows of every pair, the fit, cosines, the folder."""
+"""Builds a bridge: rollouts, then the fit of every pair, then cosines on held-out sequences."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelCont
     """Builds the bridge of a plan and writes its folder; every rank has to call.
 
     Returns:
-        What the folder says of itself, on every rank.
+        The folder's manifest, on every rank.
 
     Raises:
         UserError: There are too few prompts or rows, or the folder cannot be written.
@@ -72,6 +72,7 @@ def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelCont
         seed=config.seed,
     )
     rank = max(config.fit.ranks)
+    # The covariance of n rows has at most rank n - 1.
     if seen.num_rows <= rank:
         raise UserError(
             f"the responses give {seen.num_rows} rows to fit on, fit.ranks has {rank}; give more "
@@ -129,7 +130,7 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
         plan,
         context,
         stream,
-        # Beside the bridge's folder, which holds a bridge or nothing.
+        # Next to the bridge's folder, which must contain a bridge or nothing.
         server_log=Path(f"{Path(plan.config.output_dir)}.vllm_server.log"),
     ) as engines:
         engines.sync()
@@ -150,7 +151,7 @@ def _fit(
     seen: Sequences,
     context: ParallelContext,
 ) -> dict[int, FittedPair]:
-    """Stage 1: the projectors of this rank's pairs, by the pair's number."""
+    """Stage 1: the projectors of this rank's pairs, by pair number."""
     fit = config.fit
     own = _own_pairs(plan, context)
     rank = max(fit.ranks)
@@ -176,6 +177,7 @@ def _fit(
                 teacher.new_zeros(seen.num_rows, teacher.shape[1]),
             )
         for kept, found in zip(rows[number], (student, teacher), strict=True):
+            # Row n has mark n + 1; rows of other ranks stay 0, so that a sum collects them.
             kept[marks.long() - 1] = found
 
     models.run(seen, keep)
@@ -224,6 +226,7 @@ def _cosines(
 
     models.run(unseen, add)
     _sum_over_parts([sums], plan, context)
+    # Each pair is on one stage and 0 on the others.
     dist.all_reduce(sums, group=context.groups.pp)
     means = (sums / unseen.num_rows).tolist()
     return {
@@ -241,9 +244,10 @@ def _own_pairs(plan: RunPlan, context: ParallelContext) -> list[int]:
 
 
 def _sum_over_parts(tensors: list[Tensor], plan: RunPlan, context: ParallelContext) -> None:
-    """Adds up, in place, over the ranks that have parts of the same layers' rows."""
+    """Sums in place over the ranks that have parts of the same layers' rows."""
     for tensor in tensors:
         dist.all_reduce(tensor, group=context.groups.dp_cp)
+        # Otherwise the tensor-parallel ranks have the same rows.
         if plan.config.parallel.sequence_parallel:
             dist.all_reduce(tensor, group=context.groups.tp)
 
