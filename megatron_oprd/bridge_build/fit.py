@@ -93,11 +93,14 @@ def fit_least_squares(sums: MomentSums, *, rank: int, ridge: float) -> FittedPai
     """
     count = sums.count
     mean = sums.teacher / count
+    # The mean is far larger than the deviations, so this difference loses digits: the sums are
+    # fp64.
     covariance = (sums.teacher_outer - count * torch.outer(mean, mean)) / (count - 1)
     directions = principal_directions(covariance, rank)
     student_outer = sums.student_outer / count
     # E[(h_T - mu_T) h_S^T]
     cross = (sums.cross - torch.outer(mean, sums.student)) / count
+    # Also makes the matrix positive definite, as Cholesky needs it.
     student_outer.diagonal().add_(ridge * student_outer.diagonal().mean())
     factor = torch.linalg.cholesky(student_outer)
     # Solved for the transpose, because the matrix is on the right of P_S.
@@ -137,6 +140,7 @@ def fit_gradient(
     start = random_student(rank, student_rows.shape[1], seed=seed).to(device)
     weight = torch.nn.Parameter(start)
     optimizer = torch.optim.AdamW([weight], lr=lr, weight_decay=0.0)
+    # On the CPU: the same order on every device.
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for batch in torch.randperm(len(rows), generator=order).to(device).split(batch_rows):

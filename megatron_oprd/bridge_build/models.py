@@ -152,6 +152,8 @@ class FrozenModels:
     def _groups(self, sequences: Sequences) -> list[list[MicroBatch]]:
         """This replica's micro-batches, in groups of as many as there are pipeline stages."""
         context, batch = self._context, self._plan.config.batch
+        # The interleaved schedule needs a multiple of it, and small groups keep few teacher rows at
+        # a time.
         multiple = context.pp_size
         # Every replica needs complete groups.
         sequences = sequences.filled_up(context.dp_size * multiple)
@@ -179,6 +181,7 @@ class FrozenModels:
 
     @torch.no_grad()
     def _run_group(self, group: Sequence[MicroBatch]) -> None:
+        # The teacher first: its taps keep the rows that the student's taps take.
         if self._offloaded is None:
             self._forward(self._teacher, group, for_teacher=True)
         else:

@@ -56,6 +56,7 @@ def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelCont
         UserError: There are too few prompts or rows, or the folder cannot be written.
     """
     rollouts = _roll_out(config, plan, context)
+    # By prompt: responses to the same prompt are never on both sides.
     held_out = split_prompts(
         [one.prompt_index for one in rollouts], share=config.fit.held_out_share, seed=config.seed
     )
@@ -121,6 +122,7 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
     prompts = load_run_prompts(plan) if context.is_leader else []
     rollouts: list[Rollout] = []
     source = plan.student_checkpoint
+    # Only leaders have an engine to send weights to.
     names = source.names() if context.is_leader else []
 
     def stream(_trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
@@ -168,9 +170,11 @@ def _fit(
             _sum_over_parts(sums[number].tensors(), plan, context)
         return {n: fit_least_squares(sums[n], rank=rank, ridge=fit.ridge) for n in own}
 
+    # Unlike the sums, AdamW needs all rows at the same time.
     rows: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(number: int, marks: Tensor, student: Tensor, teacher: Tensor) -> None:
+        # Also without any row in this part: every rank has to join the sum below.
         if number not in rows:
             rows[number] = (
                 student.new_zeros(seen.num_rows, student.shape[1]),
@@ -207,6 +211,7 @@ def _cosines(
     """Mean cosine of the projected states on the held-out sequences, before and after the fit."""
     ranks = sorted(set(config.fit.ranks))
     width = plan.layout.student.architecture.hidden_size
+    # The same random P_S that fit_gradient starts from.
     before = {
         number: random_student(max(ranks), width, seed=config.seed + number).to(context.device)
         for number in fits
@@ -261,6 +266,7 @@ def _gather(
             one, student=one.student.cpu(), teacher=one.teacher.cpu(), mean=one.mean.cpu()
         )
         for number, one in fits.items()
+        # All ranks of a stage have the same fits after the sums; a single one sends them.
         if context.tp_rank == 0 and context.cp_rank == 0
     }
     gathered: list[Any] | None = None

@@ -54,6 +54,7 @@ class Sequences:
             )
         return replace(
             self,
+            # One token each, to cost little.
             token_ids=[*self.token_ids, *([self.token_ids[0][:1]] * missing)],
             marks=[*self.marks, *([torch.zeros(1)] * missing)],
             reading=reading,

@@ -94,11 +94,7 @@ def load_benchmarks(
 def tokenized(
     benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat
 ) -> list[Prompt]:
-    """The problems' prompts as token ids; `Prompt.index` is `Problem.index`.
-
-    Raises:
-        UserError: A prompt cannot be tokenized.
-    """
+    """The problems' prompts as token ids; `Prompt.index` is `Problem.index`."""
     return [
         Prompt(
             index=problem.index,
@@ -121,11 +117,7 @@ def check_length(
     *,
     setting: str = "--max-new-tokens",
 ) -> None:
-    """Checks that the longest prompt and its response fit a model's ``max_tokens``.
-
-    Raises:
-        UserError: A sequence may get longer.
-    """
+    """Raises a UserError if the longest prompt and its response exceed ``max_tokens``."""
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     length = len(longest.token_ids)
     if length + max_new_tokens > max_tokens:

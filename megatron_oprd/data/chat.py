@@ -48,13 +48,10 @@ class ChatFormat:
 def text_or_messages(
     where: str, value: Any, prompt_key: str, *, setting: str = "data.prompts"
 ) -> str | list[Message]:
-    """Checks a prompt from a file, and returns it.
+    """Checks a prompt from a file, and returns it; the other arguments are for messages.
 
-    ``where`` is the row, ``setting`` and ``prompt_key`` the file and the column, for messages.
-
-    Raises:
-        UserError: It is neither a text nor a list of chat messages, is empty, or is a text that
-            holds such a list.
+    Raises a UserError if it is neither a text nor a list of chat messages, is empty, or is a text
+    that holds such a list.
     """
     if isinstance(value, str) and value:
         if _holds_messages(value):

@@ -70,11 +70,7 @@ class TeacherPrompts:
     def token_ids(
         self, where: str, content: str | list[Message], privileged: Any
     ) -> tuple[int, ...]:
-        """A prompt's tokens as the teacher reads them.
-
-        Raises:
-            UserError: The privileged text is missing, or see `tokenize_prompt`.
-        """
+        """A prompt's tokens as the teacher reads them; raises a UserError like `content`."""
         of_teacher = self.content(where, content, privileged)
         return tokenize_prompt(where, of_teacher, self.tokenizer, self.chat, whose="teacher")
 
@@ -214,17 +210,11 @@ def prompt_indices(
 ) -> list[int]:
     """The prompts of one training step, as positions in the list that `load_prompts` returned.
 
-    The stream of prompts is one permutation per epoch after the other; step t takes ``[t *
-    prompts_per_step, (t + 1) * prompts_per_step)`` of it. So a resumed run needs only its step
-    number. A prompt can appear twice in a step only if the step spans the end of an epoch. The
-    positions are not `Prompt.index` if prompts were dropped.
-
-    Args:
-        step: The step, counted from 0.
-        num_prompts: Length of the list that `load_prompts` returned.
-        prompts_per_step: Prompts in a step over all ranks.
-        seed: At least 0; with the epoch it decides the permutation.
-        shuffle: False takes the prompts in order.
+    The stream of prompts is one permutation per epoch after the other (the list's order without
+    ``shuffle``); step t, from 0, takes ``[t * prompts_per_step, (t + 1) * prompts_per_step)`` of
+    it. ``seed`` (at least 0) and the epoch determine the permutation. So a resumed run needs only
+    its step number. A prompt can appear twice in a step only if the step spans the end of an epoch.
+    The positions are not `Prompt.index` if prompts were dropped.
     """
     permutations: dict[int, Sequence[int]] = {}
     indices = []

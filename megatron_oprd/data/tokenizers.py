@@ -19,11 +19,7 @@ _MORE_TOKENIZER_FILES = (
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a Hugging Face model folder, from local files only.
-
-    Raises:
-        UserError: The folder has no tokenizer, or an unreadable one.
-    """
+    """Loads the tokenizer of a Hugging Face folder from local files, or raises a UserError."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         found = "has no tokenizer" if folder.is_dir() else "is not a folder"
         raise UserError(
@@ -86,10 +82,8 @@ def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int
     """The ids that end a response, sorted.
 
     As in transformers, they are those of generation_config.json, or else of config.json, and the
-    tokenizer's own.
-
-    Raises:
-        UserError: There is none, a file cannot be read, or an id is not one of the model's.
+    tokenizer's own. Raises a UserError if there is none, a file cannot be read, or an id is not one
+    of the model's.
     """
     config = _read_json(folder / "config.json")
     configured, file = None, folder / "generation_config.json"
@@ -134,11 +128,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's padding token, or its end-of-sequence token if it has none.
-
-    Raises:
-        UserError: It has neither.
-    """
+    """The tokenizer's padding token, or else its end-of-sequence token, or a UserError."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id

@@ -54,11 +54,7 @@ class BridgeSource(Protocol):
 
 
 def check_pairs(path: Path, wanted: Iterable[LayerPair], found: Iterable[LayerPair]) -> None:
-    """Checks that a bridge has the pairs that a run wants.
-
-    Raises:
-        UserError: A student layer is missing, or matched with another teacher layer.
-    """
+    """Raises a UserError if a student layer is missing, or matched with another teacher layer."""
     teacher_of = {pair.student: pair.teacher for pair in found}
     for pair in wanted:
         if pair.student not in teacher_of:
@@ -100,18 +96,13 @@ class Manifest:
     fit: dict[str, Any]
     # Prompts, sampling and seed, and the number of sequences and rows used.
     data: dict[str, Any]
-    # By rank (as text): the mean cosine of the projected states on held-out sequences, for a random
-    # P_S (``before``) and for the fitted one (``after``); each is a list with a value for each
-    # pair.
+    # By rank (as text): the mean cosine of the projected states on held-out sequences by pair, for
+    # a random P_S (``before``) and for the fitted one (``after``).
     cosine: dict[str, dict[str, list[float]]]
 
 
 class BridgeFolder:
-    """A bridge folder, opened for reading.
-
-    Raises:
-        UserError: The folder holds no bridge, or an incomplete one.
-    """
+    """A bridge folder, opened for reading; raises a UserError if it holds no complete bridge."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -185,11 +176,7 @@ class BridgeFolder:
 
 
 def check_bridge_place(out: Path) -> None:
-    """Checks that ``out`` is free: it does not exist, is empty, or holds a bridge (to be replaced).
-
-    Raises:
-        UserError: It is taken by something else.
-    """
+    """Raises a UserError unless ``out`` is free: missing, empty, or with a bridge to replace."""
     if out.is_dir() and any(out.iterdir()):
         try:
             _read_manifest(out)
@@ -207,9 +194,7 @@ def write_bridge(
     """Writes a bridge folder atomically; replaces a bridge that exists at ``out``.
 
     ``projectors`` has every pair of the manifest, at its rank; ``files`` are further files by name.
-
-    Raises:
-        UserError: ``out`` is taken by something else, or cannot be written.
+    Raises a UserError if ``out`` is taken by something else, or cannot be written.
     """
     tensors = {f"student.{layer}.weight": one for layer, one in projectors.student.items()}
     tensors |= {f"teacher.{layer}.weight": one for layer, one in projectors.teacher.items()}
@@ -257,8 +242,7 @@ def _read_manifest(folder: Path) -> Manifest:
 class PSBank:
     """A ps_bank.pt of the reference implementation, read whole (projectors are small).
 
-    Raises:
-        UserError: The file cannot be read, is not of the linear kind, or lacks a projector.
+    Raises a UserError if it cannot be read, is not of the linear kind, or lacks a projector.
     """
 
     path: Path
@@ -324,11 +308,7 @@ class PSBank:
         pairs: Iterable[LayerPair],
         taps: TapConfig,
     ) -> None:
-        """Checks what the file records: widths, layers and the reference code's fixed settings.
-
-        Raises:
-            UserError: It does not fit the run.
-        """
+        """Checks widths, layers and the reference code's fixed settings; raises a UserError."""
         check_pairs(self.path, pairs, self._pairs)
         for model, found, architecture in (
             ("student", self._student, student),
@@ -371,9 +351,5 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def open_bridge(path: Path) -> BridgeSource:
-    """Opens a bridge folder or the reference implementation's ps_bank.pt.
-
-    Raises:
-        UserError: It does not exist, or cannot be read.
-    """
+    """Opens a bridge folder or the reference implementation's ps_bank.pt, or raises a UserError."""
     return PSBank(path) if path.suffix == ".pt" else BridgeFolder(path)

@@ -45,8 +45,8 @@ class _AttachGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         index, of_rows, of_weight = ctx.saved_tensors
-        # The loss was already scaled by its coefficient and weights, so the incoming gradient, that
-        # of the other losses, is added to and not multiplied.
+        # The gradients are already scaled by coefficient and weights, so the incoming gradient (of
+        # the other losses) is added to, not multiplied.
         of_hidden = grad.flatten(0, 1).index_add(0, index, of_rows).view_as(grad)
         return of_hidden, of_weight, None, None, None
 
@@ -78,16 +78,7 @@ class HeadTap:
     """Compares both models' next-token distributions on the last pipeline stage.
 
     Only ranks of the last stage call `collect` and `attach`, in any order of micro-batches.
-
-    Args:
-        settings: The loss.
-        student: The last stage's chunk of the student.
-        teacher: The last stage's chunk of the teacher.
-        vocab_size: Columns that both vocabularies share, without padding.
-        padded_vocab_size: Rows of either head, over all tensor-parallel ranks.
-        tp_group: The tensor-parallel group, which shards both heads by rows.
-        cp_group: The context-parallel group, which shards each sequence.
-        sequence_parallel: Whether hidden states are sharded over ``tp_group``.
+    ``student`` and ``teacher`` are the last stage's chunks.
     """
 
     def __init__(
@@ -96,11 +87,11 @@ class HeadTap:
         *,
         student: GPTModel,
         teacher: GPTModel,
-        vocab_size: int,
-        padded_vocab_size: int,
-        tp_group: dist.ProcessGroup,
-        cp_group: dist.ProcessGroup,
-        sequence_parallel: bool,
+        vocab_size: int,  # columns of both vocabularies, without padding
+        padded_vocab_size: int,  # rows of either head, over all TP ranks
+        tp_group: dist.ProcessGroup,  # shards both heads by rows
+        cp_group: dist.ProcessGroup,  # shards each sequence
+        sequence_parallel: bool,  # hidden states are sharded over tp_group
     ) -> None:
         self._settings = settings
         self._student_head = head_weight(student)
@@ -187,7 +178,7 @@ class HeadTap:
         size = self._shard.size
         student, teacher = self._student_head[:size], self._teacher_head[:size]
         of_rows = torch.empty_like(rows)
-        # Summed in fp32: many chunks in bf16 would lose the small ones.
+        # Summed in fp32: a sum over many chunks in bf16 would round small terms away.
         of_weight = torch.zeros_like(self._student_head, dtype=_at_least_fp32(rows.dtype))
         for chunk in torch.arange(len(rows), device=rows.device).split(self._settings.chunk_tokens):
             weights = positions.weights[chunk]
@@ -227,23 +218,16 @@ class ResponseLogprobs:
 
     The vocabulary stays sharded over the tensor-parallel ranks. Logits exist for ``CHUNK_TOKENS``
     positions at a time. Only ranks of the last stage call `collect`.
-
-    Args:
-        head: This rank's rows of the LM head, [padded_vocab_size/tp, h]; None on other stages.
-        shard: This rank's columns of the vocabulary.
-        is_meaningless: Columns that are left out of the distribution, [v], bool.
-        num_tokens: Response tokens of the whole step.
-        sequence_parallel: Whether hidden states are sharded over the shard's group.
     """
 
     def __init__(
         self,
-        head: Tensor | None,
+        head: Tensor | None,  # [padded_vocab_size/tp, h]; None on other stages
         *,
         shard: VocabularyShard,
-        is_meaningless: Tensor,
-        num_tokens: int,
-        sequence_parallel: bool,
+        is_meaningless: Tensor,  # [v], bool; columns left out of the distribution
+        num_tokens: int,  # of the whole step
+        sequence_parallel: bool,  # hidden states are sharded over shard.group
     ) -> None:
         self._head = head
         self._shard = shard

@@ -27,10 +27,8 @@ def proportional_layer_map(num_student_layers: int, num_teacher_layers: int) -> 
     """The teacher layer for every student layer by depth (the paper's eq. 11), counted from 0.
 
     With layers counted from 1, phi(l) = round((l-1)/(L_S-1) * (L_T-1)) + 1. A student of one layer
-    is matched with the teacher's last. The map never decreases.
-
-    Raises:
-        ValueError: A number of layers is below 1.
+    is matched with the teacher's last. The map never decreases. Raises a ValueError for a model
+    without layers.
     """
     if num_student_layers < 1 or num_teacher_layers < 1:
         raise ValueError(
@@ -40,11 +38,10 @@ def proportional_layer_map(num_student_layers: int, num_teacher_layers: int) -> 
     last_student, last_teacher = num_student_layers - 1, num_teacher_layers - 1
     if last_student == 0:
         return [last_teacher]
+    # Exact, because a float quotient could miss a half. Halves round to even, as in the reference
+    # code.
     return [
-        # Exact, because a float quotient could miss a half. Halves round to even, as in the
-        # reference code.
-        round(Fraction(layer * last_teacher, last_student))
-        for layer in range(num_student_layers)
+        round(Fraction(layer * last_teacher, last_student)) for layer in range(num_student_layers)
     ]
 
 
@@ -99,10 +96,8 @@ def layer_pairs(
     """The layers that are compared: a pair for each selected student layer, in rising order.
 
     ``layers`` goes to `select_layers`. ``layer_map`` is ``proportional`` or a list with a teacher
-    layer, from 0, for each selected student layer, in any order.
-
-    Raises:
-        UserError: A mistake in ``taps.layers`` or ``taps.layer_map``.
+    layer, from 0, for each selected student layer, in any order. Raises a UserError for a mistake
+    in either.
     """
     student_layers = select_layers(layers, num_student_layers)
     if isinstance(layer_map, str):
@@ -140,10 +135,8 @@ def student_stages(
     """The number of student layers on each pipeline stage (virtual stages included), balanced.
 
     Layers that are not run (training stops after ``num_running``) cost no time and go to the last
-    stage, unless there are more stages than running layers.
-
-    Raises:
-        UserError: There are fewer layers than stages.
+    stage, unless there are more stages than running layers. Raises a UserError if there are fewer
+    layers than stages.
     """
     if num_layers < num_stages:
         raise UserError(
@@ -186,11 +179,8 @@ def teacher_stages(
     """The number of teacher layers on each stage, balanced as far as the pairs allow.
 
     ``depth`` is the number of teacher layers that are built, at least up to the deepest mapped
-    layer.
-
-    Raises:
-        UserError: No division puts both layers of every pair on the same stage; the message names
-            the pair.
+    layer. Raises a UserError if the layers of a pair cannot be on the same stage, and names the
+    pair.
     """
     stage_of = [stage for stage, count in enumerate(layers_per_student_stage) for _ in range(count)]
     num_stages = len(layers_per_student_stage)

@@ -3,8 +3,8 @@
 Every loss returns a value for each position and its gradient with respect to the student's logits,
 in closed form: no graph is kept, and a chunk of positions needs a few matrices [n, v]. p is the
 student's distribution, q the teacher's, both after their temperatures. The vocabulary's columns are
-sharded over the tensor-parallel ranks. Shapes: n positions, v columns of this rank, k tokens of a
-support. All functions that take a `VocabularyShard` communicate on its group.
+sharded over the tensor-parallel ranks, and all functions except `scatter` communicate on the
+shard's group. Shapes: n positions, v columns of this rank, k tokens of a support.
 """
 
 import math
@@ -52,6 +52,7 @@ def log_softmax(logits: Tensor, shard: VocabularyShard) -> Tensor:
     # amax() fails on no columns, but the rank has to join the reduction.
     no_column = logits.new_full((len(logits), 1), -torch.inf)
     largest = (logits if shard.size else no_column).amax(dim=1)
+    # [n] maxima, then [n] sums are communicated.
     centred = logits - shard.max(largest)[:, None]
     return centred - shard.sum(centred.exp().sum(dim=1)).log()[:, None]
 
@@ -80,6 +81,7 @@ def scatter(values: Tensor, ids: Tensor, shard: VocabularyShard) -> Tensor:
 def top_k(values: Tensor, k: int, shard: VocabularyShard) -> Tensor:
     """The columns with the k largest values over all ranks: [n, v] --> [n, k], largest first."""
     here = min(k, shard.size)
+    # Only k candidates of each rank are communicated, not the columns.
     best, ids = values.topk(here, dim=1)
     ids = ids + shard.start
     size = shard.group.size()

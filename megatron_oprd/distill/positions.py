@@ -136,8 +136,7 @@ def position_weights(
     assert min(prompt_lengths) >= 1, "an empty prompt has no position to predict from"
     assert min(response_lengths) >= 1
     columns = torch.arange(max(response_lengths))
-    # [B, T]
-    # fp64, so that the normaliser is exact; each weight is rounded to fp32 at the end.
+    # Computed in fp64; each weight is rounded to fp32 once, at the end.
     response_mask = (columns < torch.tensor(response_lengths)[:, None]).double()
     mask = position_mask(response_mask, positions, k)
     if has_counterpart is not None:

@@ -34,9 +34,7 @@ def compare(student: Tensor, teacher: Tensor, *, normalize: Normalize) -> Compar
     """Distance, cosine and gradient of n pairs of hidden states [n, d], any floating dtype.
 
     The gradient is in closed form, so no graph is kept; the tap adds it in the backward pass.
-
-    Raises:
-        ValueError: Unknown ``normalize``, or the shapes differ.
+    Raises a ValueError for an unknown ``normalize`` or different shapes.
     """
     if normalize not in get_args(Normalize):
         allowed = ", ".join(get_args(Normalize))
@@ -60,11 +58,7 @@ def compare(student: Tensor, teacher: Tensor, *, normalize: Normalize) -> Compar
 
 @torch.no_grad()
 def token_cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cosine of each pair of vectors, [..., d] --> [...]; 0 where a vector is zero.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
+    """Cosine of each pair of vectors of the same shape, [..., d] --> [...]; 0 for a zero vector."""
     student, teacher = _comparable(student, teacher)
     return _cosine(student, teacher, _norm(student), _norm(teacher))
 
@@ -82,6 +76,6 @@ def _comparable(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape"
         )
-    # At least fp32: squares of bf16 differences would lose most of their digits.
+    # At least fp32: bf16 has only 8 significant bits.
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.to(dtype)

@@ -37,7 +37,7 @@ class Exchange:
     slots: Tensor  # [m], int64; the pair, from 0, of each teacher row on this rank
     wanted: Tensor  # [n], int64; the pairs that this rank compares, by position
     num_pairs: int  # of the micro-batch, over all ranks of the group
-    # the ranks that share sequences; None if each has whole sequences
+    # The ranks that share sequences; None if each has whole sequences.
     group: dist.ProcessGroup | None
 
     @classmethod
@@ -138,7 +138,7 @@ class RankSelector:
 
     tp_rank: int  # the slice, from 0
     tp_size: int  # the number of slices; 1 without sequence parallelism
-    # the ranks that share sequences; None if each has whole sequences
+    # The ranks that share sequences; None if each has whole sequences.
     group: dist.ProcessGroup | None
 
     @classmethod
@@ -190,10 +190,9 @@ class _AttachGradient(torch.autograd.Function):
 class PairTaps:
     """Taps on this rank's chunks of both models: the teacher's keep rows that the student's take.
 
-    Args:
-        pairs: All matched layers, by rising student layer; each rank taps the layers it owns.
-        post_norm: Whether a model's last layer is tapped after the final norm.
-        projectors: A bridge's, at least for this rank's layers.
+    Each rank taps the layers of ``pairs`` (by rising student layer) that it owns. With
+    ``post_norm`` a model's last layer is tapped after the final norm. ``projectors`` are a
+    bridge's, at least for this rank's layers.
     """
 
     def __init__(
@@ -280,13 +279,8 @@ def _one_after_the_other(first: Tap, second: Tap) -> Tap:
 class Taps(PairTaps):
     """The taps of a training run, with the loss and cosine sums of a step.
 
-    Args:
-        pairs: All matched layers, by rising student layer; each rank taps the layers it owns.
-        normalize: The distance, see `compare`.
-        coefficients: Factor on the loss of each pair; not applied to metrics.
-        post_norm: Whether a model's last layer is tapped after the final norm.
-        device: Where the metrics live.
-        projectors: A bridge's; losses and cosines are then of the projected states.
+    With ``projectors`` losses and cosines are of the projected states. Other arguments as in
+    `PairTaps`.
     """
 
     def __init__(
@@ -294,9 +288,9 @@ class Taps(PairTaps):
         pairs: Sequence[LayerPair],
         *,
         normalize: Normalize,
-        coefficients: Sequence[float],
+        coefficients: Sequence[float],  # factor on each pair's loss, not on metrics
         post_norm: bool,
-        device: torch.device,
+        device: torch.device,  # of the metrics
         projectors: Projectors | None = None,
     ) -> None:
         super().__init__(pairs, post_norm=post_norm, projectors=projectors)
@@ -307,12 +301,10 @@ class Taps(PairTaps):
         self._cosine = torch.zeros(len(pairs), device=device, dtype=torch.float64)
 
     def end_step(self) -> tuple[Tensor, Tensor]:
-        """Returns the metrics of the step and resets them.
+        """Returns the loss and cosine of each pair, [pairs], fp64, and resets them.
 
-        Returns:
-            This rank's part of each pair's loss (without the coefficient) and of its cosine, both
-            weighted over the global batch, [pairs], fp64. Their sums over the ranks that hold a
-            part are the global values.
+        They are this rank's part, weighted over the global batch, without the coefficients. Their
+        sums over the ranks that hold a part are the global values.
         """
         assert not any(self._pending.values()), "a recomputed layer was not run again"
         assert not self._targets, "a target was not used"

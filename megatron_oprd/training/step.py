@@ -155,12 +155,9 @@ class Distiller:
         for one in self.teachers:
             keeps_hidden = self._head is not None and one is self.teachers[0]
 
+            # A default argument for `keeps`: a closure would see the value of the last teacher.
             def end(
-                # A default argument: a closure would see the value of the last teacher.
-                hidden: Tensor,
-                micro_batch: MicroBatch,
-                chunk: Any,
-                keeps: bool = keeps_hidden,
+                hidden: Tensor, micro_batch: MicroBatch, chunk: Any, keeps: bool = keeps_hidden
             ) -> Tensor:
                 if keeps and chunk.post_process:
                     assert self._head is not None
