@@ -93,8 +93,7 @@ def fit_least_squares(sums: MomentSums, *, rank: int, ridge: float) -> FittedPai
     """
     count = sums.count
     mean = sums.teacher / count
-    # The mean is far larger than the deviations, so this difference loses digits: the sums are
-    # fp64.
+    # The mean is far larger than the deviations, so this difference loses digits: hence fp64 sums.
     covariance = (sums.teacher_outer - count * torch.outer(mean, mean)) / (count - 1)
     directions = principal_directions(covariance, rank)
     student_outer = sums.student_outer / count

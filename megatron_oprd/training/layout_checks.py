@@ -135,7 +135,8 @@ def _check_batch(config: RunConfig, dp_size: int) -> None:
     multiple = dp_size
     needed = f"{dp_size} data-parallel replicas"
     if parallel.virtual_pipeline_model_parallel_size is not None:
-        # Megatron's interleaved schedule needs a multiple of the pipeline size of micro-batches.
+        # The number of micro-batches has to be a multiple of the pipeline size for Megatron's
+        # interleaved schedule.
         multiple *= parallel.pipeline_model_parallel_size
         needed += f" of {parallel.pipeline_model_parallel_size} interleaved stages"
     if sequences % multiple:

@@ -74,7 +74,6 @@ def sharded_states(
     chained optimizers. ``model`` is the sharded state of ``chunks``, the keys and offsets of which
     the states get. With ``is_loading`` the values do not matter.
     """
-    # Nothing is trained on this rank.
     if optimizer.is_stub_optimizer:  # nothing is trained on this rank
         return {}
     # Apex's and Transformer Engine's Adam have no states before the first update.

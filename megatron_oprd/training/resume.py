@@ -149,7 +149,7 @@ def with_schedule_of(plan: RunPlan, identity: RunIdentity) -> RunPlan:
 
 
 def check_contents(checkpoint: Path, identity: RunIdentity, found: Mapping[str, str]) -> None:
-    """Raises a UserError if prompts, tokenizers or models differ from those that the run had."""
+    """Raises a UserError if prompts, tokenizers or models have changed since the run began."""
     for what, digest in identity.contents.items():
         if found.get(what) != digest:
             raise UserError(

@@ -69,7 +69,7 @@ class Distiller:
         plan: The run.
         context: This rank's place.
         teachers: The teachers, ``model.teacher`` first.
-        state: What changes during training.
+        state: The student's chunks, its optimizer and schedule.
         refresh: Updates the teacher from the student; None for a fixed teacher.
     """
 
