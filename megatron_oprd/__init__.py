@@ -5,13 +5,13 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Before anything imports megatron-core.
+# Has to come before the first import of megatron-core.
 if any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex", "amp_C")):
     from megatron_oprd.parallel import cpu
 
     cpu.hide_kernel_packages()
 
-# What megatron-core and the way it uses torch say at every start, and no user can act on.
+# Warnings of megatron-core (and of torch about it) at every start, which no user can act on.
 for _message in (
     "Apex is not installed",
     "full scope is deprecated",

@@ -2,9 +2,9 @@
 
 ``torchrun --nproc-per-node N -m megatron_oprd.build_bridge --config bridge.yaml [key=value ...]``
 
-The student answers prompts; both models read the answers; at every mapped pair of layers the
-projectors are fitted, and their cosine is measured on held-out answers. Training takes the folder
-as ``bridge.path``.
+The student answers prompts, and both models read the answers. The projectors are fitted at every
+mapped pair of layers, and their cosine is measured on held-out answers. The folder is
+``bridge.path`` of a training run.
 """
 
 import argparse
@@ -33,6 +33,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     config = load_build_config(arguments.config, arguments.overrides)
     plan = plan_build(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    # On rank 0 only: other hosts may reach a server at another address.
     if os.environ.get("RANK", "0") == "0":
         check_rollout_server(plan)
         ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

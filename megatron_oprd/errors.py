@@ -1,4 +1,4 @@
-"""The user's mistakes: one exception type, and how entry points turn it into exit code 2."""
+"""Mistakes of the user: their exception, and the exit codes of entry points."""
 
 import os
 import sys
@@ -10,15 +10,15 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 EXIT_USER_ERROR = 2
 _SECONDS_FOR_RANK_0 = 20
-# A run that was asked to stop has saved and can go on: sysexits.h's EX_TEMPFAIL, "try again".
+# The run was asked to stop, has saved and can be resumed: EX_TEMPFAIL of sysexits.h, "try again".
 EXIT_STOPPED = 75
 
 
 class UserError(Exception):
-    """A mistake of the user's, with the setting, what was found and what would be right.
+    """A mistake of the user; names the setting, what was found and what would be right.
 
-    Entry points print the message without a traceback and exit with code 2. Everything that is
-    our own mistake is an assert or another exception, and keeps its traceback.
+    Entry points print the message without a traceback and exit with code 2. Mistakes of this
+    package are asserts or other exceptions, and keep their traceback.
     """
 
 
@@ -31,15 +31,16 @@ def say(text: str) -> None:
 def run_entry_point(main: Callable[[], int]) -> NoReturn:
     """Runs an entry point's ``main`` and exits with its return code.
 
-    A `UserError` is printed to stderr and the process exits with code 2, on other ranks than global
-    rank 0 some seconds later. Under torchrun any error also stands at the end of its summary.
+    A `UserError` is printed to stderr, and the process exits with code 2 (some seconds later on
+    ranks other than 0). Under torchrun, errors also appear at the end of its summary.
     """
     try:
         code = main()
     except UserError as error:
         if _rank() != 0:
-            # torchrun ends all ranks when the first one fails: that has to be the one that speaks.
-            # A rank that alone has found an error is not ended, and speaks for itself.
+            # torchrun ends all ranks when the first one fails, and that has to be rank 0, which
+            # prints the message. If the error is on this rank only, nobody ends it, and it prints
+            # the message itself.
             time.sleep(_SECONDS_FOR_RANK_0)
         print(f"error: {error}", file=sys.stderr, flush=True)
         _record(error)
@@ -55,6 +56,6 @@ def _rank() -> int:
 
 
 def _record(error: Exception) -> None:
-    """Has torchrun's summary say what went wrong, if there is a torchrun."""
+    """Adds the error to torchrun's summary."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         get_error_handler().record_exception(error)

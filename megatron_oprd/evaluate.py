@@ -5,8 +5,8 @@ On benchmarks, with answers that are sampled and graded:
 python -m megatron_oprd.evaluate --model student=DIR teacher=DIR --data math-500.parquet \
     --n 16 --temperature 0.7 --top-p 0.95 --output DIR
 
-Against the teacher, on held-out prompts that it continues, without sampling (the cosine of hidden
-states is for students as wide as the teacher):
+Against the teacher, on its greedy continuations of held-out prompts (the cosine of hidden states
+needs students as wide as the teacher):
 
 python -m megatron_oprd.evaluate --teacher TEACHER --student before=PRUNED after=TRAINED \
     --prompts heldout.jsonl --output eval.json
@@ -178,11 +178,12 @@ def _fill(
     *,
     needs: str,
 ) -> None:
-    """Sets options that were not given to their defaults; refuses those of the other kind."""
+    """Sets missing options to their defaults, and rejects options of the other mode."""
     for name in others.keys() - own.keys():
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} has no use without {needs}")
     for name, default in own.items():
+        # Defaults are set here, not by argparse, which would not tell them from given values.
         if getattr(args, name) is None:
             setattr(args, name, default)
     for name in ("data", "teacher", "student", "prompts"):

@@ -1,8 +1,8 @@
 """Plans a run: ``python -m megatron_oprd.plan --config run.yaml [--gpus 64] [key=value ...]``.
 
-Works out what a run needs on each rank in each phase, what it sends and computes, and whether it
-fits, from configurations alone. A model's folder needs no more than its config.json; tokenizers,
-prompts and weights are not looked at, and no process group is started.
+Computes the memory, communication and work of each rank in each phase, and whether the run fits,
+from configurations alone. A model's folder needs only its config.json; tokenizers, prompts and
+weights are not read, and no process group is started.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def _check(arguments: argparse.Namespace, config: RunConfig) -> None:
-    """Refuses numbers that cannot be, and runs that a plan does not cover."""
+    """Rejects impossible numbers, and runs that a plan does not cover."""
     if config.extra_teachers or config.teacher_prompt != TeacherPromptConfig():
         what = "extra_teachers" if config.extra_teachers else "teacher_prompt"
         raise UserError(

@@ -1,4 +1,4 @@
-"""Everything that a training run checks before it starts a process group or reads a weight."""
+"""All checks of a training run before it starts a process group or reads a weight."""
 
 import os
 from dataclasses import dataclass
@@ -16,17 +16,11 @@ from megatron_oprd.training.rollouts import check_rollout_server, check_server_t
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The processes of a run, as the launcher says.
+    """The processes of a run, as started by the launcher."""
 
-    Attributes:
-        num_ranks: Processes of the run.
-        ranks_on_host: Processes on this machine.
-        is_first: Whether this process is global rank 0.
-    """
-
-    num_ranks: int
-    ranks_on_host: int
-    is_first: bool
+    num_ranks: int  # of the run
+    ranks_on_host: int  # on this machine
+    is_first: bool  # global rank 0
 
     @classmethod
     def of_environment(cls, *, without_launcher: int = 1) -> "Launch":
@@ -39,12 +33,10 @@ class Launch:
 
 
 def prepare(config: RunConfig, *, dry_run: bool) -> tuple[RunPlan, Launch]:
-    """Plans a run and checks what it meets: checkpoints, a rollout server, the host's memory.
+    """Plans a run and checks checkpoints, the rollout server and the host's memory.
 
-    Args:
-        config: The run's configuration.
-        dry_run: Whether nothing starts afterwards. Then the run may be meant for another machine:
-            too little memory is a warning, and torchrun is not needed.
+    A ``dry_run`` may be meant for another machine: too little memory is a warning, and torchrun is
+    not needed.
 
     Raises:
         UserError: Something is missing or does not fit.
@@ -54,7 +46,7 @@ def prepare(config: RunConfig, *, dry_run: bool) -> tuple[RunPlan, Launch]:
     plan = make_plan(config, world_size=launch.num_ranks)
     checkpoint_to_resume(plan)
     if launch.is_first:
-        # Other hosts may see a server under another address. An engine that cannot start says so.
+        # Other hosts may reach a server at another address. An engine that cannot start reports it.
         check_rollout_server(plan)
         if not dry_run:
             check_server_to_start(plan, ranks_on_host=launch.ranks_on_host)

@@ -1,7 +1,7 @@
 """Trains: ``torchrun --nproc-per-node N -m megatron_oprd.train --config run.yaml [key=value ...]``.
 
-``--dry-run`` checks the configuration against the models, reading no weight, and prints what the
-run would do; it needs no torchrun.
+``--dry-run`` checks the configuration against the models without reading weights, and prints the
+plan of the run; it needs no torchrun.
 """
 
 import argparse

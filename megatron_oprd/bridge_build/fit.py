@@ -1,7 +1,6 @@
-"""Fits a bridge: P_T from the teacher's covariance, then P_S towards it; both then stay frozen.
+"""Fits a bridge: P_T from the teacher's covariance, then P_S to match it; both then stay frozen.
 
-h_T, h_S are rows of one matched pair, z_T = P_T (h_T - mu_T). `Moments` are sums over rows, from
-which both are fitted.
+h_S and h_T are rows of one matched pair, z_T = P_T (h_T - mu_T).
 """
 
 import math
@@ -15,23 +14,14 @@ from megatron_oprd.distill.projectors import project_teacher
 
 @dataclass(frozen=True, kw_only=True)
 class MomentSums:
-    """Sums over n rows (h_S, h_T) of one pair, fp64. They add up over ranks.
+    """Sums over n rows (h_S, h_T) of one pair, fp64. They are additive over ranks."""
 
-    Attributes:
-        count: n, [].
-        teacher: Sum of h_T, [d_T].
-        teacher_outer: Sum of h_T h_T^T, [d_T, d_T].
-        student: Sum of h_S, [d_S].
-        student_outer: Sum of h_S h_S^T, [d_S, d_S].
-        cross: Sum of h_T h_S^T, [d_T, d_S].
-    """
-
-    count: Tensor
-    teacher: Tensor
-    teacher_outer: Tensor
-    student: Tensor
-    student_outer: Tensor
-    cross: Tensor
+    count: Tensor  # n, []
+    teacher: Tensor  # h_T, [d_T]
+    teacher_outer: Tensor  # h_T h_T^T, [d_T, d_T]
+    student: Tensor  # h_S, [d_S]
+    student_outer: Tensor  # h_S h_S^T, [d_S, d_S]
+    cross: Tensor  # h_T h_S^T, [d_T, d_S]
 
     @classmethod
     def zeros(cls, student_width: int, teacher_width: int, device: torch.device) -> "MomentSums":
@@ -60,7 +50,7 @@ class MomentSums:
         self.cross.addmm_(h_t.t(), h_s)
 
     def tensors(self) -> list[Tensor]:
-        """All sums, to be added up over ranks in place."""
+        """All sums, for an in-place reduction over ranks."""
         return [
             self.count,
             self.teacher,
@@ -73,33 +63,22 @@ class MomentSums:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedPair:
-    """The projectors of one pair, fp32.
+    """The projectors of one pair, fp32."""
 
-    Attributes:
-        student: P_S [r, d_S].
-        teacher: P_T [r, d_T].
-        mean: mu_T [d_T].
-    """
-
-    student: Tensor
-    teacher: Tensor
-    mean: Tensor
+    student: Tensor  # P_S [r, d_S]
+    teacher: Tensor  # P_T [r, d_T]
+    mean: Tensor  # mu_T [d_T]
 
 
 def principal_directions(covariance: Tensor, rank: int) -> Tensor:
-    """The leading eigenvectors of a covariance.
+    """The leading eigenvectors of a covariance: [d, d] --> [rank, d].
 
-    Each has its largest entry positive, so that equal covariances give equal directions.
-
-    Args:
-        covariance: [d, d], symmetric.
-        rank: How many.
-
-    Returns:
-        [rank, d], unit rows by falling variance.
+    Rows are unit vectors, by falling variance.
     """
     _, vectors = torch.linalg.eigh(covariance)  # by rising variance, in columns
     directions = vectors.t().flip(0)[:rank]
+    # The sign of an eigenvector is arbitrary: the largest entry is made positive, so that equal
+    # covariances give equal directions.
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
     return directions * largest.sign()
 
@@ -107,24 +86,23 @@ def principal_directions(covariance: Tensor, rank: int) -> Tensor:
 def fit_least_squares(sums: MomentSums, *, rank: int, ridge: float) -> FittedPair:
     """P_T, mu_T and the P_S that minimises the mean of ||P_S h_S - z_T||^2 plus a ridge.
 
-    P_S = E[z_T h_S^T] (E[h_S h_S^T] + lambda I)^-1, without mean or bias on the student's side,
-    lambda being ``ridge`` times the mean diagonal entry of E[h_S h_S^T]. Each row of P_S depends on
-    its own row of P_T only, so leading rows are the fit of a lower rank.
-
-    Args:
-        sums: Over at least 2 rows.
-        rank: r.
-        ridge: Relative size of the ridge, above 0.
+    P_S = E[z_T h_S^T] (E[h_S h_S^T] + lambda I)^-1, without mean or bias on the student's side.
+    lambda is ``ridge`` (> 0) times the mean diagonal entry of E[h_S h_S^T]. Each row of P_S depends
+    only on its own row of P_T, so the leading rows are the fit of a lower rank. ``sums`` are over
+    at least 2 rows.
     """
     count = sums.count
     mean = sums.teacher / count
+    # The mean is far larger than the deviations, so this difference loses digits: hence fp64 sums.
     covariance = (sums.teacher_outer - count * torch.outer(mean, mean)) / (count - 1)
     directions = principal_directions(covariance, rank)
     student_outer = sums.student_outer / count
     # E[(h_T - mu_T) h_S^T]
     cross = (sums.cross - torch.outer(mean, sums.student)) / count
+    # Also makes the matrix positive definite, as Cholesky needs it.
     student_outer.diagonal().add_(ridge * student_outer.diagonal().mean())
     factor = torch.linalg.cholesky(student_outer)
+    # Solved for the transpose, because the matrix is on the right of P_S.
     student = torch.cholesky_solve((directions @ cross).t(), factor).t()
     return FittedPair(student=student.float(), teacher=directions.float(), mean=mean.float())
 
@@ -139,17 +117,18 @@ def fit_gradient(
     batch_rows: int,
     seed: int,
 ) -> FittedPair:
-    """The paper's way: P_T from the rows' covariance, then P_S by AdamW on ||P_S h_S - z_T||^2.
+    """The paper's method: P_T from the covariance, then P_S by AdamW on ||P_S h_S - z_T||^2.
 
     Args:
         student_rows: h_S [n, d_S], any floating dtype.
-        teacher_rows: h_T [n, d_T].
+        teacher_rows: h_T [n, d_T], any floating dtype.
         rank: r.
         epochs: Passes over the rows.
-        lr: AdamW's learning rate; there is no weight decay.
+        lr: AdamW's learning rate, without weight decay.
         batch_rows: Rows of an update.
-        seed: Of P_S's start (`random_student`) and of the order of the rows.
+        seed: For the initial P_S (`random_student`) and the order of the rows.
     """
+    # The covariance is computed in fp64, as from `MomentSums`.
     rows = teacher_rows.double()
     mean = rows.mean(dim=0)
     centred = rows - mean
@@ -160,6 +139,7 @@ def fit_gradient(
     start = random_student(rank, student_rows.shape[1], seed=seed).to(device)
     weight = torch.nn.Parameter(start)
     optimizer = torch.optim.AdamW([weight], lr=lr, weight_decay=0.0)
+    # On the CPU: the same order on every device.
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for batch in torch.randperm(len(rows), generator=order).to(device).split(batch_rows):
@@ -172,15 +152,8 @@ def fit_gradient(
 
 
 def random_student(rank: int, width: int, *, seed: int) -> Tensor:
-    """P_S before any fit: uniform in +-1/sqrt(d_S), as torch starts a linear layer.
-
-    Args:
-        rank: r.
-        width: d_S.
-        seed: Decides the values, the same on every device.
-
-    Returns:
-        [r, d_S], fp32, on the CPU.
-    """
+    """P_S before any fit, [rank, width], fp32, on the CPU: uniform in +-1/sqrt(width)."""
+    # On the CPU, so that the values are the same for every device.
     generator = torch.Generator().manual_seed(seed)
+    # As torch initialises a linear layer.
     return (2 * torch.rand(rank, width, generator=generator) - 1) / math.sqrt(width)

@@ -1,4 +1,4 @@
-"""Both models, frozen, run on the same sequences under Megatron's schedule, pair by pair."""
+"""Runs both models, frozen, on the same sequences under Megatron's schedule."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ from megatron_oprd.weights.source import WeightSource
 
 
 def plan_build(config: BuildBridgeConfig, *, world_size: int) -> RunPlan:
-    """Places both models, as a training run with the same settings does.
+    """Places both models like a training run with the same settings.
 
     Raises:
         UserError: A model, a tokenizer or the prompts cannot be used, the settings do not fit the
@@ -51,7 +51,7 @@ def plan_build(config: BuildBridgeConfig, *, world_size: int) -> RunPlan:
 
 
 def frozen_student_extent(plan: RunPlan) -> Extent:
-    """How much of the student is built: up to its deepest tap, on the stages of training."""
+    """The student up to its deepest tap, on the stages of training."""
     layout = plan.layout
     left = layout.num_running_layers
     layers = []
@@ -63,12 +63,12 @@ def frozen_student_extent(plan: RunPlan) -> Extent:
     )
 
 
-# Takes (the pair's number, the rows' marks [n], h_S [n, d_S], h_T [n, d_T]).
+# Arguments: the pair's number, the rows' marks [n], h_S [n, d_S], h_T [n, d_T].
 Consumer = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class _RowTaps(PairTaps):
-    """Hands the rows of each pair to a consumer."""
+    """Passes the rows of each pair to a consumer."""
 
     consume: Consumer
 
@@ -85,12 +85,7 @@ class _RowTaps(PairTaps):
 
 
 class FrozenModels:
-    """Student and teacher of a run on this rank, both without gradients.
-
-    Args:
-        plan: The run.
-        context: This rank's place.
-    """
+    """Student and teacher of a run on this rank, both without gradients."""
 
     def __init__(self, plan: RunPlan, context: ParallelContext) -> None:
         self._plan = plan
@@ -107,6 +102,7 @@ class FrozenModels:
         )
         self._taps.attach_teacher(self._teacher, depth=layout.teacher.architecture.num_layers)
         self._offloaded = OffloadedWeights(self._teacher) if teacher.offload == "cpu" else None
+        # Built like a teacher, because it is frozen here.
         self._student = self._build(
             layout.student,
             plan.student_checkpoint,
@@ -117,13 +113,11 @@ class FrozenModels:
         self._taps.attach_student(self._student, depth=layout.student.architecture.num_layers)
 
     def run(self, sequences: Sequences, consume: Consumer) -> None:
-        """Runs both models over sequences; every rank has to call.
+        """Runs both models over sequences, which are the same on every rank.
 
-        Args:
-            sequences: The same on every rank; the replicas share them.
-            consume: Gets the rows of this rank's pairs whose mark is not 0, in turn. Of pairs that
-                lie on several ranks, each gets the rows of its part of the sequences; without
-                sequence parallelism all tensor-parallel ranks get the same.
+        Every rank has to call. ``consume`` gets the rows of this rank's pairs with a nonzero mark,
+        batch by batch. Ranks that share a pair each get the rows of their part of the sequences;
+        without sequence parallelism all tensor-parallel ranks get the same rows.
         """
         self._taps.consume = consume
         config = self._plan.config
@@ -156,10 +150,12 @@ class FrozenModels:
         )
 
     def _groups(self, sequences: Sequences) -> list[list[MicroBatch]]:
-        """This replica's micro-batches, as many to a group as there are pipeline stages."""
+        """This replica's micro-batches, in groups of as many as there are pipeline stages."""
         context, batch = self._context, self._plan.config.batch
+        # The interleaved schedule needs a multiple of it, and small groups keep few teacher rows at
+        # a time.
         multiple = context.pp_size
-        # So that every replica has whole groups.
+        # Every replica needs complete groups.
         sequences = sequences.filled_up(context.dp_size * multiple)
         replicas = pack(
             [len(one) for one in sequences.token_ids],
@@ -185,6 +181,7 @@ class FrozenModels:
 
     @torch.no_grad()
     def _run_group(self, group: Sequence[MicroBatch]) -> None:
+        # The teacher first: its taps keep the rows that the student's taps take.
         if self._offloaded is None:
             self._forward(self._teacher, group, for_teacher=True)
         else:

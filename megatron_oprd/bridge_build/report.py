@@ -1,4 +1,4 @@
-"""How good a bridge is, by layer and by rank: a table and a picture to choose r by."""
+"""The quality of a bridge by layer and rank, as a table and a picture to choose r by."""
 
 import io
 from statistics import mean
@@ -11,7 +11,7 @@ from megatron_oprd.distill.bridge_file import Manifest
 
 
 def cosine_table(manifest: Manifest) -> Table:
-    """The cosine after the fit for each pair and rank, and the mean over pairs before and after."""
+    """The cosine after the fit by pair and rank, and the mean over pairs before and after."""
     table = Table(
         title="Cosine of the projected states",
         caption=f"{manifest.data['held_out_sequences']} held-out sequences, "
@@ -31,7 +31,7 @@ def cosine_table(manifest: Manifest) -> Table:
 
 
 def cosine_picture(manifest: Manifest) -> bytes:
-    """The same as a PNG: cosine over layers for each rank, and the layers' mean over ranks."""
+    """A PNG with the cosine by layer for each rank, and the mean over layers by rank."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_layer, by_rank = figure.subplots(1, 2)
     layers = [student for student, _ in manifest.layer_pairs]

@@ -1,4 +1,4 @@
-"""Builds a bridge: rollouts, sums or rows of every pair, the fit, cosines, the folder."""
+"""Builds a bridge: rollouts, then the fit of every pair, then cosines on held-out sequences."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -50,12 +50,13 @@ def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelCont
     """Builds the bridge of a plan and writes its folder; every rank has to call.
 
     Returns:
-        What the folder says of itself, on every rank.
+        The folder's manifest, on every rank.
 
     Raises:
         UserError: There are too few prompts or rows, or the folder cannot be written.
     """
     rollouts = _roll_out(config, plan, context)
+    # By prompt: responses to the same prompt are never on both sides.
     held_out = split_prompts(
         [one.prompt_index for one in rollouts], share=config.fit.held_out_share, seed=config.seed
     )
@@ -72,6 +73,7 @@ def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelCont
         seed=config.seed,
     )
     rank = max(config.fit.ranks)
+    # The covariance of n rows has at most rank n - 1.
     if seen.num_rows <= rank:
         raise UserError(
             f"the responses give {seen.num_rows} rows to fit on, fit.ranks has {rank}; give more "
@@ -120,6 +122,7 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
     prompts = load_run_prompts(plan) if context.is_leader else []
     rollouts: list[Rollout] = []
     source = plan.student_checkpoint
+    # Only leaders have an engine to send weights to.
     names = source.names() if context.is_leader else []
 
     def stream(_trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
@@ -129,7 +132,7 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
         plan,
         context,
         stream,
-        # Beside the bridge's folder, which holds a bridge or nothing.
+        # Next to the bridge's folder, which must contain a bridge or nothing.
         server_log=Path(f"{Path(plan.config.output_dir)}.vllm_server.log"),
     ) as engines:
         engines.sync()
@@ -150,7 +153,7 @@ def _fit(
     seen: Sequences,
     context: ParallelContext,
 ) -> dict[int, FittedPair]:
-    """Stage 1: the projectors of this rank's pairs, by the pair's number."""
+    """Stage 1: the projectors of this rank's pairs, by pair number."""
     fit = config.fit
     own = _own_pairs(plan, context)
     rank = max(fit.ranks)
@@ -167,15 +170,18 @@ def _fit(
             _sum_over_parts(sums[number].tensors(), plan, context)
         return {n: fit_least_squares(sums[n], rank=rank, ridge=fit.ridge) for n in own}
 
+    # Unlike the sums, AdamW needs all rows at the same time.
     rows: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(number: int, marks: Tensor, student: Tensor, teacher: Tensor) -> None:
+        # Also without any row in this part: every rank has to join the sum below.
         if number not in rows:
             rows[number] = (
                 student.new_zeros(seen.num_rows, student.shape[1]),
                 teacher.new_zeros(seen.num_rows, teacher.shape[1]),
             )
         for kept, found in zip(rows[number], (student, teacher), strict=True):
+            # Row n has mark n + 1; rows of other ranks stay 0, so that a sum collects them.
             kept[marks.long() - 1] = found
 
     models.run(seen, keep)
@@ -205,6 +211,7 @@ def _cosines(
     """Mean cosine of the projected states on the held-out sequences, before and after the fit."""
     ranks = sorted(set(config.fit.ranks))
     width = plan.layout.student.architecture.hidden_size
+    # The same random P_S that fit_gradient starts from.
     before = {
         number: random_student(max(ranks), width, seed=config.seed + number).to(context.device)
         for number in fits
@@ -224,6 +231,7 @@ def _cosines(
 
     models.run(unseen, add)
     _sum_over_parts([sums], plan, context)
+    # Each pair is on one stage and 0 on the others.
     dist.all_reduce(sums, group=context.groups.pp)
     means = (sums / unseen.num_rows).tolist()
     return {
@@ -241,9 +249,10 @@ def _own_pairs(plan: RunPlan, context: ParallelContext) -> list[int]:
 
 
 def _sum_over_parts(tensors: list[Tensor], plan: RunPlan, context: ParallelContext) -> None:
-    """Adds up, in place, over the ranks that have parts of the same layers' rows."""
+    """Sums in place over the ranks that have parts of the same layers' rows."""
     for tensor in tensors:
         dist.all_reduce(tensor, group=context.groups.dp_cp)
+        # Otherwise the tensor-parallel ranks have the same rows.
         if plan.config.parallel.sequence_parallel:
             dist.all_reduce(tensor, group=context.groups.tp)
 
@@ -257,6 +266,7 @@ def _gather(
             one, student=one.student.cpu(), teacher=one.teacher.cpu(), mean=one.mean.cpu()
         )
         for number, one in fits.items()
+        # All ranks of a stage have the same fits after the sums; a single one sends them.
         if context.tp_rank == 0 and context.cp_rank == 0
     }
     gathered: list[Any] | None = None

@@ -1,4 +1,4 @@
-"""Which sequences and positions the projectors are fitted on, and which are held out."""
+"""The sequences and positions that projectors are fitted on, and those that are held out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,22 +17,17 @@ from megatron_oprd.rollout.engine import Rollout, teacher_sequences_of
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """Sequences, and a number for each of their positions.
+    """Sequences with a number for each position."""
 
-    Attributes:
-        token_ids: Prompt and response of each.
-        marks: For each [length], fp32: 0 is a position that is not used, n + 1 is row n.
-        num_rows: Positions that are used.
-        reading: What the teacher reads, if it is something else.
-    """
-
-    token_ids: list[list[int]]
+    token_ids: list[list[int]]  # prompt and response
+    # For each sequence [length], fp32: n + 1 is row n, 0 an unused position. They take the place of
+    # a loss's position weights.
     marks: list[Tensor]
-    num_rows: int
-    reading: TeacherReading | None = None
+    num_rows: int  # used positions
+    reading: TeacherReading | None = None  # if the teacher reads other sequences
 
     def part(self, start: int, stop: int) -> "Sequences":
-        """Some of the sequences."""
+        """The sequences from ``start`` to ``stop`` (excluded)."""
         reading = self.reading
         if reading is not None:
             reading = replace(
@@ -48,7 +43,7 @@ class Sequences:
         )
 
     def filled_up(self, multiple: int) -> "Sequences":
-        """With sequences that count for nothing behind it, to a multiple of so many."""
+        """Pads with zero-weight sequences up to a multiple of ``multiple``."""
         missing = -len(self.token_ids) % multiple
         reading = self.reading
         if reading is not None:
@@ -59,6 +54,7 @@ class Sequences:
             )
         return replace(
             self,
+            # One token each, to cost little.
             token_ids=[*self.token_ids, *([self.token_ids[0][:1]] * missing)],
             marks=[*self.marks, *([torch.zeros(1)] * missing)],
             reading=reading,
@@ -66,12 +62,9 @@ class Sequences:
 
 
 def split_prompts(prompts: Sequence[int], *, share: float, seed: int) -> set[int]:
-    """The prompts that are held out: those with the smallest hashes, at least one of two or more.
+    """The held-out prompts: the ``share`` with the smallest hashes of prompt and ``seed``.
 
-    Args:
-        prompts: Numbers of prompts, repeated ones counted once.
-        share: How many of them.
-        seed: Enters the hash.
+    At least one prompt is held out, and one is not.
 
     Raises:
         UserError: There is only one prompt.
@@ -92,13 +85,9 @@ def split_prompts(prompts: Sequence[int], *, share: float, seed: int) -> set[int
 def number_rows(
     rollouts: Sequence[Rollout], taps: TapConfig, *, max_rows: int | None, seed: int
 ) -> Sequences:
-    """Numbers the supervised positions of some rollouts.
+    """Numbers the supervised positions of at least one rollout.
 
-    Args:
-        rollouts: At least one.
-        taps: Which positions.
-        max_rows: Only that many of them, drawn at random; None takes all.
-        seed: Decides which.
+    ``max_rows`` limits them to a random draw by ``seed``; None takes all.
     """
     teacher_sequences = teacher_sequences_of(rollouts)
     supervision = supervise(
@@ -117,7 +106,7 @@ def number_rows(
         draw = torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))
         used = used[draw[:max_rows].sort().values]
     marks = torch.zeros(sum(lengths))
-    # A number that fp32 rounds is still not zero, and nothing reads it unless rows are drawn.
+    # fp32 rounds numbers above 2^24, but not to zero, and numbers are read only if rows are drawn.
     marks[used] = torch.arange(1, len(used) + 1).float()
     of_sequences = list(marks.split(lengths))
     reading = None

@@ -1,7 +1,7 @@
 """Collates a step's sequences into micro-batches, the same number for every data-parallel replica.
 
-A teacher that reads other sequences gets micro-batches of its own, with the same sequences in the
-same order, and the pairs of positions that are compared.
+A teacher that reads other sequences gets its own micro-batches, with the same sequences in the same
+order, and the pairs of positions that are compared.
 """
 
 import dataclasses
@@ -17,59 +17,44 @@ from megatron_oprd.parallel.layout import context_parallel_positions
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Pairs of positions, one of the student's and one of the teacher's, on one side.
+    """Pairs of a student's and a teacher's position, as seen from either side."""
 
-    Attributes:
-        ids: The number of the pair that a position is in, [b, s], int64, on the CPU, from 1; 0 is
-            in none. Under context parallelism s is a rank's share.
-        count: Pairs of the whole micro-batch.
-    """
-
+    # [b, s], int64, on the CPU: the pair of each position, from 1; 0 is no pair. Under context
+    # parallelism s is a rank's share.
     ids: Tensor
-    count: int
+    count: int  # of the whole micro-batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """Sequences that go through a model together.
 
-    Either they are padded on the right to one length s, or packed one behind the other in one row
-    of s tokens (b = 1), of which those behind the last sequence are padding. Under context
-    parallelism s is a rank's share.
-
-    Attributes:
-        index: Its number among this replica's micro-batches of the step.
-        tokens: Token ids [b, s], int64; padding is 0.
-        position_ids: [b, s], int64.
-        weights: What each position counts for in the loss [b, s], fp32, on the CPU, where the
-            supervised ones are picked out; 0 is not supervised.
-        output_weights: The same for the output-space loss, whose positions are other ones: those
-            that predict a response token; None without such a loss.
-        labels: The token that follows each position [b, s], int64, on the CPU; 0 behind the last.
-        num_tokens: Tokens that are not padding.
-        packed_lengths: Tokens of each packed sequence, the padding among them as one more; None
-            for padded sequences.
-        teacher: What the teacher reads, if it is something else.
-        pairs: Then, on both sides, which positions' hidden states are compared.
-        output_pairs: The same for the output-space loss; None without one.
-        others: The same tokens as each of the extra teachers teaches them.
-        response_tokens: The response token that each position predicts, by its number among those
-            of all of the step's responses, from 1, [b, s], int64, on the CPU; 0 predicts none. None
-            where nobody asks for it.
+    They are either padded on the right to the same length s, or concatenated into one row of s
+    tokens (b = 1), with padding at the end. Under context parallelism s is a rank's share. Weights,
+    labels and numbers stay on the CPU, where the supervised positions are selected.
     """
 
-    index: int
-    tokens: Tensor
-    position_ids: Tensor
+    index: int  # among this replica's micro-batches of the step
+    tokens: Tensor  # [b, s], int64; padding is 0
+    position_ids: Tensor  # [b, s], int64
+    # [b, s], fp32, CPU: the weight of each position in the loss; 0 is not supervised.
     weights: Tensor
+    # The same for the output-space loss, at the positions that predict a response token; None
+    # without such a loss.
     output_weights: Tensor | None
-    labels: Tensor
-    num_tokens: int
+    labels: Tensor  # [b, s], int64, CPU: the next token; 0 after the last
+    num_tokens: int  # without padding
+    # Tokens of each packed sequence, with the padding as one more; None for padded sequences.
     packed_lengths: tuple[int, ...] | None = None
+    # For a teacher that reads other sequences: its micro-batch, and the pairs of each loss on both
+    # sides.
     teacher: "MicroBatch | None" = None
     pairs: Pairs | None = None
     output_pairs: Pairs | None = None
+    # The same tokens with the weights of each extra teacher.
     others: "tuple[MicroBatch, ...]" = ()
+    # [b, s], int64, CPU: the response token that each position predicts, by its number in the step,
+    # from 1; 0 for no token. None if not needed.
     response_tokens: Tensor | None = None
 
 
@@ -84,24 +69,25 @@ def pack(
 ) -> list[list[list[int]]]:
     """Divides sequences into micro-batches, and these over the replicas.
 
-    Sequences are sorted by length, so that those of a micro-batch need little padding, and filled
-    in up to the token budget. The largest micro-batches are then halved until every replica gets
-    the same number of them, and they are dealt out so that replicas get about the same tokens.
+    Sequences are sorted by length, which keeps padding low, and filled into micro-batches up to the
+    token budget. The largest micro-batches are then halved until every replica gets the same
+    number, and dealt out so that replicas get about the same number of tokens.
 
     Args:
         lengths: Tokens of each sequence.
-        max_tokens: Budget of a micro-batch, padding included. A longer sequence is one by itself.
-        micro_batch_size: Sequences of a micro-batch at most; None is no limit.
+        max_tokens: Budget of a micro-batch, padding included. A longer sequence is a micro-batch by
+            itself.
+        micro_batch_size: The most sequences in a micro-batch; None is no limit.
         num_replicas: Data-parallel replicas.
         multiple: The number of a replica's micro-batches is a multiple of this.
-        is_padded: Whether a micro-batch's sequences are padded to the longest of them.
+        is_padded: Whether sequences are padded to the longest of their micro-batch.
 
     Returns:
         For each replica its micro-batches, each a list of indices into ``lengths``.
 
     Raises:
         ValueError: The number of sequences is not a positive multiple of ``num_replicas`` times
-            ``multiple``: micro-batches of one sequence could then not be dealt out evenly.
+            ``multiple``, so that even micro-batches of one sequence could not be dealt out evenly.
     """
     per_round = num_replicas * multiple
     if not lengths or len(lengths) % per_round:
@@ -131,7 +117,7 @@ def pack(
     batches.sort(key=cost, reverse=True)
     replicas: list[list[list[int]]] = [[] for _ in range(num_replicas)]
     for start in range(0, len(batches), num_replicas):
-        # Back and forth: whoever got the largest of one round gets the smallest of the next.
+        # Back and forth: the replica with the largest of one round gets the smallest of the next.
         deal = batches[start : start + num_replicas]
         if start // num_replicas % 2:
             deal.reverse()
@@ -156,13 +142,12 @@ def collate(
     Args:
         batches: Indices of each micro-batch's sequences.
         sequences: Token ids of every sequence of the step.
-        weights: Their position weights, each [length].
-        output_weights: Those of the output-space loss, likewise; None without one.
-        response_tokens: The number of the response token that each position predicts, likewise.
-        is_packed: Whether the sequences of a micro-batch lie in one row.
-        pad_to_multiple_of: Micro-batches are padded to a multiple of this many tokens (the
-            tensor-parallel size under sequence parallelism).
-        device: Where the tensors go.
+        weights: Position weights of every sequence, each [length].
+        output_weights: Position weights of the output-space loss, each [length].
+        response_tokens: `MicroBatch.response_tokens` of every sequence, each [length].
+        is_packed: Whether the sequences of a micro-batch are concatenated into one row.
+        pad_to_multiple_of: Micro-batches are padded to a multiple of this many tokens.
+        device: Where tokens and position ids go.
     """
     micro_batches = []
     for index, batch in enumerate(batches):
@@ -192,23 +177,18 @@ def collate(
 
 
 class Rows:
-    """How the sequences of a micro-batch lie in a tensor [b, s], padded with zeros.
-
-    Attributes:
-        length: s.
-        packed_lengths: See `MicroBatch`.
-    """
+    """The placement of a micro-batch's sequences in a tensor [b, s], padded with zeros."""
 
     def __init__(self, lengths: Sequence[int], *, is_packed: bool, multiple: int) -> None:
         longest = sum(lengths) if is_packed else max(lengths)
         padding = -longest % multiple
-        self.length = longest + padding
+        self.length = longest + padding  # s
         self.packed_lengths: tuple[int, ...] | None = None
         if is_packed:
             self.packed_lengths = (*lengths, padding) if padding else tuple(lengths)
 
     def fill(self, parts: Sequence[Tensor]) -> Tensor:
-        """One value a token of each sequence, [length] each --> [b, s]."""
+        """Places the values of each sequence, [length] each --> [b, s]."""
         rows = parts if self.packed_lengths is None else [torch.cat(list(parts))]
         filled = rows[0].new_zeros(len(rows), self.length)
         for row, content in zip(filled, rows, strict=True):
@@ -217,17 +197,14 @@ class Rows:
 
 
 def _followers(sequence: Sequence[int]) -> Tensor:
-    """The token behind each token, 0 behind the last."""
+    """The token after each token, 0 after the last."""
     return torch.tensor([*sequence[1:], 0])
 
 
 def context_parallel_share(micro_batch: MicroBatch, *, rank: int, size: int) -> MicroBatch:
-    """What one context-parallel rank has of a micro-batch.
+    """The part of a micro-batch on one rank of ``size`` in the context-parallel group.
 
-    Args:
-        micro_batch: The whole of it, padded to a multiple of twice the ranks.
-        rank: Rank in the context-parallel group.
-        size: Size of the group.
+    ``micro_batch`` is padded to a multiple of twice the ranks (Megatron's zigzag split).
     """
     positions = context_parallel_positions(micro_batch.tokens.shape[1], rank=rank, size=size)
 
@@ -250,18 +227,13 @@ def context_parallel_share(micro_batch: MicroBatch, *, rank: int, size: int) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherReading:
-    """What the teacher reads in a step.
-
-    Attributes:
-        sequences: Token ids of every sequence.
-        positions: For each position of each of the student's sequences the one of the teacher's
-            that it is compared with, [length of the student's], int64; -1 is none.
-        output_positions: The same for the output-space loss; None without one.
-    """
+    """The sequences that the teacher reads in a step."""
 
     sequences: Sequence[Sequence[int]]
+    # For each of the student's sequences [length], int64: the teacher's position that each position
+    # is compared with; -1 is none.
     positions: Sequence[Tensor]
-    output_positions: Sequence[Tensor] | None
+    output_positions: Sequence[Tensor] | None  # the same for the output-space loss
 
 
 def with_teacher(
@@ -273,16 +245,11 @@ def with_teacher(
     pad_to_multiple_of: int,
     device: torch.device,
 ) -> list[MicroBatch]:
-    """Adds to the student's micro-batches what the teacher reads.
+    """Adds the teacher's sequences and the pairs to the student's micro-batches.
 
-    Args:
-        micro_batches: The student's.
-        batches: Indices of each micro-batch's sequences.
-        reading: Of all sequences of the step.
-        is_packed: See `collate`, of both sides.
-        pad_to_multiple_of: Likewise.
-        device: Likewise.
+    ``reading`` has all sequences of the step. The other arguments are those of `collate`.
     """
+    # Positions are selected by pair on this side; weights are the student's.
     nothing = [torch.zeros(len(sequence)) for sequence in reading.sequences]
     of_teacher = collate(
         batches,
@@ -323,7 +290,7 @@ def with_teacher(
 def _numbers(
     positions: Sequence[Tensor], teacher_lengths: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor], int]:
-    """The pair that each position of the student and of the teacher is in, from 1, and how many."""
+    """The pair (from 1) of each position of the student and of the teacher, and their number."""
     of_student, of_teacher, count = [], [], 0
     for targets, length in zip(positions, teacher_lengths, strict=True):
         is_paired = targets >= 0

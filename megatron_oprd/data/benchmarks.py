@@ -1,4 +1,4 @@
-"""Benchmark files: problems with their right answers."""
+"""Benchmark files: problems with their correct answers."""
 
 import hashlib
 import json
@@ -21,45 +21,31 @@ _PROMPT, _ANSWER = "prompt", "reward_model.ground_truth"
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One problem.
+    """One problem."""
 
-    Attributes:
-        index: Its row in the file, from 0.
-        content: The prompt: text or chat messages.
-        answer: The right answer, as it stands in the file.
-    """
-
-    index: int
-    content: str | list[Message]
-    answer: str
+    index: int  # row in the file, from 0
+    content: str | list[Message]  # the prompt: text or chat messages
+    answer: str  # as in the file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """The problems of one file, each once.
+    """The distinct problems of one file, in the file's order."""
 
-    Attributes:
-        name: The file's name without its ending.
-        problems: In the file's order.
-        num_rows: Rows of the file.
-        num_repeated: Rows that were left out because an earlier one has the same prompt.
-        num_contradicting: Rows that were left out because rows with their prompt have different
-            answers.
-    """
-
-    name: str
+    name: str  # the file's name without its extension
     problems: list[Problem]
     num_rows: int
+    # Omitted rows: with the prompt of an earlier row, or with contradicting answers to a prompt.
     num_repeated: int
     num_contradicting: int
 
     def fingerprint(self) -> str:
-        """A checksum of the problems and their answers."""
+        """SHA-256 of the problems and their answers."""
         text = json.dumps([[p.index, p.content, p.answer] for p in self.problems])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def describe(self) -> str:
-        """What was read, for a reader."""
+        """A line that says how many problems were read and omitted."""
         left_out = [
             f"{count} {why} left out"
             for count, why in (
@@ -80,15 +66,15 @@ def load_benchmarks(
 ) -> list[Benchmark]:
     """Reads benchmark files.
 
-    A prompt that comes several times counts once. Where its rows have different answers, which of
-    them is right cannot be known, and none of the rows counts.
+    Repeated prompts count once. If the rows of a prompt have different answers, the correct one is
+    unknown, and all of them are omitted.
 
     Args:
         files: ``.parquet`` or ``.jsonl`` with the columns ``prompt`` (chat messages or text) and
-            ``reward_model``, of which ``ground_truth`` is the right answer.
-        limit: The first so many problems of each file are taken; None takes all.
-        instruction: Text that is put behind each problem (its last message), a blank line between.
-        setting: What names the files, for messages.
+            ``reward_model``, with the correct answer as ``ground_truth``.
+        limit: Takes the first ``limit`` problems of each file; None takes all.
+        instruction: Text that is appended to each problem (its last message) after a blank line.
+        setting: The option that names the files, for messages.
 
     Raises:
         UserError: A file is missing, unreadable or empty, lacks a column, has an unusable row, or
@@ -108,11 +94,7 @@ def load_benchmarks(
 def tokenized(
     benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat
 ) -> list[Prompt]:
-    """The problems' prompts as token ids; `Prompt.index` is `Problem.index`.
-
-    Raises:
-        UserError: A prompt cannot be tokenized.
-    """
+    """The problems' prompts as token ids; `Prompt.index` is `Problem.index`."""
     return [
         Prompt(
             index=problem.index,
@@ -135,18 +117,7 @@ def check_length(
     *,
     setting: str = "--max-new-tokens",
 ) -> None:
-    """Checks that a model was made for the sequences of a benchmark.
-
-    Args:
-        name: The benchmark's, for messages.
-        prompts: Its prompts.
-        max_new_tokens: Most tokens of a response.
-        max_tokens: The longest sequence that the model was made for.
-        setting: What gives ``max_new_tokens``, for messages.
-
-    Raises:
-        UserError: A sequence may get longer.
-    """
+    """Raises a UserError if the longest prompt and its response exceed ``max_tokens``."""
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     length = len(longest.token_ids)
     if length + max_new_tokens > max_tokens:

@@ -1,7 +1,7 @@
-"""A row's prompt as a model reads it: chat templates, special tokens, and what ends a turn.
+"""Renders prompts as a model reads them: chat templates, special tokens, and the end of a turn.
 
-Whatever transformers, Jinja or the tokenizers library raise about a row is the user's: it becomes
-one line that names the row.
+Any exception that transformers, Jinja or the tokenizers library raise about a row becomes a
+UserError that names the row.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from megatron_oprd.errors import UserError
 
 Message = dict[str, str]
 
-# What a template leaves open behind the generation prompt for a model that thinks first, or closes
-# for one that shall not.
+# The end of a generation prompt: opened for a model that thinks first, closed for one that must
+# not.
 _THINKING = re.compile(r"(<think>|\[THINK\])\s*(</think>|\[/THINK\])?\s*$")
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _PROBE = "zqjx"  # stands for a message's text where a template is looked at
@@ -27,23 +27,18 @@ _PROBE = "zqjx"  # stands for a message's text where a template is looked at
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """How a prompt is rendered for a model.
+    """How a prompt is rendered for a model."""
 
-    Attributes:
-        template: None: messages go through the tokenizer's chat template, text stays plain. True:
-            text is one user message. False: no template; messages are refused.
-        kwargs: What the template is given beside the messages, such as ``enable_thinking``.
-        continue_final_message: Whether a conversation whose last message is the assistant's is
-            continued behind it; otherwise it is refused.
-        today: The day that a template which writes a date gets; None is the day of the call.
-        suffix: Text behind the rendered prompt.
-    """
-
+    # None: messages go through the tokenizer's chat template, text stays plain. True: text is one
+    # user message. False: no template; messages are refused.
     template: bool | None = None
+    # More arguments of the template, such as ``enable_thinking``.
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    # Whether to continue a final assistant message; otherwise it is refused.
     continue_final_message: bool = False
+    # The date for templates that print one; None is the day of the call.
     today: datetime.date | None = None
-    suffix: str = ""
+    suffix: str = ""  # text after the rendered prompt
 
     def is_chat(self, content: str | list[Message]) -> bool:
         """Whether a prompt goes through the chat template."""
@@ -53,17 +48,10 @@ class ChatFormat:
 def text_or_messages(
     where: str, value: Any, prompt_key: str, *, setting: str = "data.prompts"
 ) -> str | list[Message]:
-    """Checks a prompt as it stands in a file.
+    """Checks a prompt from a file, and returns it; the other arguments are for messages.
 
-    Args:
-        where: The row, for messages.
-        value: The prompt.
-        prompt_key: The prompt's column, for messages.
-        setting: What names the file, for messages.
-
-    Raises:
-        UserError: It is neither a text nor a list of chat messages, or is empty; or it is a text
-            that holds such a list.
+    Raises a UserError if it is neither a text nor a list of chat messages, is empty, or is a text
+    that holds such a list.
     """
     if isinstance(value, str) and value:
         if _holds_messages(value):
@@ -94,8 +82,8 @@ def tokenize_prompt(
     """Token ids of a prompt.
 
     Messages go through the chat template with its generation prompt. Plain text gets the special
-    tokens that the tokenizer puts in front by itself, once; an end-of-sequence token that it puts
-    behind is left out, since the text goes on.
+    tokens that the tokenizer puts in front, once. An end-of-sequence token that it appends is
+    removed, because the text goes on.
 
     Args:
         where: The row, for messages.
@@ -105,12 +93,13 @@ def tokenize_prompt(
         whose: The model, for messages.
 
     Raises:
-        UserError: The prompt has no tokens, needs a chat template that refuses it or is not there,
-            or cannot be tokenized.
+        UserError: The prompt has no tokens, needs a chat template that refuses it or is missing, or
+            cannot be tokenized.
     """
     if chat.is_chat(content):
         rendered = _render(where, content, tokenizer, chat, whose)
         with _of_row(where, f"the {whose}'s tokenizer cannot read"):
+            # The template has written the special tokens already.
             token_ids = tokenizer(rendered + chat.suffix, add_special_tokens=False)["input_ids"]
     else:
         assert isinstance(content, str)
@@ -122,13 +111,10 @@ def tokenize_prompt(
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> int | None:
-    """The token that ends an assistant's turn, as the chat template writes it.
+    """The token that ends an assistant's turn in the chat template, or None if it cannot be told.
 
-    It is the first token behind the turn's text, if that is one of the tokenizer's added tokens.
-    (The tokenizer's own ``eos_token`` may be another one: that which ends a document.)
-
-    Returns:
-        The token; None where there is no template, or where it cannot be told.
+    It is the first token after the turn's text, if that is an added token of the tokenizer. (The
+    tokenizer's own ``eos_token`` may be another one, which ends a document.)
     """
     if tokenizer.chat_template is None:
         return None
@@ -145,9 +131,9 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> int | None
 
 
 def thinking(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> str | None:
-    """What the generation prompt leaves open or closes of a model's thinking; "" for nothing.
+    """The thinking tags at the end of the generation prompt, "" if there are none.
 
-    None where there is no template, or it cannot be told.
+    None without a template, or if it cannot be told.
     """
     if tokenizer.chat_template is None:
         return None
@@ -162,12 +148,14 @@ def thinking(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> str | None
 
 
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Plain text with the tokenizer's leading special tokens, once, and none at the end."""
     token_ids = list(tokenizer(text)["input_ids"])
     alone = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # The text may write a special token itself: what the tokenizer added is what is around it.
+    # Special tokens in the text itself stay: only those around its own tokens were added.
     while token_ids[-1:] == [eos] and token_ids[-len(alone) :] != alone:
         token_ids.pop()
+    # The text begins with the token itself; the tokenizer would double it.
     if bos is not None and alone[:1] == [bos]:
         return alone
     return token_ids
@@ -214,8 +202,9 @@ def _apply(
 ) -> str:
     template = tokenizer.get_chat_template()
     if (today := chat.today) is not None:
-        # transformers' function asks the clock, and its caller cannot give another one. (A format
-        # that is no literal stays; a run that is resumed on another day then finds other prompts.)
+        # Templates call strftime_now, which transformers binds to the clock, so the date is written
+        # into the template. (Calls with a computed format stay; a run that is resumed on another
+        # day then finds other prompts.)
         template = _DATE.sub(lambda call: repr(today.strftime(call[2])), template)
     return tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, **options, **dict(chat.kwargs)
@@ -224,7 +213,7 @@ def _apply(
 
 @contextlib.contextmanager
 def _of_row(where: str, what: str) -> Iterator[None]:
-    """Turns whatever a library raises about a row into one line."""
+    """Turns any exception of a library about a row into a one-line UserError."""
     try:
         yield
     except UserError:
@@ -235,7 +224,7 @@ def _of_row(where: str, what: str) -> Iterator[None]:
 
 
 def _check_text(where: str, text: str, setting: str) -> None:
-    # JSON can write half a surrogate pair, which no tokenizer reads.
+    # JSON can contain half a surrogate pair, which tokenizers cannot read.
     try:
         text.encode()
     except UnicodeEncodeError as error:

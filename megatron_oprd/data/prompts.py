@@ -1,4 +1,4 @@
-"""Prompt files (JSONL, parquet) as token ids, and which prompts a training step takes."""
+"""Prompt files (JSONL, parquet) as token ids, and the prompts of each training step."""
 
 import logging
 import math
@@ -24,54 +24,39 @@ from megatron_oprd.errors import UserError
 logger = logging.getLogger(__name__)
 
 LongPrompts = Literal["drop", "cut"]
-# Columns that other tools give to the model, and that are not read here.
+# Columns that other tools pass to the model; they are not read here.
 _NOT_READ = ("tools", "images", "videos", "audios")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One prompt.
+    """One prompt."""
 
-    Attributes:
-        index: Its position in the concatenated data set, dropped prompts counted.
-        token_ids: Its token ids, the chat template applied; never empty.
-        teacher_ids: What the teacher reads in its place, if that is something else.
-        teacher_end: Then, the token that ends the teacher's answer to it: its turn's, or behind
-            plain text the end of the document; None if it is not known.
-        occurrence: How often the prompt came before in the same step, so that it gets other
-            responses each time.
-    """
-
-    index: int
-    token_ids: tuple[int, ...]
-    teacher_ids: tuple[int, ...] | None = None
+    index: int  # in the concatenated data set, dropped prompts counted
+    token_ids: tuple[int, ...]  # chat template applied; never empty
+    teacher_ids: tuple[int, ...] | None = None  # the teacher's prompt, if it differs
+    # The token that ends the teacher's answer to it: its turn's end, or the end of the document
+    # after plain text; None if unknown.
     teacher_end: int | None = None
+    # Earlier occurrences in the same step, so that repeated prompts get other responses.
     occurrence: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherPrompts:
-    """How the teacher's prompts are made, where they are not the student's.
-
-    Attributes:
-        tokenizer: The teacher's.
-        privileged_key: Column (or field inside of one) with the text that only the teacher sees;
-            None is none.
-        template: What a prompt, or a user's last message in it, becomes: text with {prompt} and
-            {privileged}.
-        max_tokens: Prompts that are longer for the teacher are left out.
-        chat: How they are rendered.
-    """
+    """How the teacher's own prompts are made."""
 
     tokenizer: PreTrainedTokenizerBase
+    # Column (or field in a column) with the text that only the teacher sees.
     privileged_key: str | None
+    # Replaces a prompt, or the last user message in it: text with {prompt} and {privileged}.
     template: str
-    max_tokens: int
+    max_tokens: int  # longer prompts are dropped
     chat: ChatFormat
 
     @cached_property
     def turn_end(self) -> int | None:
-        """See `turn_end`."""
+        """The token that ends the teacher's turn, see `megatron_oprd.data.chat.turn_end`."""
         return turn_end(self.tokenizer, self.chat)
 
     def end_behind(self, content: str | list[Message]) -> int | None:
@@ -85,22 +70,14 @@ class TeacherPrompts:
     def token_ids(
         self, where: str, content: str | list[Message], privileged: Any
     ) -> tuple[int, ...]:
-        """A prompt's tokens as the teacher reads them.
-
-        Raises:
-            UserError: The privileged text is missing, or see `tokenize_prompt`.
-        """
+        """A prompt's tokens as the teacher reads them; raises a UserError like `content`."""
         of_teacher = self.content(where, content, privileged)
         return tokenize_prompt(where, of_teacher, self.tokenizer, self.chat, whose="teacher")
 
     def content(
         self, where: str, content: str | list[Message], privileged: Any
     ) -> str | list[Message]:
-        """A prompt as the teacher gets it.
-
-        Raises:
-            UserError: The privileged text is missing.
-        """
+        """A prompt as the teacher gets it; raises a UserError if the privileged text is missing."""
         if self.privileged_key is None:
             return content
         is_number = isinstance(privileged, int | float) and not isinstance(privileged, bool)
@@ -113,7 +90,7 @@ class TeacherPrompts:
             )
         if isinstance(content, str):
             return self.template.format(prompt=content, privileged=privileged)
-        # A begun answer that the response goes on from stays as it is.
+        # The last user message, which need not be the last: an answer may be begun after it.
         asked = [i for i, message in enumerate(content) if message["role"] == "user"]
         place = asked[-1] if asked else len(content) - 1
         question = content[place]
@@ -134,24 +111,21 @@ def load_prompts(
     """Reads and tokenizes every prompt of ``files``, in order.
 
     A prompt is a text or a list of chat messages (``{"role": ..., "content": ...}``); see
-    `tokenize_prompt`.
+    `tokenize_prompt`. `Prompt.index` counts dropped prompts too.
 
     Args:
-        files: ``.jsonl`` (one object a line) or ``.parquet`` files, read as one data set.
+        files: ``.jsonl`` (one object per line) or ``.parquet`` files, read as one data set.
         tokenizer: The student's tokenizer.
         prompt_key: The field (column) that holds the prompt.
         chat: How prompts are rendered.
-        max_prompt_tokens: Longer prompts are dropped or cut; how many is logged.
-        long_prompts: drop leaves them out; cut takes their last ``max_prompt_tokens`` tokens, so
-            that the end of the question and the generation prompt stay.
+        max_prompt_tokens: Longer prompts are dropped or cut; their number is logged.
+        long_prompts: ``drop``, or ``cut`` to the last ``max_prompt_tokens`` tokens, which keeps the
+            end of the question and the generation prompt.
         teacher: How the teacher's prompts are made; None: they are the student's.
 
-    Returns:
-        The prompts that were kept. `Prompt.index` still counts the dropped ones.
-
     Raises:
-        UserError: A file is missing, empty or unreadable, a row lacks the prompt, the tokenizer
-            has no chat template but needs one, or every prompt is too long.
+        UserError: A file is missing, empty or unreadable, a row lacks the prompt, the tokenizer has
+            no chat template but needs one, or every prompt is too long.
     """
     prompts: list[Prompt] = []
     num_rows = num_cut = num_long_for_teacher = 0
@@ -223,12 +197,7 @@ def check_prompt_files(
     chat: ChatFormat,
     teacher: TeacherPrompts | None = None,
 ) -> None:
-    """Tokenizes the first row of every file, as `load_prompts` would.
-
-    Raises:
-        UserError: A file is missing, empty or unreadable, its first row has no usable prompt, or
-            the tokenizer has no chat template but needs one.
-    """
+    """Tokenizes the first row of every file like `load_prompts`, and raises the same errors."""
     for file in _non_empty(files):
         where, content, privileged = next(_all_rows([file], prompt_key, teacher))
         tokenize_prompt(where, content, tokenizer, chat)
@@ -239,23 +208,13 @@ def check_prompt_files(
 def prompt_indices(
     step: int, *, num_prompts: int, prompts_per_step: int, seed: int, shuffle: bool = True
 ) -> list[int]:
-    """The prompts of one training step, computed from the step's number alone.
+    """The prompts of one training step, as positions in the list that `load_prompts` returned.
 
-    The stream of prompts is one permutation per epoch after the other; step t takes
-    ``[t * prompts_per_step, (t + 1) * prompts_per_step)`` of it. A resumed run therefore needs
-    nothing but its step number. A prompt can appear twice in a step only where the step spans an
-    epoch's end.
-
-    Args:
-        step: The step, counted from 0.
-        num_prompts: Length of the list that `load_prompts` returned.
-        prompts_per_step: Prompts a step over all ranks.
-        seed: At least 0; with the epoch it decides the permutation.
-        shuffle: False takes the prompts in order.
-
-    Returns:
-        ``prompts_per_step`` positions in the list that `load_prompts` returned (these are not
-        `Prompt.index` where prompts were dropped).
+    The stream of prompts is one permutation per epoch after the other (the list's order without
+    ``shuffle``); step t, from 0, takes ``[t * prompts_per_step, (t + 1) * prompts_per_step)`` of
+    it. ``seed`` (at least 0) and the epoch determine the permutation. So a resumed run needs only
+    its step number. A prompt can appear twice in a step only if the step spans the end of an epoch.
+    The positions are not `Prompt.index` if prompts were dropped.
     """
     permutations: dict[int, Sequence[int]] = {}
     indices = []
@@ -280,7 +239,7 @@ def _non_empty(files: Sequence[Path]) -> Sequence[Path]:
 def _all_rows(
     files: Sequence[Path], prompt_key: str, teacher: TeacherPrompts | None
 ) -> Iterator[tuple[str, str | list[Message], Any]]:
-    """Yields (a place to name in messages, the prompt, what only the teacher sees of it)."""
+    """Yields (the row for messages, the prompt, the text that only the teacher sees)."""
     keys, key_settings = [prompt_key], ["data.prompt_key"]
     if teacher is not None and teacher.privileged_key is not None:
         keys.append(teacher.privileged_key)

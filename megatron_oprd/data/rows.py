@@ -1,4 +1,4 @@
-"""Rows of JSONL and parquet files, of which some columns are read."""
+"""Reads columns of JSONL and parquet files row by row."""
 
 import difflib
 import json
@@ -25,18 +25,17 @@ def read_rows(
     key_settings: Sequence[str],
     not_read: Sequence[str] = (),
 ) -> Iterator[tuple[str, list[Any]]]:
-    """Reads a file row by row; there is at least one.
+    """Reads a file row by row; there is at least one row.
 
     Args:
-        file: ``.jsonl`` (one object a line) or ``.parquet``.
-        keys: What is read of each row: columns, or fields inside of one, as in
-            ``reward_model.ground_truth``.
-        setting: What names the file, for messages.
-        key_settings: What names each key, likewise.
-        not_read: Columns that would change what a model reads: a warning says that they do not.
+        file: ``.jsonl`` (one object per line) or ``.parquet``.
+        keys: Columns, or fields in a column, as in ``reward_model.ground_truth``.
+        setting: The setting that names the file, for messages.
+        key_settings: The setting that names each key, for messages.
+        not_read: Columns that other tools would read; a warning says that they are ignored.
 
     Yields:
-        A place to name in messages, and the keys' values.
+        The row, for messages, and the keys' values.
 
     Raises:
         UserError: The file is missing, unreadable or empty, or a row lacks a key.
@@ -68,6 +67,7 @@ def read_rows(
 def _jsonl_rows(
     file: Path, columns: Sequence[str], setting: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Some editors put a byte order mark at the start.
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -75,8 +75,7 @@ def _jsonl_rows(
             where = f"{file}, line {number}"
             try:
                 row = json.loads(line)
-            # Beside what is no JSON: numbers of more digits and lists of more levels than Python
-            # takes.
+            # Besides invalid JSON: Python limits the digits of numbers and the depth of lists.
             except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{setting}: {where} is not JSON that can be read ({error}); each line must "

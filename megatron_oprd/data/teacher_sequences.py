@@ -1,7 +1,7 @@
-"""The sequences that the teacher reads when they differ from the student's, and the token pairs.
+"""The sequences that the teacher reads if they differ from the student's, and the token pairs.
 
 A teacher with privileged text in its prompt reads the student's response after another prompt. A
-teacher with another tokenizer reads the same text in other tokens. Two positions correspond when
+teacher with another tokenizer reads the same text in its own tokens. Two positions correspond if
 their tokens end at the same character.
 """
 
@@ -25,18 +25,11 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 def decode_with_ends(
     tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
 ) -> tuple[str, Ends]:
-    """The text of sampled tokens, and where in it each token ends.
+    """The text of sampled tokens, and the number of characters up to the end of each token.
 
-    The tokens need not be those that the tokenizer would make of the text.
-
-    Args:
-        tokenizer: A fast tokenizer.
-        token_ids: Token ids; special tokens have no text, nor have byte-fallback tokens that
-            make up no character.
-
-    Returns:
-        The text, and for each token the number of characters up to its end; None for a token that
-        ends inside a character (byte-level and byte-fallback tokens) or has no text.
+    The tokens may differ from those that the tokenizer would make of the text. The end is None for
+    a token that ends inside a character (byte-level and byte-fallback tokens) or has no text:
+    special tokens, and byte-fallback tokens that do not form a character. Needs a fast tokenizer.
     """
     stream = DecodeStream(skip_special_tokens=True)
     stray = _stray_bytes(tokenizer, token_ids)
@@ -54,10 +47,10 @@ def decode_with_ends(
 
 
 def _stray_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> set[int]:
-    """Numbers of the byte-fallback tokens that are no part of a character.
+    """Indices of the byte-fallback tokens that are not part of a character.
 
-    One such token makes the decoder turn every other of its run, too, into U+FFFD: also those that
-    the stream has given as text already, which is an error there.
+    A single one makes the decoder turn its whole run of byte tokens into U+FFFD. The stream may
+    have returned some of them as text by then, and raises an error.
     """
     if "ByteFallback" not in str(tokenizer.backend_tokenizer.decoder):
         return set()
@@ -76,7 +69,7 @@ def _stray_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -
 
 
 def _width_of_character(following: bytes) -> int:
-    """How many of these bytes, at most 4, are the first character in UTF-8; 0 if none are."""
+    """The bytes, at most 4, of the first character in UTF-8; 0 if there is no valid character."""
     for width in range(1, len(following) + 1):
         try:
             following[:width].decode()
@@ -87,14 +80,10 @@ def _width_of_character(following: bytes) -> int:
 
 
 def encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], Ends]:
-    """A text's tokens, without special tokens around them, and where in it each ends.
+    """A text's tokens without special tokens around them, and their ends as in `decode_with_ends`.
 
-    Args:
-        tokenizer: A fast tokenizer.
-        text: What is tokenized; what looks like a special token in it is taken as plain text.
-
-    Returns:
-        Token ids and ends, as `decode_with_ends` gives them.
+    Special tokens that are spelled out in the text are split like plain text. Needs a fast
+    tokenizer.
     """
     encoding = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
@@ -103,12 +92,12 @@ def encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[lis
     ends = Ends()
     for number, (start, end) in enumerate(offsets):
         following = offsets[number + 1][0] if number + 1 < len(offsets) else len(text)
-        # Of tokens that share a character only the last ends with it.
+        # If tokens share a character, only the last ends with it.
         if end <= start or following < end:
             ends.append(None)
             continue
-        # A tokenizer that composes characters (NFC) says that a composed one ends where its first
-        # part does: the marks behind it are no token's.
+        # A tokenizer that composes characters (NFC) reports the end of a composed character's first
+        # part; the marks after it belong to no token.
         while end < following and _belongs_to_the_one_before(text[end]):
             end += 1
         ends.append(end)
@@ -116,18 +105,15 @@ def encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[lis
 
 
 def _belongs_to_the_one_before(character: str) -> bool:
-    """Whether it is a mark on the character before it, or the rest of a Hangul syllable."""
+    """Whether it is a combining mark, or the rest of a Hangul syllable."""
     return bool(unicodedata.combining(character)) or "\u1160" <= character <= "\u11ff"
 
 
 def pairs_of(first: Sequence[int | None], second: Sequence[int | None]) -> list[Pair]:
-    """Pairs of tokens, one of each tokenization, that end at the same character.
+    """Pairs (index in first, index in second) of tokens that end at the same character.
 
-    Both numbers rise from pair to pair; each token is in one pair at most.
-
-    Args:
-        first: Ends of the tokens, as above.
-        second: Those of the other tokenization of the same text.
+    Both sequences have ends as above, of the same text. Both indices rise from pair to pair, and
+    each token is in at most one pair.
     """
     number_of = {end: number for number, end in enumerate(second) if end is not None}
     pairs: list[Pair] = []
@@ -139,33 +125,24 @@ def pairs_of(first: Sequence[int | None], second: Sequence[int | None]) -> list[
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSequence:
-    """One rollout as the teacher reads it.
+    """One rollout as the teacher reads it."""
 
-    Attributes:
-        prompt_ids: Token ids of its prompt; at least one.
-        response_ids: Token ids of the response.
-        pairs: (response token of the student, response token of the teacher) that correspond, both
-            counted from 0 and rising; may be empty.
-    """
-
-    prompt_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]  # at least one
     response_ids: tuple[int, ...]
+    # (student's response token, teacher's response token) from 0, rising; may be empty.
     pairs: tuple[Pair, ...]
 
     def positions(self, alignment: Alignment, *, response_length: int) -> list[int | None]:
-        """Which of the teacher's positions each response token of the student is compared with.
+        """The teacher's position that each response token of the student is compared with, or None.
 
-        Args:
-            alignment: ``token``: the one that holds a token which ends at the same character.
-                ``predictor``: the one in front of a token that starts at the same character, the
-                last of the prompt included.
-            response_length: Tokens of the student's response.
-
-        Returns:
-            For each of them a position in the teacher's sequence, prompt included, or None.
+        Positions include the prompt. ``alignment`` is ``token`` for the position of the token that
+        ends at the same character, or ``predictor`` for the position before the token that starts
+        at the same character, the last of the prompt included.
         """
         positions: list[int | None] = [None] * response_length
         start, ahead = len(self.prompt_ids), 0 if alignment == "token" else 1
+        # A token starts where the token before it ends, so a pair of ends aligns the predictors of
+        # the next tokens. (-1, -1) is the end of the prompt.
         for of_student, of_teacher in [*([(-1, -1)] if ahead else []), *self.pairs]:
             if of_student + ahead < response_length:
                 positions[of_student + ahead] = start + of_teacher
@@ -173,7 +150,7 @@ class TeacherSequence:
 
 
 def with_other_prompt(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> TeacherSequence:
-    """The student's response behind another prompt, token for token."""
+    """The student's response after another prompt, token for token."""
     return TeacherSequence(
         prompt_ids=tuple(prompt_ids),
         response_ids=tuple(response_ids),
@@ -200,15 +177,15 @@ def in_other_tokens(
         response_ids: The student's response.
         prompt_ids: The prompt in the teacher's tokens.
         student: The student's tokenizer, a fast one.
-        teacher: The teacher's, a fast one.
+        teacher: The teacher's tokenizer, a fast one.
         student_ends: Tokens that end a response of the student.
-        teacher_end: The token that ends one of the teacher; None leaves the student's end without
-            counterpart.
-        max_tokens: What the teacher reads at most; a longer response is cut, and what is cut off
-            has no counterpart.
+        teacher_end: The token that ends a response of the teacher; None leaves the student's end
+            without a counterpart.
+        max_tokens: Longer sequences are truncated; truncated tokens have no counterpart.
     """
     finished = response_ids[-1] in student_ends and teacher_end is not None
-    # A stop token may have a text: as the end of the turn it corresponds to the teacher's end.
+    # A stop token may have text, but as the end of the turn it corresponds to the teacher's end
+    # token.
     text, ends = decode_with_ends(student, response_ids[:-1] if finished else response_ids)
     ids, teacher_ends = encode_with_ends(teacher, text)
     pairs = pairs_of(ends, teacher_ends)
@@ -226,24 +203,17 @@ def in_other_tokens(
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherReader:
-    """Makes what the teacher reads of a rollout.
-
-    Attributes:
-        prompts: How its prompts are made.
-        own_tokens: Whether it reads responses in its own tokens; otherwise in the student's.
-        student_tokenizer: The student's tokenizer, a fast one.
-        student_ends: Tokens that end a response of the student.
-        max_tokens: Most tokens that it reads.
-    """
+    """Makes the teacher's sequence of a rollout."""
 
     prompts: TeacherPrompts
+    # Whether it reads responses in its own tokens or in the student's.
     own_tokens: bool
     student_tokenizer: PreTrainedTokenizerBase
-    student_ends: tuple[int, ...]
-    max_tokens: int
+    student_ends: tuple[int, ...]  # tokens that end a response of the student
+    max_tokens: int  # longer sequences are truncated
 
     def read(self, prompt: Prompt, response_ids: Sequence[int]) -> TeacherSequence:
-        """What it reads in place of ``prompt`` (one of `load_prompts` with these) and response."""
+        """The teacher's sequence for a response and its ``prompt``, loaded with ``prompts``."""
         assert prompt.teacher_ids is not None, "loaded without the teacher's prompts"
         if not self.own_tokens:
             return with_other_prompt(prompt.teacher_ids, response_ids)

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers: loading one, and whether two give their ids the same meaning."""
+"""Hugging Face tokenizers: loading, end-of-sequence tokens, and the comparison of two."""
 
 import json
 import logging
@@ -19,21 +19,16 @@ _MORE_TOKENIZER_FILES = (
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a Hugging Face model folder, from local files only.
-
-    A tokenizer.json is taken as it stands. (AutoTokenizer rebuilds some families' tokenizers from
-    the vocabulary alone, Qwen2's and Phi-3's among them, and then splits text otherwise than a
-    tokenizer.json that differs from the family's.) Other folders go through AutoTokenizer.
-
-    Raises:
-        UserError: The folder holds no tokenizer, or one that cannot be read.
-    """
+    """Loads the tokenizer of a Hugging Face folder from local files, or raises a UserError."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         found = "has no tokenizer" if folder.is_dir() else "is not a folder"
         raise UserError(
             f"{folder} {found}; give a Hugging Face model folder that has one of "
             f"{', '.join(_TOKENIZER_FILES)}"
         )
+    # AutoTokenizer rebuilds some families' tokenizers (Qwen2's, Phi-3's) from the vocabulary alone,
+    # and splits text differently if the tokenizer.json is not the family's. So a tokenizer.json is
+    # taken as is.
     from_file = (folder / "tokenizer.json").is_file()
     loader = PreTrainedTokenizerFast if from_file else AutoTokenizer
     try:
@@ -43,7 +38,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that decide how text becomes tokens, and what ends a response."""
+    """The files of a folder that determine tokens, chat template and the end of a response."""
     return sorted(
         path
         for path in [
@@ -57,20 +52,15 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def check_same_tokenizer(
     student_folder: Path, teacher_folder: Path, *, otherwise: str = ""
 ) -> None:
-    """Checks that student and teacher mean the same text by the same token ids.
+    """Checks that token ids mean the same text to student and teacher.
 
     The vocabularies, the added tokens and which of them are special must be equal. The chat
-    template may differ (both models read what the student's made), and so may the
-    end-of-sequence token, which only says where the student's rollouts stop: base and instruct
-    models of one family differ in it. That difference is logged.
-
-    Args:
-        student_folder: The student's Hugging Face folder.
-        teacher_folder: The teacher's.
-        otherwise: What to do about a difference, for the error.
+    template may differ, because both models read the student's. So may the end-of-sequence token,
+    which only determines where rollouts stop: base and instruct models of a family differ in it.
+    That difference is logged. ``otherwise`` is added to the error, as advice.
 
     Raises:
-        UserError: The tokenizers differ; it names the first difference.
+        UserError: The tokenizers differ; the message names the first difference.
     """
     student, teacher = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
     difference = _first_difference(student, teacher)
@@ -91,11 +81,9 @@ def check_same_tokenizer(
 def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that end a response, sorted.
 
-    They are those of generation_config.json, or of config.json where that names none, as
-    transformers takes them; and the tokenizer's own.
-
-    Raises:
-        UserError: Nothing names one, a file cannot be read, or an id is none of the model's.
+    As in transformers, they are those of generation_config.json, or else of config.json, and the
+    tokenizer's own. Raises a UserError if there is none, a file cannot be read, or an id is not one
+    of the model's.
     """
     config = _read_json(folder / "config.json")
     configured, file = None, folder / "generation_config.json"
@@ -127,11 +115,7 @@ def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is no file.
-
-    Raises:
-        UserError: The file cannot be read, or holds something else.
-    """
+    """The JSON object in a file, {} without a file; raises a UserError for anything else."""
     if not file.is_file():
         return {}
     try:
@@ -144,11 +128,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's padding token, or its end-of-sequence token where it has none.
-
-    Raises:
-        UserError: It has neither.
-    """
+    """The tokenizer's padding token, or else its end-of-sequence token, or a UserError."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id
@@ -161,7 +141,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def _first_difference(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> str | None:
-    """Names the lowest token id at which the two differ, or returns None."""
+    """The lowest token id at which the two differ, described, or None."""
     student_tokens = {i: token for token, i in student.get_vocab().items()}
     teacher_tokens = {i: token for token, i in teacher.get_vocab().items()}
     for i in sorted(student_tokens.keys() | teacher_tokens.keys()):

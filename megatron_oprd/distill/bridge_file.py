@@ -1,12 +1,11 @@
-"""A bridge on disk: the projectors of every mapped pair, and what they were made of.
+"""The file format of a bridge: the projectors of every mapped pair, and a manifest.
 
-A folder holds bridge.safetensors, with fp32 tensors
+A folder holds manifest.json, a `Manifest`, and bridge.safetensors with fp32 tensors
 
     student.<layer>.weight  P_S [r, d_S]        teacher.<layer>.weight  P_T [r, d_T]
                                                 teacher.<layer>.mean    mu_T [d_T]
 
-by student and by teacher layer, counted from 0, and manifest.json, a `Manifest`. The rows of P_T
-are ordered by the variance that they explain, so the first rows of both are a bridge of lower rank.
+by student and by teacher layer, counted from 0.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ BUILD_ANOTHER = "Build one for this run with python -m megatron_oprd.build_bridg
 
 
 class BridgeSource(Protocol):
-    """A bridge on disk, of which no projector was read yet."""
+    """A bridge on disk; `read` loads its projectors."""
 
     @property
     def rank(self) -> int:
@@ -48,22 +47,14 @@ class BridgeSource(Protocol):
         pairs: Iterable[LayerPair],
         taps: TapConfig,
     ) -> None:
-        """Checks that the bridge fits a run.
-
-        Raises:
-            UserError: It was made for something else; the message names what.
-        """
+        """Checks that the bridge fits a run; raises a UserError that names the first mismatch."""
 
     def read(self, pairs: Iterable[LayerPair], *, rank: int, device: torch.device) -> Projectors:
-        """Reads the projectors of some pairs, and their leading ``rank`` rows only."""
+        """Reads the projectors of ``pairs``, truncated to their leading ``rank`` rows."""
 
 
 def check_pairs(path: Path, wanted: Iterable[LayerPair], found: Iterable[LayerPair]) -> None:
-    """Checks that a bridge has the pairs that a run wants.
-
-    Raises:
-        UserError: A student layer is missing, or matched with another teacher layer.
-    """
+    """Raises a UserError if a student layer is missing, or matched with another teacher layer."""
     teacher_of = {pair.student: pair.teacher for pair in found}
     for pair in wanted:
         if pair.student not in teacher_of:
@@ -82,53 +73,36 @@ def check_pairs(path: Path, wanted: Iterable[LayerPair], found: Iterable[LayerPa
 TENSORS_FILE = "bridge.safetensors"
 PICTURE_FILE = "cosine.png"
 _KIND = "oprd_bridge"
-# What a model may have otherwise than the one that a bridge was made with: none of it changes what
-# a layer puts out.
+# Fields that may differ between the run's model and the bridge's: they do not affect the output of
+# any layer.
 _NOT_COMPARED = ("vocab_size", "max_position_embeddings", "tied")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a bridge was made of, and how good it is.
+    """The contents of manifest.json: how the bridge was made, and its quality."""
 
-    Attributes:
-        student: The student's ``name`` and ``architecture`` (`architecture_numbers`).
-        teacher: The teacher's, likewise.
-        layer_pairs: (student layer, teacher layer), counted from 0, by rising student layer.
-        positions: Response positions whose states it was fitted on.
-        k: For last_k and first_k.
-        alignment: Which position belongs to a response token.
-        last_layer: Whether a model's last layer was taken after the final norm.
-        rank: Rows r of every projector.
-        fit: How P_S was fitted, and every number that enters.
-        data: Prompts, sampling, seed, and how many sequences and rows were used.
-        cosine: By rank (as text): mean cosine of the projected states on held-out sequences, of a
-            random P_S (``before``) and of the fitted one (``after``), a list by pair each.
-    """
-
+    # The ``name`` and ``architecture`` (`architecture_numbers`) of each model.
     student: dict[str, Any]
     teacher: dict[str, Any]
+    # (student layer, teacher layer) from 0, by rising student layer
     layer_pairs: list[tuple[int, int]]
-    positions: str
-    k: int | None
+    positions: str  # taps.positions of the states that the bridge was fitted on
+    k: int | None  # for last_k and first_k
     alignment: str
     last_layer: str
     rank: int
+    # The method and every number used to fit P_S.
     fit: dict[str, Any]
+    # Prompts, sampling and seed, and the number of sequences and rows used.
     data: dict[str, Any]
+    # By rank (as text): the mean cosine of the projected states on held-out sequences by pair, for
+    # a random P_S (``before``) and for the fitted one (``after``).
     cosine: dict[str, dict[str, list[float]]]
 
 
 class BridgeFolder:
-    """A bridge folder, opened for reading.
-
-    Attributes:
-        folder: The folder.
-        manifest: What it says of itself.
-
-    Raises:
-        UserError: The folder is no bridge, or is not whole.
-    """
+    """A bridge folder, opened for reading; raises a UserError if it holds no complete bridge."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -154,14 +128,13 @@ class BridgeFolder:
     ) -> None:
         """Checks that the bridge fits a run.
 
-        Of a model every number of its configuration that enters a layer is compared (its
-        `architecture_numbers`), but not its weights: a student that was trained on goes on through
-        the same bridge. Layers may be fewer than the bridge has. Which of the response's positions
-        are supervised (``taps.positions``) may differ from those the bridge was fitted on.
+        Compares every number in each model's configuration that affects a layer
+        (`architecture_numbers`) but not the weights: a student that was trained further keeps using
+        the same bridge. A run may use fewer layers than the bridge has, and other
+        ``taps.positions`` than the bridge was fitted on.
 
         Raises:
-            UserError: It is of another model, another layer map, another ``taps.alignment`` or
-                another ``taps.last_layer``.
+            UserError: Another model, layer map, ``taps.alignment`` or ``taps.last_layer``.
         """
         manifest = self.manifest
         for model, of_bridge, of_run in (
@@ -186,7 +159,9 @@ class BridgeFolder:
                 )
 
     def read(self, pairs: Iterable[LayerPair], *, rank: int, device: torch.device) -> Projectors:
-        """Reads the projectors of some pairs, and their leading ``rank`` rows only."""
+        """Reads the projectors of ``pairs``, truncated to their leading ``rank`` rows."""
+        # The rows of P_T are sorted by explained variance, so the leading rows of both projectors
+        # are a bridge of lower rank.
         rows = slice(rank)
         pairs = list(pairs)
 
@@ -201,11 +176,7 @@ class BridgeFolder:
 
 
 def check_bridge_place(out: Path) -> None:
-    """Checks that a bridge may be written to ``out``: a place without a folder, or of a bridge.
-
-    Raises:
-        UserError: It may not.
-    """
+    """Raises a UserError unless ``out`` is free: missing, empty, or with a bridge to replace."""
     if out.is_dir() and any(out.iterdir()):
         try:
             _read_manifest(out)
@@ -220,16 +191,10 @@ def check_bridge_place(out: Path) -> None:
 def write_bridge(
     out: Path, projectors: Projectors, manifest: Manifest, *, files: dict[str, bytes] | None = None
 ) -> Path:
-    """Writes a bridge folder, whole or not at all; a bridge that is at ``out`` is replaced.
+    """Writes a bridge folder atomically; replaces a bridge that exists at ``out``.
 
-    Args:
-        out: The folder.
-        projectors: Of every pair of the manifest, of its rank.
-        manifest: What it was made of.
-        files: More files of the folder, by name.
-
-    Raises:
-        UserError: ``out`` is taken by something else, or cannot be written.
+    ``projectors`` has every pair of the manifest, at its rank; ``files`` are further files by name.
+    Raises a UserError if ``out`` is taken by something else, or cannot be written.
     """
     tensors = {f"student.{layer}.weight": one for layer, one in projectors.student.items()}
     tensors |= {f"teacher.{layer}.weight": one for layer, one in projectors.teacher.items()}
@@ -244,9 +209,10 @@ def write_bridge(
 
 
 def architecture_numbers(architecture: Architecture) -> dict[str, Any]:
-    """What of a model's configuration its layers' outputs depend on, as JSON gives it back."""
+    """The configuration fields that affect a layer's output, as JSON values."""
     numbers = dataclasses.asdict(architecture)
     kept = {name: value for name, value in numbers.items() if name not in _NOT_COMPARED}
+    # Through JSON, because tuples become lists there and would not equal those of a manifest.
     return json.loads(json.dumps(kept))
 
 
@@ -274,14 +240,9 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 class PSBank:
-    """A ps_bank.pt, read whole: projectors are small.
+    """A ps_bank.pt of the reference implementation, read whole (projectors are small).
 
-    Attributes:
-        path: The file.
-        rank: Rows of every projector.
-
-    Raises:
-        UserError: The file cannot be read, is not of the linear kind, or lacks a projector.
+    Raises a UserError if it cannot be read, is not of the linear kind, or lacks a projector.
     """
 
     path: Path
@@ -321,6 +282,8 @@ class PSBank:
                     f"bridge.path = {self.path}: pair {key} has {len(student)} and {len(teacher)} "
                     f"rows, rank is {self._rank}"
                 )
+            # The file has projectors by pair, `Projectors` by layer: two pairs that share a teacher
+            # layer have to agree.
             known = self._teacher.setdefault(pair.teacher, teacher)
             if not (
                 torch.equal(known, teacher)
@@ -345,11 +308,7 @@ class PSBank:
         pairs: Iterable[LayerPair],
         taps: TapConfig,
     ) -> None:
-        """Checks that the bridge fits a run, as far as the file says: widths, layers, positions.
-
-        Raises:
-            UserError: It does not.
-        """
+        """Checks widths, layers and the reference code's fixed settings; raises a UserError."""
         check_pairs(self.path, pairs, self._pairs)
         for model, found, architecture in (
             ("student", self._student, student),
@@ -361,6 +320,7 @@ class PSBank:
                         f"bridge.path = {self.path} is for a {model} {weight.shape[1]} wide, "
                         f"model.{model} is {architecture.hidden_size} wide. {BUILD_ANOTHER}"
                     )
+        # The file does not record these two; the reference code has no other choice.
         for name, made_with in (("alignment", "token"), ("last_layer", "post_norm")):
             if getattr(taps, name) != made_with:
                 raise UserError(
@@ -370,7 +330,7 @@ class PSBank:
                 )
 
     def read(self, pairs: Iterable[LayerPair], *, rank: int, device: torch.device) -> Projectors:
-        """The projectors of some pairs, and their leading ``rank`` rows only."""
+        """Reads the projectors of ``pairs``, truncated to their leading ``rank`` rows."""
         pairs = list(pairs)
         return Projectors(
             student={p.student: self._student[p.student][:rank].to(device) for p in pairs},
@@ -381,6 +341,7 @@ class PSBank:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
+        # weights_only: a pickle from elsewhere must not run code.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"bridge.path: cannot read {path}: {error}") from error
@@ -390,9 +351,5 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def open_bridge(path: Path) -> BridgeSource:
-    """Opens a bridge: a folder of this format, or the reference implementation's ps_bank.pt.
-
-    Raises:
-        UserError: There is none, or it cannot be read.
-    """
+    """Opens a bridge folder or the reference implementation's ps_bank.pt, or raises a UserError."""
     return PSBank(path) if path.suffix == ".pt" else BridgeFolder(path)

@@ -1,7 +1,7 @@
 """The output-space loss and token log-probabilities at the LM head, on the last pipeline stage.
 
-The teacher keeps its last hidden states only. Both models' logits exist for one chunk of positions
-at a time: no [b, s, vocabulary] tensor is ever made.
+The teacher's last hidden states are kept, not its logits. Both models' logits exist for one chunk
+of positions at a time: no [b, s, vocabulary] tensor is ever made.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from megatron_oprd.distill.taps import Exchange, slice_of_sequence
 
 
 class _AttachGradients(torch.autograd.Function):
-    """Passes hidden states through and adds a loss's gradients, theirs and the head's, backward."""
+    """Identity on hidden states; backward adds a loss's gradients of the states and the head."""
 
     @staticmethod
     def forward(
@@ -45,29 +45,26 @@ class _AttachGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         index, of_rows, of_weight = ctx.saved_tensors
+        # The gradients are already scaled by coefficient and weights, so the incoming gradient (of
+        # the other losses) is added to, not multiplied.
         of_hidden = grad.flatten(0, 1).index_add(0, index, of_rows).view_as(grad)
         return of_hidden, of_weight, None, None, None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Positions:
-    """The compared positions of a micro-batch; rows of the flattened hidden state [s * b, h].
+    """The compared positions of a micro-batch."""
 
-    Attributes:
-        index: Rows, [n], int64.
-        weights: What each counts for, [n], fp32.
-        labels: The tokens that follow, [n], int64.
-    """
-
-    index: Tensor
-    weights: Tensor
-    labels: Tensor
+    index: Tensor  # [n], int64; rows of the flattened hidden state [s * b, h]
+    weights: Tensor  # [n], fp32
+    labels: Tensor  # [n], int64; the next tokens
 
     @classmethod
     def of(cls, micro_batch: MicroBatch) -> "_Positions":
         assert micro_batch.output_weights is not None
         # [b, s] --> [s * b]
         weights = micro_batch.output_weights.t().flatten()
+        # On the CPU, where nonzero() needs no synchronisation with the GPU.
         index = weights.nonzero().squeeze(1)
         device = micro_batch.tokens.device
         return cls(
@@ -78,19 +75,10 @@ class _Positions:
 
 
 class HeadTap:
-    """Compares both models' next-token distributions where the last stage has both heads.
+    """Compares both models' next-token distributions on the last pipeline stage.
 
-    Only the ranks of the last stage call `collect` and `attach`, in any order of micro-batches.
-
-    Args:
-        settings: The loss.
-        student: The last stage's chunk of the student.
-        teacher: That of the teacher.
-        vocab_size: Columns that both vocabularies have and that are no padding.
-        padded_vocab_size: Rows of either head, over all tensor-parallel ranks.
-        tp_group: The tensor-parallel group, whose ranks share each head's rows.
-        cp_group: The context-parallel group, whose ranks share each sequence.
-        sequence_parallel: Whether hidden states are split over that group.
+    Only ranks of the last stage call `collect` and `attach`, in any order of micro-batches.
+    ``student`` and ``teacher`` are the last stage's chunks.
     """
 
     def __init__(
@@ -99,11 +87,11 @@ class HeadTap:
         *,
         student: GPTModel,
         teacher: GPTModel,
-        vocab_size: int,
-        padded_vocab_size: int,
-        tp_group: dist.ProcessGroup,
-        cp_group: dist.ProcessGroup,
-        sequence_parallel: bool,
+        vocab_size: int,  # columns of both vocabularies, without padding
+        padded_vocab_size: int,  # rows of either head, over all TP ranks
+        tp_group: dist.ProcessGroup,  # shards both heads by rows
+        cp_group: dist.ProcessGroup,  # shards each sequence
+        sequence_parallel: bool,  # hidden states are sharded over tp_group
     ) -> None:
         self._settings = settings
         self._student_head = head_weight(student)
@@ -119,14 +107,13 @@ class HeadTap:
         self._loss = torch.zeros((), device=self._student_head.device, dtype=torch.float64)
 
     def collect(self, hidden: Tensor, micro_batch: MicroBatch) -> None:
-        """Keeps the teacher's last hidden states at the positions.
+        """Keeps the teacher's last hidden states, [s, b, h] or [s/tp, b, h], at the positions.
 
-        Args:
-            hidden: [s, b, h], or [s/tp, b, h] under sequence parallelism.
-            micro_batch: The student's.
+        ``micro_batch`` is the student's. With a teacher that reads other sequences this
+        communicates on the context-parallel group.
         """
         whole = self._whole(hidden.detach()).flatten(0, 1)
-        # Kept for the student's pass: it goes to the device, which waits for that.
+        # Kept for the student's pass: building them copies to the GPU and would make it wait again.
         positions = self._positions[micro_batch.index] = _Positions.of(micro_batch)
         if micro_batch.teacher is None:
             targets = whole.index_select(0, positions.index)
@@ -135,6 +122,8 @@ class HeadTap:
             assert ours is not None
             assert theirs is not None
             index, exchange = Exchange.of(
+                # One slice, the whole sequence: `_whole` has gathered it over the tensor-parallel
+                # group, so only context parallelism still splits it.
                 wanted=slice_of_sequence(ours.ids, 0, 1),
                 ids=slice_of_sequence(theirs.ids, 0, 1),
                 count=ours.count,
@@ -145,12 +134,10 @@ class HeadTap:
         self._targets[micro_batch.index] = targets
 
     def attach(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """Attaches the loss to the student's last hidden states, which it returns.
+        """Returns the student's last hidden states with the loss attached.
 
-        Args:
-            hidden: After the final norm, [s, b, h]; [s/tp, b, h] under sequence parallelism, and
-                then gathered in what is returned.
-            micro_batch: What they are of.
+        ``hidden`` is after the final norm, [s, b, h], or [s/tp, b, h] under sequence parallelism;
+        the result is [s, b, h] in both cases.
         """
         whole = self._whole(hidden)
         positions = self._positions.pop(micro_batch.index)
@@ -164,11 +151,10 @@ class HeadTap:
         )
 
     def end_step(self) -> Tensor:
-        """Hands out the loss, without the coefficient, and starts it anew.
+        """Returns the step's loss, without its coefficient, and resets it.
 
-        Returns:
-            This rank's part, weighted over the global batch, fp64, the same on every rank of the
-            tensor-parallel group.
+        The result is this rank's part, weighted over the global batch, fp64, and the same on every
+        rank of the tensor-parallel group.
         """
         assert not self._targets, "a target was not used"
         loss = self._loss.clone()
@@ -176,8 +162,10 @@ class HeadTap:
         return loss
 
     def _whole(self, hidden: Tensor) -> Tensor:
-        """The hidden states of all positions, whose gradients are summed over the group's ranks."""
+        """Hidden states of all positions, [s, b, h]; gradients are summed over the TP group."""
         if self._sequence_parallel:
+            # Each rank's gradient covers its own vocabulary columns only, so backward has to
+            # reduce-scatter (or, below, all-reduce) instead of taking a slice.
             return gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self._tp_group
             )
@@ -186,11 +174,11 @@ class HeadTap:
     def _gradients(
         self, rows: Tensor, targets: Tensor, positions: _Positions
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of the rows [n, h], of this rank's part of the logits, and of the head."""
+        """Gradients of the rows [n, h] (by this rank's logits) and of the head."""
         size = self._shard.size
         student, teacher = self._student_head[:size], self._teacher_head[:size]
         of_rows = torch.empty_like(rows)
-        # Summed in fp32 over the chunks.
+        # Summed in fp32: a sum over many chunks in bf16 would round small terms away.
         of_weight = torch.zeros_like(self._student_head, dtype=_at_least_fp32(rows.dtype))
         for chunk in torch.arange(len(rows), device=rows.device).split(self._settings.chunk_tokens):
             weights = positions.weights[chunk]
@@ -205,12 +193,13 @@ class HeadTap:
             scaled = (weights * self._settings.coefficient)[:, None] * distance.gradient
             of_logits = scaled.to(rows.dtype)
             of_rows[chunk] = of_logits @ student
+            # Rows past `size` are vocabulary padding; their gradient stays 0.
             of_weight[:size] += of_logits.t() @ rows[chunk]
         return of_rows, of_weight.to(self._student_head.dtype)
 
 
 def head_weight(model: GPTModel) -> Tensor:
-    """The last stage's head, [padded_vocab_size/tp, h], which may be the embedding."""
+    """The last stage's head, [padded_vocab_size/tp, h]; the embedding if the weights are tied."""
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
     return model.output_layer.weight
@@ -220,31 +209,25 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+# Bounds memory: the fp32 logits of a chunk are 512 * 152k / tp * 4 B, 0.3 GB / tp for Qwen3.
 CHUNK_TOKENS = 512
 
 
 class ResponseLogprobs:
-    """Takes the log-probabilities of the step's response tokens by a model's raw logits.
+    """Log-probabilities of the step's response tokens under a model's raw logits.
 
-    The vocabulary stays divided over the tensor-parallel ranks, and logits exist for
-    ``CHUNK_TOKENS`` positions at a time. Only the ranks of the last stage call `collect`.
-
-    Args:
-        head: This rank's rows of the LM head, [padded_vocab_size/tp, h]; None on other stages.
-        shard: This rank's columns of the vocabulary.
-        is_meaningless: Which of them are left out of the distribution, [v], bool.
-        num_tokens: Response tokens of the whole step.
-        sequence_parallel: Whether hidden states are split over the shard's group.
+    The vocabulary stays sharded over the tensor-parallel ranks. Logits exist for ``CHUNK_TOKENS``
+    positions at a time. Only ranks of the last stage call `collect`.
     """
 
     def __init__(
         self,
-        head: Tensor | None,
+        head: Tensor | None,  # [padded_vocab_size/tp, h]; None on other stages
         *,
         shard: VocabularyShard,
-        is_meaningless: Tensor,
-        num_tokens: int,
-        sequence_parallel: bool,
+        is_meaningless: Tensor,  # [v], bool; columns left out of the distribution
+        num_tokens: int,  # of the whole step
+        sequence_parallel: bool,  # hidden states are sharded over shard.group
     ) -> None:
         self._head = head
         self._shard = shard
@@ -253,17 +236,17 @@ class ResponseLogprobs:
         self._found = torch.zeros(num_tokens, device=is_meaningless.device)
 
     def collect(self, hidden: Tensor, micro_batch: MicroBatch) -> None:
-        """Takes those of a micro-batch. Communicates on the shard's group.
+        """Adds the log-probabilities of a micro-batch. Communicates on the shard's group.
 
-        Args:
-            hidden: After the final norm, [s, b, h], or [s/tp, b, h] under sequence parallelism.
-            micro_batch: What it is of, with ``response_tokens``.
+        ``hidden`` is after the final norm, [s, b, h], or [s/tp, b, h] under sequence parallelism.
+        ``micro_batch.response_tokens`` is required.
         """
         assert micro_batch.response_tokens is not None
         assert self._head is not None
         if self._sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self._shard.group)
         # [b, s] --> [s * b]
+        # A token's number in the step, from 1; 0 marks positions that predict no response token.
         numbers = micro_batch.response_tokens.t().flatten()
         index = numbers.nonzero().squeeze(1)
         labels = micro_batch.labels.t().flatten()[index].to(hidden.device)
@@ -276,11 +259,9 @@ class ResponseLogprobs:
             self._found[numbers[chunk]] = logprobs.squeeze(1)
 
     def all(self) -> Tensor:
-        """Those of all tokens of the step, [num_tokens], fp32, the same on every rank.
-
-        Every rank has to call.
-        """
+        """The log-probabilities of the step, [num_tokens], fp32. All ranks have to call."""
         if self._shard.group.rank() != 0:
             self._found.zero_()  # these ranks have what tensor rank 0 has
+        # Each token was collected by a single data- and context-parallel rank; the others have 0.
         dist.all_reduce(self._found)
         return self._found

@@ -1,7 +1,7 @@
 """The layer map: supervised student layers, their teacher layers, and the pipeline stage of each.
 
-Layers are counted from 0. Layer l is the l-th block, whatever a model calls its outputs. Every
-matched pair shares a stage, so that no hidden state crosses a stage boundary.
+Layers are counted from 0: layer l is the l-th transformer block. Both layers of a pair are on the
+same pipeline stage, so that no hidden state crosses a stage boundary.
 """
 
 import itertools
@@ -24,21 +24,11 @@ class LayerPair:
 
 
 def proportional_layer_map(num_student_layers: int, num_teacher_layers: int) -> list[int]:
-    """The teacher layer for every student layer by depth (the paper's eq. 11).
+    """The teacher layer for every student layer by depth (the paper's eq. 11), counted from 0.
 
-    With layers counted from 1, phi(l) = round((l-1)/(L_S-1) * (L_T-1)) + 1. The quotient is exact
-    and halves go to the even side, as in the reference code. A student of one layer is matched with
-    the teacher's last. The map never decreases.
-
-    Args:
-        num_student_layers: L_S, at least 1.
-        num_teacher_layers: L_T, at least 1.
-
-    Returns:
-        One teacher layer, from 0, for each student layer.
-
-    Raises:
-        ValueError: A number of layers is below 1.
+    With layers counted from 1, phi(l) = round((l-1)/(L_S-1) * (L_T-1)) + 1. A student of one layer
+    is matched with the teacher's last. The map never decreases. Raises a ValueError for a model
+    without layers.
     """
     if num_student_layers < 1 or num_teacher_layers < 1:
         raise ValueError(
@@ -48,21 +38,20 @@ def proportional_layer_map(num_student_layers: int, num_teacher_layers: int) -> 
     last_student, last_teacher = num_student_layers - 1, num_teacher_layers - 1
     if last_student == 0:
         return [last_teacher]
+    # Exact, because a float quotient could miss a half. Halves round to even, as in the reference
+    # code.
     return [
         round(Fraction(layer * last_teacher, last_student)) for layer in range(num_student_layers)
     ]
 
 
 def select_layers(layers: LayerSet | Sequence[int], num_layers: int) -> list[int]:
-    """The student layers a setting ``taps.layers`` stands for.
+    """The student layers that ``taps.layers`` selects, from 0, in rising order.
 
     Args:
-        layers: ``all``, ``last``, ``even`` (0, 2, 4, ...), ``odd`` (1, 3, 5, ...), ``none``, or
-            layers counted from 0, in rising order and each once.
+        layers: ``all``, ``last``, ``even`` (0, 2, 4, ...), ``odd`` (1, 3, 5, ...), ``none``, or a
+            rising list of layers.
         num_layers: The student's number of layers.
-
-    Returns:
-        The layers, from 0, in rising order; empty for ``none`` only.
 
     Raises:
         UserError: Unknown word, a list that is empty, not rising or out of range, or ``odd`` with a
@@ -104,20 +93,11 @@ def layer_pairs(
     num_student_layers: int,
     num_teacher_layers: int,
 ) -> list[LayerPair]:
-    """The layers that are compared.
+    """The layers that are compared: a pair for each selected student layer, in rising order.
 
-    Args:
-        layers: The student layers, see `select_layers`.
-        layer_map: ``proportional`` (see `proportional_layer_map`), or one teacher layer, from 0,
-            for each selected student layer, in any order.
-        num_student_layers: The student's number of layers.
-        num_teacher_layers: The teacher's number of layers.
-
-    Returns:
-        One pair for each selected student layer, by rising student layer.
-
-    Raises:
-        UserError: A mistake in ``taps.layers`` or ``taps.layer_map``.
+    ``layers`` goes to `select_layers`. ``layer_map`` is ``proportional`` or a list with a teacher
+    layer, from 0, for each selected student layer, in any order. Raises a UserError for a mistake
+    in either.
     """
     student_layers = select_layers(layers, num_student_layers)
     if isinstance(layer_map, str):
@@ -152,20 +132,11 @@ def _check_range(setting: str, listed: list[int], num_layers: int, whose: str) -
 def student_stages(
     num_layers: int, pairs: Sequence[LayerPair], num_stages: int, *, num_running: int
 ) -> tuple[int, ...]:
-    """The student's layers on each stage, as even as they go.
+    """The number of student layers on each pipeline stage (virtual stages included), balanced.
 
-    Layers that do not run cost no time and go to the last stage, unless there are more stages
-    than other layers. A stage does not end where the map could not be placed (a shallower teacher's
-    layer that is matched with the layers on both sides), as long as there are other places.
-
-    Args:
-        num_layers: The student's depth.
-        pairs: The matched pairs.
-        num_stages: Pipeline stages, virtual ones counted one by one.
-        num_running: Layers that run in training.
-
-    Raises:
-        UserError: There are fewer layers than stages.
+    Layers that are not run (training stops after ``num_running``) cost no time and go to the last
+    stage, unless there are more stages than running layers. Raises a UserError if there are fewer
+    layers than stages.
     """
     if num_layers < num_stages:
         raise UserError(
@@ -175,6 +146,8 @@ def student_stages(
     spread = num_running if num_running >= num_stages else num_layers
     share, more = divmod(spread, num_stages)
     ends = list(itertools.accumulate(share + (stage < more) for stage in range(num_stages - 1)))
+    # A shallower teacher's layer can be matched with several student layers. A boundary between
+    # them would need it on two stages, so avoid these boundaries while there are enough others.
     possible = [end for end in range(1, spread) if _separates(end, pairs)]
     if len(possible) >= len(ends):
         ends = _nearest(ends, possible)
@@ -182,7 +155,7 @@ def student_stages(
 
 
 def _separates(end: int, pairs: Sequence[LayerPair]) -> bool:
-    """Whether the teacher layers of student layers before ``end`` come before all others."""
+    """Whether student layers before ``end`` have shallower teacher layers than all the others."""
     before = (pair.teacher for pair in pairs if pair.student < end)
     after = (pair.teacher for pair in pairs if pair.student >= end)
     return max(before, default=-1) < min(after, default=math.inf)
@@ -203,18 +176,11 @@ def _nearest(wanted: Sequence[int], possible: Sequence[int]) -> list[int]:
 def teacher_stages(
     pairs: Sequence[LayerPair], layers_per_student_stage: Sequence[int], *, depth: int
 ) -> tuple[int, ...]:
-    """The teacher's layers on each stage.
+    """The number of teacher layers on each stage, balanced as far as the pairs allow.
 
-    Teacher layers up to phi(l) live on the stage of student layer l or before it. Where the map
-    leaves a choice, the teacher's layers are divided as evenly as it allows.
-
-    Args:
-        pairs: The matched pairs, in any order.
-        layers_per_student_stage: The student's layers on each stage.
-        depth: The teacher's layers that are built, its deepest mapped one or more.
-
-    Raises:
-        UserError: No division puts every pair on one stage; the message names the pair.
+    ``depth`` is the number of teacher layers that are built, at least up to the deepest mapped
+    layer. Raises a UserError if the layers of a pair cannot be on the same stage, and names the
+    pair.
     """
     stage_of = [stage for stage, count in enumerate(layers_per_student_stage) for _ in range(count)]
     num_stages = len(layers_per_student_stage)
@@ -223,6 +189,8 @@ def teacher_stages(
         here_or_before = [p for p in pairs if stage_of[p.student] <= stage]
         after = [p for p in pairs if stage_of[p.student] > stage]
         first_after = min(after, key=lambda p: p.teacher, default=None)
+        # The stage has to end after the teacher layers matched so far (low) and before the first
+        # one that a later stage needs (high).
         low = max((p.teacher + 1 for p in here_or_before), default=0)
         high = first_after.teacher if first_after is not None else depth
         if low > high:

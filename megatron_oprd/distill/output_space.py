@@ -1,10 +1,10 @@
 """On-policy distillation in output space (OPD): distances between next-token distributions.
 
-Every loss gives a value for each position and its gradient with respect to the student's logits in
-closed form. No graph is kept, and a chunk of positions needs a few matrices [n, v]. p is the
+Every loss returns a value for each position and its gradient with respect to the student's logits,
+in closed form: no graph is kept, and a chunk of positions needs a few matrices [n, v]. p is the
 student's distribution, q the teacher's, both after their temperatures. The vocabulary's columns are
-divided over the tensor-parallel ranks. Shape suffixes: n positions, v this rank's columns, k tokens
-of a support.
+sharded over the tensor-parallel ranks, and all functions except `scatter` communicate on the
+shard's group. Shapes: n positions, v columns of this rank, k tokens of a support.
 """
 
 import math
@@ -19,17 +19,11 @@ from megatron_oprd.config.schema import OutputLossConfig, Support, SupportWeight
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyShard:
-    """This rank's columns of the vocabulary, those that only pad it left out.
+    """This rank's columns of the vocabulary, without padding."""
 
-    Attributes:
-        start: The first column.
-        size: Columns; may be 0 on the last ranks of a very small vocabulary.
-        group: The ranks that share the vocabulary (tensor-parallel).
-    """
-
-    start: int
-    size: int
-    group: dist.ProcessGroup
+    start: int  # the first column
+    size: int  # may be 0 on the last ranks of a very small vocabulary
+    group: dist.ProcessGroup  # tensor-parallel
 
     @classmethod
     def of(
@@ -41,39 +35,32 @@ class VocabularyShard:
         return cls(start=start, size=min(max(vocab_size - start, 0), width), group=group)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Adds ``value``, of any shape, up over the ranks, in place."""
+        """Sums ``value`` (any shape) elementwise over the ranks, in place."""
         if self.group.size() > 1:
             dist.all_reduce(value, group=self.group)
         return value
 
     def max(self, value: Tensor) -> Tensor:
-        """The largest of each element over the ranks, in place."""
+        """Takes the elementwise maximum over the ranks, in place."""
         if self.group.size() > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return value
 
 
 def log_softmax(logits: Tensor, shard: VocabularyShard) -> Tensor:
-    """Log-probabilities of this rank's columns, normalised over all ranks': [n, v] --> [n, v].
-
-    Two sums of [n] go over the shard's group.
-    """
+    """Log-probabilities of this rank's columns, normalised over all ranks: [n, v] --> [n, v]."""
+    # amax() fails on no columns, but the rank has to join the reduction.
     no_column = logits.new_full((len(logits), 1), -torch.inf)
     largest = (logits if shard.size else no_column).amax(dim=1)
+    # [n] maxima, then [n] sums are communicated.
     centred = logits - shard.max(largest)[:, None]
     return centred - shard.sum(centred.exp().sum(dim=1)).log()[:, None]
 
 
 def gather(values: Tensor, ids: Tensor, shard: VocabularyShard) -> Tensor:
-    """The values of chosen columns, whichever rank has them.
+    """Values [n, v] at the columns ``ids`` [n, k] of the whole vocabulary --> [n, k].
 
-    Args:
-        values: [n, v].
-        ids: Columns of the whole vocabulary [n, k], int64, the same on every rank.
-        shard: This rank's columns.
-
-    Returns:
-        [n, k].
+    ``ids`` is int64 and the same on every rank; so is the result.
     """
     local, is_here = _local(ids, shard)
     found = values.new_zeros(ids.shape)
@@ -83,10 +70,7 @@ def gather(values: Tensor, ids: Tensor, shard: VocabularyShard) -> Tensor:
 
 
 def scatter(values: Tensor, ids: Tensor, shard: VocabularyShard) -> Tensor:
-    """Puts values into their columns, where they are this rank's: [n, k] --> [n, v].
-
-    A column that is named twice gets the sum.
-    """
+    """Puts values into this rank's columns ``ids``: [n, k] --> [n, v]; sums repeated ids."""
     local, is_here = _local(ids, shard)
     result = values.new_zeros(len(ids), shard.size)
     if shard.size:
@@ -95,16 +79,15 @@ def scatter(values: Tensor, ids: Tensor, shard: VocabularyShard) -> Tensor:
 
 
 def top_k(values: Tensor, k: int, shard: VocabularyShard) -> Tensor:
-    """The columns with the k largest values over all ranks: [n, v] --> [n, k], largest first.
-
-    ``k`` values and columns of each rank go over the shard's group.
-    """
+    """The columns with the k largest values over all ranks: [n, v] --> [n, k], largest first."""
     here = min(k, shard.size)
+    # Only k candidates of each rank are communicated, not the columns.
     best, ids = values.topk(here, dim=1)
     ids = ids + shard.start
     size = shard.group.size()
     if size == 1:
         return ids
+    # all_gather needs the same shape from ranks with fewer than k columns. -inf is never chosen.
     best = torch.nn.functional.pad(best, (0, k - here), value=-torch.inf)
     ids = torch.nn.functional.pad(ids, (0, k - here))
     all_best = [torch.empty_like(best) for _ in range(size)]
@@ -116,7 +99,7 @@ def top_k(values: Tensor, k: int, shard: VocabularyShard) -> Tensor:
 
 
 def _local(ids: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    """Columns counted from this rank's first, 0 for those of others, and which are this rank's."""
+    """``ids`` relative to this rank's first column (0 if elsewhere), and whether they are here."""
     local = ids - shard.start
     is_here = (local >= 0) & (local < shard.size)
     return torch.where(is_here, local, 0), is_here
@@ -124,15 +107,10 @@ def _local(ids: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Distance:
-    """What a loss is at each position.
+    """A loss at each position."""
 
-    Attributes:
-        value: [n], the same on every rank of the shard's group.
-        gradient: With respect to this rank's student logits [n, v].
-    """
-
-    value: Tensor
-    gradient: Tensor
+    value: Tensor  # [n], the same on every rank of the shard's group
+    gradient: Tensor  # [n, v], with respect to this rank's student logits
 
 
 def output_space_loss(
@@ -142,16 +120,14 @@ def output_space_loss(
     shard: VocabularyShard,
     settings: OutputLossConfig,
 ) -> Distance:
-    """The distance of two distributions at every position.
-
-    Communicates on the shard's group. Everything is in fp32, or fp64 for fp64 logits.
+    """The distance between two distributions at every position, in fp32 (fp64 for fp64 logits).
 
     Args:
         student_logits: This rank's columns of the raw logits [n, v], any floating dtype.
-        teacher_logits: Likewise, of the same columns.
-        labels: The token that was sampled at each position [n], int64; for ``sampled_token``.
+        teacher_logits: The same columns of the teacher's raw logits [n, v].
+        labels: The sampled token at each position [n], int64; used by ``sampled_token`` only.
         shard: This rank's columns.
-        settings: The loss, without its coefficient.
+        settings: The loss; its coefficient is not applied.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = log_softmax(student_logits.to(dtype) / settings.student_temperature, shard)
@@ -176,11 +152,12 @@ def output_space_loss(
             found = jsd(log_p, log_q, shard, beta=settings.beta)
         case _:
             raise ValueError(f"there is no output-space loss {settings.kind!r}")
+    # The chain rule through logits / temperature. The value is not rescaled.
     return Distance(value=found.value, gradient=found.gradient / settings.student_temperature)
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor, shard: VocabularyShard) -> Distance:
-    """KL(p || q) over the whole vocabulary; gradients are those of the logits of ``log_p``."""
+    """KL(p || q) over the whole vocabulary."""
     p, log_ratio = log_p.exp(), log_p - log_q
     value = shard.sum((p * log_ratio).sum(dim=1))
     return Distance(value=value, gradient=p * (log_ratio - value[:, None]))
@@ -213,11 +190,11 @@ def sampled_token(log_p: Tensor, log_q: Tensor, labels: Tensor, shard: Vocabular
     """The policy gradient with advantage log q(y) - log p(y) of the sampled token y.
 
     The value is log p(y) - log q(y), whose mean over rollouts of the student estimates KL(p || q).
-    The gradient is that value, detached, times the gradient of log p(y); differentiating the value
-    itself would give a gradient whose expectation is zero.
+    The gradient is that value, detached, times the gradient of log p(y).
     """
     ids = labels[:, None]
     value = gather(log_p - log_q, ids, shard)
+    # Not the derivative of the value: its expectation would be zero.
     gradient = scatter(value, ids, shard) - value * log_p.exp()
     return Distance(value=value[:, 0], gradient=gradient)
 
@@ -231,23 +208,21 @@ def top_k_reverse_kl(
     support: Support,
     weights: SupportWeights,
 ) -> Distance:
-    """Reverse KL of both distributions renormalised on a support of a few tokens.
+    """Reverse KL of both distributions, renormalised on a support of a few tokens.
 
     The value is the sum of w * (log p - log q) over the support, with p and q renormalised on it.
-    The gradient is the policy gradient with the same terms, detached, as (negative) advantages:
+    The gradient is the policy gradient with the same terms, detached, as negative advantages: the
     sum of [w * (log p - log q)] * grad log p. With w = p it is the exact gradient of the
     renormalised KL. (The reference implementation takes log p and log q before renormalisation.)
+    Both are 0 at positions with an empty support.
 
     Args:
         log_p: [n, v].
         log_q: [n, v].
         shard: This rank's columns.
-        k: Tokens that are taken of a model.
-        support: The student's k most likely tokens, the teacher's, those in both, or in either.
-        weights: w: the renormalised p, the renormalised q, or the same for all of the support.
-
-    Returns:
-        Value and gradient; both are 0 at positions with an empty support.
+        k: Tokens that are taken from a model.
+        support: The top k tokens of the student, of the teacher, of both or of either.
+        weights: w: the renormalised p, the renormalised q, or uniform over the support.
     """
     ids, is_in = _support(log_p, log_q, shard, k=k, support=support)
     log_p_k = _renormalised(gather(log_p, ids, shard), is_in)
@@ -268,7 +243,7 @@ def top_k_reverse_kl(
 def _support(
     log_p: Tensor, log_q: Tensor, shard: VocabularyShard, *, k: int, support: Support
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [n, k or 2k], and which of them count; each counts at most once."""
+    """Token ids [n, k or 2k] and a mask of the support, which has each token at most once."""
     if support == "only_tch":
         ids = top_k(log_q, k, shard)
         return ids, torch.ones_like(ids, dtype=torch.bool)
@@ -286,7 +261,8 @@ def _support(
 
 
 def _renormalised(log_probabilities: Tensor, is_in: Tensor) -> Tensor:
-    """Log-probabilities [n, k] that sum to one over the support; -inf outside of it."""
+    """Log-probabilities [n, k] that sum to one over the support; -inf outside it."""
     inside = log_probabilities.masked_fill(~is_in, -torch.inf)
     total = inside.logsumexp(dim=1, keepdim=True)
+    # With an empty support the total is -inf, and -inf - (-inf) would be NaN.
     return inside - torch.where(is_in.any(dim=1, keepdim=True), total, 0)

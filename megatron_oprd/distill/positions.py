@@ -12,19 +12,13 @@ from megatron_oprd.data.teacher_sequences import TeacherSequence
 
 
 def position_mask(response_mask: Tensor, positions: Positions, k: int | None) -> Tensor:
-    """The supervised ones among the valid response tokens.
-
-    Tokens are counted, not columns: padding on either side and holes in the mask do not count. A
-    response of fewer than k tokens gives all of them, an empty one none.
+    """Masks the supervised response tokens: [B, T] --> [B, T], in ``response_mask``'s dtype.
 
     Args:
-        response_mask: [B, T], 1 at valid response tokens and 0 elsewhere; any dtype.
+        response_mask: [B, T], nonzero at valid response tokens; padding on either side and holes
+            are not counted.
         positions: ``all``; ``last`` (the last valid token); ``last_k`` or ``first_k``.
-        k: How many tokens of each response, at least 1; read for ``last_k`` and ``first_k`` only,
-            and None is allowed for the others only.
-
-    Returns:
-        [B, T], 1 at the supervised tokens, in ``response_mask``'s dtype.
+        k: Tokens of each response for ``last_k`` and ``first_k``; shorter responses are kept whole.
 
     Raises:
         ValueError: Unknown ``positions``, or ``last_k`` or ``first_k`` without a k of 1 or more.
@@ -50,15 +44,11 @@ def position_mask(response_mask: Tensor, positions: Positions, k: int | None) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
-    """What a loss compares in a step.
+    """The supervised positions of a step, by sequence."""
 
-    Attributes:
-        weights: See `position_weights`.
-        positions: For a teacher that reads other sequences, and each position of a sequence: the
-            teacher's position that it is compared with, int64, -1 for none; None otherwise.
-    """
-
-    weights: list[Tensor]
+    weights: list[Tensor]  # see `position_weights`
+    # For a teacher that reads other sequences: the teacher's position that each position is
+    # compared with, int64, -1 for none.
     positions: list[Tensor] | None
 
 
@@ -73,17 +63,10 @@ def supervise(
     aggregation: Aggregation,
     is_taught: Sequence[bool] | None = None,
 ) -> Supervision:
-    """Position weights, and where the teacher's counterparts are.
+    """Position weights, and the teacher's counterpart of each position.
 
-    Args:
-        prompt_lengths: See `position_weights`, and so are the other arguments.
-        response_lengths: Likewise.
-        teacher_sequences: What the teacher reads in place of each sequence; None is the same.
-        positions: Likewise.
-        k: Likewise.
-        alignment: Likewise.
-        aggregation: Likewise.
-        is_taught: Whether the teacher teaches each sequence at all; None: all of them.
+    ``teacher_sequences`` is None if the teacher reads the student's sequences. ``is_taught`` turns
+    supervision off for whole sequences. The other arguments are those of `position_weights`.
     """
     counterparts = None
     if teacher_sequences is not None:
@@ -109,6 +92,7 @@ def supervise(
     if counterparts is None:
         return Supervision(weights=weights, positions=None)
     placed = []
+    # The predictor of a token is the position before it.
     shift = 0 if alignment == "token" else -1
     for weight, prompt, one in zip(weights, prompt_lengths, counterparts, strict=True):
         of_sequence = torch.full((len(weight),), -1, dtype=torch.int64)
@@ -130,29 +114,29 @@ def position_weights(
 ) -> list[Tensor]:
     """The weight of every position of every sequence of the global batch.
 
-    A layer's loss is the sum over positions of weight times distance, so the normaliser counts
-    the whole global batch however it is divided afterwards.
+    A layer's loss is the sum over positions of weight times distance. The weights are normalised
+    here, over the global batch, so the loss does not depend on how the batch is split afterwards.
 
     Args:
         prompt_lengths: Tokens of each prompt, at least 1.
         response_lengths: Tokens of each response, at least 1.
-        positions: Which response tokens are supervised (see `position_mask`).
+        positions: The supervised response tokens (see `position_mask`).
         k: For last_k and first_k.
-        alignment: ``token`` is the position that holds a response token, ``predictor`` the one
+        alignment: ``token`` is the position that holds a response token, ``predictor`` the position
             before it.
         aggregation: ``token_mean`` divides by the supervised tokens of all sequences,
             ``sequence_mean`` by those of the sequence and by the number of sequences (eq. 6).
-        has_counterpart: For each response, whether a token has one in what the teacher reads; the
-            others are not supervised, nor are responses without any. None: all have.
+        has_counterpart: For each token of each response, whether the teacher's sequence has a
+            counterpart; tokens without a counterpart are not supervised. None: all have.
 
     Returns:
-        For each sequence [prompt + response], fp32; all weights together sum to 1, or are all 0 if
+        For each sequence [prompt + response], fp32. All weights together sum to 1, or are all 0 if
         no token has a counterpart.
     """
     assert min(prompt_lengths) >= 1, "an empty prompt has no position to predict from"
     assert min(response_lengths) >= 1
     columns = torch.arange(max(response_lengths))
-    # [B, T]
+    # Computed in fp64; each weight is rounded to fp32 once, at the end.
     response_mask = (columns < torch.tensor(response_lengths)[:, None]).double()
     mask = position_mask(response_mask, positions, k)
     if has_counterpart is not None:
@@ -161,6 +145,7 @@ def position_weights(
     if aggregation == "token_mean":
         weights = mask / mask.sum().clamp(min=1)
     else:
+        # The mean is over sequences that have a supervised token, not over all of them.
         per_response = mask.sum(dim=1, keepdim=True)
         num_taught = (per_response > 0).sum().clamp(min=1)
         weights = mask / per_response.clamp(min=1) / num_taught

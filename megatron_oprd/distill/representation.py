@@ -5,8 +5,8 @@ For position n with hidden states h_S and h_T of width d the distance is
     (1/d) * ||h_S - h_T||^2                      normalize = none, the paper's main results
     (1/d) * ||h_S/|h_S| - h_T/|h_T|||^2          normalize = l2, the reference code
 
-`megatron_oprd.distill.positions` has the weight of each position, and `RunLayout.pair_coefficients`
-the factor of each layer; the taps multiply and add up. `compare` is what training runs.
+The taps multiply it by the weight of the position (`megatron_oprd.distill.positions`) and the
+coefficient of the layer (`RunLayout.pair_coefficients`) and sum up.
 """
 
 from dataclasses import dataclass
@@ -22,32 +22,19 @@ _SMALLEST_NORM = 1e-12  # a shorter vector is not made a unit vector, as in torc
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The comparison of n pairs of vectors; fp32, or fp64 for fp64 vectors.
+    """The comparison of n pairs of vectors; fp32, or fp64 for fp64 vectors."""
 
-    Attributes:
-        distance: The loss of each pair, [n].
-        cosine: The cosine of the angle between the vectors of each pair, [n].
-        gradient: The gradient of each distance with respect to its student vector, [n, d].
-    """
-
-    distance: Tensor
-    cosine: Tensor
-    gradient: Tensor
+    distance: Tensor  # [n], the loss of each pair
+    cosine: Tensor  # [n]
+    gradient: Tensor  # [n, d], of each distance with respect to its student vector
 
 
 @torch.no_grad()
 def compare(student: Tensor, teacher: Tensor, *, normalize: Normalize) -> Comparison:
-    """Computes distance, gradient and cosine of pairs of vectors in few passes over memory.
+    """Distance, cosine and gradient of n pairs of hidden states [n, d], any floating dtype.
 
-    The gradient is in closed form: the tap adds it in the backward pass, and no graph is kept.
-
-    Args:
-        student: Hidden states [n, d], any floating dtype.
-        teacher: Hidden states [n, d], any floating dtype.
-        normalize: Which of the two distances.
-
-    Raises:
-        ValueError: Unknown ``normalize``, or the shapes differ.
+    The gradient is in closed form, so no graph is kept; the tap adds it in the backward pass.
+    Raises a ValueError for an unknown ``normalize`` or different shapes.
     """
     if normalize not in get_args(Normalize):
         allowed = ", ".join(get_args(Normalize))
@@ -63,7 +50,7 @@ def compare(student: Tensor, teacher: Tensor, *, normalize: Normalize) -> Compar
     unit = student / of_student
     difference = unit - teacher / of_teacher
     distance = torch.linalg.vecdot(difference, difference) / width
-    # A change along the vector changes its length only, which does not count.
+    # Project out the component along the vector: it changes only the length, which l2 ignores.
     along = torch.linalg.vecdot(unit, difference)
     gradient = difference.addcmul_(unit, along[:, None], value=-1).mul_(2 / width).div_(of_student)
     return Comparison(distance=distance, cosine=cosine, gradient=gradient)
@@ -71,11 +58,7 @@ def compare(student: Tensor, teacher: Tensor, *, normalize: Normalize) -> Compar
 
 @torch.no_grad()
 def token_cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cosine of each pair of vectors, [..., d] --> [...]; 0 where a vector is zero.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
+    """Cosine of each pair of vectors of the same shape, [..., d] --> [...]; 0 for a zero vector."""
     student, teacher = _comparable(student, teacher)
     return _cosine(student, teacher, _norm(student), _norm(teacher))
 
@@ -89,10 +72,10 @@ def _norm(vectors: Tensor) -> Tensor:
 
 
 def _comparable(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype that the comparison is computed in."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape"
         )
+    # At least fp32: bf16 has only 8 significant bits.
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.to(dtype)

@@ -1,8 +1,8 @@
 """Taps on live models: the teacher's collect targets, the student's attach the loss.
 
-The loss is attached where the hidden state is, on the pipeline stage that owns the layer, through
-an autograd function in the layer's forward pass. The schedule is not changed, and no hidden state
-leaves its stage. A `Selection` holds the compared rows of this rank's slice of the sequence.
+The loss is attached where the hidden state is, on the pipeline stage that owns the layer, by an
+autograd function in the layer's forward pass. The schedule is not changed, and no hidden state
+leaves its stage.
 """
 
 from collections import Counter, deque
@@ -28,18 +28,16 @@ from megatron_oprd.parallel.context import ParallelContext
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """How the rows of a teacher that reads other sequences come to the student's positions.
+    """Moves a teacher's rows to the student's positions if the teacher reads other sequences.
 
-    Attributes:
-        slots: The pair that each of this rank's rows is of, from 0, [m], int64.
-        wanted: The pairs that this rank compares, in the order of its positions, [n], int64.
-        num_pairs: Pairs of the micro-batch, over all ranks that share its sequences.
-        group: These ranks; None if each has whole sequences.
+    A pair is a student position and its teacher position. They can be on different ranks, because
+    the two models' sequences are sharded separately.
     """
 
-    slots: Tensor
-    wanted: Tensor
-    num_pairs: int
+    slots: Tensor  # [m], int64; the pair, from 0, of each teacher row on this rank
+    wanted: Tensor  # [n], int64; the pairs that this rank compares, by position
+    num_pairs: int  # of the micro-batch, over all ranks of the group
+    # The ranks that share sequences; None if each has whole sequences.
     group: dist.ProcessGroup | None
 
     @classmethod
@@ -52,14 +50,11 @@ class Exchange:
         group: dist.ProcessGroup | None,
         device: torch.device,
     ) -> "tuple[Tensor, Exchange]":
-        """The exchange, and the teacher's rows that this rank gives to it.
+        """The indices of the teacher's rows that this rank contributes, and the exchange.
 
-        Args:
-            wanted: The pair of each of the student's rows here, from 1; 0 is none.
-            ids: That of each of the teacher's rows here.
-            count: Pairs of the micro-batch.
-            group: The ranks that share its sequences; None if each has whole ones.
-            device: Where the tensors go.
+        ``wanted`` and ``ids`` have the pair of each of the student's and of the teacher's rows on
+        this rank. Pairs count from 1 here, 0 is no pair. ``count`` is the micro-batch's number of
+        pairs.
         """
         index = ids.nonzero().squeeze(1)
         return index.to(device), cls(
@@ -70,10 +65,12 @@ class Exchange:
         )
 
     def targets(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks that this rank compares with: [m, width] --> [n, width].
+        """The teacher rows that this rank compares with: [m, width] --> [n, width].
 
-        All pairs go over the group, so rows should be projected before.
+        All ranks of the group have to call. All pairs are communicated, so project rows before.
         """
+        # Each pair's row is on exactly one rank and 0 on the others, so a sum gathers them. A rank
+        # without rows still has to join.
         pairs = rows.new_zeros(self.num_pairs, rows.shape[1]).index_copy(0, self.slots, rows)
         if self.group is not None:
             dist.all_reduce(pairs, group=self.group)
@@ -82,23 +79,17 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The compared positions of a micro-batch on this rank's slice of the sequence.
+    """The compared positions of a micro-batch on this rank's slice of the sequence."""
 
-    Attributes:
-        micro_batch: The micro-batch's number.
-        index: Rows of the flattened hidden state [s * b, h] (or [s/tp * b, h]), [n], int64.
-        weights: What each counts for in the loss, [n], fp32; not used on the teacher's side.
-        exchange: Set on the side of a teacher that reads other sequences.
-    """
-
-    micro_batch: int
-    index: Tensor
-    weights: Tensor
-    exchange: Exchange | None = None
+    micro_batch: int  # its number in the step
+    index: Tensor  # [n], int64; rows of the flattened hidden state [s * b, h] or [s/tp * b, h]
+    weights: Tensor  # [n], fp32; empty on the teacher's side
+    exchange: Exchange | None = None  # for a teacher that reads other sequences
 
     @classmethod
     def of(cls, micro_batch: MicroBatch, *, tp_rank: int, tp_size: int) -> "Selection":
         """Selects on one of ``tp_size`` equal slices of the sequence (1: the whole of it)."""
+        # On the CPU, where nonzero() needs no synchronisation with the GPU.
         weights = slice_of_sequence(micro_batch.weights, tp_rank, tp_size)
         index = weights.nonzero().squeeze(1)
         device = micro_batch.tokens.device
@@ -117,13 +108,10 @@ class Selection:
         tp_size: int,
         group: dist.ProcessGroup | None,
     ) -> "Selection":
-        """Selects what a teacher that reads other sequences has at the compared positions.
+        """Selects the teacher's rows at the compared positions, if it reads other sequences.
 
-        Args:
-            micro_batch: The student's, with the teacher's.
-            tp_rank: See `of`.
-            tp_size: See `of`.
-            group: The ranks that share sequences; None if each has whole ones.
+        ``micro_batch`` is the student's, with the teacher's attached; ``group`` as in
+        `RankSelector`.
         """
         assert micro_batch.teacher is not None
         student, teacher = micro_batch.pairs, micro_batch.teacher.pairs
@@ -146,22 +134,19 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class RankSelector:
-    """Selects on a rank's slice of each sequence.
+    """Selects on this rank's slice of each sequence."""
 
-    Attributes:
-        tp_rank: The slice among those of the tensor-parallel ranks, from 0.
-        tp_size: Such slices: the tensor-parallel size under sequence parallelism, else 1.
-        group: The ranks that share sequences; None if each has whole ones.
-    """
-
-    tp_rank: int
-    tp_size: int
+    tp_rank: int  # the slice, from 0
+    tp_size: int  # the number of slices; 1 without sequence parallelism
+    # The ranks that share sequences; None if each has whole sequences.
     group: dist.ProcessGroup | None
 
     @classmethod
     def of(cls, context: ParallelContext, *, sequence_parallel: bool) -> "RankSelector":
-        """That of a rank."""
+        """The selector of this rank."""
         groups = context.groups
+        # Without sequence parallelism the tensor-parallel ranks hold the same rows: summing over
+        # them would count each row tp times.
         sharing = {
             (False, False): None,
             (True, False): groups.tp,
@@ -175,7 +160,7 @@ class RankSelector:
         )
 
     def select(self, micro_batch: MicroBatch, *, for_teacher: bool) -> tuple[MicroBatch, Selection]:
-        """What a model reads of a micro-batch, and what of it is compared."""
+        """The micro-batch that a model reads, and its compared positions."""
         slice_ = {"tp_rank": self.tp_rank, "tp_size": self.tp_size}
         if for_teacher and micro_batch.teacher is not None:
             selection = Selection.of_teacher(micro_batch, **slice_, group=self.group)
@@ -184,12 +169,12 @@ class RankSelector:
 
 
 def slice_of_sequence(values: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """One of equal slices of the sequence, in a hidden state's order: [b, s] --> [s/tp * b]."""
+    """One of the equal slices of the sequence, in a hidden state's order: [b, s] --> [s/tp * b]."""
     return values.t().chunk(tp_size)[tp_rank].flatten()
 
 
 class _AttachGradient(torch.autograd.Function):
-    """Passes a hidden state through unchanged and adds a loss's gradient to the backward pass."""
+    """Identity on a hidden state; backward adds a loss's gradient to the incoming one."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, index: Tensor, gradient: Tensor) -> Tensor:
@@ -203,13 +188,11 @@ class _AttachGradient(torch.autograd.Function):
 
 
 class PairTaps:
-    """Taps on this rank's chunks of both models: the teacher's keep rows for the student's to take.
+    """Taps on this rank's chunks of both models: the teacher's keep rows that the student's take.
 
-    Args:
-        pairs: All matched layers, by rising student layer; each rank taps those it owns.
-        post_norm: Whether a model's last layer is taken after the final norm.
-        projectors: Of a bridge, of this rank's layers at least: targets are projected where they
-            are taken, so that r numbers of each are kept.
+    Each rank taps the layers of ``pairs`` (by rising student layer) that it owns. With
+    ``post_norm`` a model's last layer is tapped after the final norm. ``projectors`` are a
+    bridge's, at least for this rank's layers.
     """
 
     def __init__(
@@ -221,11 +204,12 @@ class PairTaps:
         self._current: Selection | None = None
         self._is_paused = False
         self._users = Counter(pair.teacher for pair in self._pairs)
-        # (teacher layer, micro-batch): the target, and how many student layers still want it
+        # (teacher layer, micro-batch): the target, and the number of student layers still to read
+        # it
         self._targets: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
     def attach_teacher(self, chunks: Sequence[GPTModel], *, depth: int) -> None:
-        """Puts collecting taps on a teacher of ``depth`` layers (before it was cut)."""
+        """Puts collecting taps on the teacher; ``depth`` is its number of layers before cutting."""
         for layer in sorted({pair.teacher for pair in self._pairs}):
             self._attach(chunks, layer, depth, self._collecting_tap(layer))
 
@@ -235,12 +219,12 @@ class PairTaps:
             self._attach(chunks, pair.student, depth, self._student_tap(number, pair))
 
     def begin(self, selection: Selection) -> None:
-        """Says which micro-batch the next forward pass is of."""
+        """Announces the micro-batch of the next forward pass."""
         self._current = selection
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Has the student's taps do nothing inside the block: for a pass without a loss."""
+        """Turns the student's taps off inside the block, for forward passes without a loss."""
         self._is_paused = True
         try:
             yield
@@ -254,7 +238,7 @@ class PairTaps:
     def _attach(self, chunks: Sequence[GPTModel], layer: int, depth: int, tap: Tap) -> None:
         for chunk in chunks:
             for module in chunk.decoder.layers:
-                if module.layer_number - 1 != layer:
+                if module.layer_number - 1 != layer:  # Megatron counts layers from 1
                     continue
                 if layer == depth - 1 and self._post_norm:
                     norm = chunk.decoder.final_layernorm
@@ -262,10 +246,11 @@ class PairTaps:
                 elif module.tap is None:
                     module.tap = tap
                 else:
+                    # With several teachers, the taps of each are on the same student layer.
                     module.tap = _one_after_the_other(module.tap, tap)
 
     def _take_target(self, layer: int, micro_batch: int) -> Tensor:
-        """The target, which goes with its last user."""
+        """The target; frees it after its last use."""
         target, users = self._targets.pop((layer, micro_batch))
         if users > 1:
             self._targets[layer, micro_batch] = target, users - 1
@@ -276,6 +261,7 @@ class PairTaps:
             selection = self._current
             assert selection is not None
             rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)
+            # Projected here, so that r numbers of each row are kept and exchanged instead of d_T.
             if self._projectors is not None:
                 rows = self._projectors.project_teacher(layer, rows)
             if selection.exchange is not None:
@@ -287,20 +273,14 @@ class PairTaps:
 
 
 def _one_after_the_other(first: Tap, second: Tap) -> Tap:
-    """Two teachers' taps on one layer of the student."""
     return lambda hidden: second(first(hidden))
 
 
 class Taps(PairTaps):
-    """The taps of a training run, and what they hold during a step.
+    """The taps of a training run, with the loss and cosine sums of a step.
 
-    Args:
-        pairs: All matched layers, by rising student layer; each rank taps those it owns.
-        normalize: Which distance, see `compare`.
-        coefficients: Factor on the loss of each pair as it is attached; metrics are without it.
-        post_norm: Whether a model's last layer is taken after the final norm.
-        device: Where the metrics live.
-        projectors: Of a bridge; losses and cosines are then those of the projected states.
+    With ``projectors`` losses and cosines are of the projected states. Other arguments as in
+    `PairTaps`.
     """
 
     def __init__(
@@ -308,9 +288,9 @@ class Taps(PairTaps):
         pairs: Sequence[LayerPair],
         *,
         normalize: Normalize,
-        coefficients: Sequence[float],
+        coefficients: Sequence[float],  # factor on each pair's loss, not on metrics
         post_norm: bool,
-        device: torch.device,
+        device: torch.device,  # of the metrics
         projectors: Projectors | None = None,
     ) -> None:
         super().__init__(pairs, post_norm=post_norm, projectors=projectors)
@@ -321,12 +301,10 @@ class Taps(PairTaps):
         self._cosine = torch.zeros(len(pairs), device=device, dtype=torch.float64)
 
     def end_step(self) -> tuple[Tensor, Tensor]:
-        """Hands out the metrics and starts them anew.
+        """Returns the loss and cosine of each pair, [pairs], fp64, and resets them.
 
-        Returns:
-            This rank's part of each pair's loss (without the coefficient) and of its cosine, both
-            weighted over the global batch, [pairs], fp64. Summed over the ranks that hold a part
-            they are the global values.
+        They are this rank's part, weighted over the global batch, without the coefficients. Their
+        sums over the ranks that hold a part are the global values.
         """
         assert not any(self._pending.values()), "a recomputed layer was not run again"
         assert not self._targets, "a target was not used"
@@ -336,9 +314,9 @@ class Taps(PairTaps):
         return loss, cosine
 
     def _student_tap(self, number: int, pair: LayerPair) -> Tap:
-        # Under full recompute the layer's forward runs twice: first without grad, then, during
-        # the backward pass, with it, when later micro-batches have begun. Backward passes come in
-        # the order of the forward passes, so a queue says which micro-batch it is.
+        # Under full recompute the layer's forward runs twice: first without grad, then with grad
+        # during the backward pass, when later micro-batches may already have begun. Backward passes
+        # come in the order of the forward passes, so a queue tells which micro-batch it is.
         pending = self._pending.setdefault(number, deque())
         projectors, layer = self._projectors, pair.student
 
@@ -352,8 +330,8 @@ class Taps(PairTaps):
             selection = pending.popleft() if pending else self._current
             rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)  # [n, h]
             target = self._take_target(pair.teacher, selection.micro_batch)
-            # The gradient is worked out here and kept in the hidden state's dtype; a graph would
-            # keep several fp32 copies of the rows until the backward pass.
+            # The gradient is computed now and kept in the hidden state's dtype; an autograd graph
+            # would keep several fp32 copies of the rows until the backward pass.
             with torch.no_grad():
                 states = rows if projectors is None else projectors.project_student(layer, rows)
                 found = compare(states, target, normalize=self._normalize)
@@ -365,7 +343,7 @@ class Taps(PairTaps):
                     gradient = projectors.student_gradient(layer, gradient)
                 gradient = gradient.to(hidden.dtype)
             attached = _AttachGradient.apply(hidden, selection.index, gradient)
-            # The schedule frees stage outputs and cannot free a view.
+            # The pipeline schedule deallocates stage outputs and cannot deallocate a view.
             return make_viewless_tensor(attached, requires_grad=True, keep_graph=True)
 
         return attach

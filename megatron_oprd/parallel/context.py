@@ -27,27 +27,23 @@ _CONTROL_TIMEOUT = timedelta(days=2)
 class ParallelContext:
     """This rank's place in the run.
 
-    A data-parallel replica is one of everything but the experts of a mixture of experts. Their
-    groups cut the same ranks of a stage another way: expert-tensor-parallel x expert-parallel ranks
-    in a row have one of each expert, be they a part of a replica or several. So replicas have to
-    do everything that runs or moves experts together, in the same order.
-
-    Attributes:
-        device: Where this rank's tensors live.
-        groups: megatron-core's process groups.
-        replica_control: Over the ranks of this data-parallel replica (TP x CP x PP), for objects.
-        leaders_control: Over one rank of each replica (the data-parallel group), for objects.
-            Both are gloo groups on the host, on which a rank may wait as long as a rollout takes.
-        leader: Global rank of the replica's first rank (tensor rank 0 of stage 0), which generates
-            rollouts and collects exported weights.
-        transformer_engine: Whether layers come from Transformer Engine.
+    A data-parallel replica has one copy of everything except the experts of a mixture of experts.
+    Experts have groups of their own over the same ranks of a stage: expert-tensor-parallel x
+    expert-parallel consecutive ranks have one copy of each expert, whether they are a part of a
+    replica or several replicas. So replicas have to do everything that runs or moves experts
+    together, in the same order.
     """
 
     device: torch.device
-    groups: ProcessGroupCollection
+    groups: ProcessGroupCollection  # megatron-core's
+    # Gloo groups for objects, in which a rank may wait as long as a rollout takes: over the ranks
+    # of this replica (TP x CP x PP), and over one rank of each replica (the data-parallel group).
     replica_control: dist.ProcessGroup
     leaders_control: dist.ProcessGroup
+    # Global rank of the replica's first rank (tensor rank 0 of stage 0), which generates rollouts
+    # and collects exported weights.
     leader: int
+    # Whether layers are Transformer Engine's.
     transformer_engine: bool
 
     @property
@@ -72,12 +68,12 @@ class ParallelContext:
 
     @property
     def pp_rank(self) -> int:
-        """Pipeline stage of this rank."""
+        """Rank in the pipeline-parallel group."""
         return self.groups.pp.rank()
 
     @property
     def pp_size(self) -> int:
-        """Pipeline stages."""
+        """The number of pipeline ranks."""
         return self.groups.pp.size()
 
     @property
@@ -94,12 +90,10 @@ class ParallelContext:
         )
 
     def with_expert_sizes(self, parallel: ParallelConfig) -> "ParallelContext":
-        """This place for a model whose experts are divided otherwise than ``groups`` divides them.
+        """This place for a model with other expert-parallel sizes.
 
-        Every rank has to call with the same sizes; makes process groups where they differ.
-
-        Args:
-            parallel: That model's layout, of which only the experts' sizes may differ.
+        Every rank has to call with the same ``parallel``; creates process groups if the sizes
+        differ.
         """
         etp, ep = parallel.expert_tensor_size, parallel.expert_model_parallel_size
         if (etp, ep) == (self.groups.expt_tp.size(), self.groups.ep.size()):
@@ -142,14 +136,12 @@ class ParallelContext:
 
     @property
     def dp_size(self) -> int:
-        """Data-parallel replicas."""
+        """The number of data-parallel replicas."""
         return self.groups.dp.size()
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Replicas that ``world_size`` ranks make.
-
-    Experts may be spread over several replicas: these are replicas of everything else.
+    """The number of replicas (of everything but experts) that ``world_size`` ranks make.
 
     Raises:
         UserError: The model-parallel sizes do not divide the number of ranks.
@@ -184,16 +176,16 @@ def fewest_ranks(parallel: ParallelConfig) -> int:
 
 @contextmanager
 def parallel_run(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelContext]:
-    """Joins the process group, lays out the ranks, seeds them, and leaves cleanly at the end.
+    """Joins the process group, lays out and seeds the ranks, and leaves cleanly at the end.
 
-    Under torchrun the world is torchrun's; a process started by itself is a world of one.
+    Without torchrun the process is a world of one.
     """
     for name, value in (
         ("RANK", "0"),
         ("WORLD_SIZE", "1"),
         ("LOCAL_RANK", "0"),
         ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "0"),
+        ("MASTER_PORT", "0"),  # any free port
     ):
         os.environ.setdefault(name, value)
     if torch.cuda.is_available():
@@ -213,7 +205,8 @@ def parallel_run(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelCon
         expert_tensor_parallel_size=parallel.expert_tensor_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
-    # The same on every tensor-parallel rank's own sequence of seeds; stages differ.
+    # As in Megatron: pipeline stages have different seeds. Tensor-parallel ranks have the same
+    # seed, from which Megatron derives another one for each rank.
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed + 100 * pp_rank)
     model_parallel_cuda_manual_seed(seed + 100 * pp_rank)
@@ -228,7 +221,7 @@ def parallel_run(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelCon
             leader=dist.get_process_group_ranks(replica_control)[0],
             transformer_engine=transformer_engine,
         )
-        # A rank that leaves while another still talks to it makes the other fail.
+        # If a rank leaves while another still communicates with it, the other one fails.
         dist.barrier()
     finally:
         parallel_state.destroy_model_parallel()
@@ -237,6 +230,7 @@ def parallel_run(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelCon
 
 def _control_group(label: int) -> dist.ProcessGroup:
     """A gloo group over the ranks that call with the same label."""
+    # Creating a group is a collective of the whole world, so every rank needs all members.
     labels = [0] * dist.get_world_size()
     dist.all_gather_object(labels, label)
     members = [

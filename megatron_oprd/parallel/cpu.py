@@ -1,12 +1,11 @@
-"""megatron-core on a machine without CUDA.
+"""Runs megatron-core on a machine without CUDA.
 
-megatron-core takes its optimizer from packages of CUDA kernels if they are installed, device or no
-device: `hide_kernel_packages` keeps it from finding them.
+megatron-core takes its optimizer from packages of CUDA kernels if they are installed, whether there
+is a device or not: `hide_kernel_packages` hides them.
 
-megatron-core 0.16 to 0.19 names CUDA literally (``torch.cuda.current_device()``,
-``device="cuda"``, CUDA generators and streams). `enter` maps those names to the CPU, once, for the
-whole process; `megatron_oprd.parallel.context` calls it where CUDA is absent, and no other module
-asks whether CUDA is there.
+megatron-core 0.16 to 0.19 names CUDA literally (``torch.cuda.current_device()``, ``device="cuda"``,
+CUDA generators and streams). `enter` maps those names to the CPU, once, for the whole process;
+`megatron_oprd.parallel.context` calls it if there is no CUDA.
 """
 
 import contextlib
@@ -23,14 +22,15 @@ _active: "_CudaNamesOnCpu | None" = None
 
 
 def hide_kernel_packages() -> None:
-    """Makes the import of packages of CUDA kernels fail where there is no CUDA device."""
+    """Makes the import of packages of CUDA kernels fail if there is no CUDA device."""
     if not torch.cuda.is_available():
         for name in ("transformer_engine", "apex", "amp_C"):
+            # None makes an import statement raise ImportError.
             sys.modules[name] = None  # type: ignore[assignment]
 
 
 class _CudaNamesOnCpu(TorchFunctionMode):
-    """Answers torch calls that name a CUDA device as if the CPU were that device."""
+    """Redirects torch calls that name a CUDA device to the CPU."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -96,29 +96,29 @@ def _in_stream(stream: Any) -> Iterator[None]:
 
 
 def _peak_bytes(device: Any = None) -> int:
-    """The process's peak resident set: Linux reports it in KiB, and it cannot be reset."""
+    """The process's peak resident set in bytes; cannot be reset."""
+    # Linux reports KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _mend_mixture_of_experts() -> None:
-    """Lets the all-to-all token dispatcher, which is the one for GPUs, run over gloo."""
+    """Makes the all-to-all token dispatcher, which is made for GPUs, run over gloo."""
     import torch.distributed as dist
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    # The router has a small compiled function. Compiling takes a C++ compiler and seconds.
+    # The router has a small compiled function. Compiling it needs a C++ compiler and takes seconds.
     torch.compiler.set_stance("force_eager")
 
-    # megatron-core 0.16 asks whether this is None without having defined it.
+    # megatron-core 0.16 compares this with None but does not define it without Transformer Engine.
     moe_utils.te_general_gemm = None
 
-    # Split sizes come as arrays where they were copied from a GPU, else as tensors, which gloo
-    # does not take.
+    # Split sizes are arrays if copied from a GPU, otherwise tensors, which gloo does not accept.
     def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = on_host
 
-    # NCCL gathers tensors of different sizes, gloo does not. The dispatcher does so within the
+    # NCCL gathers tensors of different sizes, gloo does not. The dispatcher needs it within the
     # expert-tensor-parallel group.
     all_gather = dist.all_gather
 
@@ -148,8 +148,8 @@ def enter() -> None:
     """Lets megatron-core run on the CPU for the rest of the process. A second call does nothing.
 
     Call it before megatron-core builds anything. CUDA's generator becomes the CPU's, streams and
-    events become stand-ins, ``torch.cuda.max_memory_allocated`` answers the process's peak
-    resident set.
+    events become stand-ins, ``torch.cuda.max_memory_allocated`` returns the process's peak resident
+    set.
     """
     global _active
     if _active is not None:
@@ -183,7 +183,7 @@ def enter() -> None:
     mcore_random._set_cuda_rng_state = set_rng_state
 
     # gloo reads a tensor's memory until the send is done. Megatron's interleaved schedule frees a
-    # stage's output right after it began to send it, which CUDA's allocator knows how to take.
+    # stage's output right after starting to send it, which is safe with CUDA's allocator only.
     p2p_ops = p2p_communication._p2p_ops
 
     def p2p_ops_on_copies(**kwargs: Any) -> Any:
@@ -196,4 +196,5 @@ def enter() -> None:
     _mend_mixture_of_experts()
 
     _active = _CudaNamesOnCpu()
+    # Never left: the process stays on the CPU.
     _active.__enter__()

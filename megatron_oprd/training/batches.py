@@ -1,4 +1,7 @@
-"""A step's micro-batches of both models, in groups whose teacher targets fit a memory budget."""
+"""A step's micro-batches of both models, in groups whose teacher targets fit a memory budget.
+
+Every rank works out all replicas' batches from the same rollouts, without communication.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,16 +32,14 @@ from megatron_oprd.training.plan import RunPlan
 def supervised_rows(
     batch: Sequence[int], weights: Sequence[Tensor], split: SequenceSplit, *, is_packed: bool
 ) -> int:
-    """Supervised positions of a micro-batch on the rank that has most of them.
+    """The number of supervised positions of a micro-batch on the rank that has most of them.
 
-    Args:
-        batch: Indices of its sequences.
-        weights: Position weights of every sequence of the step, each [length]; 0 is not supervised.
-        split: How the ranks share the sequences.
-        is_packed: Whether they lie one behind the other.
+    ``batch`` has indices of sequences; ``weights`` has the position weights of every sequence of
+    the step, each [length]; positions of weight 0 are not supervised.
     """
     if is_packed:
         return split.largest_share(torch.cat([weights[i] > 0 for i in batch]).long())
+    # Padded sequences are split by column: the ranks share [b, s] along s.
     counts = torch.zeros(max(len(weights[i]) for i in batch), dtype=torch.int64)
     for i in batch:
         counts[: len(weights[i])] += weights[i] > 0
@@ -48,11 +49,9 @@ def supervised_rows(
 def target_groups(sizes: Sequence[int], *, max_bytes: float | None, multiple: int) -> list[range]:
     """Divides micro-batches into consecutive groups whose targets take at most ``max_bytes``.
 
-    Args:
-        sizes: Bytes of each micro-batch's targets.
-        max_bytes: The budget; None is one group. ``multiple`` micro-batches that need more by
-            themselves are a group nevertheless.
-        multiple: The size of a group is a multiple of this, as the number of micro-batches is.
+    ``sizes`` are the bytes of each micro-batch's targets. Without ``max_bytes`` there is one group.
+    The size of a group is a multiple of ``multiple``, as the number of micro-batches is; the
+    smallest group is made even if it exceeds the budget.
     """
     if max_bytes is None:
         return [range(len(sizes))]
@@ -68,22 +67,17 @@ def target_groups(sizes: Sequence[int], *, max_bytes: float | None, multiple: in
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatches:
-    """A step's micro-batches of one replica, and what the whole step supervises.
+    """A step's micro-batches of one replica."""
 
-    Attributes:
-        groups: Micro-batches, in groups of one teacher pass each.
-        supervises: For each teacher whether any hidden state of the global batch is compared with
-            its.
-        supervises_outputs: Whether any next-token distribution is compared.
-    """
-
+    # One teacher pass for each group.
     groups: list[list[MicroBatch]]
+    # By teacher: whether any hidden state of the global batch is compared with its.
     supervises: list[bool]
-    supervises_outputs: bool
+    supervises_outputs: bool  # whether any next-token distribution is compared
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to learn in the step."""
+        """Whether the whole global batch has no supervised position."""
         return not any(self.supervises) and not self.supervises_outputs
 
 
@@ -123,13 +117,16 @@ def make_micro_batches(
             for one, of_teacher in zip(layouts, [weights, *of_others], strict=True)
         )
         if output_weights is not None:
+            # The head tap gathers the sequence over the tensor-parallel ranks first, so each keeps
+            # all rows.
             whole = dataclasses.replace(split, tp_size=1)
             rows = supervised_rows(batch, output_weights, whole, is_packed=is_packed)
             size += rows * plan.layout.output_target_bytes_per_row
         return size
 
     groups = target_groups(
-        # The largest of all replicas, so that every rank makes the same groups.
+        # The largest of all replicas, so that every rank makes the same groups: with expert
+        # parallelism the passes communicate across replicas.
         [max(map(target_bytes, batches)) for batches in zip(*replicas, strict=True)],
         max_bytes=None if budget is None else budget * 1e9,
         multiple=multiple,
@@ -149,16 +146,13 @@ def _any(weights: Sequence[Tensor]) -> bool:
 def make_response_micro_batches(
     plan: RunPlan, context: ParallelContext, rollouts: Sequence[Rollout]
 ) -> list[MicroBatch]:
-    """This replica's micro-batches of a pass that is about response tokens alone, without a loss.
+    """This replica's micro-batches of a pass without a loss, with ``response_tokens`` set.
 
-    They are divided as those of training, and have ``response_tokens``.
-
-    Args:
-        plan: The run.
-        context: This rank's place.
-        rollouts: Those of the global batch.
+    They are split like those of training.
     """
     sequences = [[*rollout.prompt_ids, *rollout.response_ids] for rollout in rollouts]
+    # Response tokens count from 1 over the whole step, at the position that predicts them; 0 is
+    # none.
     numbers, first = [], 1
     for rollout in rollouts:
         prompt, response = rollout.prompt_ids, rollout.response_ids
@@ -178,7 +172,8 @@ def make_response_micro_batches(
 
 
 def _multiple(plan: RunPlan, context: ParallelContext) -> int:
-    """What the number of a replica's micro-batches is a multiple of."""
+    """The number of a replica's micro-batches has to be a multiple of this."""
+    # Megatron's interleaved schedule needs a multiple of the pipeline size.
     interleaved = plan.config.parallel.virtual_pipeline_model_parallel_size is not None
     return context.pp_size if interleaved else 1
 
@@ -186,7 +181,7 @@ def _multiple(plan: RunPlan, context: ParallelContext) -> int:
 def _replicas(
     plan: RunPlan, context: ParallelContext, sequences: Sequence[Sequence[int]]
 ) -> list[list[list[int]]]:
-    """See `pack`."""
+    """Indices of sequences by replica and micro-batch, see `pack`."""
     batch = plan.config.batch
     return pack(
         [len(sequence) for sequence in sequences],
@@ -199,7 +194,6 @@ def _replicas(
 
 
 def _row_options(plan: RunPlan, context: ParallelContext) -> dict[str, Any]:
-    """How sequences lie in a micro-batch's rows, as `collate` takes it."""
     return {
         "is_packed": plan.config.batch.sequence_packing,
         "pad_to_multiple_of": plan.layout.sequence_split.pad_to_multiple_of,
@@ -208,7 +202,7 @@ def _row_options(plan: RunPlan, context: ParallelContext) -> dict[str, Any]:
 
 
 def _shares(micro_batches: Sequence[MicroBatch], context: ParallelContext) -> list[MicroBatch]:
-    """What this context-parallel rank has of each micro-batch."""
+    """This context-parallel rank's part of each micro-batch."""
     return [
         context_parallel_share(one, rank=context.cp_rank, size=context.cp_size)
         for one in micro_batches
@@ -221,7 +215,7 @@ def _supervision(
     number: int,
     teacher_sequences: Sequence[TeacherSequence] | None,
 ) -> tuple[list[Tensor], list[Tensor] | None, TeacherReading | None]:
-    """Position weights of the ``number``-th teacher for both losses, and what it reads."""
+    """The ``number``-th teacher's position weights for both losses, and its reading."""
     config = layout.config
     taps, output = config.taps, config.output_loss
     prompts = [len(rollout.prompt_ids) for rollout in rollouts]
@@ -243,6 +237,7 @@ def _supervision(
     states = of(taps.positions, taps.k, taps.alignment)
     outputs = None
     if layout.compares_outputs:
+        # Logits at the position before a token predict it, so the alignment is not a choice here.
         outputs = of(output.positions, output.positions_k, "predictor")
     reading = None
     if teacher_sequences is not None:

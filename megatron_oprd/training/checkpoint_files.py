@@ -1,4 +1,4 @@
-"""The files of a training checkpoint: sizes and checksums, taken and compared by all ranks."""
+"""The files of a training checkpoint: sizes and checksums, computed in parallel by all ranks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,16 +7,17 @@ import torch.distributed as dist
 
 from megatron_oprd.weights.checksum import file_checksum
 
-# By path below the checkpoint: bytes, and xxh3_128 in hexadecimal.
+# By path relative to the checkpoint: (bytes, xxh3_128 in hexadecimal).
 Files = dict[str, tuple[int, str]]
 
 
 def describe_checkpoint_files(folder: Path) -> Files:
     """Sizes and checksums of all files below a folder. Every rank has to call.
 
-    The ranks share out the files, so that a checkpoint of N ranks is read by N ranks.
+    Each rank reads a part of the files, about the same number of bytes.
     """
     names = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())]
+    # Rank 0's list: a shared file system may show other ranks an older state.
     dist.broadcast_object_list(names)
     sizes = {name: (folder / name).stat().st_size for name in names[0]}
     sums = _checksums(folder, sizes)
@@ -24,7 +25,7 @@ def describe_checkpoint_files(folder: Path) -> Files:
 
 
 def broken_size(folder: Path, files: Mapping[str, tuple[int, str]]) -> str | None:
-    """Which file is missing or has another size, and what was found; reads no content."""
+    """Describes the first file that is missing or has another size, or None; reads no content."""
     for name, (expected, _) in files.items():
         path = folder / name
         if not path.is_file():
@@ -35,7 +36,7 @@ def broken_size(folder: Path, files: Mapping[str, tuple[int, str]]) -> str | Non
 
 
 def broken_content(folder: Path, files: Mapping[str, tuple[int, str]]) -> str | None:
-    """Which file has another checksum. Every rank has to call; the answer is the same on all."""
+    """Describes a file with another checksum, or None. All ranks have to call; all get the same."""
     sums = _checksums(folder, {name: size for name, (size, _) in files.items()})
     for name, (_, expected) in files.items():
         if sums[name] != expected:
@@ -44,10 +45,11 @@ def broken_content(folder: Path, files: Mapping[str, tuple[int, str]]) -> str | 
 
 
 def _checksums(folder: Path, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Checksums of files, of which every rank reads about the same number of bytes."""
+    """Checksums of all files on every rank; each rank reads about the same number of bytes."""
     ranks = dist.get_world_size()
     held = [0] * ranks
     own: dict[str, str] = {}
+    # Largest first, each to the rank with the least, the same on all ranks without communication.
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         rank = held.index(min(held))
         held[rank] += sizes[name]
@@ -59,7 +61,7 @@ def _checksums(folder: Path, sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def _readable_checksum(path: Path) -> str:
-    # A disk that fails to read is found here; all ranks have to hear of it, so it is no exception.
+    # Not raised here: all ranks have to learn of it, or the others would wait in the gather.
     try:
         return file_checksum(path)
     except OSError as error:

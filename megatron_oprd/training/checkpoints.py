@@ -1,4 +1,4 @@
-"""Training checkpoints: `torch_dist` folders, whole or not there, that any layout can load."""
+"""Training checkpoints: `torch_dist` folders, written atomically, that any layout can load."""
 
 import dataclasses
 import json
@@ -34,51 +34,39 @@ _MANIFEST_KEYS = {
     "version", "run", "step", "skipped_steps", "unsupervised_steps", "student", "teacher", "layout",
     "settings", "files",
 }  # fmt: skip
-# Of what a checkpoint holds; a checkpoint of another version is not resumed from.
+# Version of a checkpoint's content. Only checkpoints of the same version are resumed from.
 _VERSION = 2
 _NAME = re.compile(r"step_(\d{7,})")
 _TEMPORARY = re.compile(r"\.step_\d{7,}\.tmp")
-# Each layer under its own name: frozen layers have no optimizer states, and Megatron's other way,
-# all layers stacked in one tensor, has no place for gaps.
+# Each layer under its own name. By default Megatron stacks all layers in one tensor, which has no
+# place for the missing optimizer states of frozen layers.
 _MODEL_METADATA = {"non_homogeneous_layers": True}
 
 
 class BrokenCheckpointError(Exception):
-    """A checkpoint is not whole: the message names the file."""
+    """A checkpoint is incomplete or damaged; the message names the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint that was written.
-
-    Attributes:
-        folder: The checkpoint.
-        num_bytes: The bytes of its files.
-        seconds: Wall-clock of writing it, checksums included.
-    """
+    """A checkpoint that was written."""
 
     folder: Path
     num_bytes: int
-    seconds: float
+    seconds: float  # wall-clock, checksums included
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run is.
+    """The progress of a run."""
 
-    Attributes:
-        step: Steps that are done, skipped ones included.
-        skipped_steps: Steps whose loss or gradient was not finite.
-        unsupervised_steps: Steps in which no position was supervised.
-    """
-
-    step: int = 0
-    skipped_steps: int = 0
-    unsupervised_steps: int = 0
+    step: int = 0  # steps done, skipped ones included
+    skipped_steps: int = 0  # loss or gradient not finite
+    unsupervised_steps: int = 0  # without any supervised position
 
 
 def is_due(steps_done: int, config: RunConfig) -> bool:
-    """Whether there is a checkpoint after so many steps."""
+    """Whether a checkpoint is saved after ``steps_done`` steps."""
     interval = config.checkpoint.save_interval
     if steps_done == config.train_iters:
         return config.checkpoint.is_on
@@ -86,22 +74,23 @@ def is_due(steps_done: int, config: RunConfig) -> bool:
 
 
 def checkpoint_folder(output_dir: Path) -> Path:
-    """Where a run's checkpoints are."""
+    """The folder of a run's checkpoints."""
     return output_dir / "checkpoints"
 
 
 def whole_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. One that was not finished has another name."""
+    """A run's checkpoints, oldest first. Unfinished ones have another name and are left out."""
     folder = checkpoint_folder(output_dir)
     found = folder.iterdir() if folder.is_dir() else ()
+    # As numbers: names grow longer after step 9,999,999.
     return sorted((p for p in found if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """Reads the manifest of a checkpoint.
 
     Raises:
-        BrokenCheckpointError: It cannot be read, or is none.
+        BrokenCheckpointError: It cannot be read, or is not a manifest.
         UserError: It is of another version of this package.
     """
     path = checkpoint / MANIFEST
@@ -130,11 +119,10 @@ def save(
     identity: RunIdentity,
     refresh: TeacherRefresh | None = None,
 ) -> Saved:
-    """Writes a checkpoint, then removes the run's oldest beyond ``keep``.
+    """Writes a checkpoint, then removes the run's oldest beyond ``keep``. All ranks have to call.
 
-    A teacher that is refreshed is part of it.
-
-    It is written under a temporary name and renamed when it is whole. Every rank has to call.
+    It is written under a temporary name and renamed when complete. A teacher that is refreshed is
+    part of it.
     """
     started = time.perf_counter()
     folder = checkpoint_folder(Path(plan.config.output_dir))
@@ -143,10 +131,13 @@ def save(
     if context.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+    # No rank writes before the folder is there.
     dist.barrier()
+    # Otherwise the last update may not have reached this rank's parameters yet.
     state.gather_parameters()
     with state.states_on_device():
         content = _sharded_state(state, context, is_loading=False, with_rng=True)
+        # Also the optimizer's number of updates, see `load_states`.
         content["scheduler_steps"] = state.scheduler.num_steps
         if refresh is not None:
             content["teacher"] = refresh.sharded_state_dict(metadata=dict(_MODEL_METADATA))
@@ -154,12 +145,16 @@ def save(
     dist.barrier()
     if context.rank == 0:
         _add_companions(temporary, plan)
+    # All ranks: they share the work of reading the files back.
     files = describe_checkpoint_files(temporary)
     if context.rank == 0:
         _add_manifest(temporary, plan, progress, identity, files)
         _make_room(final, identity)
+        # After the files are on disk (_add_manifest syncs them): a checkpoint with its final name
+        # is complete.
         temporary.rename(final)
         sync(folder)
+        # Only now: had the write failed, the old ones would still be needed.
         for old in own_checkpoints(folder.parent, identity)[: -plan.config.checkpoint.keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -171,7 +166,7 @@ def save(
 
 
 def own_checkpoints(output_dir: Path, identity: RunIdentity) -> list[Path]:
-    """Those of a folder's checkpoints that a run has written, oldest first."""
+    """The checkpoints in a folder that this run has written, oldest first."""
     return [path for path in whole_checkpoints(output_dir) if _is_of(path, identity)]
 
 
@@ -183,7 +178,7 @@ def _is_of(checkpoint: Path, identity: RunIdentity) -> bool:
 
 
 def _make_room(final: Path, identity: RunIdentity) -> None:
-    """Removes what this run has under a name, or sets it aside if another wrote it."""
+    """Removes this run's checkpoint of the same name; moves another run's aside."""
     if not final.exists():
         return
     if _is_of(final, identity):
@@ -193,10 +188,10 @@ def _make_room(final: Path, identity: RunIdentity) -> None:
 
 
 def set_aside_newer(resumed: Path) -> None:
-    """Sets aside the checkpoints that are newer than the one a run goes on from.
+    """Moves the checkpoints that are newer than the resumed one aside.
 
-    They were passed over, being broken. Among the run's own they would count for ``keep``, in the
-    place of whole ones.
+    They are broken and were skipped. Left in place they would count for ``keep``, and whole ones
+    would be removed instead.
     """
     newer = [path for path in whole_checkpoints(resumed.parent.parent) if path.name > resumed.name]
     for path in newer:
@@ -219,14 +214,12 @@ def load(
     context: ParallelContext,
     refresh: TeacherRefresh | None = None,
 ) -> Progress:
-    """Restores a run's state in place, whatever layout the checkpoint was written in.
+    """Restores a run's state in place, in any layout, and returns its progress.
 
-    Random states are restored when the layout is the same.
-
-    Returns:
-        How far the run was.
+    Random states are restored if the layout is the same.
     """
     manifest = read_manifest(checkpoint)
+    # Each rank has its own random states, which mean nothing in another layout.
     same_layout = manifest["layout"] == _layout(plan)
     with state.states_on_device():
         content = _sharded_state(state, context, is_loading=True, with_rng=same_layout)
@@ -245,6 +238,7 @@ def load(
             )
         if refresh is not None:
             refresh.load(loaded["teacher"])
+    # step() adds to num_steps, and sets the learning rate in the optimizer.
     state.scheduler.num_steps = 0
     state.scheduler.step(increment=loaded["scheduler_steps"])
     if same_layout:
@@ -260,7 +254,7 @@ def load(
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Removes what an interrupted write left behind."""
+    """Removes the remains of interrupted writes."""
     for folder, pattern in (
         (checkpoint_folder(output_dir), _TEMPORARY),
         (output_dir, re.compile(r"\.student\.[0-9a-f]{8}\.tmp")),
@@ -278,8 +272,8 @@ def _sharded_state(
         name: module.sharded_state_dict(metadata=dict(_MODEL_METADATA)) for name, module in modules
     }
     for name, _ in modules:
-        # The head's padding may differ with the layout, as the embedding's may, which Megatron
-        # allows by itself.
+        # The padding of the vocabulary depends on the tensor-parallel size. Megatron allows it for
+        # the embedding but not for the head.
         if "output_layer.weight" in content[name]:
             content[name]["output_layer.weight"].allow_shape_mismatch = True
     model = dict(content)
@@ -303,7 +297,7 @@ def _sharded_state(
 
 
 def _named_modules(state: TrainState) -> list[tuple[str, GPTModel]]:
-    """This rank's chunks under the names that Megatron's training script gives them."""
+    """This rank's chunks, named as in Megatron's training script."""
     modules = state.modules
     if len(modules) == 1:
         return [("model", modules[0])]
@@ -325,7 +319,7 @@ def _layout(plan: RunPlan) -> dict[str, Any]:
 
 
 def _add_companions(folder: Path, plan: RunPlan) -> None:
-    """Adds what makes the checkpoint self-contained: Hugging Face's files."""
+    """Adds Hugging Face's config and tokenizer files, so that the checkpoint is self-contained."""
     hf = folder / "hf"
     hf.mkdir()
     (hf / "config.json").write_text(json.dumps(plan.student_checkpoint.config, indent=2))
@@ -335,7 +329,7 @@ def _add_companions(folder: Path, plan: RunPlan) -> None:
 def _add_manifest(
     folder: Path, plan: RunPlan, progress: Progress, identity: RunIdentity, files: Files
 ) -> None:
-    """Adds the manifest, and brings everything to the disk."""
+    """Adds the manifest and syncs everything to disk."""
     manifest = {
         "format": "torch_dist",
         "version": _VERSION,

@@ -5,7 +5,7 @@ from megatron_oprd.training.plan import RunPlan
 
 
 def describe(plan: RunPlan) -> str:
-    """The plan for a reader: configuration, layer map, and which layers sit on which stage."""
+    """The plan as text: configuration, layer map, and the layers on each pipeline stage."""
     config, layout = plan.config, plan.layout
     pp = config.parallel.pipeline_model_parallel_size
     lines = [
@@ -23,6 +23,7 @@ def describe(plan: RunPlan) -> str:
         layout.student.extent.layers_per_stage, layout.teacher.extent.layers_per_stage, strict=True
     )
     for stage, (of_student, of_teacher) in enumerate(counts):
+        # Megatron interleaves virtual stages: stage s is chunk s // pp of rank s % pp.
         name = f"rank {stage % pp}"
         if config.parallel.virtual_pipeline_model_parallel_size is not None:
             name += f", chunk {stage // pp}"

@@ -1,4 +1,4 @@
-"""Evaluation on benchmarks during a run, on the rollout engines that are there."""
+"""Evaluation on benchmarks during a run, with the run's own rollout engines."""
 
 import dataclasses
 import datetime
@@ -23,13 +23,7 @@ class BenchmarkEvaluator:
     """Evaluates the student every ``evaluation.interval`` steps."""
 
     def __init__(self, plan: RunPlan, context: ParallelContext, *, today: datetime.date | None):
-        """Tokenizes the problems of the plan's benchmarks.
-
-        Args:
-            plan: The run.
-            context: This rank's place.
-            today: The day that chat templates are told.
-        """
+        # `today` is the run's first day, so that a resumed run gets the same prompts.
         chat = dataclasses.replace(chat_format_of_benchmarks(plan.config), today=today)
         self._plan = plan
         self._context = context
@@ -38,7 +32,7 @@ class BenchmarkEvaluator:
         ]
 
     def is_due(self, steps_done: int) -> bool:
-        """Whether there is an evaluation after so many steps."""
+        """Whether to evaluate after ``steps_done`` steps."""
         interval = self._plan.config.evaluation.interval
         at_end = steps_done == self._plan.config.train_iters
         return interval is not None and (at_end or steps_done % interval == 0)
@@ -46,22 +40,20 @@ class BenchmarkEvaluator:
     def evaluate(self, engines: ReplicaEngines, steps_done: int) -> dict[str, Any]:
         """Evaluates on all benchmarks; every rank has to call.
 
-        Every replica's leader generates for its share of the problems. The first rank grades, and
-        writes the samples to ``output_dir/evaluation/step_N``, anew where they are there.
-
-        Args:
-            engines: The replicas' engines, with the student's weights.
-            steps_done: Steps that the student was trained for; the weights' version.
+        The leader of each replica generates responses to its share of the problems, with the
+        weights that the engines have. Rank 0 grades them and writes the samples to
+        ``output_dir/evaluation/step_N``, replacing older ones.
 
         Returns:
-            ``eval/NAME`` -> measure -> value for each benchmark, on rank 0; and
-            ``seconds_evaluation``, which is all that other ranks get.
+            ``eval/NAME`` -> measure -> value for each benchmark, on rank 0; ``seconds_evaluation``,
+            on every rank.
         """
         started = time.perf_counter()
         folder = Path(self._plan.config.output_dir) / "evaluation" / f"step_{steps_done}"
         if self._context.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for benchmark in self._plan.benchmarks:
+                # _append adds to the file; a resumed run may evaluate the same step again.
                 _file(folder, benchmark).unlink(missing_ok=True)
         metrics: dict[str, Any] = {}
         with Grader(timeout=GRADING_SECONDS) as grader:
@@ -80,7 +72,7 @@ class BenchmarkEvaluator:
         grader: Grader,
         weights_version: int,
     ) -> list[Sample]:
-        """Graded samples of one benchmark on rank 0; they are written as they come."""
+        """Graded samples of one benchmark on rank 0, written in batches as they come."""
         config, context = self._plan.config, self._context
         benchmark, prompts = self._plan.benchmarks[number], self._prompts[number]
         at_once = self._prompts_at_once()
@@ -109,9 +101,10 @@ class BenchmarkEvaluator:
         return samples
 
     def _prompts_at_once(self) -> int:
-        """Problems whose responses are generated together: about as many responses as in a step."""
+        """The number of problems in a batch: about as many responses as in a training step."""
         config, replicas = self._plan.config, self._context.dp_size
         responses = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+        # A multiple of the replicas, so that all have the same share.
         return max(1, responses // config.evaluation.n // replicas) * replicas
 
 
@@ -125,7 +118,7 @@ def _file(folder: Path, benchmark: Benchmark) -> Path:
 
 
 def _flat(metrics: SamplingMetrics) -> dict[str, float]:
-    """Measures under the names that logs have, without intervals."""
+    """Measures by their names in the logs, without intervals."""
     rest = dataclasses.asdict(metrics)
     return {
         f"avg@{metrics.n}": metrics.avg.value,

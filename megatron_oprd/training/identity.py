@@ -1,6 +1,6 @@
-"""What makes a resumed run the same run: its name, its day, its schedule, and what it reads.
+"""Identifies a run across resumes: its name, first day, schedule, and the data it reads.
 
-Settings name files; a file can be moved, which changes nothing, or rewritten in place, which
+A setting names a file. The file can be moved, which changes nothing, or rewritten in place, which
 changes the run. So checkpoints keep digests of the contents.
 """
 
@@ -23,23 +23,16 @@ from megatron_oprd.weights.source import WeightSource
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What a run keeps from its first start to its last resume.
+    """The data that a run keeps from its first start to its last resume."""
 
-    Attributes:
-        name: A random name, which its checkpoints and its exported student carry.
-        day: The day of its first start, ISO 8601; chat templates that write a date get this one.
-        lr_decay_iters: The length of its learning-rate schedule.
-        contents: Digests of what it reads, by what it is (see `contents_of`).
-    """
-
-    name: str
-    day: str
-    lr_decay_iters: int
-    contents: dict[str, str]
+    name: str  # random; also in its checkpoints and its exported student
+    day: str  # of its first start, ISO 8601; for chat templates that print a date
+    lr_decay_iters: int  # length of its learning-rate schedule, in steps
+    contents: dict[str, str]  # digests by description, see `contents_of`
 
     @classmethod
     def new(cls, plan: RunPlan) -> Self:
-        """That of a run that starts now; its contents are not known yet."""
+        """A new identity, without contents."""
         return cls(
             name=uuid.uuid4().hex,
             day=datetime.date.today().isoformat(),
@@ -49,11 +42,11 @@ class RunIdentity:
 
     @classmethod
     def of_manifest(cls, manifest: Mapping[str, Any]) -> Self:
-        """That of the run that wrote a checkpoint's manifest."""
+        """The identity of the run that wrote a checkpoint's manifest."""
         return cls(**manifest["run"])
 
     def as_json(self) -> dict[str, Any]:
-        """What `of_manifest` reads."""
+        """The ``run`` entry of a manifest, for `of_manifest`."""
         return dataclasses.asdict(self)
 
     @property
@@ -63,13 +56,10 @@ class RunIdentity:
 
 
 def contents_of(plan: RunPlan, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """Digests of what a run reads, by what a message can call it.
+    """Digests of the data that a run reads; the keys are for error messages.
 
-    Of weights these are the files' sizes and samples of their bytes, not all of them.
-
-    Args:
-        plan: The run.
-        prompts: Its prompts, tokenized.
+    Weight files are digested by size and samples of their bytes, because reading all takes too
+    long.
     """
     contents = {
         "the prompts (data.prompts, rendered and tokenized)": _digest(_prompt_bytes(prompts)),
@@ -77,6 +67,7 @@ def contents_of(plan: RunPlan, prompts: Sequence[Prompt]) -> dict[str, str]:
     }
     for number, teacher in enumerate(plan.teachers):
         setting, bridge = "model.teacher", "bridge.path"
+        # The first teacher and its bridge have settings of their own, the others are in a list.
         if number:
             setting, bridge = (f"extra_teachers[{number - 1}].{x}" for x in ("model", "bridge"))
         contents |= _of_model(setting, teacher.checkpoint)
@@ -119,6 +110,7 @@ def _files_digest(files: Iterable[Path]) -> str:
 def _digest(parts: Iterable[bytes]) -> str:
     digest = xxhash.xxh3_128()
     for part in parts:
+        # The length too, or parts that are split differently would have the same digest.
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Where the layers of both models sit, worked out from their configurations alone."""
+"""The placement of both models' layers, computed from their configurations alone."""
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -25,43 +25,29 @@ from megatron_oprd.weights.mapping import Mapping
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLayout:
-    """One model of the run.
-
-    Attributes:
-        architecture: What its configuration says.
-        extent: How much of it is built, and on which stages.
-        padded_vocab_size: Rows of its embedding.
-        table: The mappings of the whole model.
-        parallel: Its parallel layout; the models' differ in how experts are divided at most.
-    """
+    """One model of the run."""
 
     architecture: Architecture
+    # The layers that are built, and the pipeline stage of each.
     extent: Extent
-    padded_vocab_size: int
-    table: list[Mapping]
+    padded_vocab_size: int  # rows of the embedding
+    table: list[Mapping]  # of the whole model
+    # Student and teacher differ only in how experts are sharded.
     parallel: ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunLayout:
-    """Both models of a run, placed.
-
-    Attributes:
-        config: The run's configuration.
-        student: The student.
-        teacher: The teacher, cut at its deepest mapped layer.
-        pairs: Matched layers.
-        data_parallel_size: Replicas.
-        min_running_layers: Student layers that run in any case, for another teacher.
-        bridge_rank: Numbers that are left of a target's state; None keeps all of it.
-    """
+    """Both models of a run, placed."""
 
     config: RunConfig
     student: ModelLayout
-    teacher: ModelLayout
+    teacher: ModelLayout  # cut after its deepest mapped layer
     pairs: list[LayerPair]
     data_parallel_size: int
+    # Student layers that run in any case, because another teacher needs them.
     min_running_layers: int = 0
+    # Numbers kept of a target's state; None keeps all of it.
     bridge_rank: int | None = None
 
     @property
@@ -77,7 +63,7 @@ class RunLayout:
 
     @property
     def pair_coefficients(self) -> list[float]:
-        """The factor on each pair's loss in the whole loss."""
+        """The factor on each pair's loss in the total loss; the mean over pairs is included."""
         loss = self.config.loss
         weights = loss.layer_weights or [1.0] * len(self.pairs)
         return [loss.coefficient * weight / len(self.pairs) for weight in weights]
@@ -85,6 +71,7 @@ class RunLayout:
     @property
     def vocab_size(self) -> int:
         """Columns of the vocabulary that both models have."""
+        # Models with the same tokenizer can have different numbers of unused rows.
         return min(self.student.architecture.vocab_size, self.teacher.architecture.vocab_size)
 
     @property
@@ -101,8 +88,8 @@ class RunLayout:
     def teacher_max_sequence_length(self) -> int:
         """Tokens of the longest sequence that the teacher reads.
 
-        Of its own tokens a response may have twice as many as of the student's, if the teacher was
-        made for that many; a longer one is cut.
+        A response may be up to twice as long in the teacher's tokens as in the student's, capped at
+        the teacher's context length; longer ones are truncated.
         """
         prompt, response = self.teacher_max_prompt_tokens, self.config.rollout.max_new_tokens
         if self.config.teacher_prompt.tokenizer == "same":
@@ -123,6 +110,7 @@ class RunLayout:
     def bytes_of_target(self) -> int:
         """Bytes of the target of one supervised position of one layer."""
         if self.bridge_rank is not None:
+            # Projected states are fp32, see `Projectors`.
             return self.bridge_rank * torch.float32.itemsize
         itemsize = DTYPES[self.config.model.params_dtype].itemsize
         return self.teacher.architecture.hidden_size * itemsize
@@ -140,16 +128,17 @@ class RunLayout:
 
     @property
     def target_bytes_per_row(self) -> int:
-        """Bytes of the targets of one supervised position, on the stages that keep most of them."""
+        """Bytes of the targets of one supervised position, on the rank that keeps most of them."""
         pp = self.config.parallel.pipeline_model_parallel_size
+        # A set: pairs with the same teacher layer share its target.
         mapped = [{pair.teacher for pair in self.pairs_of_rank(rank)} for rank in range(pp)]
         return max(map(len, mapped)) * self.bytes_of_target
 
     @property
     def output_target_bytes_per_row(self) -> int:
-        """Bytes that a position of the output-space loss keeps of the teacher, on the last stage.
+        """Bytes kept of the teacher for a position of the output-space loss, on the last stage.
 
-        Its last hidden state, whole on every tensor-parallel rank.
+        This is its last hidden state, whole on every tensor-parallel rank.
         """
         if not self.compares_outputs:
             return 0
@@ -158,7 +147,7 @@ class RunLayout:
 
     @property
     def trains_final_norm(self) -> bool:
-        """Whether the student's final norm is in front of a tap or a loss, and so trained."""
+        """Whether a tap or loss is after the student's final norm, so that it is trained."""
         return self.compares_outputs or (
             self.config.taps.last_layer == "post_norm"
             and self.num_running_layers == self.student.architecture.num_layers
@@ -168,11 +157,7 @@ class RunLayout:
 def matched_layers(
     config: RunConfig, student: Architecture, teacher: Architecture
 ) -> list[LayerPair]:
-    """The pairs of layers that the settings match.
-
-    Raises:
-        UserError: See `layer_pairs`.
-    """
+    """The pairs of layers that the settings match; raises the errors of `layer_pairs`."""
     return layer_pairs(
         config.taps.layers,
         config.taps.layer_map,
@@ -192,13 +177,7 @@ def make_layout(
 ) -> RunLayout:
     """Places both models on ``world_size`` ranks. Reads no file.
 
-    Args:
-        config: The run's configuration.
-        student: The student's architecture.
-        teacher: The teacher's.
-        world_size: Ranks.
-        min_running_layers: Student layers that run in any case, for another teacher.
-        bridge_rank: Width of the projected states of a run through a bridge.
+    ``min_running_layers`` and ``bridge_rank`` are those of `RunLayout`.
 
     Raises:
         UserError: The settings do not fit the models or the number of processes.
@@ -215,6 +194,8 @@ def make_layout(
         teacher_layers = teacher_stages(pairs, student_layers, depth=depth)
     else:
         check_same_model(config, pairs, student, teacher)
+        # Refreshing copies weights between the models rank by rank, so each stage needs the same
+        # layers of both.
         teacher_layers = _first_layers(student_layers, depth)
     takes_norm = config.taps.last_layer == "post_norm"
     if to_the_end and takes_norm and teacher_layers[-1] == 0:
@@ -310,6 +291,7 @@ def _student_layers(
             )
     starts = [sum(layers[:stage]) for stage in range(num_stages)]
     for rank in range(pp):
+        # All chunks of the rank start after the last layer that runs.
         if min(starts[rank::pp]) >= running:
             raise UserError(
                 f"pipeline rank {rank} would have nothing to train: the deepest tap is at student "
@@ -322,6 +304,6 @@ def _student_layers(
 
 
 def _first_layers(layers_per_stage: tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """The first ``depth`` layers, on the stages where they are."""
+    """The first ``depth`` layers, by stage."""
     ends = [min(end, depth) for end in accumulate(layers_per_stage)]
     return tuple(end - start for start, end in pairwise([0, *ends]))

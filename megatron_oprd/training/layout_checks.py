@@ -1,4 +1,4 @@
-"""A run's settings against its models and the number of processes, before anything is built."""
+"""Checks a run's settings against its models and the number of processes; builds nothing."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,7 @@ from megatron_oprd.weights.torch_dist_plan import TargetLayout
 def check_models(
     config: RunConfig, *, student: Architecture, teacher: Architecture, world_size: int
 ) -> None:
-    """Checks that ranks can share each layer of both models, and the lengths of sequences.
-
-    Args:
-        config: The run's configuration.
-        student: The student's architecture.
-        teacher: The teacher's.
-        world_size: Processes.
+    """Checks that both models can be sharded as configured, and sequence lengths.
 
     Raises:
         UserError: A setting does not fit.
@@ -37,14 +31,9 @@ def check_models(
 
 
 def check_recompute(config: RunConfig, layers_per_stage: Sequence[int]) -> None:
-    """Checks that recomputed chunks of layers divide each stage, which Megatron takes for granted.
+    """Checks that ``recompute_num_layers`` divides the student's layers on each stage.
 
-    Args:
-        config: The run's configuration.
-        layers_per_stage: The student's.
-
-    Raises:
-        UserError: They do not.
+    Megatron assumes it without a check. Raises a UserError if it does not.
     """
     recompute = config.recompute
     number = recompute.recompute_num_layers
@@ -61,10 +50,10 @@ def check_recompute(config: RunConfig, layers_per_stage: Sequence[int]) -> None:
 def check_same_model(
     config: RunConfig, pairs: list[LayerPair], student: Architecture, teacher: Architecture
 ) -> None:
-    """Checks that a teacher can take over the student's weights.
+    """Checks that the teacher can take over the student's weights.
 
     Raises:
-        UserError: It cannot.
+        UserError: The architectures differ, or a layer is not matched with itself.
     """
     setting = f"teacher.refresh_interval = {config.teacher.refresh_interval}"
     if student != teacher:
@@ -82,7 +71,7 @@ def check_same_model(
 def check_losses(
     config: RunConfig, pairs: list[LayerPair], student: Architecture, teacher: Architecture
 ) -> None:
-    """Checks the losses against the layers that are matched and the vocabularies.
+    """Checks the losses against the matched layers and the vocabularies.
 
     Raises:
         UserError: They do not fit.
@@ -128,7 +117,7 @@ def _check_sequence_length(setting: str, arch: Architecture, config: RunConfig) 
             f"sequences of up to {prompt + response} tokens; {setting} was made for at most "
             f"{arch.max_position_embeddings} (max_position_embeddings)"
         )
-    # Training takes the long factors for all sequences of such a run.
+    # Training uses the long factors for all sequences of such a run.
     original = arch.rope.original_max_position_embeddings
     switches = arch.rope.rope_type == "longrope" and setting == "model.student"
     if switches and config.rollout.engine == "hf" and prompt + response > (original or 0):
@@ -146,6 +135,8 @@ def _check_batch(config: RunConfig, dp_size: int) -> None:
     multiple = dp_size
     needed = f"{dp_size} data-parallel replicas"
     if parallel.virtual_pipeline_model_parallel_size is not None:
+        # The number of micro-batches has to be a multiple of the pipeline size for Megatron's
+        # interleaved schedule.
         multiple *= parallel.pipeline_model_parallel_size
         needed += f" of {parallel.pipeline_model_parallel_size} interleaved stages"
     if sequences % multiple:
@@ -157,7 +148,7 @@ def _check_batch(config: RunConfig, dp_size: int) -> None:
 
 
 def _check_engine(config: RunConfig, student: Architecture) -> None:
-    """VLLM splits a layer as Megatron does, each expert as well."""
+    """VLLM shards layers and experts as Megatron does, so the same sizes have to divide."""
     size = config.rollout.vllm.tensor_model_parallel_size
     check_divides(
         student,

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: a JSONL file, TensorBoard, and the terminal."""
+"""Writes a run's metrics to a JSONL file, TensorBoard, and the terminal."""
 
 import json
 import math
@@ -13,12 +13,12 @@ _WATCHED = ("loss", "cosine", "grad_norm", "tokens_per_second")
 
 
 class Loggers:
-    """Writes a step's metrics everywhere; one process only makes one.
+    """Writes metrics to all destinations; created on one process only.
 
     Args:
-        output_dir: The run's folder: ``metrics.jsonl`` and ``tensorboard/``.
-        first_step: Records of this step and later ones, which a resumed run writes again, are
-            removed from ``metrics.jsonl``.
+        output_dir: The run's folder, which gets ``metrics.jsonl`` and ``tensorboard/``.
+        first_step: Records of this step and later ones are removed from ``metrics.jsonl``; a
+            resumed run writes them again.
         num_steps: Steps of the whole run.
         tensorboard: Whether to write TensorBoard's event files.
     """
@@ -29,7 +29,7 @@ class Loggers:
         output_dir.mkdir(parents=True, exist_ok=True)
         path = output_dir / "metrics.jsonl"
         _keep_records_before(path, first_step)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("a", buffering=1)  # by line, so that a killed run loses none
         self._writer = (
             SummaryWriter(output_dir / "tensorboard", purge_step=first_step)
             if tensorboard
@@ -41,9 +41,9 @@ class Loggers:
         )
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Writes one step's metrics; a value that is None is missing.
+        """Writes a step's metrics. TensorBoard omits values that are None.
 
-        JSON has no number that is not finite, so there such a value is null.
+        Non-finite values are null in the JSON file, because JSON has no NaN or infinity.
         """
         step = metrics["step"]
         self._file.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
@@ -65,7 +65,7 @@ class Loggers:
             print(f"step {step}  {shown}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Flushes and closes everything."""
+        """Flushes and closes all destinations."""
         self._progress.close()
         self._file.close()
         if self._writer is not None:
@@ -73,27 +73,26 @@ class Loggers:
 
 
 def _finite(value: Any) -> Any:
-    """The value with None for every number in it that is not finite."""
+    """The value with None in place of non-finite numbers."""
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_records_before(path: Path, first_step: int) -> None:
-    """Removes the records of ``first_step`` and later ones; the file is replaced when it is whole.
-
-    A line that is not whole is of a run that was killed while it wrote.
-    """
+    """Removes the records of ``first_step`` and later ones."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
+        # A run that is killed while it writes leaves an incomplete line.
         except ValueError:
             continue
         if record["step"] < first_step:
             kept.append(line + "\n")
+    # Replaced atomically: a crash here must not lose the records.
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)

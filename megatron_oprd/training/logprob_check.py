@@ -1,4 +1,4 @@
-"""How far the rollout engine's distribution is from the trainer's, on the tokens it sampled."""
+"""Compares the rollout engine's log-probabilities with the trainer's, on the sampled tokens."""
 
 import logging
 import time
@@ -25,27 +25,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LogprobDifference:
-    """The engine's log-probabilities against the trainer's, in nats a response token.
+    """The engine's log-probabilities against the trainer's, in nats per response token.
 
-    With log r = trainer's - engine's. Both are of the raw distribution, before temperature, top-k
-    and top-p. The two estimates of KL(engine || trainer) are unbiased where these are off; else
-    they are measures of the same difference, on tokens from a sharper or flatter distribution.
-
-    Attributes:
-        diff_mean: Mean of abs(log r).
-        diff_max: Its maximum.
-        kl: Mean of -log r (Schulman's k1).
-        k3_kl: Mean of r - 1 - log r (Schulman's k3), which is never negative and varies less.
+    log r = trainer's - engine's, both of the raw distribution, before temperature, top-k and top-p.
+    The two estimates of KL(engine || trainer) are unbiased only if tokens are sampled without these
+    three; otherwise they measure the same difference on tokens from a sharper or flatter
+    distribution.
     """
 
-    diff_mean: float
-    diff_max: float
-    kl: float
-    k3_kl: float
+    diff_mean: float  # mean of abs(log r)
+    diff_max: float  # maximum of abs(log r)
+    kl: float  # mean of -log r (Schulman's k1)
+    k3_kl: float  # mean of r - 1 - log r (Schulman's k3): never negative, less variance
 
     @classmethod
     def of(cls, of_engine: Tensor, of_trainer: Tensor) -> "LogprobDifference":
-        """From the log-probabilities of the same tokens, [tokens] each."""
+        """The difference between the log-probabilities of the same tokens, [tokens] each."""
+        # fp64 and expm1: log r is close to 0, where r - 1 - log r cancels almost entirely.
         log_ratio = of_trainer.double() - of_engine.double()
         return cls(
             diff_mean=float(log_ratio.abs().mean()),
@@ -58,13 +54,9 @@ class LogprobDifference:
 class LogprobCheck:
     """Compares the engine's log-probabilities of its rollouts with the student's.
 
-    The student runs forward once more, whole, layers past the deepest tap and LM head included,
-    with the weights that it has before the update. The engine generated with the same, or, with
-    ``rollout.one_step_off_policy``, with those from one update before, whose difference is measured
-    as well.
-
-    Args:
-        distiller: The run on this rank.
+    The whole student (layers past the deepest tap and the LM head included) runs forward once more,
+    with the weights before the update. With ``rollout.one_step_off_policy`` the engine's weights
+    are one update older, and that update is part of the difference.
     """
 
     def __init__(self, distiller: Distiller) -> None:
@@ -75,22 +67,16 @@ class LogprobCheck:
             padded_vocab_size=plan.layout.student.padded_vocab_size,
             group=context.groups.tp,
         )
+        # Padding rows and ids without a token; the engines never sample them.
         is_meaningless = torch.ones(plan.layout.student.padded_vocab_size, dtype=torch.bool)
         is_meaningless[list(plan.tokenizer.get_vocab().values())] = False
         columns = slice(self._shard.start, self._shard.start + self._shard.size)
         self._is_meaningless = is_meaningless[columns].to(context.device)
 
     def compare(self, rollouts: Sequence[Rollout], *, step: int) -> dict[str, Any]:
-        """Compares a step's rollouts, and warns on rank 0 where the mean difference is too large.
+        """Returns a step's metrics; warns on rank 0 if the mean difference is over the threshold.
 
-        Every rank has to call, with the same rollouts.
-
-        Args:
-            rollouts: Those of the global batch.
-            step: Which step they are of.
-
-        Returns:
-            The metrics, the same on every rank.
+        Every rank has to call, with the same rollouts; the metrics are the same on every rank.
         """
         started = time.perf_counter()
         of_engine = [rollout.logprobs for rollout in rollouts]
@@ -100,6 +86,7 @@ class LogprobCheck:
             torch.tensor([value for one in of_engine for value in one or ()]), of_trainer.cpu()
         )
         threshold = self._distiller.plan.config.rollout.logprob_warning_threshold
+        # "not <=" and not ">", so that NaN warns too.
         if self._distiller.context.rank == 0 and not found.diff_mean <= threshold:
             reason = "Either it has other weights, or it computes otherwise"
             if any(rollout.weights_version != step for rollout in rollouts):
@@ -128,17 +115,13 @@ class LogprobCheck:
     def student_logprobs(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The student's log-probability of every response token of the global batch.
 
-        Over the whole vocabulary but for ids that mean nothing, as the engines' are. Every rank
-        has to call.
-
-        Args:
-            rollouts: Those of the global batch.
-
-        Returns:
-            [response tokens], fp32, in the order of the sequences, the same on every rank.
+        The distribution excludes ids without a token, as the engines' does. Every rank has to call,
+        and gets [response tokens], fp32, in the order of the sequences.
         """
         distiller = self._distiller
         state, parallel = distiller.state, distiller.plan.config.parallel
+        # With overlap_param_gather, only a forward pass of the wrapped chunks would wait for the
+        # last update; this one runs the modules without the wrapper.
         state.gather_parameters()
         logprobs = ResponseLogprobs(
             self._head(),
@@ -168,12 +151,11 @@ class LogprobCheck:
         return logprobs.all()
 
     def _head(self) -> Tensor | None:
-        """This rank's rows of the LM head, on the last stage; None on the others.
-
-        A tied head that the last stage has no copy of comes from the first, for this once.
-        """
+        """This rank's rows of the LM head, on the last stage; None on the others."""
         plan, pp = self._distiller.plan.layout.student, self._distiller.context.groups.pp
         chunks, last = self._distiller.state.modules, pp.size() - 1
+        # A tied head that training does not use has no copy on the last stage: the first stage
+        # sends its embedding over.
         if not plan.architecture.tied or plan.extent.uses_lm_head:
             return head_weight(chunks[-1]).data if pp.rank() == last else None
         if pp.rank() == 0:

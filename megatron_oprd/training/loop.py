@@ -1,4 +1,4 @@
-"""The training loop: sync weights, roll out, distil, log, now and then save."""
+"""The training loop: sync weights, roll out, distil, log, evaluate and save."""
 
 import contextlib
 import dataclasses
@@ -53,11 +53,11 @@ def train(plan: RunPlan, context: ParallelContext) -> Path | None:
     """Runs a plan to its end and exports the student.
 
     Returns:
-        The exported Hugging Face folder; None if the run was asked to stop before (`StopRequests`).
+        The exported Hugging Face folder; None if the run was asked to stop early (`StopRequests`).
 
     Raises:
         TrainingDivergedError: ``optimizer.max_skipped_in_a_row`` steps in a row were skipped.
-        UserError: The run's folder holds another run, or one that has read other contents.
+        UserError: The run's folder belongs to another run, or to a run with other contents.
     """
     with StopRequests(plan.config.checkpoint, context) as stops:
         return _train(plan, context, stops)
@@ -67,11 +67,13 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
     output_dir = Path(plan.config.output_dir)
     resume_from = resumable_checkpoint(plan)
     identity = _identity(plan, resume_from)
+    # Before anything uses the schedule's length.
     plan = with_schedule_of(plan, identity)
     config = plan.config
     prompts = load_run_prompts(plan, today=identity.date) if context.is_leader else []
     identity = _with_contents(identity, plan, resume_from, prompts)
     if context.rank == 0:
+        # Only now that the folder is known to belong to this run.
         checkpoints.remove_unfinished(output_dir)
         if resume_from is not None:
             checkpoints.set_aside_newer(resume_from)
@@ -86,9 +88,12 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
     logprob_check = LogprobCheck(distiller)
     skipped_steps, skipped_in_a_row = done.skipped_steps, 0
     unsupervised_steps = done.unsupervised_steps
+    # `done` is the progress of the newest checkpoint, `reached` that of the weights in memory.
     reached = done
 
     def stream_weights(trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+        # The newest parameters: with overlap_param_gather they arrive only in the next forward
+        # pass.
         distiller.state.gather_parameters()
         return exporter.stream(trainable_only=trainable_only)
 
@@ -136,6 +141,7 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
             compared: dict[str, Any] = {}
             if compares_logprobs(step, config):
                 compared = logprob_check.compare(rollouts, step=step)
+            # The comparison above comes first: it needs the weights that generated the rollouts.
             result = distiller.step(rollouts)
             distiller.refresh_teacher(step + 1)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
@@ -167,6 +173,7 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
             metrics["tokens_per_second"] = metrics["num_tokens"] / seconds
             try:
                 if evaluator.is_due(step + 1):
+                    # Rollouts for the next step may be under way in the same engines.
                     source.finish(weights_version=step + 1)
                     engines.sync(version=step + 1)
                     metrics.update(evaluator.evaluate(engines, step + 1))
@@ -181,18 +188,20 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
                     f"gradient (last loss {result.loss}, gradient norm {result.grad_norm}); the "
                     f"newest checkpoint is of step {done.step}"
                 )
+            # A collective: every rank has to vote at the same point of each step.
             decision = stops.agree()
             if checkpoints.is_due(step + 1, config) or decision.saves:
                 save()
             if decision.stops_on is not None:
                 say(f"stopped after step {step}, on {decision.stops_on}: {save_what_was_reached()}")
                 return None
+    # The exporter reads parameters without a forward pass.
     distiller.state.gather_parameters()
     return _export(plan, exporter, context, identity)
 
 
 def _identity(plan: RunPlan, resume_from: Path | None) -> RunIdentity:
-    """That of the run that is resumed, or a new one; rank 0's on every rank."""
+    """The identity of the resumed run, or a new one from rank 0; the same on every rank."""
     if resume_from is not None:
         return RunIdentity.of_manifest(checkpoints.read_manifest(resume_from))
     identity = [RunIdentity.new(plan)]
@@ -203,10 +212,10 @@ def _identity(plan: RunPlan, resume_from: Path | None) -> RunIdentity:
 def _with_contents(
     identity: RunIdentity, plan: RunPlan, resume_from: Path | None, prompts: Sequence[Prompt]
 ) -> RunIdentity:
-    """The identity with what the run reads, which rank 0 looks at.
+    """The identity with digests of the run's contents, computed on rank 0.
 
     Raises:
-        UserError: A run that is resumed has read something else; on every rank.
+        UserError: A resumed run reads something else than before; on every rank.
     """
     contents: list[dict[str, str]] = [contents_of(plan, prompts) if dist.get_rank() == 0 else {}]
     dist.broadcast_object_list(contents)
@@ -232,7 +241,7 @@ def _loggers(
 
 @contextlib.contextmanager
 def _saved_when_engines_fail(save: Callable[[], str]) -> Iterator[None]:
-    """Saves what was reached when the engines fail for good, on all ranks; says where."""
+    """When the engines fail for good, on all ranks, saves a checkpoint and extends the error."""
     try:
         yield
     except RolloutEngineError as error:
@@ -280,14 +289,14 @@ def _rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Any]:
         "response_length_max": max(lengths),
         "finished_share": sum(rollout.finished for rollout in rollouts) / len(rollouts),
         "paired_share": _paired_share(rollouts),
-        # Updates between the weights that a rollout is from and those that are trained on it.
+        # Updates between the rollout's weights and those that are trained on it.
         "rollout_staleness": step - min(rollout.weights_version for rollout in rollouts),
         "num_tokens": sum(lengths) + sum(len(rollout.prompt_ids) for rollout in rollouts),
     }
 
 
 def _paired_share(rollouts: list[Rollout]) -> float | None:
-    """The share of response tokens that have a counterpart where the teacher's tokens differ."""
+    """The share of response tokens with a counterpart in the teacher's tokens."""
     read = [rollout.teacher for rollout in rollouts if rollout.teacher is not None]
     if not read:
         return None
@@ -330,6 +339,7 @@ def _export(
         whole = ((name, tensor) for name, tensor in stream if tensor is not None)
         write_hf_folder(out, content, whole, force=True)
     else:
+        # The stream communicates, so every rank has to consume it.
         for _ in stream:
             pass
     return out

@@ -1,4 +1,4 @@
-"""Megatron's data parallelism, optimizer and learning-rate schedule around the student."""
+"""Megatron's data parallelism, optimizer and learning-rate schedule for the student."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,18 +16,12 @@ from megatron_oprd.config.schema import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What changes during training.
+    """The state that changes during training."""
 
-    Attributes:
-        chunks: The student's chunks, wrapped for data parallelism.
-        optimizer: Megatron's optimizer over their trainable parameters.
-        scheduler: The learning-rate schedule.
-        offload: Whether states and gradient buffers leave the device while they are not used.
-    """
-
-    chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
+    chunks: list[DistributedDataParallel]  # the student's, wrapped for data parallelism
+    optimizer: MegatronOptimizer  # over the trainable parameters
     scheduler: OptimizerParamScheduler
+    # Keeps optimizer states and gradient buffers in host memory while they are not used.
     offload: bool
 
     @property
@@ -36,7 +30,7 @@ class TrainState:
         return [chunk.module for chunk in self.chunks]
 
     def clear_gradients(self) -> None:
-        """Has the gradient buffers on the device, all zero."""
+        """Zeroes the gradient buffers, on the device again if they were offloaded."""
         for chunk in self.chunks:
             if self.offload:
                 chunk.restore_grad_buffers()
@@ -45,7 +39,7 @@ class TrainState:
 
     @contextmanager
     def states_on_device(self) -> Iterator[None]:
-        """Has the optimizer's states on the device inside the block."""
+        """Keeps the optimizer's states on the device inside the block."""
         if self.offload:
             self.optimizer.restore_from_cpu()
             _keep_step_counters_on_host(self.optimizer)
@@ -54,19 +48,20 @@ class TrainState:
             self.optimizer.offload_to_cpu()
 
     def free_gradients(self) -> None:
-        """Gives the gradient buffers' memory back, until gradients are cleared again."""
+        """Frees the gradient buffers' memory until `clear_gradients`, if offloading is on."""
         if self.offload:
             for chunk in self.chunks:
                 chunk.offload_grad_buffers()
 
     def gather_parameters(self) -> None:
-        """Waits until this rank has all updated parameters, which the next forward pass would do.
+        """Waits for all updated parameters, which otherwise the next forward pass does.
 
-        Call it on every rank before parameters are read in any other way. Communicates on the
-        data-parallel group where ``optimizer.overlap_param_gather`` is on, else does nothing.
+        Call it on every rank before parameters are read in any other way. It communicates on the
+        data-parallel group if ``optimizer.overlap_param_gather`` is on, and does nothing otherwise.
         """
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
+                # Megatron gathers synchronously when its hooks are removed.
                 chunk.disable_forward_pre_hook(param_sync=True)
                 chunk.enable_forward_pre_hook()
 
@@ -74,7 +69,7 @@ class TrainState:
 def make_train_state(
     config: RunConfig, transformer_config: TransformerConfig, chunks: Sequence[GPTModel]
 ) -> TrainState:
-    """Wraps the student's chunks, whose frozen parameters are already frozen."""
+    """Wraps the student's chunks. Parameters must be frozen before."""
     options = config.optimizer
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -83,14 +78,16 @@ def make_train_state(
         use_distributed_optimizer=options.use_distributed_optimizer,
     )
     wrapped = [
-        # As in Megatron's training script: later chunks reduce in one bucket, since their
-        # gradients are ready while the pipeline still works on the first.
+        # As in Megatron's training script: later chunks reduce in one bucket, because their
+        # gradients are ready while the pipeline still works on the first chunk.
         DistributedDataParallel(
             transformer_config, ddp_config, module=chunk, disable_bucketing=number > 0
         )
         for number, chunk in enumerate(chunks)
     ]
     if options.overlap_grad_reduce:
+        # Megatron's schedules call it to reduce only in the last micro-batch; a list is for virtual
+        # stages.
         no_sync = [chunk.no_sync for chunk in wrapped]
         transformer_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     optimizer = get_megatron_optimizer(
@@ -124,10 +121,10 @@ def make_train_state(
 
 
 def _allocate_adam_states(optimizer: MegatronOptimizer) -> None:
-    """Gives torch's Adam the states it would get in its first step.
+    """Gives torch's Adam the states that its first step would create.
 
-    Megatron cannot save or load the distributed optimizer without them. (Transformer Engine's and
-    Apex's Adam need nothing of the kind.)
+    Megatron cannot save or load the distributed optimizer without them. Transformer Engine's and
+    Apex's Adam do not need this.
     """
     for one in optimizer.chained_optimizers:
         adam = one.optimizer
@@ -143,7 +140,7 @@ def _allocate_adam_states(optimizer: MegatronOptimizer) -> None:
 
 
 def _keep_step_counters_on_host(optimizer: MegatronOptimizer) -> None:
-    """Moves back the counters that torch's Adam wants on the host, and Megatron moves along."""
+    """Moves step counters back: torch's Adam wants them on the CPU, Megatron moves them too."""
     for one in optimizer.chained_optimizers:
         if isinstance(one.optimizer, torch.optim.Adam):
             for state in one.optimizer.state.values():
@@ -156,7 +153,7 @@ def _make_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optimize
     warmup = min(round(options.lr_warmup_fraction * length), length - 1)
     return OptimizerParamScheduler(
         optimizer,
-        # Step 0 is the first rung of the warm-up, not a step with learning rate 0.
+        # The first step has the first nonzero learning rate of the warm-up.
         init_lr=options.lr / (warmup + 1),
         max_lr=options.lr,
         min_lr=options.min_lr,

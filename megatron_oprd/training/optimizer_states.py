@@ -1,19 +1,19 @@
 """The optimizer's states in checkpoints: whole tensors of each parameter's shape.
 
-Of Adam's states, main parameters and moments are tensors; its only other one is how many updates
-were done, which the learning-rate schedule counts, too. So a checkpoint of the distributed
-optimizer can be loaded without it, and the other way round.
+Adam's states are main parameters and moments, and the number of updates, which the learning-rate
+schedule counts too. So a checkpoint of the distributed optimizer can be loaded without it and vice
+versa.
 
 Megatron's distributed optimizer gives every data-parallel rank one slice of each bucket of its
-gradient buffers, which cuts parameters wherever a slice ends. A checkpoint that any layout can load
-has a state in its parameter's shape. So at a save every rank sends its pieces to the parameter's
-*owner*, one rank of the group for each parameter, and at a load the owner sends them back. Owners
-get about the same number of elements: a rank holds, reads and writes 1 / data-parallel size of the
-states of its model-parallel shard, and no rank ever holds all of them.
+gradient buffers, and cuts parameters wherever a slice ends. A checkpoint that any layout can load
+needs states in their parameter's shape. So when saving, every rank sends its pieces to the
+parameter's *owner*, one rank of the group for each parameter; when loading, the owner sends them
+back. Owners have about the same number of elements: a rank holds, reads and writes 1 /
+data-parallel size of the states of its model-parallel shard, and no rank ever holds all of them.
 
 Megatron's own format of this kind, ``fully_reshardable``, is not used: megatron-core 0.16 to 0.19
-packs a buffer's buckets one behind the other without the padding between them, and then slices that
-with offsets that count the padding. Every bucket behind a padded one comes out shifted.
+concatenates a buffer's buckets without the padding between them, but slices the result with offsets
+that count the padding. Every bucket after a padded one comes out shifted.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-# Elements of one state that are exchanged at a time: 256 MB to send and as much to receive.
+# Elements of one state per exchange: 256 MB of fp32 to send, and as much to receive.
 _ROUND_ELEMENTS = 2**26
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -42,17 +42,11 @@ WholeStates = dict[int, dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class _Divided:
-    """A parameter, and which rank of the data-parallel group has which of its elements.
-
-    Attributes:
-        parameter: The model's parameter.
-        ranges: For each rank the first element and the one behind the last; may be empty.
-        owner: The rank that has the whole of it in a checkpoint.
-    """
+    """A parameter, and the elements of it that each rank of the data-parallel group has."""
 
     parameter: Parameter
-    ranges: Sequence[tuple[int, int]]
-    owner: int
+    ranges: Sequence[tuple[int, int]]  # [start, end) for each rank; may be empty
+    owner: int  # the rank that has all of it in a checkpoint
 
     def size(self, rank: int) -> int:
         start, end = self.ranges[rank]
@@ -60,7 +54,7 @@ class _Divided:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Its states. Where the parameter is fp32 it is its own main parameter."""
+        """The names of its states; an fp32 parameter is its own main parameter."""
         return _MOMENTS if self.parameter.dtype == torch.float32 else ("param", *_MOMENTS)
 
 
@@ -74,21 +68,18 @@ def sharded_states(
     *,
     is_loading: bool,
 ) -> Sharded:
-    """The states that this rank writes or reads, as Megatron's checkpoints take them.
+    """The states that this rank writes or reads, as sharded tensors of Megatron's checkpoints.
 
-    Every rank of the optimizer's data-parallel group has to call.
-
-    Args:
-        optimizer: One of the chained optimizers.
-        chunks: The model's chunks on this rank.
-        model: Their sharded state, whose places in the checkpoint the states get.
-        is_loading: Whether they are to be read, so that their values do not matter.
+    Every rank of the optimizer's data-parallel group has to call. ``optimizer`` is one of the
+    chained optimizers. ``model`` is the sharded state of ``chunks``, the keys and offsets of which
+    the states get. With ``is_loading`` the values do not matter.
     """
     if optimizer.is_stub_optimizer:  # nothing is trained on this rank
         return {}
-    # Other Adams than torch's have no states before the first update.
+    # Apex's and Transformer Engine's Adam have no states before the first update.
     optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     content, _ = extract_sharded_tensors_and_factories(model)
+    # By parameter: it is the `data` of its sharded tensor.
     places = {place.data: place for place in nested_values(content)}
     if isinstance(optimizer, DistributedOptimizer):
         return _DistributedStates(optimizer).sharded(places, is_loading=is_loading)
@@ -109,15 +100,10 @@ def load_states(
     *,
     num_updates: int,
 ) -> None:
-    """Takes over states that were loaded into what `sharded_states` gave, and the step counter.
+    """Sets the states from what was loaded into `sharded_states`, and the step counter.
 
-    Every rank of the optimizer's data-parallel group has to call.
-
-    Args:
-        optimizer: One of the chained optimizers.
-        chunks: The model's chunks on this rank.
-        loaded: The states by parameter's number and name.
-        num_updates: Updates that were done.
+    Every rank of the optimizer's data-parallel group has to call. ``loaded`` is by the parameter's
+    number and the state's name.
     """
     if optimizer.is_stub_optimizer:
         return
@@ -129,6 +115,7 @@ def load_states(
                 state.copy_(loaded[number][key])
     adam = optimizer.optimizer
     for group in adam.param_groups:
+        # torch's Adam counts by parameter, Apex's and Transformer Engine's by group.
         if isinstance(adam, torch.optim.Adam):
             for parameter in group["params"]:
                 adam.state[parameter]["step"] = torch.tensor(float(num_updates))
@@ -139,9 +126,10 @@ def load_states(
 def _undivided_states(
     optimizer: MegatronOptimizer, chunks: Sequence[GPTModel]
 ) -> Iterator[tuple[Parameter, dict[str, Tensor]]]:
-    """(the model's parameter, its states) of an optimizer that has all of them on every rank."""
+    """(model parameter, its states) of an optimizer with all states on every rank."""
     adam = optimizer.optimizer
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        # Set by Megatron on bf16 parameters that it trains; frozen ones have no states.
         main = getattr(parameter, "main_param", parameter)
         if main in adam.state:
             states = {key: adam.state[main][key] for key in _MOMENTS}
@@ -157,17 +145,16 @@ def _sharded(
         "data": state.view(place.data.shape),
         "replica_id": replica_id,
     }
+    # A factory has no dtype; it makes its tensors from `data`.
     if isinstance(place, ShardedTensor):
         fields["dtype"] = state.dtype
     return dataclasses.replace(place, **fields)
 
 
 class _DistributedStates:
-    """The states of one of Megatron's distributed optimizers.
+    """The states of one of Megatron's distributed optimizers, which must be allocated.
 
-    Args:
-        optimizer: The optimizer, with its states allocated. Its data-parallel group is what
-            everything here communicates on; all of its ranks have to call.
+    All ranks of its data-parallel group have to call every method.
     """
 
     def __init__(self, optimizer: DistributedOptimizer) -> None:
@@ -177,11 +164,7 @@ class _DistributedStates:
         self._parameters = list(self._divided())
 
     def gather(self) -> WholeStates:
-        """The states that this rank owns, in host memory.
-
-        Returns:
-            By the parameter's number: its states by name, flat fp32.
-        """
+        """The states that this rank owns, by parameter number and name: flat fp32 on the CPU."""
         whole = self._empty()
 
         def write(number: int, key: str, rank: int, piece: Tensor) -> None:
@@ -191,7 +174,7 @@ class _DistributedStates:
         return whole
 
     def scatter(self, whole: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Takes over states that their owners have, as `gather` returns them, of any shape."""
+        """Sets all states from the owners' ``whole``, as returned by `gather` but of any shape."""
 
         def read(number: int, key: str, rank: int) -> Tensor:
             return whole[number][key].view(-1)[slice(*self._parameters[number].ranges[rank])]
@@ -212,8 +195,8 @@ class _DistributedStates:
         sharded: Sharded = {}
         for number, states in whole.items():
             place = places[self._parameters[number].parameter]
-            # The last number counts data-parallel replicas, of which only the owner writes. The
-            # others say which copy of it a tensor-parallel rank or a stage has.
+            # The last number counts data-parallel replicas; only the owner writes, so it is 0. The
+            # others tell copies on tensor-parallel ranks and stages apart.
             replica_id = (*place.replica_id[:2], 0)
             sharded[number] = {
                 key: _sharded(place, key, state, replica_id) for key, state in states.items()
@@ -221,6 +204,8 @@ class _DistributedStates:
         return sharded
 
     def _divided(self) -> Iterator[_Divided]:
+        # Greedy and in the same order on every rank, so all agree on the owners without
+        # communication.
         held = [0] * self._size
         for buffer in self._optimizer.buffers:
             for parameter, (start, _, bucket_number) in buffer.param_index_map.items():
@@ -232,7 +217,9 @@ class _DistributedStates:
                 one = _Divided(
                     parameter=parameter,
                     ranges=[
-                        (min(max(at, 0), numel), min(max(at + share, 0), numel)) for at in first
+                        # A rank's slice of the bucket, clipped to the parameter.
+                        (min(max(at, 0), numel), min(max(at + share, 0), numel))
+                        for at in first
                     ],
                     owner=owner,
                 )
@@ -240,7 +227,7 @@ class _DistributedStates:
                 yield one
 
     def _rounds(self) -> Iterator[list[int]]:
-        """Numbers of parameters that are exchanged together."""
+        """Numbers of the parameters that are exchanged together; the same on every rank."""
         numbers: list[int] = []
         elements = 0
         for number, one in enumerate(self._parameters):
@@ -260,7 +247,7 @@ class _DistributedStates:
         }
 
     def _own(self, number: int, key: str) -> Tensor:
-        """This rank's piece of a parameter's state, flat; it is what the optimizer uses."""
+        """This rank's piece of a parameter's state, flat: a view of the optimizer's own memory."""
         one = self._parameters[number]
         states = self._optimizer._get_main_param_and_optimizer_states(one.parameter)
         own = states[key].detach().view(-1)
@@ -277,17 +264,15 @@ class _DistributedStates:
     ) -> None:
         """Moves every piece between the rank that uses it and its parameter's owner.
 
-        Args:
-            read: Gives a piece that leaves this rank: of a parameter (by number) a state (by name)
-                as far as a rank uses it.
-            write: Takes a piece that came, likewise.
-            to_owners: Whether pieces go to the owners; else they come from them.
+        ``read`` and ``write`` get a parameter's number, a state's name and the rank that uses the
+        piece. ``to_owners`` is the direction.
         """
         device = torch.device(torch.cuda.current_device())
         used = [(owner, self._rank) for owner in range(self._size)]  # (owner, rank that uses it)
         owned = [(self._rank, user) for user in range(self._size)]
         outgoing, incoming = (used, owned) if to_owners else (owned, used)
         for numbers in self._rounds():
+            # Every rank makes the same all-to-alls, even if it has no piece for some of them.
             for key in ("param", *_MOMENTS):
                 going, leaving = self._pieces(numbers, key, outgoing)
                 coming, arriving = self._pieces(numbers, key, incoming)
@@ -306,10 +291,9 @@ class _DistributedStates:
     def _pieces(
         self, numbers: Sequence[int], key: str, pairs: Sequence[tuple[int, int]]
     ) -> tuple[list[tuple[int, int]], list[int]]:
-        """The pieces that lie between each (owner, user) of ``pairs``, in their order.
+        """The pieces of each (owner, user) of ``pairs``, in order.
 
-        Returns:
-            (parameter's number, user) of each piece, and the elements of each pair.
+        Returns (parameter's number, user) of each piece, and the number of elements of each pair.
         """
         pieces, elements = [], []
         for owner, user in pairs:
@@ -318,7 +302,7 @@ class _DistributedStates:
                 for number in numbers
                 if (one := self._parameters[number]).owner == owner
                 and key in one.keys
-                # Megatron knows nothing of a parameter on a rank that uses none of its elements.
+                # Megatron has no entry for a parameter on a rank that uses none of its elements.
                 and one.size(user)
             ]
             pieces += [(number, user) for number in of_pair]

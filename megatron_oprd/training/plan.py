@@ -1,4 +1,4 @@
-"""What a run will do, worked out and checked from configurations alone: no weight is read."""
+"""Plans and checks a run from configurations and file headers; reads no weights."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -38,19 +38,13 @@ from megatron_oprd.weights.source import WeightSource
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherPlan:
-    """One teacher of a run.
+    """One teacher of a run."""
 
-    Attributes:
-        layout: The student and this teacher, placed. Its config is the run with this teacher alone.
-        checkpoint: The Hugging Face folder or Megatron checkpoint.
-        bridge: What the states go through before they are compared; None compares them directly.
-        reader: How the teacher reads rollouts; None: the student's sequences.
-    """
-
+    # The student and this teacher, placed; its config is the run with this teacher alone.
     layout: RunLayout
     checkpoint: WeightSource
-    bridge: BridgeSource | None
-    reader: TeacherReader | None
+    bridge: BridgeSource | None  # None compares hidden states directly
+    reader: TeacherReader | None  # None if it reads the student's sequences
 
     def projectors(self, context: ParallelContext) -> Projectors | None:
         """Reads the projectors of this rank's layers; None without a bridge."""
@@ -66,19 +60,12 @@ class TeacherPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """A whole run.
-
-    Attributes:
-        student_checkpoint: The Hugging Face folder or Megatron checkpoint of the student.
-        teachers: The teachers, ``model.teacher`` first.
-        tokenizer: The student's.
-        benchmarks: The benchmarks of the evaluation during the run.
-    """
+    """A whole run."""
 
     student_checkpoint: WeightSource
-    teachers: tuple[TeacherPlan, ...]
-    tokenizer: PreTrainedTokenizerBase
-    benchmarks: list[Benchmark]
+    teachers: tuple[TeacherPlan, ...]  # ``model.teacher`` first
+    tokenizer: PreTrainedTokenizerBase  # the student's
+    benchmarks: list[Benchmark]  # of the evaluation during the run
 
     @property
     def layout(self) -> RunLayout:
@@ -91,7 +78,7 @@ class RunPlan:
         return self.layout.config
 
     def with_config(self, config: RunConfig) -> Self:
-        """The same plan with settings that place nothing changed, such as the schedule's length."""
+        """The plan with other settings that do not affect the layout, such as the schedule."""
         first = replace(self.teachers[0], layout=replace(self.layout, config=config))
         return replace(self, teachers=(first, *self.teachers[1:]))
 
@@ -102,13 +89,9 @@ def export_folder(config: RunConfig) -> Path:
 
 
 def make_plan(config: RunConfig, *, world_size: int, builds_bridge: bool = False) -> RunPlan:
-    """Works out a run for ``world_size`` processes from configurations and file headers.
+    """Plans a run for ``world_size`` processes from configurations and file headers.
 
-    Args:
-        config: The run's configuration.
-        world_size: Processes.
-        builds_bridge: Whether the run builds a bridge: then hidden states need not be comparable,
-            and no student is written.
+    With ``builds_bridge`` hidden states need not be comparable, and no student is written.
 
     Raises:
         UserError: A model, a tokenizer, the bridge or the prompts cannot be used, or the settings
@@ -124,13 +107,7 @@ def make_plan(config: RunConfig, *, world_size: int, builds_bridge: bool = False
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedTeacher:
-    """A teacher whose weights have not been read.
-
-    Attributes:
-        config: The run with this teacher alone.
-        opened: Its checkpoint.
-        bridge: Its bridge, if it has one.
-    """
+    """A teacher whose weights have not been read; ``config`` is the run with this teacher alone."""
 
     config: RunConfig
     opened: OpenedCheckpoint
@@ -139,18 +116,14 @@ class OpenedTeacher:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModels:
-    """The models of a run, opened: configurations and file headers are known."""
+    """The models of a run with their configurations and file headers."""
 
     student: OpenedCheckpoint
     teachers: list[OpenedTeacher]
 
 
 def open_models(config: RunConfig) -> OpenedModels:
-    """Opens every checkpoint and bridge of a run, each once.
-
-    Raises:
-        UserError: One cannot be used.
-    """
+    """Opens every checkpoint and bridge of a run once; raises a UserError if one cannot be used."""
     if config.rollout.engine == "vllm" and config.rollout.vllm.server_url is None:
         check_vllm_is_there()
     student = open_checkpoint(
@@ -172,7 +145,7 @@ def open_models(config: RunConfig) -> OpenedModels:
 
 
 def alone(config: RunConfig, extra: ExtraTeacherConfig) -> RunConfig:
-    """The run that has an extra teacher as its only one."""
+    """The run with an extra teacher as its only teacher."""
     return replace(
         config,
         model=replace(config.model, teacher=extra.model, teacher_hf_config=extra.hf_config),
@@ -189,12 +162,11 @@ def alone(config: RunConfig, extra: ExtraTeacherConfig) -> RunConfig:
 def place(models: OpenedModels, *, world_size: int) -> list[RunLayout]:
     """Places the student with each of its teachers. Reads no file.
 
-    The first teacher's layout divides the student's layers over the stages; the others follow it.
-
     Raises:
         UserError: The settings do not fit the models or the number of processes.
     """
     student = models.student.architecture
+    # The deepest layer that any teacher needs: the student is built once, for all of them.
     running = 0
     for number, one in enumerate(models.teachers):
         with _naming(number):
@@ -206,6 +178,8 @@ def place(models: OpenedModels, *, world_size: int) -> list[RunLayout]:
     for number, one in enumerate(models.teachers):
         config = one.config
         if layouts:
+            # The first teacher's layout divides the student's layers over the stages; the others
+            # follow.
             stages = list(layouts[0].student.extent.layers_per_stage)
             parallel = replace(config.parallel, num_layers_per_stage=stages)
             config = replace(config, parallel=parallel)
@@ -227,7 +201,7 @@ def check(models: OpenedModels, layouts: Sequence[RunLayout], *, builds_bridge: 
     """Checks the settings against the placed models.
 
     Raises:
-        UserError: A setting does not fit, or a checkpoint's tensors are not its model's.
+        UserError: A setting does not fit, or a checkpoint has other tensors than its model.
     """
     student = models.student
     _check_max_model_len(models.teachers[0].config, student.architecture)
@@ -248,10 +222,10 @@ def check(models: OpenedModels, layouts: Sequence[RunLayout], *, builds_bridge: 
 
 
 def read(models: OpenedModels, layouts: Sequence[RunLayout]) -> RunPlan:
-    """Reads tokenizers, benchmarks and the beginning of the prompts.
+    """Reads tokenizers, benchmarks and the beginning of the prompts, which complete the plan.
 
     Raises:
-        UserError: One cannot be used.
+        UserError: A file cannot be used.
     """
     config = models.teachers[0].config
     source = models.student.source
@@ -354,18 +328,18 @@ def _check_output_dir(config: RunConfig) -> None:
     try:
         while not existing.exists():
             existing = existing.parent
-        # Whether something can be made there is known when it was: access rights do not say it of
-        # a read-only file system.
+        # Tried out, because access rights say nothing about a read-only file system.
         with tempfile.TemporaryDirectory(prefix=".megatron_oprd-", dir=existing):
             pass
-        # A name that is too long for the file system, or for none.
+        # Raises if the name is too long for the file system, or not a valid path.
         Path(config.output_dir).exists()
     except (OSError, ValueError) as error:
         raise UserError(
             f"output_dir = {config.output_dir}: {existing} is no folder that can be written to "
             f"({error.strerror if isinstance(error, OSError) else error})"
         ) from error
-    # Whether a student that is there is this run's own is known when the run is: see resume.
+    # A student that exists may be this run's own; resume.check_export decides once the run is
+    # known.
     check_output_folder(export_folder(config), force=True)
     for name in ("student", "teacher"):
         model = Path(getattr(config.model, name))

@@ -1,4 +1,4 @@
-"""What both models of a run read: tokenizers and prompts, checked before anything is built."""
+"""Tokenizers and prompt formats of a run's models, checked before anything is built."""
 
 import logging
 from dataclasses import replace
@@ -24,15 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def student_tokenizer(layout: RunLayout, folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the student's tokenizer.
-
-    Args:
-        layout: The run.
-        folder: Folder with the tokenizer.
-
-    Raises:
-        UserError: It cannot be used.
-    """
+    """Loads the student's tokenizer; raises a UserError if it cannot be used."""
     tokenizer = load_tokenizer(folder)
     eos_token_ids(folder, tokenizer)
     pad_token_id(tokenizer)
@@ -47,13 +39,9 @@ def teacher_reader(
     student_folder: Path,
     teacher_folder: Path,
 ) -> TeacherReader | None:
-    """Works out how a teacher reads rollouts; None: it reads the student's sequences.
+    """How a teacher reads rollouts; None if it reads the student's sequences.
 
-    Args:
-        layout: The run with this teacher.
-        tokenizer: The student's.
-        student_folder: Folder with the student's tokenizer.
-        teacher_folder: Folder with the teacher's.
+    ``layout`` is the run with this teacher alone. The folders hold the models' tokenizers.
 
     Raises:
         UserError: The teacher's tokenizer cannot be used.
@@ -96,11 +84,7 @@ def teacher_reader(
 def check_prompts(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, reader: TeacherReader | None
 ) -> None:
-    """Checks the prompt files, and their beginnings as both models read them.
-
-    Raises:
-        UserError: See `check_prompt_files`.
-    """
+    """Checks the beginning of each prompt file as both models read it; see `check_prompt_files`."""
     check_prompt_files(
         [Path(file) for file in config.data.prompts],
         tokenizer,
@@ -121,12 +105,12 @@ def chat_format(config: RunConfig) -> ChatFormat:
 
 
 def chat_format_of_benchmarks(config: RunConfig) -> ChatFormat:
-    """How benchmarks' are: as in `megatron_oprd.evaluate`, whatever the training data are."""
+    """How benchmark problems are rendered: as in `megatron_oprd.evaluate`."""
     return ChatFormat(kwargs=config.data.chat_template_kwargs)
 
 
 def chat_format_of_teacher(config: RunConfig) -> ChatFormat:
-    """How the teacher's are, where it reads others than the student's."""
+    """How a teacher's own prompts are rendered, if it has them."""
     own = config.teacher_prompt
     chat = replace(chat_format(config), suffix=own.suffix)
     if own.chat_template_kwargs is not None:
@@ -159,15 +143,15 @@ def _warn_of_turns(
     teacher_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Warns where the teacher's turns begin or end otherwise than a user may expect."""
+    """Warns if the teacher's turns begin or end in an unexpected way."""
     of_teacher = load_tokenizer(teacher_folder)
     chat = chat_format_of_teacher(config)
     found = thinking(tokenizer, chat_format(config))
-    # What the teacher was trained to read, whether it gets that or what the student reads.
+    # The generation prompt that the teacher was trained on; `read` is the one it gets in this run.
     expected = thinking(of_teacher, replace(chat, suffix=""))
     reads_own = config.teacher_prompt.tokenizer == "own"
     read = thinking(of_teacher if reads_own else tokenizer, chat)
-    # A suffix is what the user wants there.
+    # A suffix is deliberate.
     if None not in (found, expected) and read != expected and not chat.suffix:
         logger.warning(
             "the generation prompt of model.teacher (%s) ends with %r, what it reads here with %r: "
@@ -201,6 +185,7 @@ def _warn_of_turns(
 def _check_vocabulary(
     setting: str, tokenizer: PreTrainedTokenizerBase, architecture: Architecture
 ) -> None:
+    # Not the vocabulary's size: ids may have gaps.
     highest = max(tokenizer.get_vocab().values())
     if highest >= architecture.vocab_size:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is the same run."""
+"""Chooses the checkpoint that a run resumes from, and checks that it belongs to the same run."""
 
 import dataclasses
 import json
@@ -21,7 +21,8 @@ from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.plan import RunPlan, export_folder
 from megatron_oprd.weights.output_folder import MANIFEST_FILE
 
-# Settings that change how a run is computed or how long it goes on, but not what it computes.
+# Prefixes of settings that change how a run is computed or how long it is, but not what it
+# computes.
 _MAY_CHANGE = (
     "output_dir",
     "train_iters",
@@ -41,12 +42,12 @@ _MAY_CHANGE = (
     "optimizer.max_skipped_in_a_row",
     "optimizer.use_distributed_optimizer",
 )
-# Paths, of which the contents are compared: see `RunIdentity.contents`.
+# Paths: their contents are compared instead, see `RunIdentity.contents`.
 _BY_CONTENT = (
     "model.student", "model.student_hf_config", "model.teacher", "model.teacher_hf_config",
     "data.prompts", "bridge.path",
 )  # fmt: skip
-# Settings that are themselves names and values, any of which may be there or not.
+# Free-form mappings, compared as a whole: their keys are not settings with defaults.
 _WHOLE = ("data.chat_template_kwargs", "teacher_prompt.chat_template_kwargs")
 _BY_CONTENT_OF_EXTRA = ("model", "hf_config", "bridge")
 _PASSED_OVER = "{} is not whole and is passed over: {}"
@@ -55,18 +56,18 @@ _PASSED_OVER = "{} is not whole and is passed over: {}"
 def checkpoint_to_resume(
     plan: RunPlan, *, without: Collection[Path] = (), says: bool = True
 ) -> Path | None:
-    """The newest checkpoint of the run's folder, or None; of it only the manifest is read.
+    """The newest usable checkpoint of the run's folder, or None. Reads only manifests.
 
-    A checkpoint that lacks a file, or has one of another size, is named and passed over.
+    Checkpoints with a missing file or a file of another size are skipped.
 
     Args:
         plan: The run.
-        without: Checkpoints that are broken in another way, which are passed over.
-        says: Whether those that are passed over are named, on rank 0.
+        without: Further checkpoints to skip.
+        says: Whether to print the skipped ones, on rank 0.
 
     Raises:
-        UserError: The folder holds another run, or one that must not be resumed, or nothing that is
-            whole.
+        UserError: The folder holds another run, a run that must not be resumed, or only broken
+            checkpoints.
     """
     config = plan.config
     output_dir = Path(config.output_dir)
@@ -100,12 +101,9 @@ def checkpoint_to_resume(
 
 
 def resumable_checkpoint(plan: RunPlan) -> Path | None:
-    """As `checkpoint_to_resume`, but every byte of it has been compared with its checksum.
+    """Like `checkpoint_to_resume`, with the checksums of all files compared.
 
-    Every rank has to call.
-
-    Raises:
-        UserError: Likewise; on every rank.
+    All ranks have to call; the UserErrors are raised on all.
     """
     broken: set[Path] = set()
     while True:
@@ -124,11 +122,9 @@ def resumable_checkpoint(plan: RunPlan) -> Path | None:
 def _chosen_by_rank_0(
     plan: RunPlan, broken: Collection[Path]
 ) -> tuple[Path | None, dict[str, Any], str | None]:
-    """The checkpoint, what it says of its files, and why none can be taken; on every rank.
-
-    Of a file system that machines share, each of them may see another state.
-    """
+    """The checkpoint, its manifest's files, and the reason for refusing; the same on every rank."""
     choice: list[tuple[Path | None, dict[str, Any], str | None]] = [(None, {}, None)]
+    # Rank 0 decides for all: machines may see different states of a shared file system.
     if dist.get_rank() == 0:
         try:
             checkpoint = checkpoint_to_resume(plan, without=broken, says=False)
@@ -153,11 +149,7 @@ def with_schedule_of(plan: RunPlan, identity: RunIdentity) -> RunPlan:
 
 
 def check_contents(checkpoint: Path, identity: RunIdentity, found: Mapping[str, str]) -> None:
-    """Refuses to go on with other prompts, tokenizers or models than the run had.
-
-    Raises:
-        UserError: Something was changed in place, or is another one at another place.
-    """
+    """Raises a UserError if prompts, tokenizers or models have changed since the run began."""
     for what, digest in identity.contents.items():
         if found.get(what) != digest:
             raise UserError(
@@ -181,11 +173,11 @@ def _check_same_run(plan: RunPlan, checkpoint: Path, manifest: Mapping[str, Any]
                     f"{checkpoint} is of another model: {field} = {found!r}, but model.{setting} "
                     f"({source.folder}) has {value!r}; give another output_dir"
                 )
-    # A setting that there was not has had its default.
+    # Settings that are newer than the checkpoint had their defaults.
     defaults = _compared(dataclasses.asdict(RunConfig()))
     before, now = defaults | _compared(manifest["settings"]), _compared(dataclasses.asdict(config))
     for key, value in now.items():
-        # None keeps the schedule of the run's first start.
+        # None means the schedule of the run's first start.
         if key == "optimizer.lr_decay_iters":
             began_with = manifest["run"]["lr_decay_iters"]
             if value not in (None, began_with):
@@ -206,11 +198,7 @@ def _check_same_run(plan: RunPlan, checkpoint: Path, manifest: Mapping[str, Any]
 
 
 def check_export(config: RunConfig, identity: RunIdentity | None) -> None:
-    """Refuses an exported student that this run has not written and would replace.
-
-    Raises:
-        UserError: There is one.
-    """
+    """Raises a UserError if the export would replace a student that this run has not written."""
     folder = export_folder(config)
     if not (folder.is_dir() and any(folder.iterdir())):
         return
@@ -231,7 +219,7 @@ def check_export(config: RunConfig, identity: RunIdentity | None) -> None:
 
 
 def _compared(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that have to stay, by their whole names."""
+    """The settings that must not change, by their full names."""
     extra = [
         {name: value for name, value in one.items() if name not in _BY_CONTENT_OF_EXTRA}
         for one in settings["extra_teachers"]

@@ -1,4 +1,4 @@
-"""The rollouts of each step: drawn in it, or ahead, while the step before is computed."""
+"""The rollouts of each step, generated in the step or during the step before."""
 
 import time
 from collections.abc import Sequence
@@ -16,44 +16,32 @@ from megatron_oprd.training.rollouts import prompts_of_step, sampling_of_step
 
 @dataclass(frozen=True, kw_only=True)
 class StepRollouts:
-    """What one step is trained on.
+    """The rollouts of one step and the cost of getting them."""
 
-    Attributes:
-        rollouts: Those of the global batch, the same on every rank.
-        weight_sync_bytes: What this rank's engine was sent, see `ReplicaEngines.sync`.
-        seconds_weight_sync: Wall-clock of the weight sync.
-        seconds_rollout: Wall-clock of generating, or of waiting for what was begun before, be it
-            that an evaluation waited for it.
-    """
-
-    rollouts: list[Rollout]
-    weight_sync_bytes: int
-    seconds_weight_sync: float
+    rollouts: list[Rollout]  # of the global batch, the same on every rank
+    weight_sync_bytes: int  # sent to this rank's engine, see `ReplicaEngines.sync`
+    seconds_weight_sync: float  # wall-clock
+    # Generation, or the wait for rollouts that were begun before, including a wait by an
+    # evaluation.
     seconds_rollout: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Ahead:
-    """Rollouts that are under way, or done.
+    """Rollouts that are in progress, or done."""
 
-    Attributes:
-        step: The step that they are for.
-        weights_version: The version of the weights that the engines have.
-        rollouts: They, once they are done.
-    """
-
-    step: int
-    weights_version: int
-    rollouts: list[Rollout] | None = None
+    step: int  # the step that they are for
+    weights_version: int  # of the weights that generate them
+    rollouts: list[Rollout] | None = None  # once they are done
 
 
 class RolloutSource:
-    """Asks the engines for a step's rollouts.
+    """Gets a step's rollouts from the engines. Every rank has to make every call.
 
     With ``rollout.one_step_off_policy`` a step's rollouts are begun in the step before, as soon as
-    the engines have that one's weights, and are one update behind when they are trained on. The
-    first step has rollouts of its own weights, and so has the step after each checkpoint, so that a
-    run that goes on from there is the run that was interrupted. Every rank has to make every call.
+    the engines have that step's weights, so they are one update behind when they are trained on.
+    The first step and the step after each checkpoint have rollouts of their own weights, so that a
+    resumed run repeats the interrupted one.
 
     Args:
         plan: The run.
@@ -77,18 +65,20 @@ class RolloutSource:
         self._seconds_waited = 0.0
 
     def of_step(self, step: int) -> StepRollouts:
-        """The rollouts of a step, whose weights the student has; called for each step in turn.
+        """The rollouts of a step; call it for each step in turn, when the student has its weights.
 
         Raises:
-            RuntimeError: A rollout comes from other weights than it should; on every rank.
+            RuntimeError: A rollout comes from the wrong weights; on every rank.
             RolloutEngineError: An engine failed too often; on every rank.
         """
+        # The engines have to be idle before they get new weights.
         self.finish(weights_version=step)
         ahead, self._ahead = self._ahead, None
         waited, self._seconds_waited = self._seconds_waited, 0.0
         goes_ahead = self._goes_ahead(step)
         started, sent = time.perf_counter(), 0
         if ahead is None or goes_ahead:
+            # Needed to generate now, and to generate ahead. Otherwise the engines stay as they are.
             sent = self._engines.sync(version=step)
         synced = time.perf_counter()
         if ahead is None:
@@ -118,17 +108,10 @@ class RolloutSource:
         )
 
     def finish(self, *, weights_version: int) -> None:
-        """Waits for rollouts that are under way, so that the engines can do something else.
+        """Waits for rollouts in progress and keeps them, so that the engines can do something else.
 
-        They are kept for their step.
-
-        Args:
-            weights_version: The version of the student's weights. An engine that fails here gets
-                these, and repeats its share of the rollouts with them.
-
-        Raises:
-            RuntimeError: See `of_step`.
-            RolloutEngineError: See `of_step`.
+        ``weights_version`` is that of the student's weights: an engine that fails here is restarted
+        with these, and repeats its share of the rollouts. Raises the errors of `of_step`.
         """
         ahead = self._ahead
         if ahead is None or ahead.rollouts is not None:
@@ -139,6 +122,7 @@ class RolloutSource:
             generated,
             self._prompts_of(ahead.step),
             sampling_of_step(ahead.step, self._plan.config),
+            # The second is for shares that were repeated after a failure.
             weights_versions=(ahead.weights_version, weights_version),
             context=self._context,
             reader=self._plan.teachers[0].reader,
@@ -156,4 +140,5 @@ class RolloutSource:
         config = self._plan.config
         is_last = step + 1 == config.train_iters
         is_ahead = config.rollout.one_step_off_policy and not is_last
+        # Not over a checkpoint: a resumed run could not repeat rollouts of older weights.
         return is_ahead and not checkpoints.is_due(step + 1, config)

@@ -34,18 +34,18 @@ def open_engines(
     frozen: Collection[str] = (),
     server_log: Path,
 ) -> Iterator[ReplicaEngines]:
-    """The run's rollout engines, without weights; ended at the end. Every rank has to call.
+    """The run's rollout engines, without weights; closed at the end. Every rank has to call.
 
     Args:
         plan: The run.
         context: This rank's place.
-        stream: Where every weight sync gets the weights from, see `ReplicaEngines`.
+        stream: Streams the weights for every sync, see `ReplicaEngines`.
         frozen: Names of the weights that never change.
         server_log: Gets the output of the vLLM server, if the run starts one.
 
     Raises:
         UserError: See `engine_gpus`.
-        RolloutEngineError: An engine did not start; or failed too often, in what is done with them.
+        RolloutEngineError: An engine did not start, or failed too often inside the block.
     """
     config = plan.config
     folder = plan.student_checkpoint.hf_folder
@@ -71,6 +71,7 @@ def open_engines(
                     config=vllm,
                 )
                 stack.enter_context(contextlib.closing(server))
+            # Rank 0 starts the server and tells the others its address.
             url: list[str | None] = [None if server is None else server.url]
             dist.broadcast_object_list(url, src=0)
             vllm = dataclasses.replace(vllm, server_url=url[0])
@@ -104,7 +105,7 @@ def open_engines(
 
 @contextlib.contextmanager
 def _naming(log: Path) -> Iterator[None]:
-    """Adds to an engine's error where the server's output is."""
+    """Adds the path of the server's log to an engine's error."""
     try:
         yield
     except RolloutEngineError as error:
@@ -112,11 +113,7 @@ def _naming(log: Path) -> Iterator[None]:
 
 
 def check_rollout_server(plan: RunPlan) -> None:
-    """Refuses a vLLM server that the run's rollouts cannot come from, if they come from one.
-
-    Raises:
-        UserError: See `check_server`.
-    """
+    """Checks the vLLM server that the run's rollouts come from, if any; see `check_server`."""
     vllm = plan.config.rollout.vllm
     if vllm.server_url is not None:
         check_server(
@@ -129,22 +126,14 @@ def check_rollout_server(plan: RunPlan) -> None:
 
 
 def check_server_to_start(plan: RunPlan, *, ranks_on_host: int) -> None:
-    """Refuses GPUs that the run's vLLM server cannot have, if the run starts one; on rank 0.
-
-    Args:
-        plan: The run.
-        ranks_on_host: Ranks on this machine.
-
-    Raises:
-        UserError: See `check_server_gpus`.
-    """
+    """Checks the GPUs of a vLLM server that the run starts; on rank 0. See `check_server_gpus`."""
     vllm = plan.config.rollout.vllm
     if vllm.start_server:
         check_server_gpus(vllm.server_gpus, ranks_on_host=ranks_on_host)
 
 
 def _max_model_len(plan: RunPlan) -> int:
-    """Tokens of the longest prompt with its response, of training and of evaluation."""
+    """Tokens of the longest prompt with its response, in training or evaluation."""
     if (given := plan.config.rollout.vllm.max_model_len) is not None:
         return given
     of_benchmarks = [
@@ -156,14 +145,9 @@ def _max_model_len(plan: RunPlan) -> int:
 
 
 def load_run_prompts(plan: RunPlan, *, today: datetime.date | None = None) -> list[Prompt]:
-    """Reads and tokenizes the run's prompts.
+    """Reads and tokenizes the run's prompts; raises the errors of `load_prompts`.
 
-    Args:
-        plan: The run.
-        today: The day that chat templates are told.
-
-    Raises:
-        UserError: See `load_prompts`.
+    ``today`` is the date for chat templates that print one.
     """
     data = plan.config.data
     teacher = None if plan.teachers[0].reader is None else plan.teachers[0].reader.prompts
@@ -181,10 +165,9 @@ def load_run_prompts(plan: RunPlan, *, today: datetime.date | None = None) -> li
 
 
 def describe_prompts(plan: RunPlan) -> str:
-    """The run's prompts for a reader: how many, and the first as the models read it.
+    """The number of prompts, and the first as the models read it, as text for ``--dry-run``.
 
-    Raises:
-        UserError: See `load_prompts`; every row is looked at.
+    Reads every row, and raises the errors of `load_prompts`.
     """
     prompts = load_run_prompts(plan)
     first = prompts[0]
@@ -205,7 +188,7 @@ def describe_prompts(plan: RunPlan) -> str:
 
 
 def prompts_of_step(step: int, prompts: list[Prompt], config: RunConfig) -> list[Prompt]:
-    """The prompts of one step; none where no prompts were loaded."""
+    """The prompts of one step; none if no prompts were loaded."""
     if not prompts:
         return []
     indices = prompt_indices(
@@ -222,13 +205,13 @@ def prompts_of_step(step: int, prompts: list[Prompt], config: RunConfig) -> list
 
 
 def compares_logprobs(step: int, config: RunConfig) -> bool:
-    """Whether the log-probabilities of a step's rollouts are compared with the trainer's."""
+    """Whether a step's rollouts are checked against the trainer's log-probabilities."""
     interval = config.rollout.logprob_check_interval
     return interval is not None and step % interval == 0
 
 
 def sampling_of_step(step: int, config: RunConfig) -> SamplingParams:
-    """How the responses of one step are sampled."""
+    """The sampling parameters of one step."""
     rollout = config.rollout
     return SamplingParams(
         temperature=rollout.temperature,
@@ -238,7 +221,7 @@ def sampling_of_step(step: int, config: RunConfig) -> SamplingParams:
         stop_token_ids=tuple(rollout.stop_token_ids),
         max_new_tokens=rollout.max_new_tokens,
         samples_per_prompt=rollout.samples_per_prompt,
-        # A prompt that comes again in a later epoch gets other responses.
+        # So that a prompt gets other responses in a later epoch.
         seed=config.seed + step,
         logprobs=compares_logprobs(step, config),
     )
@@ -247,15 +230,11 @@ def sampling_of_step(step: int, config: RunConfig) -> SamplingParams:
 def taught_by(
     rollouts: Sequence[Rollout], shares: Sequence[float | None], *, seed: int
 ) -> list[Rollout]:
-    """Says of each rollout which teachers teach it (`Rollout.taught_by`).
+    """Sets ``Rollout.taught_by``: the teachers of each rollout.
 
-    A prompt belongs to a teacher by a hash of its number in the data set, in every step alike.
-
-    Args:
-        rollouts: The step's.
-        shares: The share of the prompts that each teacher teaches; None is all of them, beside the
-            one whose share a prompt is in.
-        seed: Enters the hash.
+    A prompt is assigned to a teacher by a hash of its index and ``seed``, the same in every step. A
+    share of None is a teacher of all prompts, in addition to the teacher that a prompt is assigned
+    to.
     """
     if all(share is None for share in shares):
         return list(rollouts)
@@ -266,7 +245,7 @@ def taught_by(
             bounds.append((0.0, 1.0))
             continue
         stop = start + share
-        # The last share ends at 1, whatever rounding made of the sum.
+        # The last share ends at 1, despite rounding errors in the sum.
         bounds.append((start, 1.0 if stop > 1 - 1e-9 else stop))
         start = stop
     result = []
@@ -279,5 +258,6 @@ def taught_by(
 
 def _number(prompt_index: int, seed: int) -> float:
     """A number in [0, 1), the same on every machine."""
+    # Not hash(), which differs between processes for strings.
     digest = hashlib.sha256(f"{seed}:{prompt_index}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

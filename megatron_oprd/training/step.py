@@ -31,56 +31,33 @@ from megatron_oprd.weights.load import load_weights
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step did; the same on every rank.
+    """The result of one step, the same on every rank."""
 
-    Attributes:
-        loss: The whole loss, coefficients included; None where nothing was supervised.
-        loss_per_layer: The loss of each matched pair, without coefficient and layer weight; None
-            where the teacher had no position to supervise.
-        cosine_per_layer: Mean cosine of each matched pair, likewise.
-        output_loss: The output-space loss without its coefficient; None if there is none, or it had
-            no position.
-        extra_teachers: (loss, cosine) of each matched pair of each extra teacher, likewise.
-        grad_norm: Global gradient norm before clipping.
-        lr: Learning rate of the update.
-        skipped: Whether loss or gradient were not finite, so that nothing was updated.
-        seconds_teacher: Wall-clock of the teacher pass.
-        seconds_student: Wall-clock of the student's forward and backward pass.
-        seconds_optimizer: Wall-clock of the update.
-    """
-
+    # Coefficients included; None if no position was supervised.
     loss: float | None
+    # By matched pair, without coefficient and layer weight; None if this teacher had no position.
     loss_per_layer: Sequence[float | None]
     cosine_per_layer: Sequence[float | None]
+    # Without its coefficient; None without an output-space loss or positions for it.
     output_loss: float | None
+    # (loss_per_layer, cosine_per_layer) of each extra teacher.
     extra_teachers: list[tuple[Sequence[float | None], Sequence[float | None]]]
-    grad_norm: float | None
+    grad_norm: float | None  # global, before clipping
     lr: float
-    skipped: bool
-    seconds_teacher: float
+    skipped: bool  # loss or gradient not finite: no update
+    seconds_teacher: float  # wall-clock of each phase
     seconds_student: float
     seconds_optimizer: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """What came out beside the gradients themselves.
+    """The metrics of the backward passes; the same on every rank."""
 
-    Attributes:
-        loss_per_layer: Loss of each matched pair over the global batch, without coefficient and
-            layer weight, [pairs], fp64, the same on every rank.
-        cosine_per_layer: Cosine of each matched pair, likewise.
-        output_loss: The output-space loss without its coefficient, a scalar, likewise; 0 if there
-            is none.
-        extra_teachers: (loss, cosine) of each matched pair of each extra teacher, likewise.
-        seconds_teacher: Wall-clock of the teachers' passes.
-        seconds_student: Wall-clock of the student's passes.
-    """
-
-    loss_per_layer: Tensor
-    cosine_per_layer: Tensor
-    output_loss: Tensor
-    extra_teachers: list[tuple[Tensor, Tensor]]
+    loss_per_layer: Tensor  # [pairs], fp64; without coefficient and layer weight
+    cosine_per_layer: Tensor  # [pairs], fp64
+    output_loss: Tensor  # scalar, fp64; without its coefficient; 0 if there is none
+    extra_teachers: list[tuple[Tensor, Tensor]]  # (loss, cosine) as above
     seconds_teacher: float
     seconds_student: float
 
@@ -88,16 +65,12 @@ class Gradients:
 class Distiller:
     """Teachers, student and optimizer of one run on this rank.
 
-    Args:
-        plan: The run.
-        context: This rank's place.
-
     Attributes:
         plan: The run.
         context: This rank's place.
-        teachers: The teachers, the first one in front.
-        state: What changes during training.
-        refresh: How the teacher follows the student; None if it does not.
+        teachers: The teachers, ``model.teacher`` first.
+        state: The student's chunks, its optimizer and schedule.
+        refresh: Updates the teacher from the student; None for a fixed teacher.
     """
 
     def __init__(self, plan: RunPlan, context: ParallelContext) -> None:
@@ -108,6 +81,8 @@ class Distiller:
             Teacher(one, context, number=number) for number, one in enumerate(plan.teachers)
         ]
         student, student_config = self._build_student(plan.layout.student)
+        # Before make_train_state, which gives gradient buffers and optimizer states to whatever
+        # requires gradients.
         freeze_past_deepest_tap(
             student,
             num_running_layers=plan.layout.num_running_layers,
@@ -125,6 +100,7 @@ class Distiller:
                 interval=config.teacher.refresh_interval,
                 ema_decay=config.teacher.ema_decay,
             )
+        # The taps sit on the unwrapped modules: DistributedDataParallel wraps them only at the end.
         self._head: HeadTap | None = None
         if plan.layout.compares_outputs and student[-1].post_process:
             self._head = HeadTap(
@@ -145,22 +121,21 @@ class Distiller:
         self.state = make_train_state(config, student_config, student)
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> StepBatches:
-        """This replica's micro-batches of the global batch, in groups of one teacher pass each.
+        """This replica's micro-batches of the global batch, grouped into one teacher pass each.
 
         Without ``teacher.target_memory_gb`` there is one group.
-
-        Args:
-            rollouts: Those of the global batch.
         """
         return make_micro_batches(self.plan, self.context, rollouts)
 
     def compute_gradients(self, groups: Sequence[Sequence[MicroBatch]]) -> Gradients:
-        """Runs teacher and student over each group in turn; gradients are reduced at the end."""
+        """Runs teachers and student over each group in turn; the last reduces the gradients."""
         seconds_teacher = seconds_student = 0.0
         clock = _Clock()
         for number, group in enumerate(groups):
             self.teacher_pass(group)
             seconds_teacher += clock.lap()
+            # After the first teacher pass, so that offloaded gradient buffers come back as late as
+            # possible.
             if number == 0:
                 self.state.clear_gradients()
             self.student_pass(group, is_last=number == len(groups) - 1)
@@ -176,10 +151,11 @@ class Distiller:
         )
 
     def teacher_pass(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Runs the teachers over a group of micro-batches, keeping the targets at the taps."""
+        """Runs the teachers over a group of micro-batches and keeps the targets at the taps."""
         for one in self.teachers:
             keeps_hidden = self._head is not None and one is self.teachers[0]
 
+            # A default argument for `keeps`: a closure would see the value of the last teacher.
             def end(
                 hidden: Tensor, micro_batch: MicroBatch, chunk: Any, keeps: bool = keeps_hidden
             ) -> Tensor:
@@ -193,16 +169,19 @@ class Distiller:
     def student_pass(self, micro_batches: Sequence[MicroBatch], *, is_last: bool) -> None:
         """Runs the student forward and backward over a group of micro-batches.
 
-        Gradients add up over groups; with the last they are summed over the replicas.
+        Gradients accumulate over groups; with the last group they are reduced over the replicas.
         """
         config = self._student_config
         if self._head is not None:
-            # Megatron gathers parameters for modules that are called, which the head is not.
+            # With overlap_param_gather, Megatron waits for a module's parameters in its forward
+            # pre-hook. The head's weight is read directly, without calling the module.
             self.state.gather_parameters()
         with ExitStack() as stack:
             if not is_last:
-                # Megatron's schedule reduces gradients at its end, and, with overlap, in the last
-                # micro-batch's backward pass.
+                # Megatron's schedule reduces gradients at its end and, with overlap, in the last
+                # micro-batch's backward pass. Before the last group both would reduce partial sums:
+                # no_sync() holds the overlapped reduction back, and no_sync_func has to go, or the
+                # schedule would leave no_sync() for its last micro-batch.
                 for chunk in self.state.chunks:
                     stack.enter_context(chunk.no_sync())
                 stack.enter_context(_setting(config, "no_sync_func", None))
@@ -216,18 +195,17 @@ class Distiller:
             )
 
     def end_step(self) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """Hands out the passes' metrics over the global batch, and starts them anew.
+        """Returns the passes' metrics over the global batch and resets them.
 
-        Every rank has to call.
-
-        Returns:
-            The first four attributes of `Gradients`.
+        The result is the first four attributes of `Gradients`. All ranks have to call.
         """
         parts = [torch.stack(one.end_step()) for one in self.teachers]  # [2, pairs] of each
         metrics = torch.cat(parts, dim=1)
         output_loss = metrics.new_zeros(()) if self._head is None else self._head.end_step()
         if self.context.tp_rank != 0:
-            # These ranks saw the same positions as tensor rank 0.
+            # These ranks compared the same positions as tensor rank 0, and the sum below would
+            # count them again. Under sequence parallelism hidden states are sharded, and each rank
+            # has its own part.
             output_loss.zero_()
             if not self.plan.config.parallel.sequence_parallel:
                 metrics.zero_()
@@ -237,36 +215,35 @@ class Distiller:
         return loss, cosine, output_loss, [(of_other[0], of_other[1]) for of_other in others]
 
     def update(self, loss_is_finite: bool) -> tuple[float, bool]:
-        """Updates the student, unless loss or gradient are not finite.
+        """Updates the student unless loss or gradient are not finite.
 
-        Returns:
-            The gradient norm before clipping, and whether the student was updated.
+        Returns the gradient norm before clipping, and whether the student was updated.
         """
         optimizer = self.state.optimizer
         with self.state.states_on_device():
             optimizer.prepare_grads()
             norm = float(optimizer.get_grad_norm())
+            # Both are reduced over all ranks, so every rank decides the same.
             is_finite = loss_is_finite and math.isfinite(norm)
             if is_finite:
                 updated, _, _ = optimizer.step()
                 assert updated, "without a loss scaler the optimizer has no reason not to step"
+                # Not for skipped steps: the schedule counts updates, as the optimizer's step
+                # counter does.
                 self.state.scheduler.step(increment=1)
         self.state.free_gradients()
         return norm, is_finite
 
     def refresh_teacher(self, num_steps: int) -> None:
-        """Has the teacher follow the student, if it does and it is time.
-
-        Args:
-            num_steps: Steps that are done.
-        """
+        """Updates a teacher that follows the student, if it is due after ``num_steps`` steps."""
         if self.refresh is not None:
             self.state.gather_parameters()
             self.refresh.after_update(num_steps)
 
     def step(self, rollouts: Sequence[Rollout]) -> StepResult:
-        """One whole step on the rollouts of the global batch, which every rank passes alike."""
+        """One whole step on the rollouts of the global batch, which are the same on every rank."""
         batches = self.micro_batches(rollouts)
+        # Read before the update, which moves the schedule on.
         lr = self.state.optimizer.param_groups[0]["lr"]
         if batches.is_empty:
             return self._nothing_supervised(lr)
@@ -307,7 +284,8 @@ class Distiller:
         )
 
     def _nothing_supervised(self, lr: float) -> StepResult:
-        """A step that teaches nothing: an update would be weight decay and old moments alone."""
+        """The result of a step without supervised positions."""
+        # No update: it would consist of weight decay and old moments alone.
         (loss, cosine), *others = [_nothing(one.plan) for one in self.teachers]
         return StepResult(
             loss=None,
@@ -368,7 +346,7 @@ def _nothing(plan: TeacherPlan) -> tuple[Sequence[float | None], Sequence[float 
 
 @contextmanager
 def _setting(config: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives a setting another value inside the block."""
+    """Sets an attribute of a configuration inside the block."""
     before = getattr(config, name)
     setattr(config, name, value)
     try:
@@ -378,7 +356,7 @@ def _setting(config: Any, name: str, value: Any) -> Iterator[None]:
 
 
 class _Clock:
-    """Wall-clock seconds between laps, with the device's work done."""
+    """Wall-clock seconds between laps; each lap waits for the GPU."""
 
     def __init__(self) -> None:
         torch.cuda.synchronize()

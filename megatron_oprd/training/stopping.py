@@ -1,4 +1,4 @@
-"""Ending a run before its last step: on a signal, or after a time, at the end of a step."""
+"""Ends a run early at the end of a step, on a signal or after a time."""
 
 import signal
 import threading
@@ -18,27 +18,18 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What all ranks do at the end of a step.
+    """The decision of all ranks at the end of a step."""
 
-    Attributes:
-        stops_on: Why the run ends here; None if it goes on.
-        saves: Whether a checkpoint is due by the clock.
-    """
-
-    stops_on: str | None
-    saves: bool
+    stops_on: str | None  # the reason to stop; None goes on
+    saves: bool  # whether a checkpoint is due by the clock
 
 
 class StopRequests:
-    """Takes note of signals inside its block, and of the time.
+    """Records signals and the elapsed time inside its block.
 
-    A signal that a batch system sends (SIGTERM, or SIGUSR1 some time before it) would end the
-    process at once and lose the steps since the last checkpoint. A second one is taken note of like
-    the first: torchrun passes a signal on that its processes may have got themselves.
-
-    Args:
-        settings: Of checkpoints.
-        context: This rank's place.
+    A signal from a batch system (SIGTERM, or SIGUSR1 some time before it) would otherwise end the
+    process at once and lose the steps since the last checkpoint. Further signals only count as the
+    first: torchrun passes on signals that its processes may have received themselves.
     """
 
     def __init__(self, settings: CheckpointConfig, context: ParallelContext) -> None:
@@ -48,7 +39,8 @@ class StopRequests:
         self._started = self._saved = time.monotonic()
 
     def __enter__(self) -> Self:
-        # Python lets the main thread only set handlers; tests run workers in other threads, too.
+        # Python allows only the main thread to set handlers; tests also run workers in other
+        # threads.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
@@ -58,17 +50,15 @@ class StopRequests:
             signal.signal(number, handler)
 
     def saved(self) -> None:
-        """A checkpoint was written just now."""
+        """Restarts the clock of ``save_interval_minutes``."""
         self._saved = time.monotonic()
 
     def agree(self) -> Decision:
-        """What to do at the end of a step; the same on every rank, each of which has to call.
-
-        The clock is rank 0's; a signal counts whichever ranks have got it.
-        """
+        """The decision at the end of a step, the same on every rank. Every rank has to call."""
         now = time.monotonic()
         leads = self._context.rank == 0
 
+        # Rank 0's clock decides for all.
         def is_due(minutes: float | None, since: float) -> int:
             return int(leads and minutes is not None and now - since >= 60 * minutes)
 
@@ -80,6 +70,7 @@ class StopRequests:
             ],
             device=self._context.device,
         )
+        # A signal counts whichever rank received it.
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         number, exits, saves = votes.tolist()
         reason = None

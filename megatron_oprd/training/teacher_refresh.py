@@ -1,4 +1,4 @@
-"""A teacher that follows the student it is a copy of (on-policy self-distillation)."""
+"""A teacher that follows the student that it is a copy of (on-policy self-distillation)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,18 +14,15 @@ PREFIX = "teacher."
 
 
 class TeacherRefresh:
-    """Takes the student's weights over into the teacher, now and then or a little each time.
+    """Copies or averages the student's weights into the teacher.
 
     Teacher and student have the same layers on each rank, so nothing is communicated.
 
     Args:
-        teacher: The teacher's chunks on this rank; up to its last layer they are like the
-            student's.
+        teacher: The teacher's chunks on this rank; they may end earlier than the student's.
         student: The student's chunks, not wrapped.
         interval: Updates from one refresh to the next.
-        ema_decay: What a refresh keeps of the teacher; 0 takes the student's weights as they are.
-            Otherwise the average is kept in fp32, beside the weights if these are in another
-            format: a small share of a difference would be lost in bf16.
+        ema_decay: The weight of the teacher's old value; 0 copies the student.
     """
 
     def __init__(
@@ -43,6 +40,7 @@ class TeacherRefresh:
         self._chunks = teacher
         self._interval = interval
         self._decay = ema_decay
+        # In fp32 next to bf16 weights: a small share of a difference would be rounded away in bf16.
         self._averages: dict[int, Tensor] = {}
         if ema_decay > 0:
             self._averages = {
@@ -52,11 +50,7 @@ class TeacherRefresh:
 
     @torch.no_grad()
     def after_update(self, num_updates: int) -> None:
-        """Refreshes the teacher if it is time.
-
-        Args:
-            num_updates: Steps that are done, this one included.
-        """
+        """Refreshes the teacher if it is due after ``num_updates`` steps, this one included."""
         if num_updates % self._interval:
             return
         for of_teacher, of_student in self._pairs:
@@ -76,12 +70,13 @@ class TeacherRefresh:
                 sharded.data = average
                 if isinstance(sharded, ShardedTensor):
                     sharded.dtype = average.dtype
+            # Numbered, because parameters of different chunks may have the same name.
             state[f"{number}.{name}"] = sharded
         return state
 
     @torch.no_grad()
     def load(self, loaded: dict[str, Tensor]) -> None:
-        """Takes over what `sharded_state_dict` has stored, loaded."""
+        """Sets the teacher from a loaded `sharded_state_dict`."""
         for number, (name, parameter) in enumerate(self._named()):
             value = loaded[f"{number}.{name}"]
             if id(parameter) in self._averages:

@@ -1,4 +1,4 @@
-"""One of a run's teachers on this rank: its weights, its taps, its pass."""
+"""One of a run's teachers on this rank: its weights, its taps, its forward pass."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,15 +20,7 @@ from megatron_oprd.training.plan import TeacherPlan
 class Teacher:
     """A teacher and the taps between it and the student.
 
-    Args:
-        plan: This teacher.
-        context: This rank's place.
-        number: Which of the teachers it is; 0 is the first.
-
-    Attributes:
-        plan: This teacher.
-        chunks: Its chunks on this rank.
-        taps: The taps.
+    ``number`` is its index among the run's teachers.
     """
 
     def __init__(self, plan: TeacherPlan, context: ParallelContext, *, number: int) -> None:
@@ -63,7 +55,7 @@ class Teacher:
         self._selections: dict[tuple[int, bool], tuple[MicroBatch, Selection]] = {}
 
     def offload(self, resident: Sequence[Tensor]) -> None:
-        """Has the weights in host memory from here on, but during `run`, and but for some."""
+        """Keeps all weights but ``resident`` in host memory from now on, except during `run`."""
         self._weights = OffloadedWeights(self.chunks, resident)
 
     def run(
@@ -71,11 +63,10 @@ class Teacher:
         micro_batches: Sequence[MicroBatch],
         end: Callable[[Tensor, MicroBatch, Any], Tensor],
     ) -> None:
-        """Runs the teacher over a group of micro-batches, keeping the targets at the taps.
+        """Runs the teacher over a group of micro-batches and keeps the targets at the taps.
 
-        Args:
-            micro_batches: The student's.
-            end: See `run_schedule`; called with what this teacher teaches of a micro-batch.
+        ``micro_batches`` are the student's. ``end`` (see `run_schedule`) gets those with this
+        teacher's weights.
         """
 
         def begin(micro_batch: MicroBatch) -> MicroBatch:
@@ -94,26 +85,26 @@ class Teacher:
             )
 
     def begin_student(self, micro_batch: MicroBatch) -> None:
-        """Says which micro-batch the student's next forward pass is of."""
+        """Announces the micro-batch of the student's next forward pass."""
         _, selection = self._select(self._own(micro_batch), for_teacher=False)
         self.taps.begin(selection)
 
     def end_step(self) -> tuple[Tensor, Tensor]:
-        """See `Taps.end_step`."""
+        """The metrics of the step, see `Taps.end_step`."""
         self._selections.clear()
         return self.taps.end_step()
 
     def _select(
         self, micro_batch: MicroBatch, *, for_teacher: bool
     ) -> tuple[MicroBatch, Selection]:
-        """What a model reads of a micro-batch, and what is compared: worked out once in a step.
-
-        Chunks and passes share it, since it goes to the device, which waits for that.
-        """
+        """The micro-batch that a model reads, and its compared positions."""
+        # Cached for the step, for all chunks and passes: building a selection copies to the GPU and
+        # waits for it.
         key = micro_batch.index, for_teacher and micro_batch.teacher is not None
         if key not in self._selections:
             self._selections[key] = self._selector.select(micro_batch, for_teacher=for_teacher)
         return self._selections[key]
 
     def _own(self, micro_batch: MicroBatch) -> MicroBatch:
+        # Extra teachers have their own weights on the same tokens.
         return micro_batch.others[self._number - 1] if self._number else micro_batch
