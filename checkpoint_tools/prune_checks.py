@@ -5,6 +5,7 @@ know what a field means for a layer.
 """
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -121,13 +122,15 @@ def compare_logits(source: HFCheckpoint, config: Mapping[str, Any], keep: Sequen
     if whole_config is None or pruned_config is None:
         return f"logits were not compared: transformers has no {source.config.get('model_type')}"
     # Both models exist until assign replaces the pruned one's own weights.
-    needed, free = 2 * source.num_bytes(), psutil.virtual_memory().available
+    dtype = source.dtype(source.names()[0])
+    # Both models are loaded in one dtype, whatever the tensors' own are.
+    elements = sum(math.prod(source.shape(name)) for name in source.names())
+    needed, free = 2 * elements * dtype.itemsize, psutil.virtual_memory().available
     if needed > free:
         return (
             f"logits were not compared: both models take {needed / 1e9:.1f} GB of host memory, and "
             f"{free / 1e9:.1f} GB are free"
         )
-    dtype = source.dtype(source.names()[0])
     try:
         whole = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=dtype, attn_implementation="eager"

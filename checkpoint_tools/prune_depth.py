@@ -176,7 +176,9 @@ def pruned_config(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, Any]:
             if value not in (0, 1) and not config.get(_PERIODS[field] or ""):
                 raise _cannot_keep(source, field, value)
         # Only the depth itself changes; another number stays.
-        elif field in _SAME_NUMBER and value == num_layers:
+        elif field in _SAME_NUMBER:
+            if value != num_layers:
+                raise _cannot_keep(source, field, value)
             config[field] = len(keep)
     known = {*_PER_LAYER, *_LAYER_NUMBERS, *_FIRST_LAYERS, *_PERIODS, *_SAME_NUMBER, *_OTHER_LAYERS}
     for field, value in fields_of_layers(source.config, num_layers, known):

@@ -22,6 +22,7 @@ Message = dict[str, str]
 # not.
 _THINKING = re.compile(r"(<think>|\[THINK\])\s*(</think>|\[/THINK\])?\s*$")
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_CLOCK = "strftime_now"
 _PROBE = "zqjx"  # stands for a message's text where a template is looked at
 
 
@@ -195,6 +196,14 @@ def _render(
             add_generation_prompt=not is_begun,
             continue_final_message=is_begun,
         )
+
+
+def asks_the_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template prints a date that `ChatFormat.today` cannot fix."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default", "")
+    return _CLOCK in _DATE.sub("", template or "")
 
 
 def _apply(

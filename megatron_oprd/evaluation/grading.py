@@ -180,7 +180,8 @@ class Grader:
         end = time.monotonic() + seconds
         line = b""
         while not line.endswith(b"\n"):
-            ready, _, _ = select.select([self._process.stdout], [], [], end - time.monotonic())
+            left = max(end - time.monotonic(), 0.0)
+            ready, _, _ = select.select([self._process.stdout], [], [], left)
             # read1 returns the available bytes; read and readline would block past the time limit.
             piece = self._process.stdout.read1() if ready else b""  # type: ignore[attr-defined]
             if not piece:

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd.config.schema import RunConfig
-from megatron_oprd.data.chat import ChatFormat, thinking, turn_end
+from megatron_oprd.data.chat import ChatFormat, asks_the_clock, thinking, turn_end
 from megatron_oprd.data.prompts import TeacherPrompts, check_prompt_files
 from megatron_oprd.data.teacher_sequences import TeacherReader
 from megatron_oprd.data.tokenizers import (
@@ -150,6 +150,13 @@ def _warn_of_turns(
     # The generation prompt that the teacher was trained on; `read` is the one it gets in this run.
     expected = thinking(of_teacher, replace(chat, suffix=""))
     reads_own = config.teacher_prompt.tokenizer == "own"
+    for model, one in (("student", tokenizer), *([("teacher", of_teacher)] if reads_own else [])):
+        if asks_the_clock(one):
+            logger.warning(
+                "the chat template of model.%s prints a date in a format that is computed, so that "
+                "it cannot be kept: a resume on another day will be refused",
+                model,
+            )
     read = thinking(of_teacher if reads_own else tokenizer, chat)
     # A suffix is deliberate.
     if None not in (found, expected) and read != expected and not chat.suffix:

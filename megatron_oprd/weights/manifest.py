@@ -102,7 +102,13 @@ def read_file_checksums(folder: Path) -> dict[str, tuple[int, str]] | None:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict):
         return None
-    return {name: (int(size), str(checksum)) for name, (size, checksum) in files.items()}
+    try:
+        return {name: (int(size), str(checksum)) for name, (size, checksum) in files.items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: an entry of files is not [bytes, checksum] ({error}); copy the checkpoint "
+            "again."
+        ) from error
 
 
 def compare_files(

@@ -161,6 +161,7 @@ def test_everything_else_of_the_config_stays(tmp_path: Path) -> None:
     [
         ({"layer_types": ["full_attention"] * 5}, r"layer_types has 5 entries for 6 layers"),
         ({"decoder_sparse_step": 2}, r"decoder_sparse_step=2 depends on"),
+        ({"num_layers": 12}, r"num_layers=12 depends on"),
         ({"cross_attention_layers": [1, 3]}, r"cross_attention_layers=\[1, 3\] depends on"),
         ({"quantization_config": {"skip": ["model.layers.3.mlp"]}}, r"quantization_config\.skip"),
         ({"num_hidden_layers": 7, "layer_types": None}, r"=7, but .* exist for 6 layers, up to la"),

@@ -16,6 +16,8 @@ TURNS = (
 )
 THINKS = TURNS.replace("'<assistant>'", "'<assistant><think>'")
 NO_END = TURNS.replace(" + '<eos>'", "")
+LITERAL_DATE = "{{ strftime_now('%d %b %Y') }}" + TURNS
+COMPUTED_DATE = "{% set f = '%d' %}{{ strftime_now(f) }}" + TURNS
 OWN = "teacher_prompt.tokenizer=own"
 
 
@@ -34,6 +36,8 @@ OWN = "teacher_prompt.tokenizer=own"
         (THINKS, TURNS, ["teacher_prompt.suffix=<think>", OWN], None),
         (TURNS, NO_END, [OWN], "which token ends a turn of model.teacher"),
         (TURNS, NO_END, [], None),
+        (COMPUTED_DATE, TURNS, [], "model.student prints a date in a format that is computed"),
+        (LITERAL_DATE, TURNS, [], None),
     ],
 )
 def test_generation_prompts_and_ends_of_turns(

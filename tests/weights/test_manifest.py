@@ -15,6 +15,7 @@ from megatron_oprd.weights.manifest import (
     ChecksumDifference,
     compare_checksums,
     read_checksums,
+    read_file_checksums,
     stored_tensors,
 )
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
@@ -128,3 +129,10 @@ def test_a_manifest_is_not_that_of_a_later_iteration(folders: Path, tmp_path: Pa
     (folder / "latest_checkpointed_iteration.txt").write_text("10")
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         read_checksums(folder)
+
+
+@pytest.mark.parametrize("entry", ['"x"', "3", '["big", "x"]', "null"])
+def test_file_checksums_that_are_not_pairs(tmp_path: Path, entry: str) -> None:
+    (tmp_path / "manifest.json").write_text(f'{{"files": {{"a": {entry}}}}}')
+    with pytest.raises(UserError, match=r"manifest\.json: an entry of files is not"):
+        read_file_checksums(tmp_path)
