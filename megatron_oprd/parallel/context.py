@@ -90,7 +90,7 @@ class ParallelContext:
         )
 
     def with_expert_sizes(self, parallel: ParallelConfig) -> "ParallelContext":
-        """This place for a model with other expert-parallel sizes.
+        """This place for a model whose parallel layout differs only in the experts' sizes.
 
         Every rank has to call with the same ``parallel``; creates process groups if the sizes
         differ.

@@ -272,8 +272,9 @@ def _sharded_state(
         name: module.sharded_state_dict(metadata=dict(_MODEL_METADATA)) for name, module in modules
     }
     for name, _ in modules:
-        # The padding of the vocabulary depends on the tensor-parallel size. Megatron allows it for
-        # the embedding but not for the head.
+        # The padding of the vocabulary depends on the tensor-parallel size. Megatron allows that
+        # for the embedding, but for the head only with post_process, which a head that is not run
+        # does not have.
         if "output_layer.weight" in content[name]:
             content[name]["output_layer.weight"].allow_shape_mismatch = True
     model = dict(content)
