@@ -1,6 +1,10 @@
-"""One training step; rank 0 writes how often it asked a tensor for its values, by operation."""
+"""One training step; rank 0 writes how often it asked a tensor for its values, by operation.
+
+On a GPU also how often torch says that the host waited for the device.
+"""
 
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -43,7 +47,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         distiller = Distiller(make_plan(config, world_size=dist.get_world_size()), context)
         groups = distiller.micro_batches(as_rollouts(*fixed_rollouts())).groups
         tolist, select = torch.Tensor.tolist, RankSelector.select
-        counted = CountedOperations()
+        counted, on_gpu = CountedOperations(), context.device.type == "cuda"
 
         def counting_tolist(tensor: torch.Tensor) -> Any:
             counted.counts["tolist"] += 1
@@ -55,10 +59,19 @@ def run(case: dict[str, Any], directory: Path) -> None:
 
         torch.Tensor.tolist, RankSelector.select = counting_tolist, counting_select  # type: ignore[method-assign, assignment]
         try:
-            with counted:
+            with counted, warnings.catch_warnings(record=True) as found_warnings:
+                warnings.simplefilter("always")
+                if on_gpu:
+                    torch.cuda.set_sync_debug_mode("warn")
                 distiller.compute_gradients(groups)
         finally:
+            if on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
             torch.Tensor.tolist, RankSelector.select = tolist, select  # type: ignore[method-assign]
+        if on_gpu:
+            counted.counts["synchronizations"] = sum(
+                "synchronizing CUDA operation" in str(one.message) for one in found_warnings
+            )
         if context.rank == 0:
             found = {**counted.counts, "micro_batches": sum(map(len, groups))}
             (directory / f"{case['name']}.json").write_text(json.dumps(found))
