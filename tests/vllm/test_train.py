@@ -37,12 +37,18 @@ CASES = {
     "tp2_sp_pp2": (4, [*VLLM, *TP2_SP, *PP2, *SPLIT]),
 }
 
+# Runs that only slow tests look at.
+NIGHTLY = {"ahead", "dp2_killed", "tp2_sp_pp2"}
 # The first rank's, before the second step's rollouts.
 KILLED = {"dp2_killed": {"kill_engine_before": 1}}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    is_nightly = any(
+        item.path == request.path and item.get_closest_marker("slow")
+        for item in request.session.items
+    )
     root = tmp_path_factory.mktemp("vllm_loop")
     pair, untied = (
         save_pair(root / name, "llama", tied=tied, hidden_size=128, intermediate_size=192)
@@ -57,9 +63,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 **KILLED.get(name, {}),
             }
             for name, (of, overrides) in CASES.items()
-            if of == ranks
+            if of == ranks and (is_nightly or name not in NIGHTLY)
         ]
-        run_ranks("loop", cases, ranks, root)
+        if cases:
+            run_ranks("loop", cases, ranks, root)
     return root
 
 
@@ -80,6 +87,7 @@ def tokens(rollouts: list[Any]) -> list[tuple[int, ...]]:
     return [rollout.response_ids for rollout in rollouts]
 
 
+@pytest.mark.slow
 def test_neither_layout_nor_a_killed_engine_changes_rollouts(root: Path) -> None:
     """Two engines of two replicas, of which one is killed, sample what one engine samples."""
     found, expected = rollouts_of(root, "dp2_killed"), rollouts_of(root, "tp2_sp_pp2")
@@ -101,7 +109,13 @@ def test_both_engines_follow_the_student(root: Path) -> None:
     assert found[0][0].logprobs != pytest.approx(found[1][0].logprobs, abs=1e-2)
 
 
-@pytest.mark.parametrize("name", ["tp2_sp", "dp2_killed", "frozen", "tp2_sp_pp2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in NIGHTLY))
+        for name in ("tp2_sp", "dp2_killed", "frozen", "tp2_sp_pp2")
+    ],
+)
 def test_log_probabilities_are_the_trainers(root: Path, name: str) -> None:
     """Up to rounding, also of an engine that got its weights anew."""
     for record in records(root, name):
@@ -118,6 +132,7 @@ def test_what_is_frozen_is_sent_once(root: Path) -> None:
     assert len({tokens(of_step)[0] for of_step in rollouts_of(root, "frozen")}) > 1
 
 
+@pytest.mark.slow
 def test_one_step_off_policy(root: Path) -> None:
     """The second step's rollouts are of the weights from before the first update."""
     first, second = rollouts_of(root, "ahead")
