@@ -7,7 +7,7 @@ know what a field means for a layer.
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -33,6 +33,19 @@ _LAYERS_IN_NAME = re.compile(
     r"(^|_)(layer|block)s?_(start|end|index|interval|idx|offset|freq|period|step|group_size|ids)"
     r"|every_n|_interval$|_period$|_pattern$|_layers$|(^|_)layer_idx"
 )
+
+
+def renumbered(names: Iterable[str], keep: Sequence[int]) -> dict[str, str]:
+    """The names of all tensors but those of dropped layers, each with its name after pruning."""
+    new_number = {old: new for new, old in enumerate(keep)}
+    result = {}
+    for name in names:
+        match = LAYER_TENSOR.fullmatch(name)
+        if match is None:
+            result[name] = name
+        elif (layer := int(match[2])) in new_number:
+            result[name] = f"{match[1]}{new_number[layer]}{match[3]}"
+    return result
 
 
 def fields_of_layers(
@@ -121,9 +134,9 @@ def compare_logits(source: HFCheckpoint, config: Mapping[str, Any], keep: Sequen
     whole_config, pruned_config = _read(source, source.config), _read(source, config)
     if whole_config is None or pruned_config is None:
         return f"logits were not compared: transformers has no {source.config.get('model_type')}"
-    # Both models exist until assign replaces the pruned one's own weights.
+    # Both models exist until assign replaces the pruned one's own weights, and both are in one
+    # dtype, whatever the tensors' own are.
     dtype = source.dtype(source.names()[0])
-    # Both models are loaded in one dtype, whatever the tensors' own are.
     elements = sum(math.prod(source.shape(name)) for name in source.names())
     needed, free = 2 * elements * dtype.itemsize, psutil.virtual_memory().available
     if needed > free:
@@ -141,18 +154,13 @@ def compare_logits(source: HFCheckpoint, config: Mapping[str, Any], keep: Sequen
     except (ValueError, ImportError, RuntimeError) as error:
         text = " ".join(str(error).split())[:200]
         return f"logits were not compared: transformers cannot load the model: {text}"
-    new_number = {old: new for new, old in enumerate(keep)}
-    state = {}
-    for name, tensor in whole.state_dict().items():
-        match = LAYER_TENSOR.fullmatch(name)
-        if match is None:
-            state[name] = tensor
-        elif int(match[2]) in new_number:
-            state[f"{match[1]}{new_number[int(match[2])]}{match[3]}"] = tensor
+    state = whole.state_dict()
     # assign shares the tensors instead of copying them.
-    pruned.load_state_dict(state, assign=True)
+    pruned.load_state_dict(
+        {new: state[old] for old, new in renumbered(state, keep).items()}, assign=True
+    )
     for number, layer in enumerate(whole.get_decoder().layers):
-        if number not in new_number:
+        if number not in keep:
             layer.register_forward_hook(_pass_input_on, with_kwargs=True)
     # 7919, a prime, spreads the tokens over the vocabulary, the same ones in every run.
     tokens = torch.arange(_TOKENS)[None] * 7919 % whole_config.get_text_config().vocab_size
@@ -218,14 +226,7 @@ def _check_shapes(
     of_whole, of_pruned = _shapes(whole), _shapes(pruned)
     if of_whole is None or of_pruned is None:
         return
-    new_number = {old: new for new, old in enumerate(keep)}
-    expected = {}
-    for name, shape in of_whole.items():
-        match = LAYER_TENSOR.fullmatch(name)
-        if match is None:
-            expected[name] = shape
-        elif int(match[2]) in new_number:
-            expected[f"{match[1]}{new_number[int(match[2])]}{match[3]}"] = shape
+    expected = {new: of_whole[old] for old, new in renumbered(of_whole, keep).items()}
     if different := sorted(set(expected.items()) ^ set(of_pruned.items())):
         name = different[0][0]
         raise UserError(

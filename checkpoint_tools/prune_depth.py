@@ -21,6 +21,7 @@ from checkpoint_tools.prune_checks import (
     compare_logits,
     complete_lists,
     fields_of_layers,
+    renumbered,
 )
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.weights.disk import describe_files
@@ -93,7 +94,8 @@ def prune_depth(
     source = HFCheckpoint(hf)
     content = pruned_content(source, keep, max_shard_size)
     check_output_folder(out, force=force, required_bytes=content.num_bytes, source=hf)
-    print(compare_logits(source, pruned_config(source, keep), keep), file=sys.stderr)
+    assert not isinstance(content.config, Path)
+    print(compare_logits(source, content.config, keep), file=sys.stderr)
     old_names = {new: old for old, new in pruned_names(source, keep).items()}
     convert_to_hf_folder(out, content, lambda name: source.read(old_names[name]), force=force)
     return HFCheckpoint(out)
@@ -125,18 +127,8 @@ def pruned_names(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, str]:
 
     Raises `UserError` if the layers in the tensors' names are not 0..num_hidden_layers-1.
     """
-    new_number = {old: new for new, old in enumerate(keep)}
-    names = {}
-    layers = set()
-    for name in source.names():
-        match = LAYER_TENSOR.fullmatch(name)
-        if match is None:
-            names[name] = name
-            continue
-        layer = int(match[2])
-        layers.add(layer)
-        if layer in new_number:
-            names[name] = f"{match[1]}{new_number[layer]}{match[3]}"
+    names = source.names()
+    layers = {int(match[2]) for name in names if (match := LAYER_TENSOR.fullmatch(name))}
     num_layers = _num_layers(source)
     if layers != set(range(num_layers)):
         raise UserError(
@@ -145,7 +137,7 @@ def pruned_names(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, str]:
             f"{f', up to layer {max(layers)}' if layers else ''}; only models with exactly those "
             "layers can be pruned."
         )
-    return names
+    return renumbered(names, keep)
 
 
 def pruned_config(source: HFCheckpoint, keep: Sequence[int]) -> dict[str, Any]:

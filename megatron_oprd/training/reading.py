@@ -49,26 +49,30 @@ def teacher_reader(
     config = layout.config
     settings = config.teacher_prompt
     own_tokens = settings.tokenizer == "own"
-    of_teacher = tokenizer
-    if own_tokens:
-        of_teacher = load_tokenizer(teacher_folder)
-        _check_own_tokens(config, tokenizer, of_teacher)
-    else:
+    if not own_tokens:
         check_same_tokenizer(
             student_folder,
             teacher_folder,
             otherwise="; with teacher_prompt.tokenizer = own the teacher reads the text in its own",
         )
+    of_teacher = load_tokenizer(teacher_folder)
+    if own_tokens:
+        _check_own_tokens(config, tokenizer, of_teacher)
     _warn_of_turns(
-        config, student_folder=student_folder, teacher_folder=teacher_folder, tokenizer=tokenizer
+        config,
+        student_folder=student_folder,
+        teacher_folder=teacher_folder,
+        tokenizer=tokenizer,
+        of_teacher=of_teacher,
     )
-    _check_vocabulary("model.teacher", of_teacher, layout.teacher.architecture)
+    reads = of_teacher if own_tokens else tokenizer
+    _check_vocabulary("model.teacher", reads, layout.teacher.architecture)
     if not settings.is_own:
         return None
     ends = (*eos_token_ids(student_folder, tokenizer), *config.rollout.stop_token_ids)
     return TeacherReader(
         prompts=TeacherPrompts(
-            tokenizer=of_teacher,
+            tokenizer=reads,
             privileged_key=settings.privileged_key,
             template=settings.template,
             max_tokens=layout.teacher_max_prompt_tokens,
@@ -142,9 +146,9 @@ def _warn_of_turns(
     student_folder: Path,
     teacher_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
+    of_teacher: PreTrainedTokenizerBase,
 ) -> None:
     """Warns if the teacher's turns begin or end in an unexpected way."""
-    of_teacher = load_tokenizer(teacher_folder)
     chat = chat_format_of_teacher(config)
     found = thinking(tokenizer, chat_format(config))
     # The generation prompt that the teacher was trained on; `read` is the one it gets in this run.
