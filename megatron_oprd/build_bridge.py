@@ -17,7 +17,8 @@ from megatron_oprd.bridge_build.config import load_build_config
 from megatron_oprd.bridge_build.models import plan_build
 from megatron_oprd.bridge_build.report import cosine_table
 from megatron_oprd.bridge_build.run import build_bridge
-from megatron_oprd.errors import run_entry_point
+from megatron_oprd.config.advice import warnings_of
+from megatron_oprd.errors import run_entry_point, say
 from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.rollouts import check_rollout_server, check_server_to_start
 
@@ -32,6 +33,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="settings, as in fit.ranks=[4,8]")
     arguments = parser.parse_intermixed_args()
     config = load_build_config(arguments.config, arguments.overrides)
+    for warning in warnings_of(config.taps):
+        say(f"warning: {warning}")
     plan = plan_build(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     # On rank 0 only: other hosts may reach a server at another address.
     if os.environ.get("RANK", "0") == "0":

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from megatron_oprd.config.advice import warnings_of
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError, say
 from megatron_oprd.parallel.context import fewest_ranks
@@ -43,6 +44,8 @@ def prepare(config: RunConfig, *, dry_run: bool) -> tuple[RunPlan, Launch]:
     """
     fewest = fewest_ranks(config.parallel) if dry_run else 1
     launch = Launch.of_environment(without_launcher=fewest)
+    for warning in warnings_of(config.taps):
+        say(f"warning: {warning}")
     plan = make_plan(config, world_size=launch.num_ranks)
     checkpoint_to_resume(plan)
     if launch.is_first:

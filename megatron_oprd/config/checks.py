@@ -5,6 +5,8 @@ The range of a setting, and the settings that it has an effect with, are declare
 several settings. Checks that need the models' configurations are in `megatron_oprd.training.plan`.
 """
 
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -155,6 +157,12 @@ def _check_teacher(config: RunConfig) -> None:
 
 def _check_extra_teachers(config: RunConfig) -> None:
     extra = config.extra_teachers
+    for number, one in enumerate(extra):
+        if (one.layers == "last_n") != (one.n is not None):
+            raise UserError(
+                f"extra_teachers[{number}].layers = {one.layers} with extra_teachers[{number}].n = "
+                f"{shown(one.n)}: last_n needs n, the number of layers, and nothing else has it"
+            )
     if extra and config.teacher_prompt != TeacherPromptConfig():
         raise UserError(
             "extra_teachers with teacher_prompt: several teachers read the student's sequences; "
@@ -200,6 +208,10 @@ def _check_losses(config: RunConfig) -> None:
     ):
         if positions in ("last_k", "first_k") and k is None:
             raise UserError(f"{setting} = {positions} needs {k_setting}, the number of tokens")
+    if taps.layers == "last_n" and taps.n is None:
+        raise UserError("taps.layers = last_n needs taps.n, the number of layers")
+    _check_points("loss.coefficient_points", config.loss.coefficient_points)
+    _check_points("output_loss.coefficient_points", output.coefficient_points)
     if output.kind == "none" and taps.layers == "none":
         raise UserError(
             "taps.layers = none with output_loss.kind = none leaves no loss; set one of them"
@@ -209,6 +221,21 @@ def _check_losses(config: RunConfig) -> None:
             f"loss.normalize = {config.loss.normalize} with bridge.path = {bridge.path}: through a "
             "bridge unit vectors are compared; set loss.normalize = l2 (and a loss.coefficient of "
             "about 10)"
+        )
+
+
+def _check_points(setting: str, points: list[list[float]]) -> None:
+    """Refuses a schedule whose points are no pairs, go back, or have a negative factor."""
+    steps = [point[0] for point in points if len(point) == 2]
+    if (
+        len(steps) < len(points)
+        or any(not step.is_integer() or step < 0 for step in steps)
+        or any(after <= before for before, after in itertools.pairwise(steps))
+        or any(not (math.isfinite(factor) and factor >= 0) for _, factor in points)
+    ):
+        raise UserError(
+            f"{setting} = {points}: have to be pairs [step, factor], by rising step from 0 on, "
+            "with factors of at least 0, as in [[0, 1], [10, 0]]"
         )
 
 

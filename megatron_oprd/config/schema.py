@@ -147,7 +147,7 @@ class TeacherPromptConfig:
         )
 
 
-LayerSet = Literal["all", "last", "even", "odd", "none"]
+LayerSet = Literal["all", "last", "last_n", "even", "odd", "none"]
 Positions = Literal["all", "last", "last_k", "first_k"]
 Alignment = Literal["token", "predictor"]
 
@@ -169,6 +169,9 @@ class ExtraTeacherConfig:
 
     layers: LayerSet | list[int] = setting("all")
     """The student's layers that this teacher teaches; see ``taps.layers``."""
+
+    n: int | None = setting(None, ge=1)
+    """See ``taps.n``."""
 
     layer_map: Literal["proportional"] | list[int] = setting("proportional")
     """See ``taps.layer_map``."""
@@ -241,23 +244,28 @@ class TapConfig:
     """The hidden states that are compared (the method's layer set, map and position set)."""
 
     layers: LayerSet | list[int] = setting("all")
-    """Student layers that are tapped: ``all``, ``last``, ``even`` (0-based 0, 2, ...), ``odd``, or
-    a list of 0-based layers. ``none`` taps no layer, for a run with an output-space loss alone."""
+    """Student layers that are tapped: ``all``, ``last``, the last ``n`` (``last_n``), ``even``
+    (0-based 0, 2, ...), ``odd``, or a list of 0-based layers. ``none`` taps no layer, for a run
+    with an output-space loss alone."""
+
+    n: int | None = setting(None, ge=1, only_with=when("taps.layers", "last_n"))
+    """Number of last layers; ``last_n`` needs it."""
 
     layer_map: Literal["proportional"] | list[int] = setting("proportional")
     """Teacher layer of each tapped student layer: ``proportional`` (eq. 11), or a list of 0-based
     teacher layers with an entry for each tapped layer."""
 
     positions: Positions = setting("all")
-    """Response positions that are supervised: all, the last, or the last or first ``k``."""
+    """Response tokens whose positions are supervised: all, the last, or the last or first ``k``."""
 
     k: int | None = setting(None, ge=1, only_with=when("taps.positions", "last_k", "first_k"))
     """Number of tokens of each response; ``last_k`` and ``first_k`` need it."""
 
-    alignment: Alignment = setting("token")
-    """``token`` takes the position that holds a response token (as the reference implementation
-    does). ``predictor`` takes the position before, which predicts that token (as the paper
-    writes)."""
+    alignment: Alignment = setting("predictor")
+    """Position of a response token's state. ``predictor`` takes the position before the token,
+    which predicts it (as the paper writes); for the first token this is the prompt's last position.
+    ``token`` takes the position that holds the token (as the reference implementation does), and so
+    leaves out the position that predicts the first token."""
 
     last_layer: Literal["post_norm", "pre_norm"] = setting("post_norm")
     """``post_norm`` takes a model's last layer after the final norm (Hugging Face's
@@ -266,6 +274,7 @@ class TapConfig:
 
 Normalize = Literal["none", "l2"]
 Aggregation = Literal["token_mean", "sequence_mean"]
+Interpolation = Literal["linear", "cosine", "piecewise"]
 
 
 @dataclass(kw_only=True)
@@ -279,6 +288,18 @@ class LossConfig:
     coefficient: float = setting(1.0, ge=0)
     """Factor on the loss (the paper's mu). 0 leaves the loss out of the gradient; the layers'
     losses and cosines are still measured."""
+
+    coefficient_points: list[list[float]] = setting([])
+    """Points of a schedule: pairs [step, factor] by rising step. The coefficient of a step is
+    ``coefficient`` times the schedule's factor, for the losses of all teachers. Before the first
+    point the factor is the first one's, after the last point the last one's. By default the factor
+    is always 1."""
+
+    coefficient_schedule: Interpolation = setting(
+        "linear", only_with=when("loss.coefficient_points")
+    )
+    """Factors between two points. ``linear`` and ``cosine`` go from one to the next, ``piecewise``
+    keeps a point's factor until the next point."""
 
     layer_weights: list[float] | None = setting(None, ge=0)
     """Factor on the loss of each tapped layer; by default 1 for each. The loss is the sum of the
@@ -307,6 +328,15 @@ class OutputLossConfig:
 
     coefficient: float = setting(1.0, ge=0)
     """Factor on the loss."""
+
+    coefficient_points: list[list[float]] = setting([])
+    """Points of a schedule; see ``loss.coefficient_points``. At a factor of 0 the loss is still
+    computed, for its metric."""
+
+    coefficient_schedule: Interpolation = setting(
+        "linear", only_with=when("output_loss.coefficient_points")
+    )
+    """See ``loss.coefficient_schedule``."""
 
     k: int = setting(16, ge=1, only_with=_TOP_K)
     """Number of tokens that are taken of a model."""

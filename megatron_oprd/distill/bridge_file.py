@@ -155,7 +155,7 @@ class BridgeFolder:
             if found != wanted:
                 raise UserError(
                     f"bridge.path = {self.folder} was made with taps.{name} = {found}, the run has "
-                    f"{wanted}. {BUILD_ANOTHER}"
+                    f"{wanted}; set taps.{name} = {found}. {BUILD_ANOTHER}"
                 )
 
     def read(self, pairs: Iterable[LayerPair], *, rank: int, device: torch.device) -> Projectors:
@@ -325,8 +325,8 @@ class PSBank:
             if getattr(taps, name) != made_with:
                 raise UserError(
                     f"bridge.path = {self.path}: the reference implementation's bridges are made "
-                    f"with taps.{name} = {made_with}, the run has {getattr(taps, name)}. "
-                    f"{BUILD_ANOTHER}"
+                    f"with taps.{name} = {made_with}, the run has {getattr(taps, name)}; set "
+                    f"taps.{name} = {made_with}. {BUILD_ANOTHER}"
                 )
 
     def read(self, pairs: Iterable[LayerPair], *, rank: int, device: torch.device) -> Projectors:

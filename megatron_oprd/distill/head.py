@@ -79,6 +79,9 @@ class HeadTap:
 
     Only ranks of the last stage call `collect` and `attach`, in any order of micro-batches.
     ``student`` and ``teacher`` are the last stage's chunks.
+
+    Attributes:
+        coefficient: Factor on the loss in the gradient, not on the metric; 1 until set.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class HeadTap:
         sequence_parallel: bool,  # hidden states are sharded over tp_group
     ) -> None:
         self._settings = settings
+        self.coefficient = 1.0
         self._student_head = head_weight(student)
         self._teacher_head = head_weight(teacher)
         self._tp_group = tp_group
@@ -190,7 +194,7 @@ class HeadTap:
                 self._settings,
             )
             self._loss += (weights * distance.value).sum()
-            scaled = (weights * self._settings.coefficient)[:, None] * distance.gradient
+            scaled = (weights * self.coefficient)[:, None] * distance.gradient
             of_logits = scaled.to(rows.dtype)
             of_rows[chunk] = of_logits @ student
             # Rows past `size` are vocabulary padding; their gradient stays 0.

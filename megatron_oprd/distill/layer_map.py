@@ -45,31 +45,37 @@ def proportional_layer_map(num_student_layers: int, num_teacher_layers: int) -> 
     ]
 
 
-def select_layers(layers: LayerSet | Sequence[int], num_layers: int) -> list[int]:
+def select_layers(
+    layers: LayerSet | Sequence[int], num_layers: int, *, n: int | None = None
+) -> list[int]:
     """The student layers that ``taps.layers`` selects, from 0, in rising order.
 
     Args:
-        layers: ``all``, ``last``, ``even`` (0, 2, 4, ...), ``odd`` (1, 3, 5, ...), ``none``, or a
-            rising list of layers.
+        layers: ``all``, ``last``, ``last_n``, ``even`` (0, 2, 4, ...), ``odd`` (1, 3, 5, ...),
+            ``none``, or a rising list of layers.
         num_layers: The student's number of layers.
+        n: The number of layers of ``last_n``.
 
     Raises:
-        UserError: Unknown word, a list that is empty, not rising or out of range, or ``odd`` with a
-            model of one layer.
+        UserError: Unknown word, a list that is empty, not rising or out of range, ``odd`` with a
+            model of one layer, or an ``n`` above ``num_layers``.
     """
     if isinstance(layers, str):
         chosen = {
             "all": range(num_layers),
             "last": range(num_layers - 1, num_layers),
+            "last_n": range(num_layers - (n or 0), num_layers),
             "even": range(0, num_layers, 2),
             "odd": range(1, num_layers, 2),
             "none": range(0),
         }.get(layers)
         if chosen is None:
             raise UserError(
-                f"taps.layers is {layers!r}; it must be all, last, even, odd, none or a list of "
-                "layers"
+                f"taps.layers is {layers!r}; it must be all, last, last_n, even, odd, none or a "
+                "list of layers"
             )
+        if n is not None and n > num_layers:
+            raise UserError(f"taps.n = {n}: the student has {num_layers} layers")
         if not chosen and layers != "none":
             raise UserError(f"taps.layers is {layers!r}, which selects none of {num_layers} layers")
         return list(chosen)
@@ -92,14 +98,15 @@ def layer_pairs(
     *,
     num_student_layers: int,
     num_teacher_layers: int,
+    n: int | None = None,
 ) -> list[LayerPair]:
     """The layers that are compared: a pair for each selected student layer, in rising order.
 
-    ``layers`` goes to `select_layers`. ``layer_map`` is ``proportional`` or a list with a teacher
-    layer, from 0, for each selected student layer, in any order. Raises a UserError for a mistake
-    in either.
+    ``layers`` and ``n`` go to `select_layers`. ``layer_map`` is ``proportional`` or a list with a
+    teacher layer, from 0, for each selected student layer, in any order. Raises a UserError for a
+    mistake in either.
     """
-    student_layers = select_layers(layers, num_student_layers)
+    student_layers = select_layers(layers, num_student_layers, n=n)
     if isinstance(layer_map, str):
         if layer_map != "proportional":
             raise UserError(

@@ -281,6 +281,9 @@ class Taps(PairTaps):
 
     With ``projectors`` losses and cosines are of the projected states. Other arguments as in
     `PairTaps`.
+
+    Attributes:
+        coefficients: Factor on each pair's loss in the gradient, not on the metrics; 1 until set.
     """
 
     def __init__(
@@ -288,14 +291,13 @@ class Taps(PairTaps):
         pairs: Sequence[LayerPair],
         *,
         normalize: Normalize,
-        coefficients: Sequence[float],  # factor on each pair's loss, not on metrics
         post_norm: bool,
         device: torch.device,  # of the metrics
         projectors: Projectors | None = None,
     ) -> None:
         super().__init__(pairs, post_norm=post_norm, projectors=projectors)
         self._normalize = normalize
-        self._coefficients = list(coefficients)
+        self.coefficients = [1.0] * len(pairs)
         self._pending: dict[int, deque[Selection]] = {}
         self._loss = torch.zeros(len(pairs), device=device, dtype=torch.float64)
         self._cosine = torch.zeros(len(pairs), device=device, dtype=torch.float64)
@@ -337,7 +339,7 @@ class Taps(PairTaps):
                 found = compare(states, target, normalize=self._normalize)
                 self._loss[number] += (selection.weights * found.distance).sum()
                 self._cosine[number] += (selection.weights * found.cosine).sum()
-                factors = selection.weights * self._coefficients[number]
+                factors = selection.weights * self.coefficients[number]
                 gradient = found.gradient.mul_(factors[:, None])
                 if projectors is not None:
                     gradient = projectors.student_gradient(layer, gradient)

@@ -6,6 +6,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from megatron_oprd.config.schema import ParallelConfig, RunConfig
+from megatron_oprd.distill.coefficients import coefficient_at
 from megatron_oprd.distill.layer_map import LayerPair, layer_pairs, student_stages, teacher_stages
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
@@ -61,12 +62,12 @@ class RunLayout:
         student = self.student.architecture
         return _num_running_layers(self.config, student, self.pairs, self.min_running_layers)
 
-    @property
-    def pair_coefficients(self) -> list[float]:
-        """The factor on each pair's loss in the total loss; the mean over pairs is included."""
+    def pair_coefficients(self, step: int) -> list[float]:
+        """The factor on each pair's loss in a step's loss; the mean over pairs is included."""
         loss = self.config.loss
+        coefficient = coefficient_at(loss, step)
         weights = loss.layer_weights or [1.0] * len(self.pairs)
-        return [loss.coefficient * weight / len(self.pairs) for weight in weights]
+        return [coefficient * weight / len(self.pairs) for weight in weights]
 
     @property
     def vocab_size(self) -> int:
@@ -163,6 +164,7 @@ def matched_layers(
         config.taps.layer_map,
         num_student_layers=student.num_layers,
         num_teacher_layers=teacher.num_layers,
+        n=config.taps.n,
     )
 
 

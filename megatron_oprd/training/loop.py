@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.distill.coefficients import coefficient_at
 from megatron_oprd.errors import say
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel.context import ParallelContext
@@ -21,6 +22,7 @@ from megatron_oprd.training import checkpoints
 from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.evaluation import BenchmarkEvaluator
 from megatron_oprd.training.identity import RunIdentity, contents_of
+from megatron_oprd.training.layout import RunLayout
 from megatron_oprd.training.loggers import Loggers
 from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import RunPlan, export_folder
@@ -142,7 +144,7 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
             if compares_logprobs(step, config):
                 compared = logprob_check.compare(rollouts, step=step)
             # The comparison above comes first: it needs the weights that generated the rollouts.
-            result = distiller.step(rollouts)
+            result = distiller.step(rollouts, step)
             distiller.refresh_teacher(step + 1)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             skipped_steps += result.skipped
@@ -159,7 +161,7 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
             )
             metrics = {
                 "step": step,
-                **_step_metrics(result, plan),
+                **_step_metrics(result, plan, step),
                 **_rollout_metrics(rollouts, step),
                 **compared,
                 "skipped_steps": skipped_steps,
@@ -248,13 +250,21 @@ def _saved_when_engines_fail(save: Callable[[], str]) -> Iterator[None]:
         raise RolloutEngineError(f"{error}\n{save()}") from error
 
 
-def _step_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
+def _step_metrics(result: StepResult, plan: RunPlan, step: int) -> dict[str, Any]:
     layers = [str(pair.student) for pair in plan.layout.pairs]
+    output_loss = plan.config.output_loss
     return {
         "loss": result.loss,
+        "loss_coefficient": coefficient_at(plan.config.loss, step),
         "output_loss": result.output_loss,
+        "output_loss_coefficient": (
+            coefficient_at(output_loss, step) if plan.config.compares_outputs else None
+        ),
         "cosine": _mean(result.cosine_per_layer),
         "loss_per_layer": dict(zip(layers, result.loss_per_layer, strict=True)),
+        "loss_share_per_layer": dict(
+            zip(layers, _shares(plan.layout, result.loss_per_layer, step), strict=True)
+        ),
         "cosine_per_layer": dict(zip(layers, result.cosine_per_layer, strict=True)),
         **_extra_teacher_metrics(result, plan),
         "grad_norm": result.grad_norm,
@@ -264,6 +274,16 @@ def _step_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
         "seconds_student": result.seconds_student,
         "seconds_optimizer": result.seconds_optimizer,
     }
+
+
+def _shares(layout: RunLayout, losses: Sequence[float | None], step: int) -> Sequence[float | None]:
+    """The share of each pair in a teacher's loss on hidden states; None if the loss is 0."""
+    weighted = [
+        None if loss is None else coefficient * loss
+        for coefficient, loss in zip(layout.pair_coefficients(step), losses, strict=True)
+    ]
+    total = sum(one for one in weighted if one is not None)
+    return [one / total if one is not None and total else None for one in weighted]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -150,7 +150,7 @@ def alone(config: RunConfig, extra: ExtraTeacherConfig) -> RunConfig:
         config,
         model=replace(config.model, teacher=extra.model, teacher_hf_config=extra.hf_config),
         teacher=replace(config.teacher, prompt_share=extra.prompt_share, refresh_interval=None),
-        taps=replace(config.taps, layers=extra.layers, layer_map=extra.layer_map),
+        taps=replace(config.taps, layers=extra.layers, n=extra.n, layer_map=extra.layer_map),
         loss=replace(config.loss, coefficient=extra.coefficient, layer_weights=None),
         output_loss=OutputLossConfig(),
         bridge=BridgeConfig(path=extra.bridge),

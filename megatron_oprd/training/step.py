@@ -14,6 +14,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.distill.coefficients import coefficient_at
 from megatron_oprd.distill.head import HeadTap, head_weight
 from megatron_oprd.models.build import build_model, transformer_config
 from megatron_oprd.models.schedule import run_schedule
@@ -119,6 +120,14 @@ class Distiller:
                 uses_head = self._head is not None and one is self.teachers[0]
                 one.offload([head_weight(teacher[-1])] if uses_head else [])
         self.state = make_train_state(config, student_config, student)
+        self.begin_step(0)
+
+    def begin_step(self, number: int) -> None:
+        """Sets the losses' coefficients to those of a step, counted from 0 over the whole run."""
+        for one in self.teachers:
+            one.taps.coefficients = one.plan.layout.pair_coefficients(number)
+        if self._head is not None:
+            self._head.coefficient = coefficient_at(self.plan.config.output_loss, number)
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> StepBatches:
         """This replica's micro-batches of the global batch, grouped into one teacher pass each.
@@ -240,8 +249,12 @@ class Distiller:
             self.state.gather_parameters()
             self.refresh.after_update(num_steps)
 
-    def step(self, rollouts: Sequence[Rollout]) -> StepResult:
-        """One whole step on the rollouts of the global batch, which are the same on every rank."""
+    def step(self, rollouts: Sequence[Rollout], number: int) -> StepResult:
+        """One whole step on the rollouts of the global batch, which are the same on every rank.
+
+        ``number`` is the step's, from 0 over the whole run, for the schedules of coefficients.
+        """
+        self.begin_step(number)
         batches = self.micro_batches(rollouts)
         # Read before the update, which moves the schedule on.
         lr = self.state.optimizer.param_groups[0]["lr"]
@@ -251,12 +264,12 @@ class Distiller:
         losses = [gradients.loss_per_layer, *(loss for loss, _ in gradients.extra_teachers)]
         loss = sum(
             coefficient * float(of_layer)
-            for one, of_teacher in zip(self.plan.teachers, losses, strict=True)
-            for coefficient, of_layer in zip(one.layout.pair_coefficients, of_teacher, strict=True)
+            for one, of_teacher in zip(self.teachers, losses, strict=True)
+            for coefficient, of_layer in zip(one.taps.coefficients, of_teacher, strict=True)
         )
         output_loss = float(gradients.output_loss) if batches.supervises_outputs else None
         if output_loss is not None:
-            loss += output_loss * self.plan.config.output_loss.coefficient
+            loss += output_loss * coefficient_at(self.plan.config.output_loss, number)
         clock = _Clock()
         grad_norm, updated = self.update(math.isfinite(loss))
         of_teachers = [

@@ -30,7 +30,6 @@ class Teacher:
         self.taps = Taps(
             layout.pairs,
             normalize=config.loss.normalize,
-            coefficients=layout.pair_coefficients,
             post_norm=config.taps.last_layer == "post_norm",
             device=context.device,
             projectors=plan.projectors(context),

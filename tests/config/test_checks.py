@@ -44,6 +44,8 @@ RELATED: dict[str, dict[str, Any]] = {
     "bridge.path": {"loss.normalize": "l2"},
     "bridge.rank": {"loss.normalize": "l2"},
     "evaluation.interval": {"evaluation.data": ["a.parquet"]},
+    "taps.n": {"taps.layers": "last_n"},
+    "extra_teachers[0].n": {"extra_teachers[0].layers": "last_n"},
     "rollout.vllm.tensor_model_parallel_size": {"rollout.vllm.start_server": True},
     "rollout.vllm.max_model_len": {"data.max_prompt_tokens": 1, "rollout.max_new_tokens": 1},
 }
@@ -54,6 +56,8 @@ GIVEN: dict[str, Any] = {
     "teacher_prompt.privileged_key": "a",
     "teacher_prompt.template": "{prompt}, {privileged}",
     "bridge.path": "b",
+    "loss.coefficient_points": [[0.0, 1.0]],
+    "output_loss.coefficient_points": [[0.0, 1.0]],
     "rollout.logprob_check_interval": 1,
     "rollout.vllm.server_url": "http://10.0.0.1:8000",
 }
@@ -81,7 +85,8 @@ def check(settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         group, _, name = key.rpartition(".")
         if group == "extra_teachers[0]":
-            config.extra_teachers = [replace(ExtraTeacherConfig(model="m"), **{name: value})]
+            before = (*config.extra_teachers, ExtraTeacherConfig(model="m"))[0]
+            config.extra_teachers = [replace(before, **{name: value})]
         else:
             setattr(attrgetter(group)(config) if group else config, name, value)
     check_values(config)

@@ -110,7 +110,10 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, key: str, nearest: str) -
         ("train_iters=null", "setting train_iters"),
         ("seed=true", "'True'.*setting seed"),
         ("tensorboard=maybe", "'maybe'.*setting tensorboard"),
-        ("taps.layers=some", r"'some'.*\[all, last, even, odd, none\].*setting taps\.layers"),
+        (
+            "taps.layers=some",
+            r"'some'.*\[all, last, last_n, even, odd, none\].*setting taps\.layers",
+        ),
         ("taps.layers=[0,a]", r"setting taps\.layers"),
         ("taps.layer_map=linear", r"'linear'.*proportional.*setting taps\.layer_map"),
         ("model.params_dtype=fp16", r"'fp16'.*'fp32', 'bf16'.*setting model\.params_dtype"),

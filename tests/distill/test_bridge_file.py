@@ -65,7 +65,7 @@ def test_fewer_layers_and_other_positions_are_allowed(pair: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "run", "message"),
     [
-        ({"alignment": "predictor"}, {}, r"made with taps\.alignment = predictor, .* token"),
+        ({"alignment": "token"}, {}, r"made with taps\.alignment = token, .* predictor"),
         ({}, {"last_layer": "pre_norm"}, r"taps\.last_layer = post_norm, the run has pre_norm"),
         ({}, {"pairs": [LayerPair(1, 1)]}, r"student layer 1 with teacher layer 2, .* with 1"),
         ({}, {"pairs": [LayerPair(4, 5)]}, r"student layer 4, .* \(it has 0, 1, 2, 3\)"),

@@ -65,10 +65,18 @@ def test_listed_layers_are_taken_as_they_are() -> None:
     assert select_layers((5,), 6) == [5]
 
 
+def test_the_last_n_layers() -> None:
+    assert select_layers("last_n", 6, n=2) == [4, 5]
+    assert select_layers("last_n", 6, n=1) == select_layers("last", 6)
+    assert select_layers("last_n", 6, n=6) == select_layers("all", 6)
+    with pytest.raises(UserError, match=r"taps\.n = 7: the student has 6 layers"):
+        select_layers("last_n", 6, n=7)
+
+
 @pytest.mark.parametrize(
     ("layers", "num_layers", "message"),
     [
-        ("first", 6, "'first'; it must be all, last, even, odd, none or a list"),
+        ("first", 6, "'first'; it must be all, last, last_n, even, odd, none or a list"),
         ("odd", 1, "selects none of 1 layers"),
         ([], 6, "empty list; it must name at least one"),
         ([1, 6], 6, "has 6; the student's layers are 0 to 5"),

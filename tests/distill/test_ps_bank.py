@@ -49,7 +49,7 @@ def check(
         student=MODEL,
         teacher=dataclasses.replace(MODEL, hidden_size=width),
         pairs=[LayerPair(s, t) for s, t in pairs],
-        taps=TapConfig(**taps),
+        taps=TapConfig(**{"alignment": "token", **taps}),
     )
 
 

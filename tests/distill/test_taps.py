@@ -97,10 +97,10 @@ def taps_on(teacher: Any, student: Any, *, post_norm: bool, coefficient: float =
     taps = Taps(
         [LayerPair(0, 0), LayerPair(1, 1)],
         normalize="none",
-        coefficients=[coefficient / 2] * 2,
         post_norm=post_norm,
         device=torch.device("cpu"),
     )
+    taps.coefficients = [coefficient / 2] * 2
     taps.attach_teacher([teacher], depth=2)
     taps.attach_student([student], depth=2)
     return taps
@@ -192,11 +192,11 @@ def test_gradients_through_a_bridge_are_the_formulas() -> None:
     taps = Taps(
         [LayerPair(0, 0), LayerPair(1, 1)],
         normalize="l2",
-        coefficients=[5.0, 5.0],
         post_norm=False,
         device=torch.device("cpu"),
         projectors=projectors,
     )
+    taps.coefficients = [5.0, 5.0]
     taps.attach_teacher([teacher], depth=2)
     taps.attach_student([student], depth=2)
     taps.begin(Selection.of(batch, tp_rank=0, tp_size=1))

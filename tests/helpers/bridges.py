@@ -28,7 +28,7 @@ def save_random_bridge(folder: Path, pair: Path, *, rank: int = 6, **changes: An
         "layer_pairs": layers,
         "positions": "all",
         "k": None,
-        "alignment": "token",
+        "alignment": "predictor",
         "last_layer": "post_norm",
         "rank": rank,
         "fit": {},

@@ -148,7 +148,7 @@ METHODS: dict[str, list[str]] = {
     ],
     # The teacher's last layer, and its final norm, sit on a stage that is not the last.
     "last_teacher_layer_early": ["taps.layers=[0,2]", "taps.layer_map=[1,3]"],
-    "predictor_pre_norm": ["taps.alignment=predictor", "taps.last_layer=pre_norm"],
+    "token_pre_norm": ["taps.alignment=token", "taps.last_layer=pre_norm"],
     "fp8_teacher": ["teacher.precision=fp8"],
     "fp8_block_teacher": ["teacher.precision=fp8", "teacher.fp8_recipe=block_128"],
 }
@@ -174,13 +174,22 @@ OUTPUT_METHODS: dict[str, list[str]] = {
         "loss.aggregation=sequence_mean",
     ],
     "jsd": [OUTPUT + "jsd", "output_loss.beta=0.3", "output_loss.student_temperature=0.7"],
+    # Both coefficients differ between the two steps.
+    "crossfade": [
+        OUTPUT + "top_k",
+        "taps.layers=last_n",
+        "taps.n=2",
+        "loss.coefficient_points=[[0,10],[2,1]]",
+        "output_loss.coefficient_points=[[0,0.1],[3,1]]",
+        "output_loss.coefficient_schedule=cosine",
+    ],
 }
 METHODS |= OUTPUT_METHODS
 # A teacher that reads other sequences than the student.
 READING_METHODS: dict[str, list[str]] = {
     "other_prompt": [OUTPUT + "reverse_kl", "output_loss.positions=last_k",
                      "output_loss.positions_k=4"],
-    "other_tokens": ["taps.alignment=predictor"],
+    "other_tokens": ["taps.alignment=token"],
     "other_tokens_sequence_mean": ["loss.aggregation=sequence_mean", "taps.layers=odd"],
 }  # fmt: skip
 METHODS |= READING_METHODS
@@ -229,7 +238,7 @@ DEFAULTS = [
 OTHERS = [
     (pair, method, layout)
     for pair in DEEPER
-    for method in ("even_last_k_sequence_mean", "predictor_pre_norm")
+    for method in ("even_last_k_sequence_mean", "token_pre_norm")
     for layout in ("tp2_sp_full", "pp2_vpp2", "tp2_sp_pp2_full", "dp2_pp2")
 ]
 EARLY = "last_teacher_layer_early"

@@ -42,7 +42,7 @@ class Step:
     matches: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 2), (3, 3))
     first: int | None = None
     last: int | None = None
-    shift: int = 0
+    shift: int = -1  # the predicting position
     unit_vectors: bool = False
     sequence_mean: bool = False
     pre_norm: bool = False
@@ -78,9 +78,15 @@ STEPS = {
     ),
     "predictor_pre_norm": Step(
         pair="llama_tied",
-        overrides=["taps.alignment=predictor", "taps.last_layer=pre_norm"],
-        shift=-1,
+        overrides=["taps.last_layer=pre_norm"],
         pre_norm=True,
+    ),
+    "token": Step(pair="llama", overrides=["taps.alignment=token"], shift=0),
+    "token_last_n": Step(
+        pair="qwen2_deeper",
+        overrides=["taps.alignment=token", "taps.layers=last_n", "taps.n=2"],
+        matches=((2, 4), (3, 6)),
+        shift=0,
     ),
     "first_k_odd": Step(
         pair="qwen3_deeper_tied",
@@ -154,12 +160,15 @@ STEPS = {
         output=(OutputLossConfig(kind="forward_kl"), 1.0),
         reading="other_prompt",
     ),
-    "other_tokens": Step(pair="llama_tied", reading="other_tokens"),
-    "other_tokens_predictor": Step(
+    "other_tokens": Step(
         pair="qwen2_deeper",
-        overrides=["taps.alignment=predictor"],
         matches=((0, 0), (1, 2), (2, 4), (3, 6)),
-        shift=-1,
+        reading="other_tokens",
+    ),
+    "other_tokens_token": Step(
+        pair="llama_tied",
+        overrides=["taps.alignment=token"],
+        shift=0,
         reading="other_tokens",
     ),
     "mixture_of_experts": Step(pair="qwen3_moe"),

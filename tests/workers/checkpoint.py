@@ -48,7 +48,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             result["loaded"] = optimizer_states(distiller, exporter)
         prompts, responses = fixed_rollouts(case.get("count", 8))
         for step in range(done.step, done.step + case["steps"]):
-            distiller.step(as_rollouts(prompts, responses))
+            distiller.step(as_rollouts(prompts, responses), step)
             if step == 0:
                 saved = dict(exporter.stream())
                 result["saved"] = optimizer_states(distiller, exporter)

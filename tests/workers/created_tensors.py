@@ -49,7 +49,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         prompts, responses = fixed_rollouts(vocab_size=case["vocab_size"])
         recorder = Recorder()
         with recorder:
-            distiller.step(as_rollouts(prompts, responses))
+            distiller.step(as_rollouts(prompts, responses), 0)
         made: list[Made] = [set() for _ in range(dist.get_world_size())]
         dist.all_gather_object(made, recorder.made)
         if context.rank == 0:

@@ -29,7 +29,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             _record_what_runs(chunks, ran[name])
         exporter = Exporter(distiller.state.modules, plan.layout.student.table, context=context)
         before = {name: tensor.clone() for name, tensor in exporter.stream() if tensor is not None}
-        steps = [distiller.step(as_rollouts(*fixed_rollouts())) for _ in range(2)]
+        steps = [distiller.step(as_rollouts(*fixed_rollouts()), number) for number in range(2)]
         after = dict(exporter.stream())
         parameters = {
             model: {

@@ -47,8 +47,8 @@ def run(case: dict[str, Any], directory: Path) -> None:
             patch("megatron_oprd.training.teachers.run_schedule", looking),
             patch("megatron_oprd.training.step.run_schedule", looking),
         ):
-            for _ in range(2):
-                losses.append(distiller.step(as_rollouts(*fixed_rollouts())).loss)
+            for step in range(2):
+                losses.append(distiller.step(as_rollouts(*fixed_rollouts()), step).loss)
         look()
         weights = dict(exporter.stream())
         if context.rank == 0:

@@ -41,7 +41,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
 
         look()
         for step in range(done.step, case["steps"]):
-            distiller.step(as_rollouts(*fixed_rollouts()))
+            distiller.step(as_rollouts(*fixed_rollouts()), step)
             distiller.refresh_teacher(step + 1)
             look()
             if step == 1:

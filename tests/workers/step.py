@@ -55,7 +55,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         grad_norm, _ = distiller.update(loss_is_finite=True)
         second = None
         if not case.get("one_step"):
-            second = distiller.step(rollouts)
+            second = distiller.step(rollouts, 1)
         if case.get("logprobs"):
             logprobs.append(_same_everywhere(LogprobCheck(distiller).student_logprobs(rollouts)))
         distiller.state.gather_parameters()
