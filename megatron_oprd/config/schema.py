@@ -313,6 +313,7 @@ class LossConfig:
 OutputLoss = Literal["none", "sampled_token", "top_k", "reverse_kl", "forward_kl", "jsd"]
 Support = Literal["only_stu", "only_tch", "intersection", "union"]
 SupportWeights = Literal["student_p", "teacher_p", "none"]
+TopKVariant = Literal["renormalised", "reference"]
 _TOP_K = when("output_loss.kind", "top_k")
 
 
@@ -348,6 +349,12 @@ class OutputLossConfig:
     support_weights: SupportWeights = setting("student_p", only_with=_TOP_K)
     """Weight of each token's log-ratio: the renormalised p (the exact KL), the renormalised q, or
     the same for all tokens."""
+
+    top_k_variant: TopKVariant = setting("renormalised", only_with=_TOP_K)
+    """``renormalised`` compares p and q renormalised on the support. ``reference`` is the reference
+    implementation's, of which the paper's numbers are: the weights are renormalised, but the
+    log-ratios are of p and q over the whole vocabulary, and so is the log p that each token's
+    advantage multiplies."""
 
     beta: float = setting(
         0.5,

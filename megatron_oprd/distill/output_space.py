@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oprd.config.schema import OutputLossConfig, Support, SupportWeights
+from megatron_oprd.config.schema import OutputLossConfig, Support, SupportWeights, TopKVariant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +143,7 @@ def output_space_loss(
                 k=settings.k,
                 support=settings.support,
                 weights=settings.support_weights,
+                variant=settings.top_k_variant,
             )
         case "reverse_kl":
             found = reverse_kl(log_p, log_q, shard)
@@ -207,14 +208,15 @@ def top_k_reverse_kl(
     k: int,
     support: Support,
     weights: SupportWeights,
+    variant: TopKVariant,
 ) -> Distance:
-    """Reverse KL of both distributions, renormalised on a support of a few tokens.
+    """Reverse KL of both distributions, on a support of a few tokens.
 
-    The value is the sum of w * (log p - log q) over the support, with p and q renormalised on it.
-    The gradient is the policy gradient with the same terms, detached, as negative advantages: the
-    sum of [w * (log p - log q)] * grad log p. With w = p it is the exact gradient of the
-    renormalised KL. (The reference implementation takes log p and log q before renormalisation.)
-    Both are 0 at positions with an empty support.
+    The value is the sum of w * (log p - log q) over the support. The gradient is the policy
+    gradient with the same terms, detached, as negative advantages: the sum of
+    [w * (log p - log q)] * grad log p. In ``renormalised`` p and q are renormalised on the support;
+    with w = p the gradient is then the exact one of the renormalised KL. In ``reference`` they are
+    not, as in the reference implementation. Both are 0 at positions with an empty support.
 
     Args:
         log_p: [n, v].
@@ -223,10 +225,11 @@ def top_k_reverse_kl(
         k: Tokens that are taken from a model.
         support: The top k tokens of the student, of the teacher, of both or of either.
         weights: w: the renormalised p, the renormalised q, or uniform over the support.
+        variant: The distributions of log p and log q.
     """
     ids, is_in = _support(log_p, log_q, shard, k=k, support=support)
-    log_p_k = _renormalised(gather(log_p, ids, shard), is_in)
-    log_q_k = _renormalised(gather(log_q, ids, shard), is_in)
+    whole_p, whole_q = gather(log_p, ids, shard), gather(log_q, ids, shard)
+    log_p_k, log_q_k = _renormalised(whole_p, is_in), _renormalised(whole_q, is_in)
     p = log_p_k.exp()
     match weights:
         case "student_p":
@@ -235,6 +238,12 @@ def top_k_reverse_kl(
             w = log_q_k.exp()
         case "none":
             w = is_in.to(p.dtype) / is_in.sum(dim=1, keepdim=True).clamp(min=1)
+    if variant == "reference":
+        terms = torch.where(is_in, w * (whole_p - whole_q), 0)
+        value = terms.sum(dim=1)
+        # grad log p of the whole softmax: every token of the vocabulary has a gradient.
+        gradient = scatter(terms, ids, shard) - value[:, None] * log_p.exp()
+        return Distance(value=value, gradient=gradient)
     terms = torch.where(is_in, w * (log_p_k - log_q_k), 0)
     value = terms.sum(dim=1)
     return Distance(value=value, gradient=scatter(terms - p * value[:, None], ids, shard))

@@ -29,6 +29,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "whole_vocabulary": {"kind": "top_k", "k": VOCAB_SIZE},
     "temperatures": {"kind": "reverse_kl", **TEMPERATURES},
     "temperatures_top_k": {"kind": "top_k", "k": 5, "support": "union", **TEMPERATURES},
+    **{
+        f"reference_{support}_{weights}": {
+            "kind": "top_k",
+            "k": 5,
+            "support": support,
+            "support_weights": weights,
+            "top_k_variant": "reference",
+        }
+        for support, weights in (
+            ("only_stu", "student_p"),
+            ("union", "teacher_p"),
+            ("intersection", "none"),
+        )
+    },
     "temperatures_sampled": {"kind": "sampled_token", **TEMPERATURES},
 }
 
@@ -91,6 +105,11 @@ def formula(
             "teacher_p": log_q_s.exp(),
             "none": torch.full_like(log_p_s, 1 / max(len(ids), 1)),
         }[settings.support_weights]
+        if settings.top_k_variant == "reference":
+            advantages = -(w * (log_p_row - log_q_row)[ids]).detach()
+            values.append(-advantages.sum())
+            surrogates.append(-(advantages * log_p_row[ids]).sum())
+            continue
         values.append((w * (log_p_s - log_q_s)).sum())
         # With the student's weights the renormalised KL itself is differentiated.
         policy_gradient = ((w * (log_p_s - log_q_s)).detach() * log_p_s).sum()

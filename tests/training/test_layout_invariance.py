@@ -158,6 +158,12 @@ OUTPUT = "output_loss.kind="
 OUTPUT_METHODS: dict[str, list[str]] = {
     "sampled_token": [OUTPUT + "sampled_token", "taps.layers=none"],
     "top_k": [OUTPUT + "top_k", "output_loss.k=5", "output_loss.chunk_tokens=7"],
+    "top_k_reference": [
+        OUTPUT + "top_k",
+        "output_loss.k=5",
+        "output_loss.top_k_variant=reference",
+        "taps.layers=none",
+    ],
     "top_k_union": [
         OUTPUT + "top_k",
         "output_loss.support=union",
@@ -272,6 +278,11 @@ CASES = [
         for method in methods
         for layout in ("tp2_sp_full", "tp2_pp2", "cp2_pp2_vpp2")
     ),
+    *(
+        ("llama_tied_deeper", "crossfade", layout)
+        for layout in ("tp2_sp_full", "pp2_vpp2_target_groups", "dp2_pp2_overlap_both")
+    ),
+    ("qwen3_other_vocabulary", "top_k_reference", "tp2_sp_full"),
     *(("llama_tied_deeper", "other_prompt", layout) for layout in OUTPUT_LAYOUTS[:-2]),
     *(("qwen3_equal", "other_tokens", layout) for layout in OUTPUT_LAYOUTS),
     *(
@@ -315,7 +326,7 @@ CASES = [
 # What carries over from one step to the next (buffers, overlapped gathers, offloaded weights)
 # depends on the layout, not on model or method: these have every layout, and take a second step.
 TWO_STEPS = {("llama_tied_deeper", "default"), ("moe", "default")} | {
-    (pair, method) for pair, method, _ in CASES if method in LOGPROB_METHODS
+    (pair, method) for pair, method, _ in CASES if method in (*LOGPROB_METHODS, "crossfade")
 }
 
 

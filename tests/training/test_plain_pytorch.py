@@ -118,6 +118,18 @@ STEPS = {
         overrides=["loss.layer_weights=[0,1,0.5,2]"],
         layer_weights=(0.0, 1.0, 0.5, 2.0),
     ),
+    # The coefficients of the first steps: half of each.
+    "scheduled": Step(
+        pair="llama",
+        overrides=[
+            "output_loss.kind=reverse_kl",
+            "output_loss.coefficient_points=[[2,0.5],[4,1]]",
+            "loss.coefficient=4",
+            "loss.coefficient_points=[[3,0.5],[4,0]]",
+        ],
+        coefficient=2.0,
+        output=(OutputLossConfig(kind="reverse_kl"), 0.5),
+    ),
     "outputs_only": Step(
         pair="llama",
         overrides=["output_loss.kind=reverse_kl", "taps.layers=none"],
