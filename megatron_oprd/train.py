@@ -13,7 +13,7 @@ from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.preflight import prepare
 from megatron_oprd.training.describe import describe
 from megatron_oprd.training.loop import train
-from megatron_oprd.training.rollouts import describe_prompts
+from megatron_oprd.training.prompts import describe_prompts
 
 
 def main() -> int:

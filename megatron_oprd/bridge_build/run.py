@@ -38,12 +38,8 @@ from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training.layout import ModelLayout
 from megatron_oprd.training.plan import RunPlan
-from megatron_oprd.training.rollouts import (
-    load_run_prompts,
-    open_engines,
-    prompts_of_step,
-    sampling_of_step,
-)
+from megatron_oprd.training.prompts import load_run_prompts, prompts_of_step
+from megatron_oprd.training.rollouts import open_engines, sampling_of_step
 
 
 def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext) -> Manifest:

@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_oprd.config.schema import ParallelConfig, RunConfig, TeacherPromptConfig
+from megatron_oprd.config.schema import (
+    ParallelConfig,
+    RunConfig,
+    TeacherConfig,
+    TeacherPromptConfig,
+)
 from megatron_oprd.config.setting import Found, Rules, When, settings_of, shown
 from megatron_oprd.errors import UserError
 
@@ -29,6 +34,7 @@ def check_values(config: RunConfig) -> None:
     _check_effects(config)
     _check_teacher(config)
     _check_extra_teachers(config)
+    _check_ride(config)
     _check_parallel(config.parallel)
     _check_losses(config)
     _check_rollout(config)
@@ -168,6 +174,14 @@ def _check_extra_teachers(config: RunConfig) -> None:
             "extra_teachers with teacher_prompt: several teachers read the student's sequences; "
             "leave one of the two out"
         )
+    for name, teacher in _named_teachers(config):
+        if teacher.when and teacher.prompt_share is not None:
+            raise UserError(
+                f"{name}.when = {teacher.when} with {name}.prompt_share = {teacher.prompt_share}: "
+                "a teacher has the prompts of certain columns, or a share of all; leave one out"
+            )
+        _check_when(f"{name}.when", teacher.when)
+    _check_negative_teachers(config)
     shares = [config.teacher.prompt_share, *(teacher.prompt_share for teacher in extra)]
     given = [share for share in shares if share is not None]
     if sum(given) > 1 + 1e-9:
@@ -176,6 +190,69 @@ def _check_extra_teachers(config: RunConfig) -> None:
         raise UserError(
             f"prompt_share of the teachers = {shares}: leave {1 - sum(given):.3g} of the prompts "
             "to no teacher; make them 1 together, or leave one out, for all prompts"
+        )
+
+
+def _named_teachers(config: RunConfig) -> list[tuple[str, TeacherConfig]]:
+    names = ["teacher", *(f"extra_teachers[{i}]" for i in range(len(config.extra_teachers)))]
+    return list(zip(names, config.teachers, strict=True))
+
+
+def _check_when(setting: str, when: dict[str, Any]) -> None:
+    for column, wanted in when.items():
+        values = wanted if isinstance(wanted, list) else [wanted]
+        if not values or not all(isinstance(value, str | int | float) for value in values):
+            raise UserError(
+                f"{setting} = {when}: column {column!r} needs a text or number, or a list of them"
+            )
+
+
+def _check_negative_teachers(config: RunConfig) -> None:
+    """Refuses a teacher with a negative coefficient where losses do not add up to one target."""
+    extra = config.extra_teachers
+    negative = [number for number, one in enumerate(extra) if one.coefficient < 0]
+    if not negative:
+        return
+    name = f"extra_teachers[{negative[0]}]"
+    setting = f"{name}.coefficient = {extra[negative[0]].coefficient}"
+    if config.loss.normalize != "none":
+        raise UserError(
+            f"{setting} with loss.normalize = {config.loss.normalize}: a negative coefficient "
+            "needs plain MSE, loss.normalize = none"
+        )
+    for other, teacher in _named_teachers(config):
+        if teacher.prompt_share is not None or teacher.when:
+            what = "when" if teacher.when else "prompt_share"
+            raise UserError(
+                f"{setting} with {other}.{what}: the prompts that only {name} teaches would have a "
+                "loss without a minimum; leave it out"
+            )
+    for number, one in enumerate(extra):
+        if one.bridge is not None:
+            raise UserError(
+                f"{setting} with extra_teachers[{number}].bridge = {one.bridge}: a negative "
+                "coefficient needs teachers whose states are compared directly"
+            )
+
+
+def _check_ride(config: RunConfig) -> None:
+    ride = config.ride
+    if ride.base is None:
+        return
+    if ride.lambda_ == 1:
+        raise UserError(
+            f"ride.base = {ride.base} has no effect with ride.lambda = 1; give another number"
+        )
+    if config.loss.normalize != "none":
+        raise UserError(
+            f"ride.base = {ride.base} with loss.normalize = {config.loss.normalize}: the target is "
+            "a sum of states, which plain MSE compares; set loss.normalize = none"
+        )
+    teacher = config.teacher
+    if teacher.prompt_share is not None or teacher.when or teacher.refresh_interval is not None:
+        raise UserError(
+            f"ride.base = {ride.base} needs a fixed model.teacher that teaches all prompts; leave "
+            "out teacher.prompt_share, teacher.when and teacher.refresh_interval"
         )
 
 

@@ -5,6 +5,7 @@ checked in `megatron_oprd.training.plan`.
 """
 
 import difflib
+import keyword
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_oprd.config.checks import check_values
+from megatron_oprd.config.ride import with_base_as_teacher
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
 
@@ -75,7 +77,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     config = load_settings(path, overrides, RunConfig)
     check_values(config)
-    return config
+    return with_base_as_teacher(config)
 
 
 def load_settings(path: Path, overrides: Sequence[str], schema: type[Settings]) -> Settings:
@@ -100,6 +102,7 @@ def load_settings(path: Path, overrides: Sequence[str], schema: type[Settings]) 
             raise UserError(f"override {override!r}: {_one_line(error)}") from error
     origins = _origins(overrides)
     try:
+        given = OmegaConf.create(_field_names(OmegaConf.to_container(given)))
         _check_keys(OmegaConf.to_container(given), schema, prefix="", root=schema)
         merged = OmegaConf.merge(OmegaConf.structured(schema), given)
         if unset := sorted(OmegaConf.missing_keys(merged)):
@@ -137,6 +140,16 @@ def _origins(overrides: Sequence[str]) -> dict[str, str]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _field_names(given: Any) -> Any:
+    """The settings with the names of their fields, see `name_of`."""
+    if not isinstance(given, dict):
+        return given
+    return {
+        f"{key}_" if keyword.iskeyword(str(key)) else key: _field_names(value)
+        for key, value in given.items()
+    }
 
 
 def _check_keys(given: Any, schema: type, prefix: str, *, root: type) -> None:

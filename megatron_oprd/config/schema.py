@@ -40,6 +40,8 @@ class ModelConfig:
 FP8Recipe = Literal[
     "per_channel_log", "per_channel", "block_128", "tensorwise", "blockwise", "mxfp8", "delayed"
 ]
+Precision = Literal["bf16", "fp8"]
+Offload = Literal["none", "cpu"]
 _FP8 = when("teacher.precision", "fp8")
 
 
@@ -47,7 +49,7 @@ _FP8 = when("teacher.precision", "fp8")
 class TeacherConfig:
     """The teacher's precision, memory and ranks, and how it follows the student, if it does."""
 
-    precision: Literal["bf16", "fp8"] = setting("bf16")
+    precision: Precision = setting("bf16")
     """``fp8`` keeps the weights of the layers' matrices in FP8, and everything else (norms, biases,
     embedding, routers) in ``model.params_dtype``. ``bf16`` means no FP8: all weights are in
     ``model.params_dtype``."""
@@ -67,7 +69,7 @@ class TeacherConfig:
     """Last layers that stay in ``model.params_dtype``, counted back from the deepest mapped
     layer."""
 
-    offload: Literal["none", "cpu"] = setting("none")
+    offload: Offload = setting("none")
     """``cpu`` keeps the teacher's weights in (pinned) host memory, and has them on the device
     during the teacher pass only. ``none`` leaves them on the device."""
 
@@ -97,6 +99,12 @@ class TeacherConfig:
     ema_decay: float = setting(0.0, ge=0, lt=1, only_with=when("teacher.refresh_interval"))
     """Share of its own weights that the teacher keeps at a refresh, which makes it an exponential
     moving average; 0 takes the student's weights as they are."""
+
+    # The last field: behind it, its name hides the function `when` in this class.
+    when: dict[str, Any] = setting({}, only_with=when("extra_teachers"))
+    """Columns of the prompt files (``data_source``, or a field such as ``extra_info.domain``) with
+    the value, or a list of the values, of the prompts that this teacher teaches; by default all.
+    Not with ``prompt_share``."""
 
 
 # The conditions of `TeacherPromptConfig.is_own`.
@@ -157,8 +165,8 @@ class ExtraTeacherConfig:
     """An entry of the list of additional teachers.
 
     Such a teacher reads the student's sequences, and its loss on hidden states is added to the
-    first teacher's. Its precision, offload and the like are those of ``teacher``, its positions
-    those of ``taps``. With ``teacher.offload = cpu`` only one teacher is on the device at a time.
+    first teacher's. What it has no setting for is as in ``teacher``, ``taps`` and ``loss``. With
+    ``offload = cpu`` for all teachers only one of them is on the device at a time.
     """
 
     model: str = setting("???")
@@ -176,14 +184,43 @@ class ExtraTeacherConfig:
     layer_map: Literal["proportional"] | list[int] = setting("proportional")
     """See ``taps.layer_map``."""
 
-    coefficient: float = setting(1.0, ge=0)
-    """See ``loss.coefficient``."""
+    layer_weights: list[float] | None = setting(None, ge=0)
+    """See ``loss.layer_weights``."""
+
+    coefficient: float = setting(1.0)
+    """See ``loss.coefficient``. It may be negative, which leads the student away from this teacher,
+    if all coefficients of each student layer are above 0 together. That needs plain MSE without
+    bridges, and teachers of all prompts."""
+
+    when: dict[str, Any] = setting({})
+    """See ``teacher.when``."""
+
+    precision: Precision | None = setting(None)
+    """See ``teacher.precision``; by default that of ``teacher``."""
+
+    fp8_recipe: FP8Recipe | None = setting(None)
+    """See ``teacher.fp8_recipe``; by default that of ``teacher``."""
+
+    offload: Offload | None = setting(None)
+    """See ``teacher.offload``; by default that of ``teacher``."""
 
     prompt_share: float | None = setting(None, gt=0)
     """See ``teacher.prompt_share``."""
 
     bridge: str | None = setting(None)
     """See ``bridge.path``. All directions of the bridge are used."""
+
+    def as_teacher(self, first: TeacherConfig) -> TeacherConfig:
+        """The group ``teacher`` of the run in which this teacher, not ``first``, is the first."""
+        return replace(
+            first,
+            precision=self.precision or first.precision,
+            fp8_recipe=self.fp8_recipe or first.fp8_recipe,
+            offload=self.offload or first.offload,
+            prompt_share=self.prompt_share,
+            when=self.when,
+            refresh_interval=None,
+        )
 
 
 @dataclass(kw_only=True)
@@ -270,6 +307,26 @@ class TapConfig:
     last_layer: Literal["post_norm", "pre_norm"] = setting("post_norm")
     """``post_norm`` takes a model's last layer after the final norm (Hugging Face's
     hidden_states[-1]), ``pre_norm`` the raw output of the block."""
+
+
+@dataclass(kw_only=True)
+class RideConfig:
+    """Extrapolation from a checkpoint before the teacher's last training (RIDE, arXiv:2609.36484).
+
+    The target is h_T + (lambda - 1) (h_T - h_B), with the states of teacher and base. For plain MSE
+    that is the same as two teachers: ``model.teacher`` with lambda times ``loss.coefficient``, and
+    the base with -(lambda - 1) times it. The run is configured so: this group is a name for an
+    entry of ``extra_teachers``.
+    """
+
+    base: str | None = setting(None)
+    """The checkpoint before: the same kinds of folders as ``model.teacher``."""
+
+    base_hf_config: str | None = setting(None, only_with=when("ride.base"))
+    """See ``model.teacher_hf_config``."""
+
+    lambda_: float = setting(1.0, gt=0, only_with=when("ride.base"))
+    """The strength: above 1 goes past the teacher, below 1 stops before it; 1 is the teacher."""
 
 
 Normalize = Literal["none", "l2"]
@@ -435,6 +492,11 @@ class DataConfig:
 
     shuffle: bool = setting(True)
     """Whether each epoch is a seeded permutation."""
+
+    group_by: str | None = setting(None)
+    """Column of the prompt files (or a field, as in ``extra_info.domain``) by which prompts are
+    grouped: all prompts of a step have the same value, and values take turns in proportion to their
+    prompts. By default a step mixes all prompts."""
 
 
 # vLLM's names for FP8 (E4M3) with a scale for each tensor, block or output channel.
@@ -783,6 +845,7 @@ class RunConfig:
     extra_teachers: list[ExtraTeacherConfig] = setting([])
     parallel: ParallelConfig = group(ParallelConfig)
     taps: TapConfig = group(TapConfig)
+    ride: RideConfig = group(RideConfig)
     loss: LossConfig = group(LossConfig)
     output_loss: OutputLossConfig = group(
         OutputLossConfig, only_with=when("output_loss.kind", *get_args(OutputLoss)[1:])
@@ -805,6 +868,19 @@ class RunConfig:
     def compares_outputs(self) -> bool:
         """Whether there is an output-space loss."""
         return self.output_loss.kind != "none"
+
+    @property
+    def teachers(self) -> list[TeacherConfig]:
+        """The group ``teacher`` of each teacher, the first included."""
+        return [self.teacher, *(one.as_teacher(self.teacher) for one in self.extra_teachers)]
+
+    @property
+    def prompt_columns(self) -> list[str]:
+        """The columns of the prompt files that assign prompts to teachers or to steps."""
+        columns = [column for teacher in self.teachers for column in teacher.when]
+        if self.data.group_by is not None:
+            columns.append(self.data.group_by)
+        return list(dict.fromkeys(columns))
 
     @property
     def teacher_parallel(self) -> ParallelConfig:

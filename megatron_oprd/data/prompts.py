@@ -38,6 +38,8 @@ class Prompt:
     # The token that ends the teacher's answer to it: its turn's end, or the end of the document
     # after plain text; None if unknown.
     teacher_end: int | None = None
+    # (column, value) of the columns that the run asks for
+    columns: tuple[tuple[str, Any], ...] = ()
     # Earlier occurrences in the same step, so that repeated prompts get other responses.
     occurrence: int = 0
 
@@ -107,6 +109,7 @@ def load_prompts(
     max_prompt_tokens: int,
     long_prompts: LongPrompts = "drop",
     teacher: TeacherPrompts | None = None,
+    columns: Sequence[tuple[str, str]] = (),
 ) -> list[Prompt]:
     """Reads and tokenizes every prompt of ``files``, in order.
 
@@ -122,15 +125,16 @@ def load_prompts(
         long_prompts: ``drop``, or ``cut`` to the last ``max_prompt_tokens`` tokens, which keeps the
             end of the question and the generation prompt.
         teacher: How the teacher's prompts are made; None: they are the student's.
+        columns: Columns for `Prompt.columns`, each with the setting that names it.
 
     Raises:
-        UserError: A file is missing, empty or unreadable, a row lacks the prompt, the tokenizer has
-            no chat template but needs one, or every prompt is too long.
+        UserError: A file is missing, empty or unreadable, a row lacks the prompt or a column, the
+            tokenizer has no chat template but needs one, or every prompt is too long.
     """
     prompts: list[Prompt] = []
     num_rows = num_cut = num_long_for_teacher = 0
     shortest_dropped: int | None = None
-    for where, content, privileged in _all_rows(files, prompt_key, teacher):
+    for where, content, privileged, values in _all_rows(files, prompt_key, teacher, columns):
         index, num_rows = num_rows, num_rows + 1
         token_ids = tokenize_prompt(where, content, tokenizer, chat)
         if len(token_ids) > max_prompt_tokens and long_prompts == "cut":
@@ -152,6 +156,7 @@ def load_prompts(
                 token_ids=token_ids,
                 teacher_ids=teacher_ids,
                 teacher_end=teacher_end,
+                columns=values,
             )
         )
     if num_long_for_teacher:
@@ -196,10 +201,11 @@ def check_prompt_files(
     prompt_key: str = "prompt",
     chat: ChatFormat,
     teacher: TeacherPrompts | None = None,
+    columns: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Tokenizes the first row of every file like `load_prompts`, and raises the same errors."""
     for file in _non_empty(files):
-        where, content, privileged = next(_all_rows([file], prompt_key, teacher))
+        where, content, privileged, _ = next(_all_rows([file], prompt_key, teacher, columns))
         tokenize_prompt(where, content, tokenizer, chat)
         if teacher is not None:
             teacher.token_ids(where, content, privileged)
@@ -237,16 +243,28 @@ def _non_empty(files: Sequence[Path]) -> Sequence[Path]:
 
 
 def _all_rows(
-    files: Sequence[Path], prompt_key: str, teacher: TeacherPrompts | None
-) -> Iterator[tuple[str, str | list[Message], Any]]:
-    """Yields (the row for messages, the prompt, the text that only the teacher sees)."""
+    files: Sequence[Path],
+    prompt_key: str,
+    teacher: TeacherPrompts | None,
+    columns: Sequence[tuple[str, str]],
+) -> Iterator[tuple[str, str | list[Message], Any, tuple[tuple[str, Any], ...]]]:
+    """Yields (the row for messages, the prompt, the text that only the teacher sees, columns)."""
     keys, key_settings = [prompt_key], ["data.prompt_key"]
     if teacher is not None and teacher.privileged_key is not None:
         keys.append(teacher.privileged_key)
         key_settings.append("teacher_prompt.privileged_key")
+    first = len(keys)
+    keys += [column for column, _ in columns]
+    key_settings += [setting for _, setting in columns]
     for file in _non_empty(files):
-        for where, (prompt, *privileged) in read_rows(
+        for where, (prompt, *others) in read_rows(
             file, keys, setting="data.prompts", key_settings=key_settings, not_read=_NOT_READ
         ):
             content = text_or_messages(where, prompt, prompt_key)
-            yield where, content, privileged[0] if privileged else None
+            values = tuple(zip(keys[first:], others[first - 1 :], strict=True))
+            for column, value in values:
+                if not isinstance(value, str | int | float):
+                    raise UserError(
+                        f"{where} has {value!r} in column {column!r}; it must be a text or number"
+                    )
+            yield where, content, others[0] if first > 1 else None, values

@@ -156,9 +156,10 @@ def check_host_memory(
             f"teacher.offload = {config.teacher.offload} and optimizer.offload_states = "
             f"{str(config.optimizer.offload_states).lower()}"
         ] = ranks_on_host * fullest.host_bytes
-    if config.teacher.offload == "cpu":
-        for number, extra in enumerate(config.extra_teachers):
-            # Each further teacher's weights are on the host, too, next to the first teacher's.
+    for number, (extra, teacher) in enumerate(
+        zip(config.extra_teachers, config.teachers[1:], strict=True)
+    ):
+        if teacher.offload == "cpu":
             weights = _largest_teacher(_estimate(alone(config, extra), num_ranks))
             needs[f"extra_teachers[{number}]"] = ranks_on_host * weights
     if memory.vllm is not None and memory.vllm.host_bytes:

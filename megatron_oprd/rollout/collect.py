@@ -55,15 +55,19 @@ def gather(
     groups). Raises RuntimeError on every rank if a rollout was sampled with a version of the
     weights outside ``weights_versions``.
     """
-    # Leaders build the teacher's sequences before the exchange: other ranks have no prompts.
-    if reader is not None and generated is not None:
+    # Leaders add what comes from prompts before the exchange: other ranks have no prompts.
+    if generated is not None:
         repeated = [
             prompt
             for prompt in share_of_replica(prompts, context)
             for _ in range(sampling.samples_per_prompt)
         ]
         generated = [
-            replace(rollout, teacher=reader.read(prompt, rollout.response_ids))
+            replace(
+                rollout,
+                teacher=None if reader is None else reader.read(prompt, rollout.response_ids),
+                columns=prompt.columns,
+            )
             for prompt, rollout in zip(repeated, generated, strict=True)
         ]
     own = [generated]

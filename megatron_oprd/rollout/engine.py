@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -50,6 +50,7 @@ class Rollout:
     finished: bool  # False: cut at max_new_tokens
     # What the teacher reads instead of the student's sequence.
     teacher: TeacherSequence | None = None
+    columns: tuple[tuple[str, Any], ...] = ()  # the prompt's, see `Prompt.columns`
     # Per teacher of the run, whether it teaches this rollout; None: all do.
     taught_by: tuple[bool, ...] | None = None
     weights_version: int = 0  # the version passed to `RolloutEngine.load_weights`

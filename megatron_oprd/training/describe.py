@@ -71,6 +71,13 @@ def describe(plan: RunPlan) -> str:
             *(["its own prompt"] if settings.suffix or settings.chat_template_kwargs else []),
         ]
         lines.append(f"the teacher reads {' and '.join(what)}")
+    for number, teacher in enumerate(config.teachers):
+        if teacher.when:
+            name = f"extra teacher {number}" if number else "the teacher"
+            columns = ", ".join(f"{column} = {value}" for column, value in teacher.when.items())
+            lines.append(f"{name} teaches the prompts with {columns}")
+    if config.data.group_by is not None:
+        lines.append(f"each step has prompts of one {config.data.group_by}")
     for number, one in enumerate(plan.teachers[1:], start=1):
         matches = ", ".join(f"{pair.student} -> {pair.teacher}" for pair in one.layout.pairs)
         layers = ", ".join(map(str, one.layout.teacher.extent.layers_per_stage))

@@ -92,7 +92,9 @@ def _of_model(setting: str, checkpoint: WeightSource) -> dict[str, str]:
 
 def _prompt_bytes(prompts: Sequence[Prompt]) -> Iterable[bytes]:
     for prompt in prompts:
-        yield repr((prompt.index, prompt.token_ids, prompt.teacher_ids)).encode()
+        # Columns only where there are any, so that older checkpoints keep their digest.
+        parts = (prompt.index, prompt.token_ids, prompt.teacher_ids)
+        yield repr((*parts, prompt.columns) if prompt.columns else parts).encode()
 
 
 def _files_below(path: Path) -> list[Path]:

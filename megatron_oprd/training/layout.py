@@ -1,5 +1,6 @@
 """The placement of both models' layers, computed from their configurations alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -104,7 +105,8 @@ class RunLayout:
         return SequenceSplit(
             cp_size=parallel.context_parallel_size,
             tp_size=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
-            multiple=token_multiple(self.config.teacher, parallel),
+            # All teachers read the same micro-batches.
+            multiple=max(token_multiple(one, parallel) for one in self.config.teachers),
         )
 
     @property
@@ -253,6 +255,31 @@ def make_layout(
         min_running_layers=min_running_layers,
         bridge_rank=bridge_rank,
     )
+
+
+def check_coefficients(layouts: Sequence[RunLayout]) -> None:
+    """Checks that negative coefficients leave each student layer a loss with a minimum.
+
+    ``layouts`` are those of all teachers.
+
+    Raises:
+        UserError: The coefficients of a layer are negative, or 0, together.
+    """
+    total: dict[int, float] = {}
+    has_negative: set[int] = set()
+    for layout in layouts:
+        for pair, coefficient in zip(layout.pairs, layout.pair_coefficients(0), strict=True):
+            total[pair.student] = total.get(pair.student, 0.0) + coefficient
+            if coefficient < 0:
+                has_negative.add(pair.student)
+    for layer in sorted(has_negative):
+        if total[layer] <= 0:
+            raise UserError(
+                f"extra_teachers: the coefficients of student layer {layer} are "
+                f"{total[layer]:.3g} together (each divided by its teacher's number of layers); a "
+                "negative one needs a larger positive one at the same layer, or the loss has no "
+                "minimum"
+            )
 
 
 def _model_layout(

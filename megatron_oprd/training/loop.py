@@ -26,6 +26,7 @@ from megatron_oprd.training.layout import RunLayout
 from megatron_oprd.training.loggers import Loggers
 from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import RunPlan, export_folder
+from megatron_oprd.training.prompts import load_run_prompts, taught_by
 from megatron_oprd.training.resume import (
     check_contents,
     check_export,
@@ -33,12 +34,7 @@ from megatron_oprd.training.resume import (
     with_schedule_of,
 )
 from megatron_oprd.training.rollout_source import RolloutSource
-from megatron_oprd.training.rollouts import (
-    compares_logprobs,
-    load_run_prompts,
-    open_engines,
-    taught_by,
-)
+from megatron_oprd.training.rollouts import compares_logprobs, open_engines
 from megatron_oprd.training.step import Distiller, StepResult
 from megatron_oprd.training.stopping import StopRequests
 from megatron_oprd.weights.casting import config_with_dtype
@@ -133,13 +129,12 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
             server_log=output_dir / "vllm_server.log",
         ) as engines,
     ):
-        shares = [teacher.layout.config.teacher.prompt_share for teacher in plan.teachers]
         source = RolloutSource(plan, context, engines, prompts)
         for step in range(done.step, config.train_iters):
             started = time.perf_counter()
             torch.cuda.reset_peak_memory_stats()
             of_step = source.of_step(step)
-            rollouts = taught_by(of_step.rollouts, shares, seed=config.seed)
+            rollouts = taught_by(of_step.rollouts, config.teachers, seed=config.seed)
             compared: dict[str, Any] = {}
             if compares_logprobs(step, config):
                 compared = logprob_check.compare(rollouts, step=step)

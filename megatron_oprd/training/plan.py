@@ -25,7 +25,12 @@ from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.vllm.engine import check_vllm_is_there
-from megatron_oprd.training.layout import RunLayout, make_layout, matched_layers
+from megatron_oprd.training.layout import (
+    RunLayout,
+    check_coefficients,
+    make_layout,
+    matched_layers,
+)
 from megatron_oprd.training.reading import (
     chat_format_of_benchmarks,
     check_prompts,
@@ -149,9 +154,9 @@ def alone(config: RunConfig, extra: ExtraTeacherConfig) -> RunConfig:
     return replace(
         config,
         model=replace(config.model, teacher=extra.model, teacher_hf_config=extra.hf_config),
-        teacher=replace(config.teacher, prompt_share=extra.prompt_share, refresh_interval=None),
+        teacher=extra.as_teacher(config.teacher),
         taps=replace(config.taps, layers=extra.layers, n=extra.n, layer_map=extra.layer_map),
-        loss=replace(config.loss, coefficient=extra.coefficient, layer_weights=None),
+        loss=replace(config.loss, coefficient=extra.coefficient, layer_weights=extra.layer_weights),
         output_loss=OutputLossConfig(),
         bridge=BridgeConfig(path=extra.bridge),
         evaluation=EvaluationConfig(),
@@ -219,6 +224,7 @@ def check(models: OpenedModels, layouts: Sequence[RunLayout], *, builds_bridge: 
             elif layout.pairs and not builds_bridge:
                 _check_widths(student.architecture, teacher)
             one.opened.check_tensors()
+    check_coefficients(layouts)
 
 
 def read(models: OpenedModels, layouts: Sequence[RunLayout]) -> RunPlan:

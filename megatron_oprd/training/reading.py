@@ -95,7 +95,17 @@ def check_prompts(
         prompt_key=config.data.prompt_key,
         chat=chat_format(config),
         teacher=None if reader is None else reader.prompts,
+        columns=columns_with_settings(config),
     )
+
+
+def columns_with_settings(config: RunConfig) -> list[tuple[str, str]]:
+    """The prompts' columns that the run needs, each with a setting that names it."""
+    grouped = config.data.group_by
+    return [
+        (column, "data.group_by" if column == grouped else "a teacher's `when`")
+        for column in config.prompt_columns
+    ]
 
 
 def chat_format(config: RunConfig) -> ChatFormat:

@@ -48,8 +48,11 @@ _BY_CONTENT = (
     "data.prompts", "bridge.path",
 )  # fmt: skip
 # Free-form mappings, compared as a whole: their keys are not settings with defaults.
-_WHOLE = ("data.chat_template_kwargs", "teacher_prompt.chat_template_kwargs")
-_BY_CONTENT_OF_EXTRA = ("model", "hf_config", "bridge")
+_WHOLE = (
+    "data.chat_template_kwargs", "teacher_prompt.chat_template_kwargs", "teacher.when",
+)  # fmt: skip
+# Of an entry of extra_teachers: compared by content, or free to change.
+_NOT_OF_EXTRA = ("model", "hf_config", "bridge", "offload")
 _PASSED_OVER = "{} is not whole and is passed over: {}"
 
 
@@ -221,7 +224,7 @@ def check_export(config: RunConfig, identity: RunIdentity | None) -> None:
 def _compared(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that must not change, by their full names."""
     extra = [
-        {name: value for name, value in one.items() if name not in _BY_CONTENT_OF_EXTRA}
+        {name: value for name, value in one.items() if name not in _NOT_OF_EXTRA}
         for one in settings["extra_teachers"]
     ]
     flat = _flat({**settings, "extra_teachers": extra})

@@ -11,7 +11,8 @@ from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.rollout.replicas import ReplicaEngines
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.plan import RunPlan
-from megatron_oprd.training.rollouts import prompts_of_step, sampling_of_step
+from megatron_oprd.training.prompts import prompts_of_step
+from megatron_oprd.training.rollouts import sampling_of_step
 
 
 @dataclass(frozen=True, kw_only=True)

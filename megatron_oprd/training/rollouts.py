@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import datetime
-import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,17 +10,16 @@ from torch import Tensor
 
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.benchmarks import tokenized
-from megatron_oprd.data.prompts import Prompt, load_prompts, prompt_indices
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.create import create_engine
-from megatron_oprd.rollout.engine import Rollout, RolloutEngine, RolloutEngineError, SamplingParams
+from megatron_oprd.rollout.engine import RolloutEngine, RolloutEngineError, SamplingParams
 from megatron_oprd.rollout.replicas import ReplicaEngines
 from megatron_oprd.rollout.vllm.client import check_server
 from megatron_oprd.rollout.vllm.engine import engine_gpus
 from megatron_oprd.rollout.vllm.launch import ServerProcess, check_server_gpus, server_host
 from megatron_oprd.training.plan import RunPlan
-from megatron_oprd.training.reading import chat_format, chat_format_of_benchmarks
+from megatron_oprd.training.reading import chat_format_of_benchmarks
 
 
 @contextlib.contextmanager
@@ -144,66 +141,6 @@ def _max_model_len(plan: RunPlan) -> int:
     return max([plan.layout.max_sequence_length, *of_benchmarks])
 
 
-def load_run_prompts(plan: RunPlan, *, today: datetime.date | None = None) -> list[Prompt]:
-    """Reads and tokenizes the run's prompts; raises the errors of `load_prompts`.
-
-    ``today`` is the date for chat templates that print one.
-    """
-    data = plan.config.data
-    teacher = None if plan.teachers[0].reader is None else plan.teachers[0].reader.prompts
-    if teacher is not None:
-        teacher = dataclasses.replace(teacher, chat=dataclasses.replace(teacher.chat, today=today))
-    return load_prompts(
-        [Path(file) for file in data.prompts],
-        plan.tokenizer,
-        prompt_key=data.prompt_key,
-        chat=dataclasses.replace(chat_format(plan.config), today=today),
-        max_prompt_tokens=data.max_prompt_tokens,
-        long_prompts=data.long_prompts,
-        teacher=teacher,
-    )
-
-
-def describe_prompts(plan: RunPlan) -> str:
-    """The number of prompts, and the first as the models read it, as text for ``--dry-run``.
-
-    Reads every row, and raises the errors of `load_prompts`.
-    """
-    prompts = load_run_prompts(plan)
-    first = prompts[0]
-    lines = [
-        "",
-        f"# prompts: {len(prompts)}; the first one, special tokens included",
-        f"student: {plan.tokenizer.decode(first.token_ids)!r}",
-    ]
-    if first.teacher_ids is not None:
-        assert plan.teachers[0].reader is not None
-        tokenizer = plan.teachers[0].reader.prompts.tokenizer
-        lines.append(f"teacher: {tokenizer.decode(first.teacher_ids)!r}")
-        if plan.teachers[0].reader.own_tokens:
-            end = first.teacher_end
-            shown = "not known" if end is None else repr(tokenizer.decode([end]))
-            lines.append(f"the token that ends the teacher's answer: {shown}")
-    return "\n".join(lines)
-
-
-def prompts_of_step(step: int, prompts: list[Prompt], config: RunConfig) -> list[Prompt]:
-    """The prompts of one step; none if no prompts were loaded."""
-    if not prompts:
-        return []
-    indices = prompt_indices(
-        step,
-        num_prompts=len(prompts),
-        prompts_per_step=config.rollout.prompts_per_step,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-    )
-    return [
-        dataclasses.replace(prompts[i], occurrence=indices[:position].count(i))
-        for position, i in enumerate(indices)
-    ]
-
-
 def compares_logprobs(step: int, config: RunConfig) -> bool:
     """Whether a step's rollouts are checked against the trainer's log-probabilities."""
     interval = config.rollout.logprob_check_interval
@@ -225,39 +162,3 @@ def sampling_of_step(step: int, config: RunConfig) -> SamplingParams:
         seed=config.seed + step,
         logprobs=compares_logprobs(step, config),
     )
-
-
-def taught_by(
-    rollouts: Sequence[Rollout], shares: Sequence[float | None], *, seed: int
-) -> list[Rollout]:
-    """Sets ``Rollout.taught_by``: the teachers of each rollout.
-
-    A prompt is assigned to a teacher by a hash of its index and ``seed``, the same in every step. A
-    share of None is a teacher of all prompts, in addition to the teacher that a prompt is assigned
-    to.
-    """
-    if all(share is None for share in shares):
-        return list(rollouts)
-    bounds: list[tuple[float, float]] = []
-    start = 0.0
-    for share in shares:
-        if share is None:
-            bounds.append((0.0, 1.0))
-            continue
-        stop = start + share
-        # The last share ends at 1, despite rounding errors in the sum.
-        bounds.append((start, 1.0 if stop > 1 - 1e-9 else stop))
-        start = stop
-    result = []
-    for rollout in rollouts:
-        number = _number(rollout.prompt_index, seed)
-        teaches = tuple(start <= number < end for start, end in bounds)
-        result.append(dataclasses.replace(rollout, taught_by=teaches))
-    return result
-
-
-def _number(prompt_index: int, seed: int) -> float:
-    """A number in [0, 1), the same on every machine."""
-    # Not hash(), which differs between processes for strings.
-    digest = hashlib.sha256(f"{seed}:{prompt_index}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48

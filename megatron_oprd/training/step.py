@@ -114,8 +114,8 @@ class Distiller:
                 cp_group=context.groups.cp,
                 sequence_parallel=config.parallel.sequence_parallel,
             )
-        if config.teacher.offload == "cpu":
-            for one in self.teachers:
+        for one in self.teachers:
+            if one.plan.layout.config.teacher.offload == "cpu":
                 # The first one's head is used in the student's pass.
                 uses_head = self._head is not None and one is self.teachers[0]
                 one.offload([head_weight(teacher[-1])] if uses_head else [])

@@ -1,5 +1,6 @@
 """What is refused: ranges and effects, as the schema declares them, and relations of settings."""
 
+import keyword
 import math
 import re
 from collections.abc import Callable
@@ -42,6 +43,7 @@ RELATED: dict[str, dict[str, Any]] = {
     "recompute.recompute_num_layers": {"recompute.recompute_method": "block"},
     "recompute.recompute_method": {"recompute.recompute_num_layers": 1},
     "bridge.path": {"loss.normalize": "l2"},
+    "ride.base": {"ride.lambda": 2.0},
     "bridge.rank": {"loss.normalize": "l2"},
     "evaluation.interval": {"evaluation.data": ["a.parquet"]},
     "taps.n": {"taps.layers": "last_n"},
@@ -56,6 +58,8 @@ GIVEN: dict[str, Any] = {
     "teacher_prompt.privileged_key": "a",
     "teacher_prompt.template": "{prompt}, {privileged}",
     "bridge.path": "b",
+    "ride.base": "b",
+    "teacher.when": {"source": "x"},
     "loss.coefficient_points": [[0.0, 1.0]],
     "output_loss.coefficient_points": [[0.0, 1.0]],
     "rollout.logprob_check_interval": 1,
@@ -88,15 +92,20 @@ def check(settings: dict[str, Any]) -> None:
             before = (*config.extra_teachers, ExtraTeacherConfig(model="m"))[0]
             config.extra_teachers = [replace(before, **{name: value})]
         else:
-            setattr(attrgetter(group)(config) if group else config, name, value)
+            setattr(attrgetter(group)(config) if group else config, field_name(name), value)
     check_values(config)
+
+
+def field_name(name: str) -> str:
+    """The field of a setting."""
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 def kind_of(key: str) -> Any:
     """The type of a setting, without None."""
     schema: Any = RunConfig
     for name in key.replace("[0]", "").split("."):
-        schema = get_type_hints(schema)[name]
+        schema = get_type_hints(schema)[field_name(name)]
         schema = get_args(schema)[0] if schema == list[ExtraTeacherConfig] else schema
     kinds = get_args(schema) if get_origin(schema) in (Union, UnionType) else [schema]
     return next(kind for kind in kinds if kind is not NoneType)

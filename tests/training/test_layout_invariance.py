@@ -214,6 +214,10 @@ LOGPROB_METHODS = {
     "logprobs_and_head": [OUTPUT + "reverse_kl", "taps.layers=none"],
 }
 METHODS |= LOGPROB_METHODS
+METHODS["ride"] = ["ride.base=TEACHERS/qwen3_equal/teacher", "ride.lambda=1.5"]
+METHODS["other_precision"] = [
+    "extra_teachers=[{model: TEACHERS/qwen3_equal/teacher, precision: fp8, offload: cpu}]",
+]
 METHODS["shallow_first_teacher"] = [
     "taps.layers=[0]",
     "extra_teachers=[{model: TEACHERS/llama_equal/teacher, layers: [1, 2]}]",
@@ -290,6 +294,11 @@ CASES = [
         for layout in ("ep2_pp2", "tp2_sp_etp1_ep2")
     ),
     *(("llama_tied_deeper", SEVERAL, layout) for layout in OUTPUT_LAYOUTS[:-2]),
+    *(
+        ("llama_tied_deeper", method, layout)
+        for method in ("ride", "other_precision")
+        for layout in ("tp2_sp_full", "pp2_vpp2_target_groups")
+    ),
     *(
         ("qwen3_deeper", "shallow_first_teacher", layout)
         for layout in ("pp2", "pp2_vpp2_full", "tp2_sp_pp2_full")

@@ -5,7 +5,8 @@ from pathlib import Path
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import Prompt, TeacherPrompts, load_prompts
-from megatron_oprd.training.rollouts import prompts_of_step, sampling_of_step
+from megatron_oprd.training.prompts import prompts_of_step
+from megatron_oprd.training.rollouts import sampling_of_step
 from tests.helpers.tiny import tiny_tokenizer
 
 
