@@ -22,7 +22,8 @@ import torch
 import transformers
 from rich.console import Console
 
-from megatron_oprd.config.checks import MAX_TEMPERATURE, check_url
+from megatron_oprd.config.engines.vllm import MAX_TEMPERATURE
+from megatron_oprd.config.urls import check_url
 from megatron_oprd.data.benchmarks import load_benchmarks
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.errors import UserError, run_entry_point

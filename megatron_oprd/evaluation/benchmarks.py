@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.config.schema import VLLMConfig
+from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.data.benchmarks import Benchmark, check_length, tokenized
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import Prompt

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.config.schema import VLLMConfig
+from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.data.tokenizers import eos_token_ids, pad_token_id
 from megatron_oprd.rollout.engine import RolloutEngine
 from megatron_oprd.rollout.hf import HFEngine

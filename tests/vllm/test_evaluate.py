@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_oprd import evaluate
-from megatron_oprd.config.schema import VLLMConfig
+from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation import benchmarks
 from tests.data.test_benchmarks import row, write

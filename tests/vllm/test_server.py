@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_oprd.config.schema import VLLMConfig
+from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.planning.vllm import num_blocks
