@@ -15,6 +15,7 @@ python -m megatron_oprd.evaluate --teacher TEACHER --student before=PRUNED after
 import argparse
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch
 import transformers
 from rich.console import Console
 
-from megatron_oprd.config.checks import MAX_TEMPERATURE, check_url
+from megatron_oprd.config.engines import EngineConfig
+from megatron_oprd.config.urls import check_url
 from megatron_oprd.data.benchmarks import load_benchmarks
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.errors import UserError, run_entry_point
@@ -34,7 +36,8 @@ from megatron_oprd.evaluation.benchmarks import (
 from megatron_oprd.evaluation.students import evaluate_students, write_evaluation
 from megatron_oprd.evaluation.tables import benchmarks_table, students_table
 from megatron_oprd.rollout.engine import SamplingParams
-from megatron_oprd.rollout.vllm.engine import check_vllm_is_there
+from megatron_oprd.rollout.kind import EngineKind
+from megatron_oprd.rollout.registry import ENGINES
 
 BENCHMARK_OPTIONS: dict[str, Any] = {
     "data": None,
@@ -46,7 +49,7 @@ BENCHMARK_OPTIONS: dict[str, Any] = {
     "seed": 1234,
     "limit": None,
     "instruction": None,
-    "engine": "hf",
+    "engine": EngineConfig().engine,
     "tensor_model_parallel_size": 1,
     "server_url": None,
     "max_new_tokens": 4096,
@@ -75,6 +78,8 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    splitting = _engines(lambda kind: kind.splits_models)
+    serving = _engines(lambda kind: kind.has_servers)
     parser = argparse.ArgumentParser(
         prog="python -m megatron_oprd.evaluate",
         description="Measures models: --model and --data sample answers to benchmarks and grade "
@@ -108,20 +113,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     benchmarks.add_argument(
         "--engine",
-        choices=("hf", "vllm"),
+        choices=list(ENGINES),
         help=f"what generates, default: {defaults['engine']}",
     )
     benchmarks.add_argument(
         "--tensor-model-parallel-size",
         type=_positive,
         metavar="N",
-        help="with --engine vllm: GPUs that a model is split over, from --device on; default: 1",
+        help=f"with --engine {splitting}: GPUs that a model is split over, from --device on; "
+        "default: 1",
     )
     benchmarks.add_argument(
         "--server-url",
         metavar="URL",
-        help="a vLLM server, as for rollout.vllm.server_url, that gets the weights of each --model "
-        "in turn; default: none, --engine vllm is started here",
+        help=f"a server of --engine {serving}, as for its setting server_url in training, "
+        "that gets the weights of each --model in turn; default: none, the engine is "
+        "started here",
     )
     teacher = parser.add_argument_group("against the teacher")
     teacher.add_argument("--teacher", type=Path, metavar="DIR")
@@ -158,6 +165,11 @@ def _parser() -> argparse.ArgumentParser:
         help="default: %(default)s",
     )
     return parser
+
+
+def _engines(can: Callable[[EngineKind], bool]) -> str:
+    """The names of the engines with a capability."""
+    return " or ".join(name for name, kind in ENGINES.items() if can(kind))
 
 
 def _add_models(group: argparse._ArgumentGroup, option: str, kind: str) -> None:
@@ -203,22 +215,23 @@ def _on_benchmarks(args: argparse.Namespace) -> int:
         raise UserError(f"--top-k {args.top_k}: has to be 0 (off) or more")
     if "" in args.stop:
         raise UserError("--stop has an empty text, which every response would end with")
-    if args.tensor_model_parallel_size != 1 and (args.engine != "vllm" or args.server_url):
+    kind = ENGINES[args.engine]
+    if args.tensor_model_parallel_size != 1 and (not kind.splits_models or args.server_url):
         raise UserError(
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} needs --engine vllm "
-            "without --server-url"
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} needs --engine "
+            f"{_engines(lambda kind: kind.splits_models)} without --server-url"
         )
     if args.server_url is not None:
-        if args.engine != "vllm":
-            raise UserError(f"--server-url has no use with --engine {args.engine}; give vllm")
-        check_url(args.server_url, "--server-url")
-    if args.engine == "vllm":
-        if args.server_url is None:
-            check_vllm_is_there()
-        if args.temperature > MAX_TEMPERATURE:
+        if not kind.has_servers:
             raise UserError(
-                f"--temperature {args.temperature}: vLLM takes at most {MAX_TEMPERATURE}"
+                f"--server-url has no use with --engine {args.engine}; give "
+                f"{_engines(lambda kind: kind.has_servers)}"
             )
+        check_url(args.server_url, "--server-url")
+    if kind.max_temperature is not None and args.temperature > kind.max_temperature:
+        raise UserError(
+            f"--temperature {args.temperature}: {kind.title} takes at most {kind.max_temperature}"
+        )
     evaluation = evaluate_on_benchmarks(
         _named_folders(args.model, "--model"),
         load_benchmarks(args.data, limit=args.limit, instruction=args.instruction),

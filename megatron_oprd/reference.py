@@ -20,8 +20,9 @@ FILE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 _NO_RULES = Rules()
 _HEAD = """# Configuration
 
-`python -m megatron_oprd.reference` generates this file from `megatron_oprd/config/schema.py`
-and `megatron_oprd/bridge_build/config.py`. Edit those, not this file.
+`python -m megatron_oprd.reference` generates this file from `megatron_oprd/config/schema.py`,
+`megatron_oprd/config/engines/` and `megatron_oprd/bridge_build/config.py`. Edit those, not this
+file.
 
 A setting is given in the YAML file of `--config`, or as `group.setting=value` on the command line.
 A setting that is not given has its default; a required setting has none. The rules of a setting are
@@ -103,17 +104,18 @@ def _section(prefix: str, schema: type, of_group: Rules) -> str:
 
 
 def _meanings(schema: type) -> dict[str, str]:
-    """The strings below the fields of a class, which Python itself does not keep."""
-    (definition,) = ast.parse(inspect.getsource(schema)).body
-    assert isinstance(definition, ast.ClassDef)
+    """The strings below the fields of a class and its bases, which Python itself does not keep."""
     meanings = {}
-    for statement, below in zip(definition.body, definition.body[1:], strict=False):
-        match statement, below:
-            case (
-                ast.AnnAssign(target=ast.Name(id=name)),
-                ast.Expr(value=ast.Constant(value=str(text))),
-            ):
-                meanings[name] = " ".join(text.split())
+    for one in filter(is_dataclass, schema.__mro__):
+        (definition,) = ast.parse(inspect.getsource(one)).body
+        assert isinstance(definition, ast.ClassDef)
+        for statement, below in zip(definition.body, definition.body[1:], strict=False):
+            match statement, below:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    meanings[name] = " ".join(text.split())
     return meanings
 
 

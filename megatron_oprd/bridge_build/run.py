@@ -129,7 +129,7 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
         context,
         stream,
         # Next to the bridge's folder, which must contain a bridge or nothing.
-        server_log=Path(f"{Path(plan.config.output_dir)}.vllm_server.log"),
+        log_prefix=f"{Path(plan.config.output_dir)}.",
     ) as engines:
         engines.sync()
         for step in range(config.num_steps):

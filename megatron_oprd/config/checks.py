@@ -9,8 +9,8 @@ import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
+from megatron_oprd.config.engines.checks import ENGINE_CHECKS
 from megatron_oprd.config.schema import (
     ParallelConfig,
     RunConfig,
@@ -19,9 +19,6 @@ from megatron_oprd.config.schema import (
 )
 from megatron_oprd.config.setting import Found, Rules, When, settings_of, shown
 from megatron_oprd.errors import UserError
-
-# The highest temperature that vLLM takes.
-MAX_TEMPERATURE = 2.0
 
 
 def check_values(config: RunConfig) -> None:
@@ -38,8 +35,8 @@ def check_values(config: RunConfig) -> None:
     _check_parallel(config.parallel)
     _check_losses(config)
     _check_rollout(config)
-    if config.rollout.engine == "vllm":
-        _check_vllm(config)
+    if (check_engine := ENGINE_CHECKS.get(config.rollout.engine)) is not None:
+        check_engine(config)
     _check_batch(config)
     _check_optimizer(config)
     _check_recompute(config)
@@ -62,26 +59,6 @@ def check_ranges(config: Any) -> None:
             words = rules.range_in_words(of_floats=any(isinstance(n, float) for n in numbers))
             reason = f"; {rules.because}" if rules.because else ""
             raise UserError(f"{_setting(found)}: {each}has to be {words}{reason}")
-
-
-def check_url(url: str, setting: str) -> None:
-    """Refuses a text that is no address of a server.
-
-    Args:
-        url: The text.
-        setting: The setting or option that it was given as.
-
-    Raises:
-        UserError: It is no address.
-    """
-    parts = urlsplit(url)
-    try:
-        has_port = parts.port is None or parts.port > 0
-    except ValueError:
-        has_port = False
-    others = (parts.path.strip("/"), parts.query, parts.fragment, parts.username)
-    if parts.scheme != "http" or not parts.hostname or not has_port or any(others):
-        raise UserError(f"{setting} = {url}: has to be as in http://127.0.0.1:8000")
 
 
 def _check_effects(config: RunConfig) -> None:
@@ -319,72 +296,6 @@ def _check_points(setting: str, points: list[list[float]]) -> None:
 def _check_rollout(config: RunConfig) -> None:
     if "" in config.rollout.stop:
         raise UserError("rollout.stop has an empty text, which every response would end with")
-
-
-def _check_vllm(config: RunConfig) -> None:
-    vllm = config.rollout.vllm
-    if vllm.server_url is not None:
-        if vllm.start_server:
-            raise UserError(
-                "rollout.vllm.start_server = true with rollout.vllm.server_url = "
-                f"{vllm.server_url}: the run starts a server, or uses a server that is there; "
-                "leave one of the two out"
-            )
-        check_url(vllm.server_url, "rollout.vllm.server_url")
-    size, of_replica = vllm.tensor_model_parallel_size, config.parallel.replica_size
-    if not vllm.start_server and size > of_replica:
-        raise UserError(
-            f"rollout.vllm.tensor_model_parallel_size = {size}: an engine runs on the GPUs of its "
-            f"replica's ranks, so it has to be from 1 to {of_replica} (tensor x context x pipeline "
-            "parallel size)"
-        )
-    gpus = vllm.server_gpus
-    if gpus and not len(set(gpus)) == len(gpus) == size:
-        raise UserError(
-            f"rollout.vllm.server_gpus = {gpus}: have to be as many different GPUs as "
-            f"rollout.vllm.tensor_model_parallel_size = {size}"
-        )
-    if vllm.quantization is not None:
-        _check_quantization(config)
-    for name, temperature in (
-        ("rollout.temperature", config.rollout.temperature),
-        ("evaluation.temperature", config.evaluation.temperature),
-    ):
-        if temperature > MAX_TEMPERATURE:
-            raise UserError(
-                f"{name} = {temperature}: vLLM takes at most {MAX_TEMPERATURE}; give that, or use "
-                "rollout.engine = hf"
-            )
-    of_collectives = config.parallel.distributed_timeout_minutes
-    if vllm.sync_timeout_minutes >= of_collectives:
-        raise UserError(
-            f"rollout.vllm.sync_timeout_minutes = {vllm.sync_timeout_minutes}: has to be below "
-            f"parallel.distributed_timeout_minutes = {of_collectives}, after which the ranks that "
-            "wait for the engine give up"
-        )
-    needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if vllm.max_model_len is not None and vllm.max_model_len < needed:
-        raise UserError(
-            f"rollout.vllm.max_model_len = {vllm.max_model_len} is below data.max_prompt_tokens + "
-            f"rollout.max_new_tokens = {needed}: responses to long prompts would be cut early; "
-            f"give at least {needed}, or leave it out"
-        )
-
-
-def _check_quantization(config: RunConfig) -> None:
-    vllm = config.rollout.vllm
-    setting = f"rollout.vllm.quantization = {vllm.quantization}"
-    if config.model.params_dtype != "bf16":
-        raise UserError(
-            f"{setting}: vLLM quantises weights that come in bf16; model.params_dtype = "
-            f"{config.model.params_dtype}"
-        )
-    if vllm.check_weights_interval is not None:
-        raise UserError(
-            f"rollout.vllm.check_weights_interval = {vllm.check_weights_interval}: with {setting} "
-            "the engine has other weights than were sent; leave it out. "
-            "rollout.logprob_check_interval compares what comes of them"
-        )
 
 
 def _check_batch(config: RunConfig) -> None:

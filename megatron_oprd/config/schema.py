@@ -1,12 +1,14 @@
 """A run's configuration: its settings, their meaning, allowed values and defaults.
 
 Options that Megatron has carry Megatron's names. The string below a setting is its meaning.
-docs/configuration.md is generated from this file (`megatron_oprd.reference`).
+docs/configuration.md is generated from this file (`megatron_oprd.reference`). The settings of the
+rollout engines are in `megatron_oprd.config.engines`.
 """
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from megatron_oprd.config.engines import OVERLAPPING, EngineConfig
 from megatron_oprd.config.setting import group, setting, when
 
 
@@ -499,108 +501,9 @@ class DataConfig:
     prompts. By default a step mixes all prompts."""
 
 
-# vLLM's names for FP8 (E4M3) with a scale for each tensor, block or output channel.
-Quantization = Literal["fp8_per_tensor", "fp8_per_block", "fp8_per_channel"]
-_GIVEN_SERVER = when("rollout.vllm.server_url", instead="give it to vllm serve")
-_ANY_SERVER = (
-    _GIVEN_SERVER,
-    when("rollout.vllm.start_server", True, instead="leave it out"),
-)
-
-
 @dataclass(kw_only=True)
-class VLLMConfig:
-    """vLLM for rollouts: an engine for each data-parallel replica, or a server for all of them.
-
-    An engine runs on the device of its replica's first rank. A server has devices of its own, and
-    is started by the run (``start_server``) or was started for it (``server_url``).
-    """
-
-    server_url: str | None = setting(None)
-    """A vLLM server that was started for this run, as in ``http://127.0.0.1:8000``. By default each
-    replica has an engine."""
-
-    start_server: bool = setting(False)
-    """Whether the run starts a server, on the machine of global rank 0, and ends it. The server's
-    output is in ``<output_dir>/vllm_server.log`` (of ``build_bridge`` in
-    ``<output_dir>.vllm_server.log``)."""
-
-    server_gpus: list[int] = setting(
-        [],
-        ge=0,
-        only_with=when("rollout.vllm.start_server", True),
-        no_effect_with=_GIVEN_SERVER,
-    )
-    """GPUs that the server has for itself on that machine, as nvidia-smi counts them: as many as
-    ``tensor_model_parallel_size``. Empty on a CPU."""
-
-    gpu_memory_utilization: float = setting(0.4, gt=0, lt=1, no_effect_with=_GIVEN_SERVER)
-    """Share of the device's memory (of the host's, on a CPU) that the engine may take, its weights
-    included. The default leaves room for a trainer. A server has its GPUs for itself, and may take
-    0.9 of their memory."""
-
-    kv_cache_gb: float | None = setting(None, gt=0, no_effect_with=_GIVEN_SERVER)
-    """Memory (10^9 bytes) of the KV cache on each GPU; by default what ``gpu_memory_utilization``
-    leaves."""
-
-    max_model_len: int | None = setting(None, ge=1)
-    """Most tokens of a prompt with its response; at least the default, which is
-    ``data.max_prompt_tokens`` + ``rollout.max_new_tokens``."""
-
-    enforce_eager: bool = setting(False, no_effect_with=_GIVEN_SERVER)
-    """Whether nothing is compiled and no CUDA graph captured. The engine then starts faster and
-    generates slower."""
-
-    tensor_model_parallel_size: int = setting(1, ge=1, no_effect_with=_GIVEN_SERVER)
-    """GPUs of one engine (vLLM's tensor parallelism). They are those of its replica's first ranks,
-    which have to be as many, on one machine. A server has GPUs of its own."""
-
-    quantization: Quantization | None = setting(None, no_effect_with=_GIVEN_SERVER)
-    """vLLM's online quantization of the linear layers' weights, after each sync, and of their
-    inputs; by default none. Rollouts with it are not quite the student's;
-    ``rollout.logprob_check_interval`` measures the difference. Needs
-    ``model.params_dtype = bf16``."""
-
-    sleep_level: int = setting(2, ge=0, le=2, no_effect_with=_ANY_SERVER)
-    """Memory that the engine gives up between a rollout and the next weight sync, on a GPU. 0:
-    none. 1: the KV cache and, to the host's memory, the weights. 2: both for good. The sync brings
-    all weights with 2, and only those that train with 0 and 1."""
-
-    sync_bucket_mb: int = setting(16, ge=1, no_effect_with=_ANY_SERVER)
-    """Size (10^6 bytes) of the buffer that weights pass through on their way to the engine. On a
-    CPU a buffer that fits in the processor's cache is fastest."""
-
-    check_weights_interval: int | None = setting(None, ge=1)
-    """Weight syncs between two checks that the engine has the weights that were sent, by a checksum
-    of each tensor. By default they are never checked. Not with ``rollout.vllm.quantization``."""
-
-    timeout_minutes: float = setting(120.0, gt=0)
-    """An engine that takes longer to start, or for a rollout, counts as hanging."""
-
-    sync_timeout_minutes: float = setting(10.0, gt=0)
-    """An engine that takes longer for a part of a weight sync counts as hanging. The replica's
-    other ranks wait for it in a collective, so this time has to be below
-    ``parallel.distributed_timeout_minutes``."""
-
-    max_restarts: int = setting(2, ge=0)
-    """Number of times that an engine that ended or hangs is started again in one step; 0 is never.
-    The engine gets the weights anew and repeats its work. A server of ``server_url`` is not started
-    again; the run waits for it, ``sync_timeout_minutes`` each time. After that the run ends, with a
-    checkpoint of the last whole step (unless ``checkpoint.save_interval`` is null)."""
-
-    @property
-    def uses_server(self) -> bool:
-        """Whether rollouts come from a server, be it the run's own."""
-        return self.start_server or self.server_url is not None
-
-
-@dataclass(kw_only=True)
-class RolloutConfig:
+class RolloutConfig(EngineConfig):
     """On-policy generation."""
-
-    engine: Literal["hf", "vllm"] = setting("hf")
-    """``hf`` generates with transformers on the first rank of each data-parallel replica. ``vllm``
-    generates with vLLM in another process, on the same device or on a server."""
 
     prompts_per_step: int = setting(8, ge=1)
     """Prompts of one training step, over all data-parallel replicas."""
@@ -612,7 +515,7 @@ class RolloutConfig:
     """A response is cut after this number of tokens."""
 
     temperature: float = setting(1.0, ge=0)
-    """Softmax temperature; 0 is greedy. vLLM takes at most 2."""
+    """Softmax temperature; 0 is greedy. An engine may have a highest temperature."""
 
     top_p: float = setting(1.0, gt=0, le=1)
     """Nucleus sampling; 1.0 is off."""
@@ -627,12 +530,12 @@ class RolloutConfig:
     """A response ends with any of these tokens, and with the model's own end-of-sequence tokens."""
 
     max_batch_size: int | None = setting(None, ge=1)
-    """Sequences that are generated at once; by default a replica's whole share (with vLLM as many
-    as vLLM chooses)."""
+    """Sequences that are generated at once; by default a replica's whole share, or as many as
+    the engine chooses."""
 
     one_step_off_policy: bool = setting(
         False,
-        only_with=when("rollout.engine", "vllm"),
+        only_with=when("rollout.engine", *OVERLAPPING),
         no_effect_with=when(
             "checkpoint.save_interval",
             1,
@@ -640,9 +543,9 @@ class RolloutConfig:
         ),
     )
     """Whether a step's rollouts are generated while the step before is computed, with the weights
-    from before its update. An engine on the trainer's device does not sleep then. The engine ``hf``
-    generates in the trainer's own process, so it cannot do this. The first step and the step after
-    each checkpoint have rollouts of their own weights."""
+    from before its update. An engine on the trainer's device does not sleep then. An engine that
+    generates in the trainer's own process cannot do this. The first step and the step after each
+    checkpoint have rollouts of their own weights."""
 
     logprob_check_interval: int | None = setting(None, ge=1)
     """Steps between two comparisons of the engine's log-probabilities with the student's; the first
@@ -654,8 +557,6 @@ class RolloutConfig:
     )
     """A mean absolute difference above this number, in nats for each token, gives a warning. bf16
     alone makes a difference of 0.04 in a model of 135M parameters."""
-
-    vllm: VLLMConfig = group(VLLMConfig, only_with=when("rollout.engine", "vllm"))
 
 
 @dataclass(kw_only=True)
@@ -813,7 +714,7 @@ class EvaluationConfig:
     """A response is cut after this number of tokens."""
 
     temperature: float = setting(0.7, ge=0)
-    """Softmax temperature; 0 is greedy. vLLM takes at most 2."""
+    """Softmax temperature; 0 is greedy. An engine may have a highest temperature."""
 
     top_p: float = setting(0.95, gt=0, le=1)
     """Nucleus sampling; 1.0 is off."""

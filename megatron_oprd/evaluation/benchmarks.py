@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.config.schema import VLLMConfig
+from megatron_oprd.config.engines import EngineName
+from megatron_oprd.config.schema import RolloutConfig
 from megatron_oprd.data.benchmarks import Benchmark, check_length, tokenized
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import Prompt
@@ -25,10 +26,10 @@ from megatron_oprd.evaluation.samples_file import Sample, SamplesFile, check_set
 from megatron_oprd.evaluation.sampling_metrics import SamplingMetrics, sampling_metrics
 from megatron_oprd.models.layout_checks import check_divides
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
-from megatron_oprd.rollout.create import EngineName, create_engine
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
-from megatron_oprd.rollout.vllm.client import check_server
-from megatron_oprd.rollout.vllm.engine import visible_gpus
+from megatron_oprd.rollout.gpus import visible_gpus
+from megatron_oprd.rollout.registry import ENGINES, engine_kind
+from megatron_oprd.rollout.served_model import ServedModel
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.source import WeightSource
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
@@ -74,6 +75,17 @@ class _Model:
         """Tokens of the longest prompt."""
         return max(len(p.token_ids) for prompts in self.prompts.values() for p in prompts)
 
+    def served(self, settings: GenerationSettings) -> ServedModel:
+        """The model as the rollout engine gets to know it."""
+        folder = self.opened.source.hf_folder
+        return ServedModel(
+            folder=folder,
+            tokenizer=self.tokenizer,
+            dtype=getattr(torch, settings.dtype),
+            max_model_len=self.longest + settings.sampling.max_new_tokens,
+            owner=f"evaluate {folder.absolute()}",
+        )
+
 
 def evaluate_on_benchmarks(
     models: Mapping[str, Path],
@@ -96,38 +108,35 @@ def evaluate_on_benchmarks(
         settings: The generation settings.
         output: Output folder; created if missing.
         device: The models' device.
-        tensor_model_parallel_size: With vllm, GPUs per model: ``device`` and the following ones.
-        server_url: With vllm, a server that gets each model's weights in turn; all models must have
-            the architecture that it serves.
+        tensor_model_parallel_size: GPUs per model, if the engine can split it: ``device`` and the
+            following ones.
+        server_url: A server of the engine, if it has servers, that gets each model's weights in
+            turn; all models must have the architecture that it serves.
 
     Raises:
         UserError: A model is unusable, cannot be split, or differs from the server's; sequences
             would exceed a model's maximum length; or ``output`` has samples of other settings or of
             another model.
     """
-    # All models, files and the server are checked before the first model is loaded.
+    # The engine, all models and files are checked before the first model is loaded.
+    rollout = ENGINES[settings.engine].alone(
+        max_batch_size=settings.batch_size,
+        device=device,
+        num_gpus=tensor_model_parallel_size,
+        server_url=server_url,
+    )
+    engine_kind(rollout).check_installed(rollout)
     gpus = visible_gpus(device, size=tensor_model_parallel_size)
     opened = [_open(name, folder, benchmarks, settings) for name, folder in models.items()]
     for model in opened:
         layout = TargetLayout(tensor_model_parallel_size=tensor_model_parallel_size)
         check_divides(model.opened.architecture, layout, model=model.name)
-    vllm = VLLMConfig(server_url=server_url, tensor_model_parallel_size=tensor_model_parallel_size)
-    if device.type == "cuda":
-        # The engine has the GPU to itself. On the CPU this would be a share of the host's memory.
-        vllm.gpu_memory_utilization = 0.9
     for model in opened:
         for benchmark in benchmarks:
             check_settings(
                 _samples_path(output, model, benchmark), _comparable(settings, benchmark)
             )
-        if server_url is not None:
-            check_server(
-                server_url,
-                model.opened.source.hf_folder,
-                dtype=getattr(torch, settings.dtype),
-                max_model_len=model.longest + settings.sampling.max_new_tokens,
-                checks_weights=False,
-            )
+        engine_kind(rollout).check_server(rollout, model.served(settings))
     results = {}
     with Grader(timeout=GRADING_SECONDS) as grader:
         for model in opened:
@@ -139,7 +148,7 @@ def evaluate_on_benchmarks(
                 grader=grader,
                 device=device,
                 gpus=gpus,
-                vllm=vllm,
+                rollout=rollout,
             )
     return BenchmarkEvaluation(
         settings=settings,
@@ -230,20 +239,9 @@ def _evaluate_model(
     grader: Grader,
     device: torch.device,
     gpus: Sequence[str],
-    vllm: VLLMConfig,
+    rollout: RolloutConfig,
 ) -> dict[str, SamplingMetrics]:
-    engine = create_engine(
-        settings.engine,
-        model.opened.source.hf_folder,
-        model.tokenizer,
-        dtype=getattr(torch, settings.dtype),
-        device=device,
-        gpus=gpus,
-        max_batch_size=settings.batch_size,
-        max_model_len=model.longest + settings.sampling.max_new_tokens,
-        vllm=vllm,
-        owner=f"evaluate {model.opened.source.hf_folder.absolute()}",
-    )
+    engine = engine_kind(rollout).create(rollout, model.served(settings), device=device, gpus=gpus)
     with contextlib.closing(engine):
         noted = xxhash.xxh3_128()
         engine.load_weights(_noting(model.opened.source, noted))

@@ -48,8 +48,8 @@ def inverse_frequencies(rope: Rope, *, head_dim: int, max_sequence_length: int) 
     if rope.rope_type == "longrope":
         assert rope.original_max_position_embeddings is not None
         # transformers decides for each batch by its longest sequence, so numbers depend on the
-        # batch. Here, as in vLLM, the longest sequence that the run allows (in tokens) decides for
-        # the whole run.
+        # batch. Here the longest sequence that the run allows (in tokens) decides for the whole
+        # run.
         long = max_sequence_length > rope.original_max_position_embeddings
         factors = rope.long_factor if long else rope.short_factor
         return 1.0 / (torch.tensor(factors, dtype=torch.float32) * turns)

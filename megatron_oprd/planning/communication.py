@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_oprd.models.build import DTYPES
+from megatron_oprd.planning.engine import engine_place, sync_bytes
 from megatron_oprd.planning.parameters import (
     count_parameters,
     expert_replicas,
@@ -20,7 +21,6 @@ from megatron_oprd.planning.parameters import (
     stage_of,
     stages_of_rank,
 )
-from megatron_oprd.planning.vllm import tensor_sizes
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 
@@ -48,7 +48,7 @@ class SentBytes:
     # Towards the rollout engine, by all ranks of the stage in a replica (and in replicas that share
     # its experts): shards within the stage, then whole tensors to the leader.
     weight_sync: int
-    # All weights: from a replica's leader into its vLLM engine or, from one replica only, to a
+    # All weights: from a replica's leader into its engine's process or, from one replica only, to a
     # server, whose workers count as one. 0 elsewhere.
     into_engine: int
 
@@ -210,9 +210,7 @@ def _weight_sync(layout: RunLayout, pp_rank: int) -> int:
 
 
 def _into_engine(layout: RunLayout) -> int:
-    if layout.config.rollout.engine != "vllm":
-        return 0
-    return sum(tensor_sizes(layout)) * DTYPES[layout.config.model.params_dtype].itemsize
+    return 0 if engine_place(layout) == "trainer" else sync_bytes(layout)
 
 
 def _ring(layout: RunLayout, num_bytes: int) -> int:

@@ -12,11 +12,12 @@ from megatron_oprd.models.families import read_architecture
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.planning.activations import KERNELS, Kernels
 from megatron_oprd.planning.communication import SentBytes, sent_bytes
+from megatron_oprd.planning.engine import engine_bytes, engine_of
 from megatron_oprd.planning.flops import StageFlops, decode_flops, prefill_flops, stage_flops
 from megatron_oprd.planning.memory import RankMemory, rank_memories, teacher_bytes
 from megatron_oprd.planning.time import Hardware, StepSeconds, step_seconds
-from megatron_oprd.planning.vllm import VLLMBytes, has_embedded_vllm, holds_longest, vllm_bytes
 from megatron_oprd.planning.workload import Workload, workload
+from megatron_oprd.rollout.costs import EngineBytes
 from megatron_oprd.training.layout import RunLayout, make_layout
 from megatron_oprd.training.plan import alone
 from megatron_oprd.weights.hf_files import HFFolder
@@ -64,7 +65,7 @@ class MemoryEstimate:
     layout: RunLayout  # placement of both models
     largest: Workload  # step with prompts and responses of maximum length
     ranks: list[RankMemory]  # one entry per distinct rank
-    vllm: VLLMBytes | None = None  # the engine on the trainer's GPUs; None if there is none
+    engine: EngineBytes | None = None  # the rollout engine on the trainer's GPUs, if it is there
 
     @property
     def fullest(self) -> RankMemory:
@@ -73,7 +74,7 @@ class MemoryEstimate:
 
     def fits(self, hardware: Hardware) -> bool:
         """Whether every rank has enough memory, and the engine room for the longest sequence."""
-        has_room = self.vllm is None or holds_longest(self.vllm)
+        has_room = self.engine is None or self.engine.holds_longest
         return has_room and self.fullest.peak_bytes <= hardware.memory_gb * 1e9
 
 
@@ -96,15 +97,12 @@ def estimate_memory(
         prompt_tokens=config.data.max_prompt_tokens,
         response_tokens=config.rollout.max_new_tokens,
     )
-    vllm = None
-    if has_embedded_vllm(layout):
-        itemsize = DTYPES[config.model.params_dtype].itemsize
-        vllm = vllm_bytes(layout, largest, itemsize=itemsize, memory_gb=memory_gb)
+    engine = engine_bytes(layout, largest, memory_gb=memory_gb)
     return MemoryEstimate(
         layout=layout,
         largest=largest,
-        ranks=rank_memories(layout, largest, kernels, vllm),
-        vllm=vllm,
+        ranks=rank_memories(layout, largest, kernels, engine),
+        engine=engine,
     )
 
 
@@ -162,10 +160,10 @@ def check_host_memory(
         if teacher.offload == "cpu":
             weights = _largest_teacher(_estimate(alone(config, extra), num_ranks))
             needs[f"extra_teachers[{number}]"] = ranks_on_host * weights
-    if memory.vllm is not None and memory.vllm.host_bytes:
+    if memory.engine is not None and memory.engine.host_bytes:
         # Engines on this host, one per replica, rounded up.
         engines = -(-ranks_on_host * memory.layout.data_parallel_size // num_ranks)
-        needs["rollout.vllm.sleep_level = 1"] = engines * memory.vllm.host_bytes
+        needs[engine_of(memory.layout).host_memory_setting] = engines * memory.engine.host_bytes
     if of_checkpoints := (
         ranks_on_host * fullest.checkpoint_bytes
         + _first_replica_ranks(config, num_ranks, ranks_on_host) * once

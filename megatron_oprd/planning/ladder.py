@@ -13,7 +13,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.planning.activations import Kernels
 from megatron_oprd.planning.estimate import MemoryEstimate, Models, estimate_memory
 from megatron_oprd.planning.time import Hardware
-from megatron_oprd.planning.vllm import check_kv_cache
+from megatron_oprd.rollout.registry import engine_kind
 
 _MOST_CHANGES = 3
 _LARGEST_TP = 8  # beyond a node's fast links it rarely pays
@@ -46,12 +46,14 @@ def check_fits(
 ) -> None:
     """Checks that every rank has enough memory.
 
-    Raises UserError if not, with the nearest change that fits; or if a vLLM engine has no room for
-    the longest sequence.
+    Raises UserError if not, with the nearest change that fits; or if the rollout engine has no room
+    for the longest sequence.
     """
     if memory.fits(hardware):
         return
-    check_kv_cache(memory.vllm, memory.layout, memory_gb=hardware.memory_gb)
+    if memory.engine is not None:
+        rollout = memory.layout.config.rollout
+        engine_kind(rollout).check_memory(rollout, memory.engine, hardware.memory_gb)
     fullest = memory.fullest
     nearest = nearest_that_fits(memory.layout.config, models, kernels, hardware, num_gpus=num_gpus)
     if nearest is None:
@@ -115,9 +117,9 @@ def _ladder(config: RunConfig) -> list[list[Change]]:
     length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     # An explicit list of layers per stage has the old pipeline size: drop it with a new size.
     any_layout = (("parallel.num_layers_per_stage", None),) if parallel.num_layers_per_stage else ()
-    of_sleep, of_engine = _rollout_rungs(config)
+    of_engine = engine_kind(config.rollout).memory_changes(config.rollout)
     rungs = [
-        of_sleep,
+        [_change(change) for change in of_engine.cheap],
         [_change(("parallel.sequence_parallel", True))],
         [
             _change(
@@ -148,31 +150,10 @@ def _ladder(config: RunConfig) -> list[list[Change]]:
             _change(("batch.max_tokens", tokens))
             for tokens in _halved(config.batch.max_tokens, length)
         ],
-        *of_engine,
+        *([_change(change) for change in changes] for changes in of_engine.costly),
     ]
     # Drop changes that are already set.
     return [new for steps in rungs if (new := [s for s in steps if not _is_so(s, config)])]
-
-
-def _rollout_rungs(config: RunConfig) -> tuple[list[Change], list[list[Change]]]:
-    """Rungs of the rollout engine: sleeping (cheap), and the others."""
-    rollout, vllm = config.rollout, config.rollout.vllm
-    if rollout.engine == "hf":
-        sequences = rollout.prompts_per_step * rollout.samples_per_prompt
-        sizes = _halved(rollout.max_batch_size or sequences, 1)
-        return [], [[_change(("rollout.max_batch_size", batch)) for batch in sizes]]
-    if vllm.uses_server:
-        return [], []
-    if vllm.kv_cache_gb is not None:
-        caches = [vllm.kv_cache_gb / divisor for divisor in (2, 4, 8)]
-        sizes_of_engine = [_change(("rollout.vllm.kv_cache_gb", gb)) for gb in caches]
-    else:
-        shares = [round(vllm.gpu_memory_utilization - less, 2) for less in (0.1, 0.2, 0.3)]
-        sizes_of_engine = [
-            _change(("rollout.vllm.gpu_memory_utilization", share)) for share in shares
-        ]
-    synchronous = [_change(("rollout.one_step_off_policy", False))]
-    return [_change(("rollout.vllm.sleep_level", 2))], [sizes_of_engine, synchronous]
 
 
 def _is_so(change: Change, config: RunConfig) -> bool:

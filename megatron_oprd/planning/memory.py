@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.teacher import layers_in_fp8, uses_engine
 from megatron_oprd.planning.activations import Kernels
+from megatron_oprd.planning.engine import engine_place, sync_workspace
 from megatron_oprd.planning.parameters import (
     count_parameters,
     gradient_bytes,
@@ -22,8 +23,8 @@ from megatron_oprd.planning.passes import (
     student_peak,
     teacher_workspace,
 )
-from megatron_oprd.planning.vllm import CONTEXT_BYTES, VLLMBytes, engine_bytes, sync_workspace
 from megatron_oprd.planning.workload import Workload
+from megatron_oprd.rollout.costs import EngineBytes
 from megatron_oprd.training.layout import RunLayout
 
 _FP32 = _INT32 = 4
@@ -119,7 +120,7 @@ class RankMemory:
 
     pp_rank: int  # pipeline rank
     is_leader: bool  # first rank of its replica, which collects the weights for rollouts
-    has_engine: bool  # (a part of) a vLLM engine is on its device
+    has_engine: bool  # (a part of) the rollout engine is on its device
     phases: dict[Phase, dict[Item, int]]  # bytes per item in each phase, at the phase's peak
     host_bytes: int  # offloaded teacher and optimizer
     # Host bytes of every rank while a checkpoint is written or read: its share of a distributed
@@ -145,28 +146,28 @@ class RankMemory:
 
 
 def rank_memories(
-    layout: RunLayout, workload: Workload, kernels: Kernels, vllm: VLLMBytes | None
+    layout: RunLayout, workload: Workload, kernels: Kernels, engine: EngineBytes | None
 ) -> list[RankMemory]:
     """Memory of every distinct rank: the leader and one rank of each kind and stage.
 
-    ``workload`` is the largest step; ``vllm`` the engine on the GPUs of each replica's first ranks,
-    if any.
+    ``workload`` is the largest step; ``engine`` the rollout engine on the GPUs of each replica's
+    first ranks, if any.
     """
     parallel = layout.config.parallel
     of_stage = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    num_gpus = 0 if vllm is None else vllm.num_gpus
+    num_gpus = 0 if engine is None else engine.num_gpus
     # (stage, is the leader, has a part of the engine); a dict keeps the order.
     kinds = dict.fromkeys(
         (rank // of_stage, rank == 0, rank < num_gpus) for rank in range(parallel.replica_size)
     )
-    return [_rank_memory(layout, workload, kernels, vllm, *kind) for kind in kinds]
+    return [_rank_memory(layout, workload, kernels, engine, *kind) for kind in kinds]
 
 
 def _rank_memory(
     layout: RunLayout,
     workload: Workload,
     kernels: Kernels,
-    vllm: VLLMBytes | None,
+    engine: EngineBytes | None,
     pp_rank: int,
     is_leader: bool,
     has_engine: bool,
@@ -203,10 +204,9 @@ def _rank_memory(
     check = 0
     if config.rollout.logprob_check_interval is not None:
         check = logprob_check_workspace(layout, workload, kernels, pp_rank=pp_rank)
-    if config.rollout.engine == "hf":
-        _add_hf(phases, layout, workload, itemsize, check, is_leader=is_leader)
-    else:
-        _add_vllm(phases, layout, vllm if has_engine else None, itemsize, check, is_leader)
+    add = _add_inside if engine_place(layout) == "trainer" else _add_beside
+    gathered = sync_workspace(layout) if is_leader else 0
+    add(phases, engine if has_engine else None, gathered, check, is_leader=is_leader)
     if averages := average_bytes(layout, pp_rank=pp_rank, itemsize=itemsize):
         for items in phases.values():
             items["teacher's averages"] = averages
@@ -224,24 +224,25 @@ def _rank_memory(
     )
 
 
-def _add_hf(
+def _add_inside(
     phases: dict[Phase, dict[Item, int]],
-    layout: RunLayout,
-    workload: Workload,
-    itemsize: int,
+    engine: EngineBytes | None,
+    gathered: int,
     check: int,
     *,
     is_leader: bool,
 ) -> None:
-    """Adds the engine in the trainer, or the workspace of the log-probability check if larger."""
+    """Adds an engine in this rank's process, if any, or the log-probability check if larger.
+
+    ``gathered`` are the bytes of the weight sync, ``check`` those of the check.
+    """
     rollout = phases["rollout"]
-    if is_leader:
-        engine = engine_bytes(layout, workload, itemsize=itemsize)
+    if engine is not None:
         for items in phases.values():
             items["rollout engine's weights"] = engine.weights
         # The sync and the generation do not overlap: the larger counts.
-        if engine.sync_workspace > engine.kv_cache + engine.workspace:
-            rollout["workspace"] = engine.sync_workspace
+        if gathered > engine.kv_cache + engine.workspace:
+            rollout["workspace"] = gathered
         else:
             rollout["KV cache"] = engine.kv_cache
             rollout["workspace"] = engine.workspace
@@ -251,17 +252,16 @@ def _add_hf(
         rollout["workspace"] = check
 
 
-def _add_vllm(
+def _add_beside(
     phases: dict[Phase, dict[Item, int]],
-    layout: RunLayout,
-    engine: VLLMBytes | None,
-    itemsize: int,
+    engine: EngineBytes | None,
+    gathered: int,
     check: int,
+    *,
     is_leader: bool,
 ) -> None:
-    """Adds a vLLM engine on this device, if any, and the workspace of the weight sync."""
+    """Adds an engine in another process on this device, if any; bytes as in `_add_inside`."""
     rollout = phases["rollout"]
-    gathered = sync_workspace(layout, itemsize=itemsize) if is_leader else 0
     if engine is None:
         if workspace := max(gathered, check):
             rollout["workspace"] = workspace
@@ -272,7 +272,7 @@ def _add_vllm(
         "rollout engine's workspace": engine.workspace,
     }
     for phase, items in phases.items():
-        items["rollout engine's CUDA context"] = CONTEXT_BYTES
+        items["rollout engine's CUDA context"] = engine.context
         if is_leader:
             items["weight sync's bucket"] = engine.bucket
         if phase == "rollout" or not engine.sleeps:

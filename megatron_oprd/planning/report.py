@@ -11,11 +11,12 @@ from rich.table import Table
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.build import DTYPES
+from megatron_oprd.planning.engine import engine_of, engine_place
 from megatron_oprd.planning.estimate import MemoryEstimate, WorkEstimate
 from megatron_oprd.planning.memory import ITEMS, PHASES, RankMemory, teacher_bytes
 from megatron_oprd.planning.parameters import count_parameters, layers_of_stage, stages_of_rank
 from megatron_oprd.planning.time import Hardware
-from megatron_oprd.planning.vllm import CONTEXT_BYTES
+from megatron_oprd.rollout.registry import ENGINES
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 
 _GB = 1e9
@@ -221,7 +222,7 @@ def as_json(memory: MemoryEstimate, work: WorkEstimate, hardware: Hardware) -> d
             }
             for rank in memory.ranks
         ],
-        "vllm": None if memory.vllm is None else asdict(memory.vllm),
+        **_engines_beside(memory),
         "typical_step": asdict(work.workload),
         "flops_of_a_replica": {
             "prefill": work.prefill,
@@ -229,6 +230,19 @@ def as_json(memory: MemoryEstimate, work: WorkEstimate, hardware: Hardware) -> d
             "stages": [asdict(stage) for stage in work.stages],
         },
         "seconds": asdict(work.seconds) | {"total": work.seconds.total},
+    }
+
+
+def _engines_beside(memory: MemoryEstimate) -> dict[str, dict[str, Any] | None]:
+    """Engine -> its memory on the trainer's GPUs; None for one that the run does not have there.
+
+    Engines that generate in the trainer's process are left out.
+    """
+    own, name = memory.engine, engine_of(memory.layout).name
+    return {
+        kind.name: asdict(own) if own is not None and kind.name == name else None
+        for kind in ENGINES.values()
+        if kind.has_processes
     }
 
 
@@ -242,7 +256,7 @@ def write_json(file: Path, plan: dict[str, Any]) -> None:
 
 def rank_name(rank: RankMemory, layout: RunLayout) -> str:
     """A rank's name in tables and messages."""
-    suffix = ", with vLLM" if rank.has_engine and not rank.is_leader else ""
+    suffix = f", with {engine_of(layout).title}" if rank.has_engine and not rank.is_leader else ""
     if layout.config.parallel.pipeline_model_parallel_size == 1:
         return "leader" if rank.is_leader else f"others{suffix}"
     return f"stage {rank.pp_rank}{', leader' if rank.is_leader else suffix}"
@@ -268,19 +282,20 @@ def _groups_of_ranks(layout: RunLayout) -> str:
 
 
 def _rollouts(memory: MemoryEstimate) -> str | None:
-    """Describes the vLLM engine; None with another engine."""
-    if memory.layout.config.rollout.engine != "vllm":
+    """Describes an engine outside of the trainer's process; None if it is inside."""
+    title = engine_of(memory.layout).title
+    if engine_place(memory.layout) == "trainer":
         return None
-    if (engine := memory.vllm) is None:
-        return "rollouts come from a vLLM server, whose memory and time are not counted"
+    if (engine := memory.engine) is None:
+        return f"rollouts come from a {title} server, whose memory and time are not counted"
     gpus = "a GPU" if engine.num_gpus == 1 else f"each of {engine.num_gpus} GPUs"
     asleep = "and does not sleep"
     if engine.sleeps:
         of_host = f" and {_gb(engine.host_bytes)} of the host's" if engine.host_bytes else ""
-        asleep = f"{_gb(CONTEXT_BYTES)} GB{of_host} asleep"
+        asleep = f"{_gb(engine.context)} GB{of_host} asleep"
     return (
-        f"vLLM takes {_gb(engine.awake)} GB of {gpus} of a replica awake, {asleep}; its KV cache "
-        f"holds {engine.num_tokens:,} tokens, {engine.num_responses} of "
+        f"{title} takes {_gb(engine.awake)} GB of {gpus} of a replica awake, {asleep}; its KV "
+        f"cache holds {engine.num_tokens:,} tokens, {engine.num_responses} of "
         f"{memory.largest.num_sequences} responses at once"
     )
 

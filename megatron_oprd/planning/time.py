@@ -2,14 +2,15 @@
 
 The models' passes take their FLOPs at ``mfu`` of the peak on the slowest stage, plus the pipeline
 bubble. Decoding reads all weights and the cache for every token and is bound by memory bandwidth;
-transformers' ``generate`` is slower than this bound. A vLLM engine's GPUs share the work. A
-server's time is unknown and counts as 0. Not counted: waiting for communication beyond ``mfu``,
+transformers' ``generate`` is slower than this bound. An engine's GPUs share the work. A server's
+time is unknown and counts as 0. Not counted: waiting for communication beyond ``mfu``,
 weight sync, copies to and from the host, loading and logging.
 """
 
 from dataclasses import dataclass
 
 from megatron_oprd.models.build import DTYPES
+from megatron_oprd.planning.engine import engine_bytes
 from megatron_oprd.planning.flops import decode_flops, prefill_flops, stage_flops
 from megatron_oprd.planning.parameters import (
     count_parameters,
@@ -17,13 +18,6 @@ from megatron_oprd.planning.parameters import (
     optimizer_bytes,
     parameter_replicas,
     stages_of_rank,
-)
-from megatron_oprd.planning.vllm import (
-    engine_bytes,
-    generation_batch,
-    has_embedded_vllm,
-    kv_bytes_per_token,
-    vllm_bytes,
 )
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
@@ -77,7 +71,7 @@ def step_seconds(layout: RunLayout, workload: Workload, hardware: Hardware) -> S
         # The update reads gradients and states, and writes states and parameters.
         share = gradient_bytes(counts) / parameter_replicas(layout)
         optimizer = max(optimizer, 2 * states + 2 * share)
-    prefill, decode = _rollout_seconds(layout, workload, hardware, itemsize)
+    prefill, decode = _rollout_seconds(layout, workload, hardware)
     return StepSeconds(
         prefill=prefill,
         decode=decode,
@@ -97,27 +91,18 @@ def _with_bubble(layout: RunLayout, workload: Workload, flops: float) -> float:
 
 
 def _rollout_seconds(
-    layout: RunLayout, workload: Workload, hardware: Hardware, itemsize: int
+    layout: RunLayout, workload: Workload, hardware: Hardware
 ) -> tuple[float, float]:
     """Seconds of prefill and of decoding."""
     prompt, response = workload.prompt_tokens, workload.response_tokens
-    if has_embedded_vllm(layout):
-        vllm = vllm_bytes(layout, workload, itemsize=itemsize, memory_gb=hardware.memory_gb)
-        num_gpus, weights, batch = vllm.num_gpus, vllm.weights, max(vllm.num_responses, 1)
-        a = layout.student.architecture
-        of_token = kv_bytes_per_token(a, size=num_gpus, itemsize=itemsize)
-        whole_cache = batch * (prompt + response) * of_token
-    elif layout.config.rollout.engine == "vllm":
+    engine = engine_bytes(layout, workload, memory_gb=hardware.memory_gb)
+    if engine is None:
         return 0.0, 0.0
-    else:
-        engine = engine_bytes(layout, workload, itemsize=itemsize)
-        num_gpus, weights, whole_cache = 1, engine.weights, engine.kv_cache
-        batch = generation_batch(layout, workload)
-    steps = -(-workload.num_sequences // batch) * (response - 1)
+    steps = -(-workload.num_sequences // max(engine.num_responses, 1)) * (response - 1)
     # On average the cache has the prompt and half of the response.
-    cache = whole_cache * (prompt + response / 2) / (prompt + response)
-    reading = hardware.seconds_for_bytes(steps * (weights + cache))
-    flops = decode_flops(layout, workload) / num_gpus
+    cache = engine.read_cache * (prompt + response / 2) / (prompt + response)
+    reading = hardware.seconds_for_bytes(steps * (engine.weights + cache))
+    flops = decode_flops(layout, workload) / engine.num_gpus
     # Bound by memory or by arithmetic, whichever is slower.
     decode = max(reading, hardware.seconds_for_flops(flops))
-    return hardware.seconds_for_flops(prefill_flops(layout, workload) / num_gpus), decode
+    return hardware.seconds_for_flops(prefill_flops(layout, workload) / engine.num_gpus), decode

@@ -33,6 +33,19 @@ class _Failure:
     is_final: bool  # wrong weights: raised without a restart
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineStarter:
+    """How engines are started, and how often."""
+
+    create: Callable[[], RolloutEngine]  # called on leaders
+    max_restarts: int = 0  # per engine, between two calls of `ReplicaEngines.take_restarts`
+    max_restarts_setting: str = "max_restarts"  # its name in messages
+    is_shared: bool = False  # all engines use one server, to which weights are sent once
+    # On global rank 0, if the run starts the server: starts it unless it responds. Called before
+    # engines start and after a failure.
+    ensure_server: Callable[[], None] | None = None
+
+
 class ReplicaEngines:
     """One rollout engine per replica, on the replica's leader.
 
@@ -45,27 +58,19 @@ class ReplicaEngines:
 
     def __init__(
         self,
-        create: Callable[[], RolloutEngine],  # called on leaders
+        starter: EngineStarter,
         # Exports the current weights, without `frozen` if its argument is true. All ranks exhaust
         # it together; leaders get the tensors (`Exporter.stream`).
         stream: Callable[[bool], Iterator[tuple[str, Tensor | None]]],
         *,
         # Names of weights that never change; sent only if an engine lacks weights.
         frozen: Collection[str] = (),
-        max_restarts: int,  # per engine, between two calls of `take_restarts`
-        is_shared: bool = False,  # all engines use one server, to which weights are sent once
-        # On global rank 0, if the run starts the server: starts it unless it responds. Called
-        # before engines start and after a failure.
-        ensure_server: Callable[[], None] | None = None,
         context: ParallelContext,
     ) -> None:
         """Starts the engines; raises RolloutEngineError on every rank if one does not start."""
-        self._create = create
+        self._starter = starter
         self._stream = stream
         self._frozen = frozenset(frozen)
-        self._max_restarts = max_restarts
-        self._is_shared = is_shared
-        self._ensure_server = ensure_server
         self._context = context
         self._version = 0
         self._bytes_sent = 0
@@ -90,7 +95,7 @@ class ReplicaEngines:
         """
         self._version = version
         self._bytes_sent = 0
-        take = not self._is_shared or self._context.dp_rank == 0
+        take = not self._starter.is_shared or self._context.dp_rank == 0
         self._recover(self._told(self._send_weights(take=take)))
         return self._bytes_sent
 
@@ -166,7 +171,7 @@ class ReplicaEngines:
             has_failed = failures[self._context.dp_rank] is not None
             # A shared server gets weights from the first replica, whichever replica noticed the
             # failure.
-            take = self._context.dp_rank == 0 if self._is_shared else has_failed
+            take = self._context.dp_rank == 0 if self._starter.is_shared else has_failed
             while any(of_server := self._told(self._server_failure())):
                 self._count(of_server)
             failure = None
@@ -183,11 +188,12 @@ class ReplicaEngines:
         for replica, failure in enumerate(failures):
             if failure is None:
                 continue
-            if failure.is_final or self._restarts[replica] == self._max_restarts:
+            if failure.is_final or self._restarts[replica] == self._starter.max_restarts:
                 raise RolloutEngineError(
                     f"the rollout engine of replica {replica} failed and was not started again "
                     f"({self._restarts[replica]} restarts in this step, "
-                    f"rollout.vllm.max_restarts = {self._max_restarts}): {failure.message}"
+                    f"{self._starter.max_restarts_setting} = {self._starter.max_restarts}): "
+                    f"{failure.message}"
                 )
             self._restarts[replica] += 1
             if self._context.rank == 0:
@@ -199,9 +205,9 @@ class ReplicaEngines:
 
     def _server_failure(self) -> _Failure | None:
         """Runs ``ensure_server`` on the rank that has it; returns its failure, if any."""
-        if self._ensure_server is not None:
+        if self._starter.ensure_server is not None:
             try:
-                self._ensure_server()
+                self._starter.ensure_server()
             except RolloutEngineError as error:
                 return _failure(error)
         return None
@@ -211,7 +217,7 @@ class ReplicaEngines:
         _give_up_device_memory()
         if self._context.is_leader:
             try:
-                self._engine = self._create()
+                self._engine = self._starter.create()
             except RolloutEngineError as error:
                 return _failure(error)
         return None

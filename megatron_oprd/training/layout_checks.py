@@ -8,6 +8,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.layout_checks import as_setting, check_divides, refuse_expert_sizes
 from megatron_oprd.parallel.context import data_parallel_size
+from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 
@@ -120,12 +121,14 @@ def _check_sequence_length(setting: str, arch: Architecture, config: RunConfig) 
     # Training uses the long factors for all sequences of such a run.
     original = arch.rope.original_max_position_embeddings
     switches = arch.rope.rope_type == "longrope" and setting == "model.student"
-    if switches and config.rollout.engine == "hf" and prompt + response > (original or 0):
+    kind = engine_kind(config.rollout)
+    if switches and kind.switches_rotary_factors and prompt + response > (original or 0):
         raise UserError(
             f"data.max_prompt_tokens = {prompt} and rollout.max_new_tokens = {response} make "
             f"sequences of up to {prompt + response} tokens; {setting} changes its rotary factors "
-            f"past {original}, which rollout.engine = hf does in the middle of a sequence, so that "
-            f"rollouts would not be the trained model's. Allow at most {original} tokens"
+            f"past {original}, which rollout.engine = {kind.name} does in the middle of a "
+            "sequence, so that rollouts would not be the trained model's. Allow at most "
+            f"{original} tokens"
         )
 
 
@@ -148,13 +151,14 @@ def _check_batch(config: RunConfig, dp_size: int) -> None:
 
 
 def _check_engine(config: RunConfig, student: Architecture) -> None:
-    """VLLM shards layers and experts as Megatron does, so the same sizes have to divide."""
-    size = config.rollout.vllm.tensor_model_parallel_size
+    """Checks that the engine's GPUs can share the student's layers."""
+    kind = engine_kind(config.rollout)
+    size = kind.num_gpus(config.rollout)
     check_divides(
         student,
         TargetLayout(tensor_model_parallel_size=size),
         model="model.student",
-        spelling=lambda name, _: f"rollout.vllm.tensor_model_parallel_size = {size}",
+        spelling=lambda name, size: f"{kind.setting(name)} = {size}",
     )
 
 

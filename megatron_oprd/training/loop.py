@@ -126,7 +126,7 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
             context,
             stream_weights,
             frozen=exporter.frozen_names,
-            server_log=output_dir / "vllm_server.log",
+            log_prefix=f"{output_dir}/",
         ) as engines,
     ):
         source = RolloutSource(plan, context, engines, prompts)

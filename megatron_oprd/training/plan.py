@@ -24,7 +24,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.parallel.context import ParallelContext
-from megatron_oprd.rollout.vllm.engine import check_vllm_is_there
+from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.training.layout import (
     RunLayout,
     check_coefficients,
@@ -129,8 +129,7 @@ class OpenedModels:
 
 def open_models(config: RunConfig) -> OpenedModels:
     """Opens every checkpoint and bridge of a run once; raises a UserError if one cannot be used."""
-    if config.rollout.engine == "vllm" and config.rollout.vllm.server_url is None:
-        check_vllm_is_there()
+    engine_kind(config.rollout).check_installed(config.rollout)
     student = open_checkpoint(
         Path(config.model.student),
         hf_config=_path(config.model.student_hf_config),
@@ -275,11 +274,12 @@ def _path(text: str | None) -> Path | None:
 
 
 def _check_max_model_len(config: RunConfig, student: Architecture) -> None:
-    found, limit = config.rollout.vllm.max_model_len, student.max_position_embeddings
+    kind, limit = engine_kind(config.rollout), student.max_position_embeddings
+    found = kind.max_model_len(config.rollout)
     if found is not None and limit is not None and found > limit:
         raise UserError(
-            f"rollout.vllm.max_model_len = {found}: model.student has max_position_embeddings = "
-            f"{limit}; give at most that"
+            f"{kind.setting('max_model_len')} = {found}: model.student has max_position_embeddings "
+            f"= {limit}; give at most that"
         )
 
 

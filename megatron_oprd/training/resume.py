@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError, say
+from megatron_oprd.rollout.registry import ENGINES
 from megatron_oprd.training.checkpoint_files import broken_content, broken_size
 from megatron_oprd.training.checkpoints import (
     BrokenCheckpointError,
@@ -36,7 +37,7 @@ _MAY_CHANGE = (
     "evaluation.",
     "rollout.max_batch_size",
     "rollout.logprob_",
-    "rollout.vllm.",
+    *(setting for kind in ENGINES.values() for setting in kind.may_change),
     "optimizer.overlap_",
     "optimizer.offload_states",
     "optimizer.max_skipped_in_a_row",

@@ -1,23 +1,19 @@
 """A run's prompts, the teacher of each prompt, and the engines that generate responses."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.benchmarks import tokenized
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel.context import ParallelContext
-from megatron_oprd.rollout.create import create_engine
-from megatron_oprd.rollout.engine import RolloutEngine, RolloutEngineError, SamplingParams
+from megatron_oprd.rollout.engine import SamplingParams
+from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.rollout.replicas import ReplicaEngines
-from megatron_oprd.rollout.vllm.client import check_server
-from megatron_oprd.rollout.vllm.engine import engine_gpus
-from megatron_oprd.rollout.vllm.launch import ServerProcess, check_server_gpus, server_host
+from megatron_oprd.rollout.served_model import ServedModel
 from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.reading import chat_format_of_benchmarks
 
@@ -29,7 +25,7 @@ def open_engines(
     stream: Callable[[bool], Iterator[tuple[str, Tensor | None]]],
     *,
     frozen: Collection[str] = (),
-    server_log: Path,
+    log_prefix: str,
 ) -> Iterator[ReplicaEngines]:
     """The run's rollout engines, without weights; closed at the end. Every rank has to call.
 
@@ -38,100 +34,60 @@ def open_engines(
         context: This rank's place.
         stream: Streams the weights for every sync, see `ReplicaEngines`.
         frozen: Names of the weights that never change.
-        server_log: Gets the output of the vLLM server, if the run starts one.
+        log_prefix: Start of the path of a file with the engine's output, if it has one.
 
     Raises:
-        UserError: See `engine_gpus`.
+        UserError: The replicas have too few GPUs on one machine for the engines.
         RolloutEngineError: An engine did not start, or failed too often inside the block.
     """
-    config = plan.config
-    folder = plan.student_checkpoint.hf_folder
-    dtype = DTYPES[config.model.params_dtype]
-    max_model_len = _max_model_len(plan)
-    vllm = config.rollout.vllm
-    gpus: list[str] = []
-    if not vllm.uses_server:
-        gpus = engine_gpus(context, size=vllm.tensor_model_parallel_size)
-    with contextlib.ExitStack() as stack:
-        server = None
-        if vllm.start_server:
-            host = server_host()
-            stack.enter_context(_naming(server_log))
-            if context.rank == 0:
-                server_log.parent.mkdir(parents=True, exist_ok=True)
-                server = ServerProcess(
-                    folder,
-                    dtype=dtype,
-                    max_model_len=max_model_len,
-                    host=host,
-                    log=server_log,
-                    config=vllm,
-                )
-                stack.enter_context(contextlib.closing(server))
-            # Rank 0 starts the server and tells the others its address.
-            url: list[str | None] = [None if server is None else server.url]
-            dist.broadcast_object_list(url, src=0)
-            vllm = dataclasses.replace(vllm, server_url=url[0])
-
-        def create() -> RolloutEngine:
-            return create_engine(
-                config.rollout.engine,
-                folder,
-                plan.tokenizer,
-                dtype=dtype,
-                device=context.device,
-                gpus=gpus,
-                max_batch_size=config.rollout.max_batch_size,
-                max_model_len=max_model_len,
-                vllm=vllm,
-                owner=str(Path(config.output_dir).absolute()),
-            )
-
-        engines = ReplicaEngines(
-            create,
-            stream,
-            frozen=frozen,
-            max_restarts=vllm.max_restarts,
-            is_shared=vllm.uses_server,
-            ensure_server=None if server is None else server.ensure,
-            context=context,
-        )
-        stack.enter_context(contextlib.closing(engines))
+    rollout = plan.config.rollout
+    with (
+        engine_kind(rollout).open(
+            rollout, _served_model(plan), context, log_prefix=log_prefix
+        ) as starter,
+        contextlib.closing(
+            ReplicaEngines(starter, stream, frozen=frozen, context=context)
+        ) as engines,
+    ):
         yield engines
 
 
-@contextlib.contextmanager
-def _naming(log: Path) -> Iterator[None]:
-    """Adds the path of the server's log to an engine's error."""
-    try:
-        yield
-    except RolloutEngineError as error:
-        raise RolloutEngineError(f"{error}\nthe vLLM server's output is in {log}") from error
-
-
 def check_rollout_server(plan: RunPlan) -> None:
-    """Checks the vLLM server that the run's rollouts come from, if any; see `check_server`."""
-    vllm = plan.config.rollout.vllm
-    if vllm.server_url is not None:
-        check_server(
-            vllm.server_url,
-            plan.student_checkpoint.hf_folder,
-            dtype=DTYPES[plan.config.model.params_dtype],
-            max_model_len=_max_model_len(plan),
-            checks_weights=vllm.check_weights_interval is not None,
-        )
+    """Checks the server that the run's rollouts come from, if it is there already.
+
+    Raises:
+        UserError: It does not respond, or cannot serve the student.
+    """
+    rollout = plan.config.rollout
+    engine_kind(rollout).check_server(rollout, _served_model(plan))
 
 
 def check_server_to_start(plan: RunPlan, *, ranks_on_host: int) -> None:
-    """Checks the GPUs of a vLLM server that the run starts; on rank 0. See `check_server_gpus`."""
-    vllm = plan.config.rollout.vllm
-    if vllm.start_server:
-        check_server_gpus(vllm.server_gpus, ranks_on_host=ranks_on_host)
+    """Checks, on rank 0, the GPUs of a rollout server that the run starts, if it does.
+
+    Raises:
+        UserError: A GPU is missing or in use.
+    """
+    rollout = plan.config.rollout
+    engine_kind(rollout).check_host(rollout, ranks_on_host=ranks_on_host)
+
+
+def _served_model(plan: RunPlan) -> ServedModel:
+    """The student, as the rollout engine gets to know it."""
+    config = plan.config
+    return ServedModel(
+        folder=plan.student_checkpoint.hf_folder,
+        tokenizer=plan.tokenizer,
+        dtype=DTYPES[config.model.params_dtype],
+        max_model_len=_max_model_len(plan),
+        owner=str(Path(config.output_dir).absolute()),
+    )
 
 
 def _max_model_len(plan: RunPlan) -> int:
     """Tokens of the longest prompt with its response, in training or evaluation."""
-    if (given := plan.config.rollout.vllm.max_model_len) is not None:
+    rollout = plan.config.rollout
+    if (given := engine_kind(rollout).max_model_len(rollout)) is not None:
         return given
     of_benchmarks = [
         len(prompt.token_ids) + plan.config.evaluation.max_new_tokens

@@ -17,7 +17,7 @@ from megatron_oprd.planning.estimate import (
 from megatron_oprd.planning.ladder import check_fits, nearest_that_fits
 from megatron_oprd.planning.memory import PHASES, RankMemory
 from megatron_oprd.planning.time import Hardware, step_seconds
-from megatron_oprd.planning.vllm import CONTEXT_BYTES, check_kv_cache
+from megatron_oprd.rollout.vllm.memory import CONTEXT_BYTES, check_kv_cache
 
 KERNEL = KERNELS["transformer_engine"]
 VLLM = ["rollout.engine=vllm", "rollout.max_batch_size=null"]
@@ -65,9 +65,9 @@ def test_a_share_of_the_device(qwen: Callable[..., RunConfig]) -> None:
         assert (
             other.phases[phase] == rest if phase != "rollout" else "workspace" not in other.phases
         )
-    assert found.vllm is not None
-    assert found.vllm.num_tokens == (kv_cache // (16 * OF_TOKEN) - 1) * 16
-    assert found.vllm.num_responses == found.vllm.num_tokens // LENGTH == 20
+    assert found.engine is not None
+    assert found.engine.num_tokens == (kv_cache // (16 * OF_TOKEN) - 1) * 16
+    assert found.engine.num_responses == found.engine.num_tokens // LENGTH == 20
 
 
 def test_weights_in_fp8(qwen: Callable[..., RunConfig]) -> None:
@@ -75,8 +75,8 @@ def test_weights_in_fp8(qwen: Callable[..., RunConfig]) -> None:
     found = memory(qwen("rollout.vllm.quantization=fp8_per_channel"))
     linear = 36 * 2560 * (4096 + 2 * 1024 + 4096 + 3 * 9728)
     assert engine_items(found.ranks[0], "rollout")[0] == WEIGHTS - linear
-    assert found.vllm is not None
-    assert found.vllm.kv_cache == 32 * 10**9 - (WEIGHTS - linear) - WORKSPACE
+    assert found.engine is not None
+    assert found.engine.kv_cache == 32 * 10**9 - (WEIGHTS - linear) - WORKSPACE
 
 
 def test_a_cache_of_given_size(qwen: Callable[..., RunConfig]) -> None:
@@ -86,8 +86,8 @@ def test_a_cache_of_given_size(qwen: Callable[..., RunConfig]) -> None:
     assert 2 * LENGTH > 16_384
     of_batch = of_batch * 16_384 // (2 * LENGTH)
     assert engine_items(found.ranks[0], "rollout") == [WEIGHTS, 50 * 10**9, of_batch]
-    assert found.vllm is not None
-    assert found.vllm.num_responses == 2
+    assert found.engine is not None
+    assert found.engine.num_responses == 2
     with pytest.raises(
         UserError, match=r"the rollout phase needs .* on pipeline rank 0 \(leader\)"
     ):
@@ -112,8 +112,8 @@ def test_asleep(
     awake = engine_items(leader, "rollout")
     for phase in ("teacher", "student", "optimizer"):
         assert engine_items(leader, phase) == (awake if is_awake else [0, 0, 0])
-    assert found.vllm is not None
-    assert found.vllm.host_bytes == host
+    assert found.engine is not None
+    assert found.engine.host_bytes == host
     # Two engines on eight GPUs, that is one on four of them; nothing else is offloaded.
     for available in (host, host - 1):
 
@@ -155,11 +155,11 @@ def test_over_several_gpus(
         there = [0, 0, 0] if kind == "without" else [weights, kv_cache, WORKSPACE]
         assert engine_items(rank, "rollout") == there
         assert ("weight sync's bucket" in rank.phases["student"]) == rank.is_leader
-    assert found.vllm is not None
-    assert found.vllm.host_bytes == weights * size
+    assert found.engine is not None
+    assert found.engine.host_bytes == weights * size
     heads = 8 // size
     of_block = 2 * 36 * heads * 128 * 2 * 16
-    assert found.vllm.num_tokens == (kv_cache // of_block - 1) * 16
+    assert found.engine.num_tokens == (kv_cache // of_block - 1) * 16
 
 
 def test_a_server(qwen: Callable[..., RunConfig]) -> None:
@@ -168,7 +168,7 @@ def test_a_server(qwen: Callable[..., RunConfig]) -> None:
     leader, other = found.ranks
     assert leader.phases["rollout"].pop("workspace") == 2 * LARGEST
     assert leader.phases == other.phases
-    assert found.vllm is None
+    assert found.engine is None
     seconds = step_seconds(found.layout, found.largest, gpu(80))
     assert (seconds.prefill, seconds.decode) == (0, 0)
     assert seconds.student > 0
@@ -187,8 +187,8 @@ def test_what_a_sync_sends(qwen: Callable[..., RunConfig]) -> None:
 def test_seconds(qwen: Callable[..., RunConfig]) -> None:
     """16 of 64 responses at a time, each token reading the weights and their caches."""
     found = memory(qwen("rollout.vllm.kv_cache_gb=22"))
-    assert found.vllm is not None
-    assert (found.vllm.num_responses, found.largest.num_sequences) == (16, 64)
+    assert found.engine is not None
+    assert (found.engine.num_responses, found.largest.num_sequences) == (16, 64)
     read = WEIGHTS + 16 * (1024 + 8192 / 2) * OF_TOKEN
     seconds = step_seconds(found.layout, found.largest, gpu(80))
     assert seconds.decode == pytest.approx(4 * 8191 * read / 3350e9)
@@ -234,10 +234,10 @@ def test_just_enough_room(qwen: Callable[..., RunConfig]) -> None:
     enough = (LENGTH // 16 + 1) * block
     for kv_cache, count in ((enough, 1), (enough - block, 0)):
         found = memory(qwen(f"rollout.vllm.kv_cache_gb={kv_cache / 1e9!r}"))
-        assert found.vllm is not None
-        assert found.vllm.num_responses == count
+        assert found.engine is not None
+        assert found.engine.num_responses == count
         if count:
-            check_kv_cache(found.vllm, found.layout, memory_gb=80)
+            check_kv_cache(found.layout.config.rollout.vllm, found.engine, memory_gb=80)
 
 
 @pytest.mark.parametrize(

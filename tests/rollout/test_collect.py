@@ -8,7 +8,7 @@ import pytest
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.collect import collect, gather
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
-from megatron_oprd.rollout.replicas import ReplicaEngines
+from megatron_oprd.rollout.replicas import EngineStarter, ReplicaEngines
 
 PROMPTS = [Prompt(index=index, token_ids=(1,)) for index in (4, 2)]
 
@@ -30,7 +30,7 @@ def engines(versions: list[int], context: Any) -> ReplicaEngines:
     def create() -> RolloutEngine:
         return cast(RolloutEngine, SimpleNamespace(generate=generate))
 
-    return ReplicaEngines(create, lambda _: iter(()), max_restarts=0, context=context)
+    return ReplicaEngines(EngineStarter(create=create), lambda _: iter(()), context=context)
 
 
 def test_versions(context: Any) -> None:

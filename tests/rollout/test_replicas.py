@@ -13,7 +13,7 @@ from megatron_oprd.rollout.engine import (
     SamplingParams,
     WrongWeightsError,
 )
-from megatron_oprd.rollout.replicas import ReplicaEngines
+from megatron_oprd.rollout.replicas import EngineStarter, ReplicaEngines
 
 SAMPLING = SamplingParams(max_new_tokens=1, seed=0)
 
@@ -79,7 +79,10 @@ def stream(trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
 
 def engines(script: Script, context: Any, max_restarts: int = 2) -> ReplicaEngines:
     return ReplicaEngines(
-        script.create, stream, frozen={"frozen"}, max_restarts=max_restarts, context=context
+        EngineStarter(create=script.create, max_restarts=max_restarts),
+        stream,
+        frozen={"frozen"},
+        context=context,
     )
 
 
@@ -135,7 +138,7 @@ def test_what_was_begun_is_repeated_with_the_weights_that_there_are(context: Any
         return made[-1]
 
     scripts: list[list[Any]] = [["ok", LOST], ["ok", "ok", LOST], ["ok", "ok"]]
-    them = ReplicaEngines(create, stream, max_restarts=2, context=context)
+    them = ReplicaEngines(EngineStarter(create=create, max_restarts=2), stream, context=context)
     them.sync(version=4)
     them.start([], SAMPLING)
     assert them.finish(version=5) == []

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_oprd import evaluate
-from megatron_oprd.config.schema import VLLMConfig
+from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.errors import UserError
-from megatron_oprd.evaluation import benchmarks
+from megatron_oprd.rollout.vllm import kind
 from tests.data.test_benchmarks import row, write
 from tests.helpers.tiny import save_tiny_model, tiny_config
 from tests.vllm.engines import SETTINGS
@@ -37,7 +37,7 @@ def test_greedy_responses_are_those_of_transformers(
 ) -> None:
     fields = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
     save_tiny_model(tmp_path / "model", tiny_config("llama", **fields), seed=1)
-    monkeypatch.setattr(benchmarks, "VLLMConfig", partial(VLLMConfig, **SETTINGS))
+    monkeypatch.setattr(kind, "VLLMConfig", partial(VLLMConfig, **SETTINGS))
     write(tmp_path / "sums.jsonl", [row(f"{a}+{a}", str(2 * a)) for a in range(6)])
     found = {engine: run(monkeypatch, tmp_path, engine, f"--engine {engine}") for engine in
              ("hf", "vllm")}  # fmt: skip

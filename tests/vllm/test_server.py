@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_oprd.config.schema import VLLMConfig
+from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.families import read_architecture
-from megatron_oprd.planning.vllm import num_blocks
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
 from megatron_oprd.rollout.vllm.client import ServerClient, check_server
 from megatron_oprd.rollout.vllm.launch import ServerProcess
+from megatron_oprd.rollout.vllm.memory import num_blocks
 from megatron_oprd.rollout.vllm.messages import EXTENSION
 from megatron_oprd.rollout.vllm.server import VLLMServerEngine
 from megatron_oprd.weights.hf_files import HFFolder
@@ -147,10 +147,12 @@ def test_the_cache_has_the_blocks_that_a_plan_counts(url: str, folder: Path) -> 
         metrics = answer.read().decode()
     (info,) = re.findall(r"^vllm:cache_config_info\{(.*)\}", metrics, re.MULTILINE)
     fields = dict(re.findall(r'(\w+)="([^"]*)"', info))
+    a = read_architecture(HFFolder(folder))
     found = num_blocks(
-        read_architecture(HFFolder(folder)), KV_CACHE_BYTES, size=1, itemsize=4,
+        KV_CACHE_BYTES,
+        bytes_per_token=2 * a.num_layers * a.num_query_groups * a.head_dim * 4,
         block_tokens=int(fields["block_size"]),
-    )  # fmt: skip
+    )
     assert int(fields["num_gpu_blocks"]) == found
 
 

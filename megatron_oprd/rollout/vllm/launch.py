@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_oprd.config.schema import VLLMConfig
+from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import RolloutEngineError
 from megatron_oprd.rollout.vllm import guard as server_guard

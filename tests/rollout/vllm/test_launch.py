@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_oprd.config.schema import VLLMConfig
+from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.rollout.engine import RolloutEngineError
 from megatron_oprd.rollout.vllm import guard as server_guard
 from megatron_oprd.rollout.vllm import launch as server_process

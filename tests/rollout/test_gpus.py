@@ -7,23 +7,25 @@ import pytest
 import torch
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.vllm.engine import engine_gpus, gpus_beside_the_first, visible_gpus
+from megatron_oprd.rollout.gpus import engine_gpus, gpus_beside_the_first, visible_gpus
+
+SETTING = "rollout.vllm.tensor_model_parallel_size"
 
 
 def test_the_leaders_machine() -> None:
     """Tensor ranks of the first stage, then of the second; two of each are on another machine."""
     places = [("a", ["4"]), ("b", ["4"]), ("a", ["6"]), ("b", ["6"])]
-    assert gpus_beside_the_first(places, size=1) == ["4"]
-    assert gpus_beside_the_first(places, size=2) == ["4", "6"]
+    assert gpus_beside_the_first(places, size=1, setting=SETTING) == ["4"]
+    assert gpus_beside_the_first(places, size=2, setting=SETTING) == ["4", "6"]
     with pytest.raises(UserError, match=r"parallel_size = 3: .* and a has 2 of them"):
-        gpus_beside_the_first(places, size=3)
+        gpus_beside_the_first(places, size=3, setting=SETTING)
 
 
 def test_on_the_cpu(context: Any) -> None:
     place = SimpleNamespace(device=torch.device("cpu"), replica_control=context.replica_control)
-    assert engine_gpus(place, size=1) == []  # type: ignore[arg-type]
+    assert engine_gpus(place, size=1, setting=SETTING) == []  # type: ignore[arg-type]
     with pytest.raises(UserError, match="parallel_size = 2"):
-        engine_gpus(place, size=2)  # type: ignore[arg-type]
+        engine_gpus(place, size=2, setting=SETTING)  # type: ignore[arg-type]
 
 
 def test_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,25 @@
+"""The rollout engines as settings know them: names, groups of settings, and what these exclude.
+
+`megatron_oprd.rollout.registry` has the engines themselves, under the same names.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_oprd.config.engines.vllm import VLLMConfig
+from megatron_oprd.config.setting import group, setting, when
+
+EngineName = Literal["hf", "vllm"]
+# Engines that can generate while the trainer computes (`rollout.engine.OverlappingEngine`).
+OVERLAPPING: tuple[EngineName, ...] = ("vllm",)
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """The engine that generates, and a group of settings for each engine that has any."""
+
+    engine: EngineName = setting("hf")
+    """``hf`` generates with transformers on the first rank of each data-parallel replica. ``vllm``
+    generates with vLLM in another process, on the same device or on a server."""
+
+    vllm: VLLMConfig = group(VLLMConfig, only_with=when("rollout.engine", "vllm"))

@@ -1,0 +1,81 @@
+"""The rollout engine's memory, from numbers of the run, and what a weight sync needs."""
+
+import math
+
+from megatron_oprd.models.build import DTYPES
+from megatron_oprd.planning.parameters import layer_of
+from megatron_oprd.planning.workload import Workload
+from megatron_oprd.rollout.costs import EngineBytes, EngineLoad
+from megatron_oprd.rollout.kind import EngineKind, Place
+from megatron_oprd.rollout.registry import engine_kind
+from megatron_oprd.training.layout import RunLayout
+
+
+def engine_of(layout: RunLayout) -> EngineKind:
+    """The run's rollout engine."""
+    return engine_kind(layout.config.rollout)
+
+
+def engine_place(layout: RunLayout) -> Place:
+    """Where the run's rollout engine generates."""
+    return engine_of(layout).place(layout.config.rollout)
+
+
+def engine_bytes(layout: RunLayout, workload: Workload, *, memory_gb: float) -> EngineBytes | None:
+    """Estimates an engine's memory on a GPU with ``memory_gb`` (10^9 bytes).
+
+    None if the engine has GPUs of its own.
+    """
+    load = engine_load(layout, workload, memory_gb=memory_gb)
+    return engine_of(layout).memory(layout.config.rollout, load)
+
+
+def engine_load(layout: RunLayout, workload: Workload, *, memory_gb: float) -> EngineLoad:
+    """The numbers of a run that an engine's memory depends on."""
+    a = layout.student.architecture
+    linear = [
+        math.prod(shape)
+        for mapping in layout.student.table
+        if layer_of(mapping.megatron) is not None and not mapping.is_replicated
+        for shape in mapping.hf.values()
+        if len(shape) == 2
+    ]
+    moe = a.moe
+    ffn = a.ffn_hidden_size if moe is None else moe.ffn_hidden_size * moe.num_experts_per_token
+    return EngineLoad(
+        itemsize=_itemsize(layout),
+        num_weights=sum(_tensor_sizes(layout)),
+        num_linear_weights=sum(linear),
+        num_layers=a.num_layers,
+        hidden_size=a.hidden_size,
+        ffn_hidden_size=ffn,
+        num_attention_heads=a.num_attention_heads,
+        num_query_groups=a.num_query_groups,
+        head_dim=a.head_dim,
+        vocab_size=a.vocab_size,
+        prompt_tokens=workload.prompt_tokens,
+        response_tokens=workload.response_tokens,
+        num_sequences=workload.num_sequences,
+        max_sequence_length=layout.max_sequence_length,
+        memory_gb=memory_gb,
+    )
+
+
+def sync_workspace(layout: RunLayout) -> int:
+    """Bytes on the leader while the largest tensor is gathered for an engine."""
+    # The ranks' shards, and the whole tensor.
+    return 2 * max(_tensor_sizes(layout)) * _itemsize(layout)
+
+
+def sync_bytes(layout: RunLayout) -> int:
+    """Bytes of all weights that a sync sends to an engine."""
+    return sum(_tensor_sizes(layout)) * _itemsize(layout)
+
+
+def _tensor_sizes(layout: RunLayout) -> list[int]:
+    """Elements of every tensor in which the student's weights are sent to an engine."""
+    return [math.prod(s) for mapping in layout.student.table for s in mapping.hf.values()]
+
+
+def _itemsize(layout: RunLayout) -> int:
+    return DTYPES[layout.config.model.params_dtype].itemsize
