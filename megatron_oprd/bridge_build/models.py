@@ -53,13 +53,10 @@ def plan_build(config: BuildBridgeConfig, *, world_size: int) -> RunPlan:
 def frozen_student_extent(plan: RunPlan) -> Extent:
     """The student up to its deepest tap, on the stages of training."""
     layout = plan.layout
-    left = layout.num_running_layers
-    layers = []
-    for count in layout.student.extent.layers_per_stage:
-        layers.append(min(count, left))
-        left -= layers[-1]
     return Extent(
-        layers_per_stage=tuple(layers), final_norm=layout.trains_final_norm, lm_head=False
+        layers_per_stage=layout.running_per_stage,
+        final_norm=layout.trains_final_norm,
+        lm_head=False,
     )
 
 
