@@ -16,6 +16,7 @@ from megatron_oprd.data.batching import (
     MicroBatch,
     TeacherReading,
     collate,
+    collate_weights,
     context_parallel_share,
     pack,
     with_teacher,
@@ -132,9 +133,10 @@ def make_micro_batches(
     micro_batches = collate(batches, sequences, weights, output_weights, **rows)
     if reading is not None:
         micro_batches = with_teacher(micro_batches, batches, reading, **rows)
-    others = [collate(batches, sequences, one, **rows) for one in of_others]
+    del rows["device"]
+    extra = [collate_weights(batches, one, **rows) for one in of_others]
     micro_batches = [
-        dataclasses.replace(one, others=tuple(other[number] for other in others))
+        dataclasses.replace(one, extra_weights=tuple(of_one[number] for of_one in extra))
         for number, one in enumerate(micro_batches)
     ]
 
@@ -169,13 +171,12 @@ def _any(weights: Sequence[Tensor]) -> bool:
 def make_response_micro_batches(
     plan: RunPlan, context: ParallelContext, rollouts: Sequence[Rollout]
 ) -> list[MicroBatch]:
-    """This replica's micro-batches of a pass without a loss, with ``response_tokens`` set.
+    """This replica's micro-batches of a pass without a loss, with response tokens as numbers.
 
-    They are split like those of training.
+    They are split like those of training. Response tokens count from 1 over the whole step, at the
+    position that predicts them.
     """
     sequences = [[*rollout.prompt_ids, *rollout.response_ids] for rollout in rollouts]
-    # Response tokens count from 1 over the whole step, at the position that predicts them; 0 is
-    # none.
     numbers, first = [], 1
     for rollout in rollouts:
         prompt, response = rollout.prompt_ids, rollout.response_ids
@@ -187,8 +188,7 @@ def make_response_micro_batches(
     micro_batches = collate(
         replica_batches(plan.layout, [len(one) for one in sequences])[context.dp_rank],
         sequences,
-        [torch.zeros(len(sequence)) for sequence in sequences],
-        response_tokens=numbers,
+        numbers=numbers,
         **_row_options(plan, context),
     )
     return _shares(micro_batches, context)
