@@ -311,7 +311,7 @@ def _hidden_states(run: _Run, teacher: TeacherConfig, chunk: GPTModel) -> list[T
     )
     for batch in _micro_batches(run, teacher):
         selection = Selection.of(batch, tp_rank=0, tp_size=1)
-        chunk(batch.tokens, batch.position_ids, None)
+        chunk(batch.input.tokens, batch.input.position_ids, None)
     return [torch.cat(states) for states in outputs]
 
 

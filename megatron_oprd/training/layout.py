@@ -118,16 +118,26 @@ class RunLayout:
         itemsize = DTYPES[self.config.model.params_dtype].itemsize
         return self.teacher.architecture.hidden_size * itemsize
 
+    def stages_of_rank(self, pp_rank: int) -> range:
+        """Stages of a pipeline rank, numbered over all ranks in the order a token passes them."""
+        counts = self.student.extent.layers_per_stage
+        # Virtual stages are assigned round-robin.
+        return range(pp_rank, len(counts), self.config.parallel.pipeline_model_parallel_size)
+
+    def pairs_of_stage(self, stage: int) -> list[LayerPair]:
+        """The matched pairs on a stage."""
+        layers = self.student.extent.layers_of_stage(stage)
+        return [pair for pair in self.pairs if pair.student in layers]
+
     def pairs_of_rank(self, pp_rank: int) -> list[LayerPair]:
         """The matched pairs on pipeline rank ``pp_rank``, in all of its chunks."""
-        pp = self.config.parallel.pipeline_model_parallel_size
-        layers: set[int] = set()
-        start = 0
-        for stage, count in enumerate(self.student.extent.layers_per_stage):
-            if stage % pp == pp_rank:
-                layers |= set(range(start, start + count))
-            start += count
-        return [pair for pair in self.pairs if pair.student in layers]
+        stages = self.stages_of_rank(pp_rank)
+        return [pair for stage in stages for pair in self.pairs_of_stage(stage)]
+
+    @property
+    def running_per_stage(self) -> tuple[int, ...]:
+        """The student's layers on each stage that run in training, i.e. up to the deepest tap."""
+        return _first_layers(self.student.extent.layers_per_stage, self.num_running_layers)
 
     @property
     def target_bytes_per_row(self) -> int:

@@ -53,7 +53,7 @@ def test_rows_are_those_that_the_ranks_select(
     selected = []
     for cp_rank in range(cp_size):
         share = context_parallel_share(whole, rank=cp_rank, size=cp_size)
-        assert share.tokens.shape[1] % (tp_size * multiple) == 0
+        assert share.input.tokens.shape[1] % (tp_size * multiple) == 0
         for tp_rank in range(tp_size):
             selection = Selection.of(share, tp_rank=tp_rank, tp_size=tp_size)
             selected.append(len(selection.index))
