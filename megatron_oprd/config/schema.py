@@ -328,7 +328,8 @@ class RideConfig:
     """See ``model.teacher_hf_config``."""
 
     lambda_: float = setting(1.0, gt=0, only_with=when("ride.base"))
-    """The strength: above 1 goes past the teacher, below 1 stops before it; 1 is the teacher."""
+    """The strength: above 1 goes past the teacher, below 1 stops before it; 1 is the teacher. The
+    paper has 1.25, with a ``loss.coefficient`` of 1 / lambda^2."""
 
 
 Normalize = Literal["none", "l2"]
