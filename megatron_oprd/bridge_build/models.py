@@ -166,7 +166,7 @@ class FrozenModels:
         batches = replicas[context.dp_rank]
         rows: dict[str, Any] = {
             "is_packed": False,
-            "pad_to_multiple_of": self._plan.layout.sequence_split.pad_to_multiple_of,
+            "pad_to_multiple_of": self._plan.layout.parallel.pad_to_multiple_of,
             "device": context.device,
         }
         micro_batches = collate(batches, sequences.token_ids, numbers=sequences.row_numbers, **rows)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_oprd.models.build import DTYPES
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.planning.engine import engine_place, sync_bytes
 from megatron_oprd.planning.parameters import (
     count_parameters,
@@ -16,7 +17,6 @@ from megatron_oprd.planning.parameters import (
     num_checkpoints,
     num_recomputed,
     parameter_replicas,
-    place_of,
     stage_of,
 )
 from megatron_oprd.planning.workload import Workload
@@ -193,7 +193,7 @@ def _data_parallel(layout: RunLayout, pp_rank: int) -> tuple[int, int]:
 
 
 def _weight_sync(layout: RunLayout, pp_rank: int) -> int:
-    place, stages = place_of(layout.config.parallel), layout.stages_of_rank(pp_rank)
+    place, stages = ParallelLayout.of(layout.config.parallel), layout.stages_of_rank(pp_rank)
     sent = 0
     for mapping in layout.student.table:
         if stage_of(mapping.megatron, layout.student) not in stages:
@@ -203,7 +203,7 @@ def _weight_sync(layout: RunLayout, pp_rank: int) -> int:
         if mapping.expert is None:
             sent += (ranks - 1) * shard
         else:  # broadcast to all ranks that share the experts
-            sent += (ranks * place.ep_size - 1) * ranks * shard
+            sent += (ranks * place.expert_model_parallel_size - 1) * ranks * shard
         if pp_rank > 0:
             sent += ranks * shard
     return sent * DTYPES[layout.config.model.params_dtype].itemsize
@@ -228,4 +228,4 @@ def _whole_bytes(layout: RunLayout, model: ModelLayout, workload: Workload) -> i
 
 def _sliced_bytes(layout: RunLayout, model: ModelLayout, workload: Workload) -> int:
     """The part of `_whole_bytes` that a rank holds between a layer's parallel regions."""
-    return _whole_bytes(layout, model, workload) // layout.sequence_split.tp_size
+    return _whole_bytes(layout, model, workload) // layout.parallel.sequence_size

@@ -5,8 +5,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_oprd.config.schema import ParallelConfig
-from megatron_oprd.parallel.layout import Place
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 from megatron_oprd.weights.mapping import Mapping
 
@@ -99,18 +98,9 @@ class ParameterCounts:
     replicated: int  # trainable and whole on every tensor-parallel rank: norms
 
 
-def place_of(parallel: ParallelConfig) -> Place:
-    """The first place in the layout; all places hold equally many parameters of their layers."""
-    return Place(
-        tp_size=parallel.tensor_model_parallel_size,
-        etp_size=parallel.expert_tensor_size,
-        ep_size=parallel.expert_model_parallel_size,
-    )
-
-
 def held_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list[Mapping]:
     """A model's parameters at the first place of a pipeline rank."""
-    place, stages = place_of(model.parallel), layout.stages_of_rank(pp_rank)
+    place, stages = ParallelLayout.of(model.parallel), layout.stages_of_rank(pp_rank)
     return [
         mapping
         for mapping in model.table
@@ -120,7 +110,7 @@ def held_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list
 
 def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> ParameterCounts:
     """Counts the parameters of one of the run's models on a pipeline rank."""
-    place = place_of(model.parallel)
+    place = ParallelLayout.of(model.parallel)
     is_student = model is layout.student
     sizes: dict[str, int] = {}  # one per kind: layers and experts are alike
     counts: Counter[str] = Counter()
@@ -135,7 +125,11 @@ def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> Par
             counts["replicated"] += sizes[kind] if mapping.is_replicated else 0
     if model.architecture.tied and pp_rank > 0 and has_output_loss(layout, pp_rank):
         # Megatron keeps a copy of a tied embedding on the last stage.
-        copy = model.padded_vocab_size // place.tp_size * model.architecture.hidden_size
+        copy = (
+            model.padded_vocab_size
+            // place.tensor_model_parallel_size
+            * model.architecture.hidden_size
+        )
         counts["total"] += copy
         counts["trainable"] += copy if is_student else 0
     return ParameterCounts(

@@ -76,7 +76,7 @@ def workload(layout: RunLayout, *, prompt_tokens: int, response_tokens: int) -> 
     largest = max(groups, key=lambda group: sum(rows[i] for i in group))
     size = max(map(len, replica))
     is_packed = config.batch.sequence_packing
-    multiple = layout.sequence_split.pad_to_multiple_of
+    multiple = layout.parallel.pad_to_multiple_of
     return Workload(
         num_sequences=sum(map(len, replica)),
         prompt_tokens=prompt_tokens,

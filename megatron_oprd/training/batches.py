@@ -24,14 +24,14 @@ from megatron_oprd.data.batching import (
 from megatron_oprd.data.teacher_sequences import TeacherSequence
 from megatron_oprd.distill.positions import Supervision, supervise
 from megatron_oprd.parallel.context import ParallelContext
-from megatron_oprd.parallel.layout import SequenceSplit
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.rollout.engine import Rollout, teacher_sequences_of
 from megatron_oprd.training.layout import RunLayout
 from megatron_oprd.training.plan import RunPlan
 
 
 def supervised_rows(
-    batch: Sequence[int], weights: Sequence[Tensor], split: SequenceSplit, *, is_packed: bool
+    batch: Sequence[int], weights: Sequence[Tensor], split: ParallelLayout, *, is_packed: bool
 ) -> int:
     """The number of supervised positions of a micro-batch on the rank that has most of them.
 
@@ -50,14 +50,14 @@ def supervised_rows(
 def target_rows(layout: RunLayout, batch: Sequence[int], weights: Sequence[Tensor]) -> int:
     """`supervised_rows` for the weights of the loss on hidden states."""
     is_packed = layout.config.batch.sequence_packing
-    return supervised_rows(batch, weights, layout.sequence_split, is_packed=is_packed)
+    return supervised_rows(batch, weights, layout.parallel, is_packed=is_packed)
 
 
 def output_target_rows(layout: RunLayout, batch: Sequence[int], weights: Sequence[Tensor]) -> int:
     """`supervised_rows` for the weights of the output-space loss."""
     # The head tap gathers the sequence over the tensor-parallel ranks first, so each keeps all
     # rows.
-    whole = dataclasses.replace(layout.sequence_split, tp_size=1)
+    whole = dataclasses.replace(layout.parallel, sequence_parallel=False)
     is_packed = layout.config.batch.sequence_packing
     return supervised_rows(batch, weights, whole, is_packed=is_packed)
 
@@ -218,7 +218,7 @@ def replica_batches(layout: RunLayout, lengths: Sequence[int]) -> list[list[list
 def _row_options(plan: RunPlan, context: ParallelContext) -> dict[str, Any]:
     return {
         "is_packed": plan.config.batch.sequence_packing,
-        "pad_to_multiple_of": plan.layout.sequence_split.pad_to_multiple_of,
+        "pad_to_multiple_of": plan.layout.parallel.pad_to_multiple_of,
         "device": context.device,
     }
 

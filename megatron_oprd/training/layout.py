@@ -15,7 +15,7 @@ from megatron_oprd.models.build import DTYPES, Extent, padded_vocab_size
 from megatron_oprd.models.families import mapping_table
 from megatron_oprd.models.teacher import check_precision, token_multiple
 from megatron_oprd.parallel.context import data_parallel_size
-from megatron_oprd.parallel.layout import SequenceSplit
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.training.layout_checks import (
     check_losses,
     check_models,
@@ -99,15 +99,12 @@ class RunLayout:
         return min(prompt + 2 * response, self.teacher.architecture.max_position_embeddings)
 
     @property
-    def sequence_split(self) -> SequenceSplit:
-        """How the ranks of a replica share each sequence."""
+    def parallel(self) -> ParallelLayout:
+        """The student's layout, which shares sequences for all models."""
         parallel = self.config.parallel
-        return SequenceSplit(
-            cp_size=parallel.context_parallel_size,
-            tp_size=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
-            # All teachers read the same micro-batches.
-            multiple=max(token_multiple(one, parallel) for one in self.config.teachers),
-        )
+        # All teachers read the same micro-batches.
+        multiple = max(token_multiple(one, parallel) for one in self.config.teachers)
+        return ParallelLayout.of(parallel, token_multiple=multiple)
 
     @property
     def bytes_of_target(self) -> int:
