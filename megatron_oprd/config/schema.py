@@ -256,7 +256,7 @@ class ParallelConfig:
     Without Transformer Engine every rank gathers all keys and values, which saves memory in the
     rest of the layer only."""
 
-    num_layers_per_stage: list[int] | None = setting(None)
+    num_layers_per_stage: list[int] | None = setting(None, ge=1)
     """The student's layers on each pipeline stage (of each chunk in turn under virtual stages). By
     default the layers that run are divided as evenly as possible."""
 

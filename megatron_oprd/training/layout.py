@@ -320,10 +320,10 @@ def _student_layers(
         layers = student_stages(student.num_layers, pairs, num_stages, num_running=running)
     else:
         layers = tuple(parallel.num_layers_per_stage)
-        if min(layers) < 1 or sum(layers) != student.num_layers:
+        if sum(layers) != student.num_layers:
             raise UserError(
-                f"parallel.num_layers_per_stage = {list(layers)}: every stage needs at least one "
-                f"layer, and all of them the student's {student.num_layers} (found {sum(layers)})"
+                f"parallel.num_layers_per_stage = {list(layers)}: have to be the student's "
+                f"{student.num_layers} layers together, found {sum(layers)}"
             )
     starts = [sum(layers[:stage]) for stage in range(num_stages)]
     for rank in range(pp):
