@@ -55,10 +55,13 @@ def check_ranges(config: Any) -> None:
             raise UserError(f"{found.key} is empty; give {rules.not_empty}")
         if not rules.admits(found.value):
             each = "each " if isinstance(found.value, list) else ""
-            numbers = found.value if each else [found.value]
-            words = rules.range_in_words(of_floats=any(isinstance(n, float) for n in numbers))
+            words = rules.range_in_words(of_floats=_has_float(found.value))
             reason = f"; {rules.because}" if rules.because else ""
             raise UserError(f"{_setting(found)}: {each}has to be {words}{reason}")
+
+
+def _has_float(value: Any) -> bool:
+    return any(map(_has_float, value)) if isinstance(value, list) else isinstance(value, float)
 
 
 def _check_effects(config: RunConfig) -> None:

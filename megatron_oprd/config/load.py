@@ -109,7 +109,8 @@ def load_settings(path: Path, overrides: Sequence[str], schema: type[Settings]) 
             raise UserError(f"{unset[0]} is not set; give it in the YAML file or as {unset[0]}=...")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ""
+        key = getattr(error, "full_key", None) or _failing_key(given, schema)
+        key = _spelled(key)
         origin = next(
             (where for of, where in origins.items() if key == of or key.startswith(f"{of}.")),
             f"--config {path}",
@@ -142,6 +143,30 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _failing_key(given: Any, schema: type) -> str:
+    """The setting that cannot be merged alone, where OmegaConf's error does not name it."""
+    found = ""
+    group = given
+    while OmegaConf.is_dict(group):
+        for name in group:
+            key = f"{found}.{name}".lstrip(".")
+            alone = OmegaConf.create()
+            OmegaConf.update(alone, key, group[name], force_add=True)
+            try:
+                OmegaConf.merge(OmegaConf.structured(schema), alone)
+            except OmegaConfBaseException:
+                found, group = key, group[name]
+                break
+        else:
+            break
+    return found
+
+
+def _spelled(key: str) -> str:
+    """A field's path as the setting is spelled, see `name_of`."""
+    return ".".join(part.removesuffix("_") for part in key.split("."))
+
+
 def _field_names(given: Any) -> Any:
     """The settings with the names of their fields, see `name_of`."""
     if not isinstance(given, dict):
@@ -167,7 +192,7 @@ def _check_keys(given: Any, schema: type, prefix: str, *, root: type) -> None:
             if meant in all_keys:
                 raise UserError(f"unknown setting {full!r}; here it is called {meant!r}")
             elsewhere = [k for k in all_keys if k.rsplit(".", 1)[-1] == str(key)]
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(str(key), map(_spelled, hints), n=1, cutoff=0.0)
             nearest = elsewhere[0] if elsewhere else f"{prefix}{near[0]}"
             raise UserError(f"unknown setting {full!r}; the nearest is {nearest!r}")
         if is_dataclass(hints[key]):
@@ -181,5 +206,5 @@ def _all_keys(schema: type, prefix: str = "") -> list[str]:
             assert isinstance(hint, type)
             keys += _all_keys(hint, f"{prefix}{name}.")
         else:
-            keys.append(f"{prefix}{name}")
+            keys.append(f"{prefix}{_spelled(name)}")
     return keys

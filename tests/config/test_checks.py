@@ -244,6 +244,19 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
             ["teacher_prompt.tokenizer=own", "output_loss.kind=jsd"],
             ["output_loss.kind = jsd", "teacher_prompt.tokenizer = own"],
         ),
+        (
+            ["loss.coefficient_points=[[5,1],[2,1]]"],
+            ["loss.coefficient_points = [[5.0, 1.0], [2.0, 1.0]]", "rising step", "[[0, 1], [10"],
+        ),
+        (["loss.coefficient_points=[[0,1,2]]"], ["pairs [step, factor]"]),
+        (["loss.coefficient_points=[[0.5,1]]"], ["coefficient_points = [[0.5, 1.0]]"]),
+        (["output_loss.kind=jsd", "output_loss.coefficient_points=[[0,-1]]"], ["at least 0"]),
+        (["loss.coefficient_points=[[0,.nan]]"], ["[[0.0, nan]]: each has to be finite"]),
+        (["taps.layers=last_n"], ["taps.layers = last_n needs taps.n"]),
+        (
+            ["extra_teachers=[{model: a, n: 2}]"],
+            ["extra_teachers[0].layers = all", "extra_teachers[0].n = 2", "last_n needs n"],
+        ),
         (["rollout.stop=[x,'']"], ["rollout.stop has an empty text"]),
         (
             ["taps.positions=last_k"],

@@ -110,6 +110,8 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, key: str, nearest: str) -
         ("train_iters=null", "setting train_iters"),
         ("seed=true", "'True'.*setting seed"),
         ("tensorboard=maybe", "'maybe'.*setting tensorboard"),
+        ("loss.coefficient_points=[1,2]", r"setting loss\.coefficient_points"),
+        ("ride.lambda=x", r"'x'.*setting ride\.lambda\)"),
         (
             "taps.layers=some",
             r"'some'.*\[all, last, last_n, even, odd, none\].*setting taps\.layers",
