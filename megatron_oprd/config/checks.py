@@ -213,6 +213,11 @@ def _check_negative_teachers(config: RunConfig) -> None:
                 f"{setting} with {other}.{what}: the prompts that only {name} teaches would have a "
                 "loss without a minimum; leave it out"
             )
+    if config.bridge.trainable != "none":
+        raise UserError(
+            f"{setting} with bridge.trainable = {config.bridge.trainable}: a negative coefficient "
+            "needs teachers whose states are compared directly; leave bridge.trainable out"
+        )
     for number, one in enumerate(extra):
         if one.bridge is not None:
             raise UserError(
@@ -233,6 +238,11 @@ def _check_ride(config: RunConfig) -> None:
         raise UserError(
             f"ride.base = {ride.base} with loss.normalize = {config.loss.normalize}: the target is "
             "a sum of states, which plain MSE compares; set loss.normalize = none"
+        )
+    if config.bridge.trainable != "none":
+        raise UserError(
+            f"ride.base = {ride.base} with bridge.trainable = {config.bridge.trainable}: the "
+            "target is a sum of states, which are compared directly; leave bridge.trainable out"
         )
     teacher = config.teacher
     if teacher.prompt_share is not None or teacher.when or teacher.refresh_interval is not None:
@@ -281,6 +291,11 @@ def _check_losses(config: RunConfig) -> None:
     if output.kind == "none" and taps.layers == "none":
         raise UserError(
             "taps.layers = none with output_loss.kind = none leaves no loss; set one of them"
+        )
+    if bridge.path is not None and bridge.trainable != "none":
+        raise UserError(
+            f"bridge.trainable = {bridge.trainable} with bridge.path = {bridge.path}: projectors "
+            "of a folder are frozen; leave one of the two out"
         )
     if bridge.path is not None and config.loss.normalize != "l2":
         raise UserError(

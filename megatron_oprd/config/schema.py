@@ -444,12 +444,15 @@ class OutputLossConfig:
     """Number of positions whose logits exist at a time."""
 
 
+TrainableProjector = Literal["none", "linear", "mlp"]
+
+
 @dataclass(kw_only=True)
 class BridgeConfig:
-    """Frozen projectors (OPRD-Bridge).
+    """Projectors between the models' hidden states: frozen ones (OPRD-Bridge), or trained ones.
 
-    Unit vectors are compared: ``loss.normalize = l2``. The reference implementation's
-    ``loss.coefficient`` is 10.
+    Behind frozen ones unit vectors are compared: ``loss.normalize = l2``. The reference
+    implementation's ``loss.coefficient`` is 10.
     """
 
     path: str | None = setting(None, no_effect_with=when("taps.layers", "none"))
@@ -463,6 +466,21 @@ class BridgeConfig:
         only_with=when("bridge.path"),
     )
     """Number of leading directions that are used; by default all of them."""
+
+    trainable: TrainableProjector = setting(
+        "none",
+        no_effect_with=(
+            when("taps.layers", "none"),
+            when("loss.coefficient", 0.0, instead="a projector would not train; give it a factor"),
+        ),
+    )
+    """A projector for each tapped layer that maps the student's states to the teacher's width and
+    trains with the student: one linear layer (``linear``), or two with a GELU between them
+    (``mlp``). Not with ``path``. It belongs to ``model.teacher``; ``extra_teachers`` have none. It
+    can meet the loss while the student does not learn: see docs/bridge.md."""
+
+    hidden_size: int | None = setting(None, ge=1, only_with=when("bridge.trainable", "mlp"))
+    """Inner width of ``mlp``; by default the teacher's hidden size."""
 
 
 @dataclass(kw_only=True)

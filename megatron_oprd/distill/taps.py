@@ -6,7 +6,7 @@ leaves its stage.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from megatron_oprd.data.batching import MicroBatch, ModelInput
 from megatron_oprd.distill.layer_map import LayerPair
 from megatron_oprd.distill.projectors import Projectors
 from megatron_oprd.distill.representation import compare
+from megatron_oprd.distill.trainable_projectors import Projector
 from megatron_oprd.models.layers import Tap
 from megatron_oprd.parallel.context import ParallelContext
 
@@ -188,6 +189,23 @@ class _AttachGradient(torch.autograd.Function):
         return grad.flatten(0, 1).index_add(0, index, gradient).view_as(grad), None, None
 
 
+class _AttachToProjected(torch.autograd.Function):
+    """Identity on a hidden state; backward also starts a loss's gradient at projected states.
+
+    From there autograd takes it through the projector, to its parameters and to the hidden state.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, projected: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad, gradient, None
+
+
 class PairTaps:
     """Taps on this rank's chunks of both models: the teacher's keep rows that the student's take.
 
@@ -285,6 +303,7 @@ class Taps(PairTaps):
 
     Attributes:
         coefficients: Factor on each pair's loss in the gradient, not on the metrics; 1 until set.
+        trainable: Projectors that train, by student layer; none until set.
     """
 
     def __init__(
@@ -299,6 +318,7 @@ class Taps(PairTaps):
         super().__init__(pairs, post_norm=post_norm, projectors=projectors)
         self._normalize = normalize
         self.coefficients = [1.0] * len(pairs)
+        self.trainable: Mapping[int, Projector] = {}
         self._pending: dict[int, deque[Selection]] = {}
         self._loss = torch.zeros(len(pairs), device=device, dtype=torch.float64)
         self._cosine = torch.zeros(len(pairs), device=device, dtype=torch.float64)
@@ -331,24 +351,38 @@ class Taps(PairTaps):
                 pending.append(self._current)
                 return hidden
             selection = pending.popleft() if pending else self._current
-            weights = selection.weights
-            assert weights is not None
-            rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)  # [n, h]
             target = self._take_target(pair.teacher, selection.micro_batch)
-            # The gradient is computed now and kept in the hidden state's dtype; an autograd graph
-            # would keep several fp32 copies of the rows until the backward pass.
-            with torch.no_grad():
+            if layer in self.trainable:
+                rows = hidden.flatten(0, 1).index_select(0, selection.index)  # [n, h]
+                states = self.trainable[layer](rows)
+                gradient = self._measure(number, selection, states.detach(), target)
+                attached = _AttachToProjected.apply(hidden, states, gradient)
+            else:
+                # The gradient is computed now and kept in the hidden state's dtype; an autograd
+                # graph would keep several fp32 copies of the rows until the backward pass.
+                rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)  # [n, h]
                 states = rows if projectors is None else projectors.project_student(layer, rows)
-                found = compare(states, target, normalize=self._normalize)
-                self._loss[number] += (weights * found.distance).sum()
-                self._cosine[number] += (weights * found.cosine).sum()
-                factors = weights * self.coefficients[number]
-                gradient = found.gradient.mul_(factors[:, None])
+                gradient = self._measure(number, selection, states, target)
                 if projectors is not None:
                     gradient = projectors.student_gradient(layer, gradient)
                 gradient = gradient.to(hidden.dtype)
-            attached = _AttachGradient.apply(hidden, selection.index, gradient)
+                attached = _AttachGradient.apply(hidden, selection.index, gradient)
             # The pipeline schedule deallocates stage outputs and cannot deallocate a view.
             return make_viewless_tensor(attached, requires_grad=True, keep_graph=True)
 
         return attach
+
+    @torch.no_grad()
+    def _measure(self, number: int, selection: Selection, states: Tensor, target: Tensor) -> Tensor:
+        """Adds to the metrics of the ``number``-th pair; returns the gradient of its loss.
+
+        ``states`` and ``target`` are [n, width], and so is the gradient, with respect to
+        ``states``, in fp32 at least.
+        """
+        weights = selection.weights
+        assert weights is not None
+        found = compare(states, target, normalize=self._normalize)
+        self._loss[number] += (weights * found.distance).sum()
+        self._cosine[number] += (weights * found.cosine).sum()
+        factors = weights * self.coefficients[number]
+        return found.gradient.mul_(factors[:, None])

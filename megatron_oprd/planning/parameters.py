@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from megatron_oprd.distill.trainable_projectors import num_parameters
 from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 from megatron_oprd.weights.mapping import Mapping
@@ -90,12 +91,13 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Numbers of parameters of one model on one rank."""
+    """Numbers of parameters of one model on one rank; the student's projectors count."""
 
     total: int
     trainable: int  # with a gradient, without experts'
     trainable_experts: int  # separate, because different ranks share their optimizer states
-    replicated: int  # trainable and whole on every tensor-parallel rank: norms
+    # Trainable and whole on every tensor-parallel rank: norms and projectors.
+    replicated: int
 
 
 def held_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list[Mapping]:
@@ -132,6 +134,14 @@ def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> Par
         )
         counts["total"] += copy
         counts["trainable"] += copy if is_student else 0
+    if is_student and layout.trains_projectors:
+        of_one = num_parameters(
+            layout.config.bridge,
+            student_width=model.architecture.hidden_size,
+            teacher_width=layout.teacher.architecture.hidden_size,
+        )
+        for kind in ("total", "trainable", "replicated"):
+            counts[kind] += of_one * len(layout.pairs_of_rank(pp_rank))
     return ParameterCounts(
         total=counts["total"],
         trainable=counts["trainable"],

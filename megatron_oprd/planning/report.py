@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_oprd.distill.trainable_projectors import num_parameters
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.planning.engine import engine_of, engine_place
@@ -62,6 +63,16 @@ def summary(memory: MemoryEstimate, work: WorkEstimate) -> str:
     ]
     if layout.bridge_rank is not None:
         lines.append(f"targets behind the bridge: {layout.bridge_rank} numbers each")
+    elif layout.trains_projectors:
+        of_one = num_parameters(
+            config.bridge,
+            student_width=student.hidden_size,
+            teacher_width=teacher.hidden_size,
+        )
+        lines.append(
+            f"projectors that train: {len(layout.pairs)} of {of_one} parameters each, counted as "
+            "the student's"
+        )
     elif student.hidden_size != teacher.hidden_size:
         lines.append(
             f"the student is {student.hidden_size} wide, the teacher {teacher.hidden_size}: "

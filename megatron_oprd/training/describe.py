@@ -1,6 +1,7 @@
 """Describes a plan to the user, for ``--dry-run``."""
 
 from megatron_oprd.config.load import dump_config
+from megatron_oprd.distill.trainable_projectors import num_parameters
 from megatron_oprd.training.plan import RunPlan
 
 
@@ -87,6 +88,16 @@ def describe(plan: RunPlan) -> str:
         )
     if plan.teachers[0].bridge is not None:
         lines.append(f"bridge {config.bridge.path}: {layout.bridge_rank} numbers of each state")
+    if layout.trains_projectors:
+        number = num_parameters(
+            config.bridge,
+            student_width=layout.student.architecture.hidden_size,
+            teacher_width=layout.teacher.architecture.hidden_size,
+        )
+        lines.append(
+            f"projectors that train: {config.bridge.trainable}, {len(layout.pairs)} of {number} "
+            "parameters"
+        )
     return "\n".join(lines)
 
 

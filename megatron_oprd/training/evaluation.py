@@ -45,8 +45,9 @@ class BenchmarkEvaluator:
         ``output_dir/evaluation/step_N``, replacing older ones.
 
         Returns:
-            ``eval/NAME`` -> measure -> value for each benchmark, on rank 0; ``seconds_evaluation``,
-            on every rank.
+            On rank 0 ``eval/NAME`` -> measure -> value for each benchmark, and over all benchmarks
+            ``eval_score``, the share of right responses, and ``eval_responses``, their number. On
+            every rank ``seconds_evaluation``.
         """
         started = time.perf_counter()
         folder = Path(self._plan.config.output_dir) / "evaluation" / f"step_{steps_done}"
@@ -56,12 +57,17 @@ class BenchmarkEvaluator:
                 # _append adds to the file; a resumed run may evaluate the same step again.
                 _file(folder, benchmark).unlink(missing_ok=True)
         metrics: dict[str, Any] = {}
+        is_right: list[bool] = []
         with Grader(timeout=GRADING_SECONDS) as grader:
             for number, benchmark in enumerate(self._plan.benchmarks):
                 samples = self._sample(engines, number, folder, grader, steps_done)
                 if self._context.rank == 0:
                     n = self._plan.config.evaluation.n
                     metrics[f"eval/{benchmark.name}"] = _flat(sampling_metrics(samples, n))
+                    is_right += [sample.correct for sample in samples]
+        if self._context.rank == 0:
+            metrics["eval_score"] = sum(is_right) / len(is_right)
+            metrics["eval_responses"] = len(is_right)
         return {**metrics, "seconds_evaluation": time.perf_counter() - started}
 
     def _sample(

@@ -58,6 +58,11 @@ class RunLayout:
         return self.config.compares_outputs
 
     @property
+    def trains_projectors(self) -> bool:
+        """Whether the student's states are projected by what trains with the student."""
+        return self.config.bridge.trainable != "none"
+
+    @property
     def num_running_layers(self) -> int:
         """Student layers that run in training: up to the deepest tap, or to the LM head."""
         student = self.student.architecture

@@ -19,6 +19,7 @@ from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.engine import Rollout, RolloutEngineError
 from megatron_oprd.training import checkpoints
+from megatron_oprd.training.alarm import CollapseAlarm
 from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.evaluation import BenchmarkEvaluator
 from megatron_oprd.training.identity import RunIdentity, contents_of
@@ -129,6 +130,8 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
             log_prefix=f"{output_dir}/",
         ) as engines,
     ):
+        # After the loggers, which have removed the records of steps that are done again.
+        alarm = None if loggers is None else CollapseAlarm(output_dir / "metrics.jsonl")
         source = RolloutSource(plan, context, engines, prompts)
         for step in range(done.step, config.train_iters):
             started = time.perf_counter()
@@ -175,6 +178,8 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
                     engines.sync(version=step + 1)
                     metrics.update(evaluator.evaluate(engines, step + 1))
                     engines.sleep()
+                    if alarm is not None:
+                        metrics["collapse_alarm"] = alarm.raise_for(metrics)
             finally:  # the step is done, whatever becomes of its evaluation
                 metrics["rollout_engine_restarts"] = engines.take_restarts()
                 if loggers is not None:

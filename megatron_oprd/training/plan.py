@@ -220,7 +220,7 @@ def check(models: OpenedModels, layouts: Sequence[RunLayout], *, builds_bridge: 
                     pairs=layout.pairs,
                     taps=layout.config.taps,
                 )
-            elif layout.pairs and not builds_bridge:
+            elif layout.pairs and not builds_bridge and not layout.trains_projectors:
                 _check_widths(student.architecture, teacher)
             one.opened.check_tensors()
     check_coefficients(layouts)
@@ -290,7 +290,7 @@ def _check_widths(student: Architecture, teacher: Architecture) -> None:
             "hidden states can only be compared directly at equal width. Models of other widths "
             "are matched through a bridge (OPRD-Bridge, frozen projectors): build one with "
             "torchrun ... -m megatron_oprd.build_bridge --config bridge.yaml, and give its folder "
-            "as bridge.path"
+            "as bridge.path. Or train projectors with the student: bridge.trainable"
         )
 
 

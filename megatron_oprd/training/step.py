@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_oprd.data.batching import MicroBatch, ModelInput
 from megatron_oprd.distill.coefficients import coefficient_at
 from megatron_oprd.distill.head import HeadTap, head_weight
-from megatron_oprd.models.build import build_model, transformer_config
+from megatron_oprd.distill.trainable_projectors import add_projectors
+from megatron_oprd.models.build import DTYPES, build_model, transformer_config
 from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.student import freeze_past_deepest_tap
 from megatron_oprd.parallel.context import ParallelContext
@@ -89,6 +90,19 @@ class Distiller:
             num_running_layers=plan.layout.num_running_layers,
             trains_final_norm=any(one.layout.trains_final_norm for one in plan.teachers),
         )
+        if plan.layout.trains_projectors:
+            # Before make_train_state for the same reason.
+            self.teachers[0].taps.trainable = add_projectors(
+                student,
+                [pair.student for pair in plan.layout.pairs],
+                config.bridge,
+                student_width=plan.layout.student.architecture.hidden_size,
+                teacher_width=plan.layout.teacher.architecture.hidden_size,
+                seed=config.seed,
+                dtype=DTYPES[config.model.params_dtype],
+                device=context.device,
+                sequence_parallel=config.parallel.sequence_parallel,
+            )
         for one in self.teachers:
             one.taps.attach_student(student, depth=plan.layout.student.architecture.num_layers)
         teacher = self.teachers[0].chunks

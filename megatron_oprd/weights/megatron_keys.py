@@ -22,11 +22,13 @@ from megatron_oprd.weights.mapping import Mapping
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
+# A chunk's submodule with projectors that train with the student, and are no part of it.
+PROJECTORS = "projectors"
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.experts)\.\d+\.(.+)")
 # A chained optimizer prefixes the keys of its parts with chained_<i>.
-_OTHERS = re.compile(r"(chained_\d+\.)?optimizer\.|teacher\.")
+_OTHERS = re.compile(rf"(chained_\d+\.)?optimizer\.|teacher\.|{PROJECTORS}\.")
 # The norm before experts, as named by Megatron's layer spec without Transformer Engine.
 _OTHER_NAMES = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
 
@@ -90,7 +92,7 @@ def halves(key: str) -> tuple[str, str]:
 
 
 def is_no_weight(key: str) -> bool:
-    """Whether a tensor belongs to the optimizer or to a refreshed teacher."""
+    """Whether a tensor belongs to the optimizer, a refreshed teacher or a projector."""
     return _OTHERS.match(key) is not None
 
 
@@ -103,7 +105,7 @@ _EXPERT_WEIGHTS = (
 
 
 def named_parameters(chunks: Sequence[MegatronModule]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters under their names in Megatron's checkpoints.
+    """This rank's parameters of the model under their names in Megatron's checkpoints.
 
     Layers are numbered over the whole model and experts over the whole layer, not within the rank.
     A norm before a linear layer is ``<linear>.layer_norm_weight`` in every layer spec. ``chunks``
@@ -114,6 +116,8 @@ def named_parameters(chunks: Sequence[MegatronModule]) -> dict[str, torch.nn.Par
         layers = chunk.decoder.layers
         for name, parameter in chunk.named_parameters():
             parts = name.split(".")
+            if parts[0] == PROJECTORS:
+                continue
             if parts[:2] == ["decoder", "layers"]:
                 layer = layers[int(parts[2])]
                 rest = ".".join(parts[3:])

@@ -292,6 +292,19 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
         ([OWN_PROMPT, "extra_teachers=[{model: m}]"], ["extra_teachers with teacher_prompt"]),
         (["taps.layers=none"], ["taps.layers = none", "output_loss.kind = none"]),
         (["bridge.path=b"], ["loss.normalize = none", "bridge.path = b"]),
+        (
+            ["bridge.path=b", "bridge.trainable=mlp", "loss.normalize=l2"],
+            ["bridge.trainable = mlp", "bridge.path = b", "leave one of the two out"],
+        ),
+        (
+            ["bridge.trainable=linear", "ride.base=b", "ride.lambda=2"],
+            ["ride.base = b", "bridge.trainable = linear"],
+        ),
+        (
+            ["bridge.trainable=linear", "extra_teachers=[{model: m, coefficient: -0.5}]"],
+            ["extra_teachers[0].coefficient = -0.5", "bridge.trainable = linear"],
+        ),
+        (["bridge.trainable=linear", "bridge.rank=4"], ["bridge.rank = 4", "bridge.path"]),
         (["optimizer.min_lr=1"], ["optimizer.min_lr = 1.0", "optimizer.lr = 1e-05"]),
         ([SP], ["parallel.sequence_parallel = true", "parallel.tensor_model_parallel_size"]),
         ([VPP2], ["virtual_pipeline_model_parallel_size = 2", "found 1"]),

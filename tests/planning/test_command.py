@@ -153,3 +153,21 @@ def test_targets_behind_a_bridge(
         targets.append(rank["phases"]["teacher"]["targets"])
     assert "targets behind the bridge: 8 numbers each" in capsys.readouterr().out
     assert targets[0] == targets[1] * 5120 * 2 / (8 * 4)
+
+
+def test_projectors_that_train_count_as_the_students(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A matrix [5120, 2560] and a bias at 36 layers, whole on every rank of a stage."""
+    found = []
+    for overrides in ([], ["bridge.trainable=linear"]):
+        file = tmp_path / f"{len(overrides)}.json"
+        large = ["--gpus", "16", "--gpu-memory", "1000", PIPELINE]
+        assert run(monkeypatch, tmp_path, "--json", str(file), *large, *overrides) == 0
+        stages = json.loads(file.read_text())["stages"]
+        found.append([stage["student_parameters"] for stage in stages])
+    assert "projectors that train: 36 of 13112320 parameters each" in capsys.readouterr().out
+    for without, with_projectors in zip(*found, strict=True):
+        for kind in ("total", "trainable", "replicated"):
+            assert with_projectors[kind] - without[kind] == 18 * (2560 + 1) * 5120, kind
+        assert with_projectors["trainable_experts"] == 0

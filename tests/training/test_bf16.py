@@ -16,7 +16,11 @@ pytestmark = pytest.mark.slow
 BF16, MBS2 = "model.params_dtype=bf16", "batch.micro_batch_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 TRAINING = ["optimizer.lr=1e-3", "optimizer.lr_warmup_fraction=0"]
-METHODS = {"all_layers": [], "two_layers": ["taps.layers=[0,1]"]}
+METHODS = {
+    "all_layers": [],
+    "two_layers": ["taps.layers=[0,1]"],
+    "projector": ["bridge.trainable=mlp"],
+}
 # (method, layout): (ranks, overrides)
 LAYOUTS: dict[tuple[str, str], tuple[int, list[str]]] = {
     ("all_layers", "one"): (1, []),
@@ -27,6 +31,8 @@ LAYOUTS: dict[tuple[str, str], tuple[int, list[str]]] = {
     ("all_layers", "pp2"): (2, [PP2, MBS2]),
     ("all_layers", "dp2_distributed_optimizer"): (2, [MBS2]),
     ("two_layers", "pp2"): (2, [PP2, MBS2]),
+    ("projector", "one"): (1, []),
+    ("projector", "dp2_distributed_optimizer"): (2, [MBS2]),
 }
 STEPS = 10
 LR, TINY_STEPS = 2e-5, 30

@@ -24,6 +24,7 @@ OUTPUT = ["output_loss.kind=reverse_kl"]
 EP2 = ["parallel.expert_model_parallel_size=2"]
 BF16 = ["model.params_dtype=bf16"]
 THREES = ["rollout.prompts_per_step=12", "rollout.samples_per_prompt=1"]
+PROJECTOR = ["bridge.trainable=mlp", "bridge.hidden_size=20"]
 ETP1 = ["parallel.expert_tensor_parallel_size=1"]
 
 # name: (ranks, overrides); each saves after one step and goes on for another.
@@ -47,6 +48,9 @@ SAVERS = {
     "moe_tp2_sp": (2, TP2_SP),
     "moe_ep2_vpp2": (4, [*EP2, *VPP2]),
     "moe_dp2_ep2": (4, EP2),
+    "projector_one": (1, PROJECTOR),
+    "projector_tp2_sp": (2, [*TP2_SP, *PROJECTOR]),
+    "projector_dp2": (2, PROJECTOR),
     # Widths that are no multiples of 64, so that buckets are padded; B has several of them.
     "odd_tied_one": (1, OUTPUT),
     "odd_tied_pp2": (2, [*PP2, *OUTPUT]),
@@ -88,6 +92,9 @@ LOADERS = {
     "moe_tp2_sp_etp1_from_ep2_vpp2": (2, [*TP2_SP, *ETP1], "moe_ep2_vpp2"),
     "moe_tp2_sp_ep2_from_dp2_ep2": (4, [*TP2_SP, *EP2], "moe_dp2_ep2"),
     "moe_ep2_pp2_from_tp2_sp": (4, [*EP2, *PP2], "moe_tp2_sp"),
+    "projector_one_from_tp2_sp": (1, PROJECTOR, "projector_tp2_sp"),
+    "projector_pp2_from_dp2": (2, [*PP2, *PROJECTOR], "projector_dp2"),
+    "projector_tp2_sp_from_dp2": (2, [*TP2_SP, *PROJECTOR], "projector_dp2"),
     "odd_tied_dp2_from_pp2": (2, OUTPUT, "odd_tied_pp2"),
     "odd_tied_dp2_B_from_pp2": (2, OUTPUT, "odd_tied_pp2"),
     "odd_tied_one_from_dp3_B": (1, OUTPUT, "odd_tied_dp3_B"),
@@ -107,7 +114,7 @@ LOADERS = {
     "odd_bf16_tp2_sp_B_from_dp3_B": (2, [*TP2_SP, *BF16], "odd_bf16_dp3_B"),
 }
 REFERENCE = {"shallow_from_shallow_pp2": "shallow", "shallow_pp2": "shallow", "shallow": "shallow"}
-for kind in ("moe", "output", "output_tied", "odd", "odd_tied", "odd_bf16"):
+for kind in ("moe", "output", "output_tied", "odd", "odd_tied", "odd_bf16", "projector"):
     names = [name for name in (*SAVERS, *LOADERS) if name.startswith(f"{kind}_")]
     REFERENCE |= dict.fromkeys(names, f"{kind}_one")
 

@@ -222,6 +222,18 @@ METHODS["shallow_first_teacher"] = [
     "taps.layers=[0]",
     "extra_teachers=[{model: TEACHERS/llama_equal/teacher, layers: [1, 2]}]",
 ]
+# Projectors that train: linear ones to a wider teacher, in place of the pair's bridge, and others
+# between equal widths.
+PROJECTOR_METHODS = {
+    "trainable_linear": ["bridge.path=null", "bridge.rank=null", "bridge.trainable=linear"],
+    "trainable_mlp": [
+        "bridge.trainable=mlp",
+        "bridge.hidden_size=20",
+        "taps.layers=[1,3]",
+        "output_loss.kind=top_k",
+    ],
+}
+METHODS |= PROJECTOR_METHODS
 TAUGHT_BY = {SEVERAL: [[True] * 8, [False, True] * 4, [True, False] * 4]}
 READINGS = {name: name.removesuffix("_sequence_mean") for name in READING_METHODS}
 # The layouts in which the last stage, its head and the positions differ most.
@@ -331,11 +343,26 @@ CASES = [
         ("bridge", "other_tokens_sequence_mean", layout)
         for layout in ("cp2_tp2_sp", "tp2_sp_pp2_full")
     ),
+    *(
+        (pair, method, layout)
+        for pair, method in (("bridge", "trainable_linear"), ("llama_tied_deeper", "trainable_mlp"))
+        for layout in (
+            "packed",
+            "tp2",
+            "tp2_sp_full",
+            "pp2_vpp2_target_groups",
+            "cp2_tp2_sp",
+            "dp2_overlap_target_groups",
+            "dp2_pp2",
+        )
+    ),
 ]
 # What carries over from one step to the next (buffers, overlapped gathers, offloaded weights)
 # depends on the layout, not on model or method: these have every layout, and take a second step.
 TWO_STEPS = {("llama_tied_deeper", "default"), ("moe", "default")} | {
-    (pair, method) for pair, method, _ in CASES if method in (*LOGPROB_METHODS, "crossfade")
+    (pair, method)
+    for pair, method, _ in CASES
+    if method in (*LOGPROB_METHODS, *PROJECTOR_METHODS, "crossfade")
 }
 
 
@@ -429,7 +456,12 @@ def test_layout_changes_nothing(results: Path, pair: str, method: str, layout: s
     assert_close_relative(found["cosine"], reference["cosine"], 1e-6, size=1.0)
     if ALL_LAYOUTS[layout][2]:
         _assert_same_tensors(found["gradients"], reference["gradients"])
+        _assert_same_tensors(found["projector_gradients"], reference["projector_gradients"])
     _assert_same_tensors(found["weights"], reference["weights"])
+    assert bool(found["projectors"]) == (method in PROJECTOR_METHODS)
+    for name, tensor in reference["initial_projectors"].items():
+        assert torch.equal(found["initial_projectors"][name], tensor), name
+    _assert_same_tensors(found["projectors"], reference["projectors"])
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,7 @@ def test_evaluation_every_n_steps_and_at_the_end(root: Path, name: str, tmp_path
     first, second, third = records(root, name)
     assert "seconds_evaluation" not in first
     assert "eval/sums" not in first
+    assert "collapse_alarm" not in first
     for step, record in ((2, second), (3, third)):
         lines = (root / name / "evaluation" / f"step_{step}" / "sums.jsonl").read_text()
         samples = [json.loads(line) for line in lines.splitlines()]
@@ -232,6 +233,10 @@ def test_evaluation_every_n_steps_and_at_the_end(root: Path, name: str, tmp_path
             "no_answer_share", "num_timed_out",
         }  # fmt: skip
         assert metrics["mean_length"] == sum(s["num_tokens"] for s in samples) / 6
+        assert record["eval_responses"] == 6
+        assert record["eval_score"] == sum(s["correct"] for s in samples) / 6
+        assert metrics["avg@2"] == pytest.approx(record["eval_score"])
+        assert record["collapse_alarm"] is False
     # The responses at the end are those of the exported student.
     evaluate_on_benchmarks(
         {"exported": root / name / "student"},

@@ -1,5 +1,6 @@
 """A step is what the same step in plain PyTorch over transformers' models is."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ PAIRS: dict[str, dict[str, Any]] = {
     "qwen2_deeper": {"family": "qwen2", "teacher_layers": 7},
     "qwen3_deeper_tied": {"family": "qwen3", "teacher_layers": 7, "tied": True},
     "llama_shallower": {"family": "llama", "teacher_layers": 2},
+    "qwen3_wider": {
+        "family": "qwen3",
+        "teacher_layers": 7,
+        "tied": True,
+        "teacher_fields": {"hidden_size": 48},
+    },
     "qwen3_moe": {"family": "qwen3_moe"},
     "qwen3_moe_raw": {"family": "qwen3_moe", "norm_topk_prob": False, "num_experts_per_tok": 3},
 }
@@ -34,7 +41,8 @@ class Step:
     ``matches`` are (student layer, teacher layer); ``first`` and ``last`` so many tokens of a
     response, ``shift`` from a token's own position. ``layer_weights`` are factors on the layers'
     losses; ``output`` is the output-space loss with its factor, over all response tokens.
-    ``reading`` is what the teacher reads: a kind of `fixed_teacher_sequences`.
+    ``reading`` is what the teacher reads: a kind of `fixed_teacher_sequences`. ``projector`` are
+    the widths of projectors that train, each with a GELU to the next.
     """
 
     pair: str
@@ -50,6 +58,7 @@ class Step:
     layer_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     output: tuple[OutputLossConfig, float] | None = None
     reading: str | None = None
+    projector: tuple[int, ...] = ()
 
 
 UNIT = ["loss.normalize=l2", "loss.coefficient=100"]
@@ -183,6 +192,49 @@ STEPS = {
         shift=0,
         reading="other_tokens",
     ),
+    "projector_of_equal_widths": Step(
+        pair="llama",
+        overrides=["bridge.trainable=linear", "recompute.recompute_granularity=selective"],
+        projector=(32, 32),
+    ),
+    "projector_to_a_wider_teacher": Step(
+        pair="qwen3_wider",
+        overrides=[*UNIT, "bridge.trainable=linear", "batch.micro_batch_size=2"],
+        matches=((0, 0), (1, 2), (2, 4), (3, 6)),
+        unit_vectors=True,
+        coefficient=100.0,
+        projector=(32, 48),
+    ),
+    "mlp_projector": Step(
+        pair="llama",
+        overrides=[
+            "bridge.trainable=mlp",
+            "bridge.hidden_size=20",
+            "taps.layers=even",
+            "loss.aggregation=sequence_mean",
+        ],
+        matches=((0, 0), (2, 2)),
+        sequence_mean=True,
+        projector=(32, 20, 32),
+    ),
+    # LastOPD's recipe, in the middle of its crossfade.
+    "mlp_projector_and_outputs": Step(
+        pair="qwen3_wider",
+        overrides=[
+            "bridge.trainable=mlp",
+            "taps.layers=last",
+            "loss.normalize=l2",
+            "loss.coefficient=1000",
+            "loss.coefficient_points=[[4,0.5],[5,0]]",
+            "output_loss.kind=top_k",
+            "output_loss.coefficient_points=[[4,0.5],[5,1]]",
+        ],
+        matches=((3, 6),),
+        unit_vectors=True,
+        coefficient=500.0,
+        output=(OutputLossConfig(kind="top_k"), 0.5),
+        projector=(32, 48, 48),
+    ),
     "mixture_of_experts": Step(pair="qwen3_moe"),
     "mixture_of_experts_raw": Step(pair="qwen3_moe_raw"),
 }
@@ -263,8 +315,10 @@ def _hidden_states(model: Any, tokens: list[int], *, pre_norm: bool) -> list[Ten
     return [*states[:-1], *raw] if pre_norm else states
 
 
-def _forward_backward(student: Any, teacher: Any, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds to the student's gradients.
+def _forward_backward(
+    student: Any, teacher: Any, step: Step, projectors: torch.nn.ModuleDict
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds to the gradients of the student and of ``projectors``, by student layer.
 
     Returns loss and cosine of each matched pair, and the output-space loss.
     """
@@ -302,6 +356,8 @@ def _forward_backward(student: Any, teacher: Any, step: Step) -> tuple[Tensor, T
         for number, (student_layer, teacher_layer) in enumerate(step.matches):
             s = of_student[student_layer][positions]
             t = of_teacher[teacher_layer][[position for _, position in pairs]]
+            if step.projector:
+                s = projectors[str(student_layer)](s)
             cosine[number] += F.cosine_similarity(s, t).sum().detach() / count
             if step.unit_vectors:
                 s = s / s.norm(dim=1, keepdim=True)
@@ -321,6 +377,18 @@ def _forward_backward(student: Any, teacher: Any, step: Step) -> tuple[Tensor, T
     return loss.detach(), cosine, output_loss
 
 
+def _projectors(step: Step, initial: dict[str, Tensor]) -> torch.nn.ModuleDict:
+    """Projectors in plain PyTorch, with given weights."""
+    projectors = torch.nn.ModuleDict()
+    for layer, _ in step.matches if step.projector else ():
+        modules: list[torch.nn.Module] = []
+        for width, next_width in itertools.pairwise(step.projector):
+            modules += [torch.nn.Linear(width, next_width), torch.nn.GELU()]
+        projectors[str(layer)] = torch.nn.Sequential(*modules[:-1])
+    projectors.load_state_dict({n.removeprefix("projectors."): t for n, t in initial.items()})
+    return projectors
+
+
 def _load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -331,7 +399,8 @@ def test_equals_plain_pytorch(results: Path, name: str) -> None:
     found = torch.load(results / f"{name}.pt")
     student, teacher = (_load(results / step.pair / model) for model in ("student", "teacher"))
 
-    loss, cosine, output_loss = _forward_backward(student, teacher, step)
+    projectors = _projectors(step, found["initial_projectors"])
+    loss, cosine, output_loss = _forward_backward(student, teacher, step, projectors)
     assert_close_relative(found["output_loss"], output_loss, 1e-5)
     assert_close_relative(found["loss"], loss, 1e-5)
     assert_close_relative(found["cosine"], cosine, 1e-6, size=1.0)
@@ -342,8 +411,13 @@ def test_equals_plain_pytorch(results: Path, name: str) -> None:
         expected = parameters[parameter].grad
         expected = torch.zeros_like(gradient) if expected is None else expected
         assert_close_relative(gradient, expected, 5e-5, what=parameter)
+    of_projectors = {f"projectors.{name}": one for name, one in projectors.named_parameters()}
+    assert found["projector_gradients"].keys() == of_projectors.keys()
+    for name_of_one, gradient in found["projector_gradients"].items():
+        assert_close_relative(gradient, of_projectors[name_of_one].grad, 5e-5, what=name_of_one)
     trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
     assert 0 < len(trained) <= len(parameters)
+    trained += of_projectors.values()
 
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     vectors = [parameter for parameter in trained if parameter.dim() == 1]
@@ -356,7 +430,7 @@ def test_equals_plain_pytorch(results: Path, name: str) -> None:
     norms = [torch.nn.utils.clip_grad_norm_(trained, 0.05)]
     adamw.step()
     adamw.zero_grad()
-    second_loss, _, second_output_loss = _forward_backward(student, teacher, step)
+    second_loss, _, second_output_loss = _forward_backward(student, teacher, step, projectors)
     norms.append(torch.nn.utils.clip_grad_norm_(trained, 0.05))
     adamw.step()
     assert_close_relative(found["second_loss"][:-1], second_loss, 1e-5)
@@ -368,6 +442,8 @@ def test_equals_plain_pytorch(results: Path, name: str) -> None:
     assert_close_relative(found["grad_norm"], torch.stack(norms), 5e-5)
     for parameter, weight in _with_fused_experts(found["weights"]).items():
         assert_close_relative(weight, parameters[parameter], 1e-5, what=parameter)
+    for name_of_one, weight in found["projectors"].items():
+        assert_close_relative(weight, of_projectors[name_of_one], 1e-5, what=name_of_one)
 
 
 def _with_fused_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -228,6 +228,17 @@ def test_a_bridge_allows_unequal_width(pair: Path, tmp_path: Path) -> None:
         plan(wider, bridge, L2, "bridge.rank=7")
 
 
+def test_a_projector_that_trains_allows_unequal_width(pair: Path, tmp_path: Path) -> None:
+    wider = save_pair(tmp_path / "pair", "llama", teacher_fields={"hidden_size": 48})
+    found = plan(wider, "bridge.trainable=linear")
+    assert found.layout.target_bytes_per_row == 4 * 48 * 4
+    # (32 + 1) x 48 for each layer.
+    assert describe(found).endswith("projectors that train: linear, 4 of 1584 parameters")
+    extra = f"extra_teachers=[{{model: {wider / 'teacher'}}}]"
+    with pytest.raises(UserError, match=r"extra_teachers\[0\], .*student is 32 wide"):
+        plan(pair, "bridge.trainable=linear", extra)
+
+
 def test_what_a_plan_with_a_bridge_holds(pair: Path, tmp_path: Path) -> None:
     """Four layers; both of a stage keep r fp32 numbers of a position."""
     save_random_bridge(tmp_path / "bridge", pair, rank=6)

@@ -19,6 +19,7 @@ from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
+from tests.helpers import projectors
 from tests.helpers.pairs import as_rollouts, config_of, fixed_rollouts
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -62,6 +63,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
                 if context.rank == 0:
                     torch.save(saved, directory / f"{case['name']}_saved.pt")
         result["weights"] = dict(exporter.stream())
+        result["weights"] |= projectors.gathered(distiller.state.modules)
         result["lr"] = distiller.state.optimizer.param_groups[0]["lr"]
         if context.rank == 0:
             torch.save(result, directory / f"{case['name']}.pt")
@@ -85,6 +87,8 @@ def buckets_of(size: int | None) -> Iterator[None]:
 def optimizer_states(distiller: Distiller, exporter: Exporter) -> dict[str, dict[str, Tensor]]:
     """Main parameters and moments under Hugging Face's names, by Megatron's own account of them.
 
+    Those of projectors are under the names of their parameters.
+
     Each in turn lies where the weights are while these are exported. A weight that is not trained
     has zeros.
     """
@@ -98,6 +102,7 @@ def optimizer_states(distiller: Distiller, exporter: Exporter) -> dict[str, dict
             parameter.copy_(state)
         exported = exporter.stream()
         result[key] = {name: tensor.clone() for name, tensor in exported if tensor is not None}
+        result[key] |= projectors.gathered(modules)
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.copy_(weight)
     return result

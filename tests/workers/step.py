@@ -13,6 +13,7 @@ from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
+from tests.helpers import projectors
 from tests.helpers.pairs import as_rollouts, config_of, fixed_rollouts, fixed_teacher_sequences
 
 
@@ -49,9 +50,14 @@ def run(case: dict[str, Any], directory: Path) -> None:
         if case.get("logprobs"):
             taps_logprobs.CHUNK_TOKENS = 7  # several chunks of a micro-batch's tokens
             logprobs.append(_same_everywhere(LogprobCheck(distiller).student_logprobs(rollouts)))
+        modules = distiller.state.modules
+        initial_projectors = projectors.gathered(modules)
         groups = distiller.micro_batches(rollouts).groups
         first = distiller.compute_gradients(groups)
         gradients = dict(exporter.stream(gradient, dtype=torch.float32))
+        of_projectors = projectors.gathered(
+            modules, gradient, same_everywhere=not config.optimizer.use_distributed_optimizer
+        )
         grad_norm, _ = distiller.update(loss_is_finite=True)
         second = None
         if not case.get("one_step"):
@@ -60,6 +66,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             logprobs.append(_same_everywhere(LogprobCheck(distiller).student_logprobs(rollouts)))
         distiller.state.gather_parameters()
         weights = dict(exporter.stream())
+        projectors_after = projectors.gathered(modules)
         if context.rank == 0:
             torch.save(
                 {
@@ -73,6 +80,9 @@ def run(case: dict[str, Any], directory: Path) -> None:
                     ),
                     "gradients": gradients,
                     "weights": weights,
+                    "initial_projectors": initial_projectors,
+                    "projector_gradients": of_projectors,
+                    "projectors": projectors_after,
                     "num_micro_batches": sum(len(group) for group in groups),
                     "num_groups": len(groups),
                     "logprobs": logprobs,
