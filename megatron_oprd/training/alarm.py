@@ -67,7 +67,7 @@ def collapse(best: Evaluation, now: Evaluation) -> str | None:
         f"while the mean cosine rose from {best.cosine:.4g} to {now.cosine:.4g}: the student meets "
         "the loss on hidden states and loses the task. Use fewer layers (taps.layers = last), a "
         "loss on distributions (output_loss.kind), or a crossfade to one "
-        "(loss.coefficient_points); see docs/losses.md"
+        "(loss.coefficient_points); see docs/choosing.md"
     )
 
 

@@ -372,7 +372,7 @@ NIGHTLY = {case for case in [*DEFAULTS, *OTHERS] if case[0] != "llama_tied_deepe
     case
     for case in CASES
     if (
-        case[1] in ("jsd", "other_prompt", "other_tokens", SEVERAL)
+        case[1] in ("jsd", "other_prompt", "other_tokens", SEVERAL, *PROJECTOR_METHODS)
         and case[2] not in ("tp2_sp_full", "pp2_vpp2_target_groups", "cp2_tp2_sp")
     )
     or (
