@@ -72,7 +72,7 @@ class Plan:
 
 _ALL = tuple(method.key for method in METHODS)
 _FP32 = tuple(method.key for method in METHODS if method.lr_of is None)
-_BUDGET = Budget(steps=200, interval=20, curve_problems=400)
+_BUDGET = Budget(steps=200, interval=40, curve_problems=400)
 
 PLANS = {
     "default": Plan(

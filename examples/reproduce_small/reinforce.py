@@ -19,16 +19,16 @@ class Reinforcement:
         steps: Optimizer steps.
         prompts_per_step: Prompts of a step.
         group: Responses to each of them.
-        lr: Learning rate, after a warm-up of ten steps.
+        lr: Peak learning rate; a warm-up of ten steps, then linearly down to 0.
         interval: Steps between evaluations on the validation problems.
         seed: Seed of prompts and responses.
     """
 
-    steps: int = 600
-    prompts_per_step: int = 32
-    group: int = 4
-    lr: float = 3e-4
-    interval: int = 50
+    steps: int = 300
+    prompts_per_step: int = 64
+    group: int = 8
+    lr: float = 5e-4
+    interval: int = 25
     seed: int = 7
 
 
@@ -61,7 +61,7 @@ def reinforce(
             _loss(model, tokenizer, prompts[told], responses[told], advantages[told]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * min(1.0, step / _WARM_UP)
+                group["lr"] = settings.lr * min(step / _WARM_UP, 1 - (step - 1) / settings.steps)
             optimizer.step()
         if step % settings.interval and step != settings.steps:
             continue
