@@ -60,18 +60,18 @@ METHODS = (
     Method(name="OPRD, token", key="oprd_token", settings=_TOKEN, lr=1e-3),
     Method(name="OPRD, last layer", key="oprd_last", settings=_LAST_LAYER, lr=1e-3),
     Method(name="OPD top-1", key="top1", settings=_NO_TAPS | _TOP_1, lr=3e-4),
-    Method(name="OPD top-16", key="top16", settings=_NO_TAPS | _TOP_16, lr=1e-3),
+    Method(name="OPD top-16", key="top16", settings=_NO_TAPS | _TOP_16, lr=3e-4),
     Method(
         name="OPD top-16, reference",
         key="top16_reference",
         settings=_NO_TAPS | _TOP_16_REFERENCE,
-        lr=1e-3,
+        lr=3e-4,
     ),
     Method(
         name="OPD full vocabulary",
         key="full",
         settings=_NO_TAPS | {"output_loss": {"kind": "reverse_kl"}},
-        lr=1e-3,
+        lr=3e-4,
     ),
     Method(name="top-1 + 1 OPRD", key="top1_oprd1", settings=_TOP_1, lr=3e-4),
     Method(

@@ -71,7 +71,7 @@ class Plan:
 
 
 _ALL = tuple(method.key for method in METHODS)
-_FP32 = tuple(method.key for method in METHODS if method.lr_of is None)
+_PAIR = (*_MAIN, "oprd_token", "oprd_last", "full", "ride")
 _BUDGET = Budget(steps=200, interval=40, curve_problems=400)
 
 PLANS = {
@@ -93,8 +93,8 @@ PLANS = {
         num_sampled=400,
         cells=(
             Cell(pair=RL, responses=16, methods=_ALL, seeds=3, rates=_RATES),
-            Cell(pair=EARLY, responses=16, methods=_FP32, seeds=3),
-            # Fewer responses want other rates, so these cells choose their own.
+            # Each cell chooses its own rates: fewer responses want lower ones.
+            Cell(pair=EARLY, responses=16, methods=_PAIR, seeds=3, rates=_RATES[:3]),
             Cell(pair=RL, responses=4, methods=_MAIN, seeds=3, rates=_RATES[:3]),
             Cell(pair=RL, responses=64, methods=_MAIN, seeds=3, rates=_RATES[:3]),
         ),
