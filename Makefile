@@ -4,7 +4,8 @@
 # make test-nightly    runs all tests, those with vLLM and the mutations too (hours)
 # make test-vllm   runs the tests with vLLM rollouts, in an environment of their own, .venv-vllm
 # make mutation    breaks the code in 84 places, one after another: tests have to notice (an hour)
-# make reproduce-small    compares the methods on a task that a small model learns on the CPU
+# make reproduce-small    compares the main methods on a task that a small model learns on the CPU
+# make reproduce-small-full    compares all methods there, with learning-rate sweep and three seeds
 # make bridge-real    distils SmolLM2-135M into smaller students, also with other tokenizers
 # All but test-vllm install into .venv on first use. PYTHON chooses the interpreter (3.11 or newer).
 
@@ -15,15 +16,14 @@ BIN := $(VENV)/bin
 DEMO := .demo
 REPRODUCTION := runs/reproduce_small
 BRIDGES := runs/bridge_real
-SEEDS ?= 3
 # Files of the real model that the demo and some tests use; any other run needs none of it.
 SMOLLM2 := .cache/smollm2
 TEACHER := $(SMOLLM2)/SmolLM2-135M-Instruct
 # Python sources of Transformer Engine, with which a test compares names; nothing is installed.
 ENGINE := .cache/transformer_engine/transformer_engine-2.11.0-py3-none-any.whl
 
-.PHONY: demo reproduce-small bridge-real test test-fast test-nightly test-vllm mutation lint \
-	format install clean help transformer-engine
+.PHONY: demo reproduce-small reproduce-small-full bridge-real test test-fast test-nightly test-vllm \
+	mutation lint format install clean help transformer-engine
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -73,10 +73,17 @@ demo: $(DEMO)/student/config.json
 	@echo "the distilled student: $(DEMO)/run/student   the picture: $(DEMO)/run/report.png"
 
 # Compares the methods on additions; examples/reproduce_small/README.md says what comes out.
-reproduce-small: $(INSTALLED)
-	$(BIN)/python examples/reproduce_small/pretrain.py --out $(REPRODUCTION)/models
-	$(BIN)/python examples/reproduce_small/compare.py --models $(REPRODUCTION)/models \
-		--out $(REPRODUCTION)/comparison --seeds $(SEEDS)
+# A comparison that was stopped goes on where it was.
+$(REPRODUCTION)/models/pretrain.json: | $(INSTALLED)
+	OMP_NUM_THREADS=2 $(BIN)/python examples/reproduce_small/pretrain.py --out $(@D)
+
+reproduce-small: $(REPRODUCTION)/models/pretrain.json
+	OMP_NUM_THREADS=1 $(BIN)/python examples/reproduce_small/compare.py \
+		--models $(REPRODUCTION)/models --out $(REPRODUCTION)/comparison
+
+reproduce-small-full: $(REPRODUCTION)/models/pretrain.json
+	OMP_NUM_THREADS=1 $(BIN)/python examples/reproduce_small/compare.py --plan full \
+		--models $(REPRODUCTION)/models --out $(REPRODUCTION)/full
 
 # Bridges with a real teacher; examples/bridge_real/README.md says what comes out.
 bridge-real: $(TEACHER)/config.json

@@ -1,39 +1,35 @@
-r"""Compares the methods: one run of `megatron_oprd.train` for each of them and each seed.
+r"""Compares the methods: `megatron_oprd.train` for each of them and each seed, then the tables.
 
 python examples/reproduce_small/compare.py --models runs/reproduce_small/models \
-    --out runs/reproduce_small/comparison [--seeds 3] [--small]
+    --out runs/reproduce_small/comparison [--plan full] [--seeds N] [--jobs 2] [--report]
 
-It writes ``results.json`` and ``curves.png`` and prints the table. All runs of a seed start from
-the same student and see the same prompts in the same order for the same number of steps.
-
-``--sweep LR ...`` instead runs each method once at each learning rate, for a quarter of the steps,
-on seed 0 and the validation problems, and writes ``sweep.json``; methods.py holds the choice.
+It prints tables and writes ``results.json`` and three pictures. plan.py has the plans. All runs
+start from the same student, and those of one seed see the same prompts in the same order. A
+comparison that was stopped goes on where it was: a run whose ``result.json`` is there is not
+repeated.
 """
 
 import argparse
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from methods import METHODS, Method
+from measures import Measures, measure
+from plan import PLANS, Plan
 from pretrain import MODELS_RECORD
-from results import Comparison, comparison_table, curves_figure, sweep_table
+from report import report
+from results import NEAR_TEACHER, Comparison, Reference, Result
 from rich.console import Console
-from runs import Budget, Result, run_method, start_memory_mb
-from task import accuracy, read_problems
+from runs import Curve, Run, train
+from task import Problem, accuracy, read_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_oprd.errors import UserError, run_entry_point
 
-BUDGET = Budget(steps=200, prompts_per_step=64, interval=20, mu=10.0)
-# For the tests: too short to tell methods apart.
-SMALL = Budget(steps=4, prompts_per_step=8, interval=2, mu=10.0)
-_SWEEP_SEED = 0
+_RESULT = "result.json"
+_CONDITIONS = "conditions.json"
 
 
 def main() -> int:
@@ -41,14 +37,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=Path, required=True, help="what pretrain.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of runs and results")
-    parser.add_argument("--seeds", type=int, help="runs of each method (3; with --small 1)")
-    parser.add_argument("--small", action="store_true", help="seconds, for the tests")
-    parser.add_argument("--sweep", type=float, nargs="+", metavar="LR", help="learning rates")
+    parser.add_argument("--plan", choices=list(PLANS), default="default", help="which runs")
+    parser.add_argument("--seeds", type=int, help="runs of each method; by default the plan's")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
     parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        help="runs at a time (1); with more, seconds are of runs that share the cores",
+        "--report", action="store_true", help="tables of the runs that are there; starts none"
     )
     arguments = parser.parse_args()
     if not (arguments.models / MODELS_RECORD).exists():
@@ -56,101 +49,130 @@ def main() -> int:
             f"--models: {arguments.models} has no {MODELS_RECORD}; run pretrain.py with --out "
             f"{arguments.models} first"
         )
-    seeds = (1 if arguments.small else 3) if arguments.seeds is None else arguments.seeds
-    for setting, value in (("--seeds", seeds), ("--jobs", arguments.jobs)):
-        if value < 1:
+    plan = PLANS[arguments.plan]
+    if arguments.seeds is not None:
+        cells = [dataclasses.replace(cell, seeds=arguments.seeds) for cell in plan.cells]
+        plan = dataclasses.replace(plan, cells=cells)
+    for setting, value in (("--seeds", arguments.seeds), ("--jobs", arguments.jobs)):
+        if value is not None and value < 1:
             raise UserError(f"{setting} = {value}: has to be 1 or more")
-    budget = SMALL if arguments.small else BUDGET
-    if arguments.sweep:
-        short = dataclasses.replace(budget, steps=budget.steps // 4, interval=budget.interval // 2)
-        sweep(arguments.models, arguments.out, short, arguments.sweep, jobs=arguments.jobs)
-    else:
-        compare(arguments.models, arguments.out, budget, seeds=seeds, jobs=arguments.jobs)
+    Comparer(
+        models=arguments.models,
+        out=arguments.out,
+        plan=plan,
+        # Without a job nothing starts.
+        jobs=0 if arguments.report else arguments.jobs,
+    ).compare()
     return 0
 
 
-def compare(models: Path, out: Path, budget: Budget, *, seeds: int, jobs: int) -> None:
-    """Runs every method on seeds 1 to ``seeds``; writes ``results.json`` and ``curves.png``."""
-    started = time.perf_counter()
-    problems = models / "test.jsonl"
+class Comparer:
+    """Runs a plan and reports it after every cell.
 
-    def run(seed: int, method: Method) -> Result:
-        return run_method(
-            method,
-            models=models,
-            problems=problems,
-            out=out / "runs" / f"{method.key}_seed{seed}",
-            budget=budget,
-            seed=seed,
-            lr=method.lr,
+    Args:
+        models: What pretrain.py wrote.
+        out: Folder of runs and results.
+        plan: The runs.
+        jobs: Runs at a time; with 0 only those that are there are read.
+    """
+
+    def __init__(self, *, models: Path, out: Path, plan: Plan, jobs: int) -> None:
+        self._models, self._out, self._plan, self._jobs = models, out, plan, jobs
+        self._problems = {
+            part: read_problems(models / f"{part}.jsonl") for part in ("validation", "test")
+        }
+
+    def compare(self) -> None:
+        """Runs cell after cell.
+
+        Raises:
+            UserError: The folder has runs of other models or of another budget.
+        """
+        self._refuse_other_runs()
+        comparison = Comparison(
+            plan=self._plan,
+            references={
+                pair: self._reference(pair) for pair in {c.pair: None for c in self._plan.cells}
+            },
+            results=[],
         )
+        first: dict[str, float] = {}
+        for cell in self._plan.cells:
+            comparison.results.extend(self._run_all(list(cell.sweep())))
+            chosen = comparison.chosen_in(cell)
+            first = first or chosen
+            comparison.results.extend(self._run_all(list(cell.runs(first | chosen))))
+            report(comparison, self._out, Console(quiet=True))
+        report(comparison, self._out, Console())
 
-    tasks = [partial(run, seed, method) for seed in range(1, seeds + 1) for method in METHODS]
-    results = list(_run_all(tasks, jobs))
-    comparison = Comparison(
-        budget=budget,
-        teacher_accuracy=_accuracy_of(models / "teacher", problems),
-        student_accuracy=_accuracy_of(models / "student", problems),
-        start_memory_mb=start_memory_mb(),
-        results=results,
-    )
-    _write_json(
-        out / "results.json",
-        {
-            **dataclasses.asdict(comparison),
-            "seconds": time.perf_counter() - started,
-            "models": json.loads((models / MODELS_RECORD).read_text()),
-        },
-    )
-    curves_figure(comparison).savefig(out / "curves.png")
-    console = Console()
-    console.print(comparison_table(comparison))
-    console.print(f"wrote {out}/results.json and {out}/curves.png", highlight=False, soft_wrap=True)
+    def _run_all(self, runs: Sequence[Run]) -> Iterator[Result]:
+        """Trains and measures what is not there yet; in the order of ``runs``."""
+        there = [run for run in runs if (self._folder(run) / _RESULT).exists()]
+        yield from (Result.read(self._folder(run) / _RESULT) for run in there)
+        missing = [run for run in runs if run not in there]
+        if not self._jobs:
+            return
+        with ThreadPoolExecutor(self._jobs) as pool:
+            for run, curve in zip(missing, pool.map(self._train, missing), strict=True):
+                # Here and not in the pool: responses are drawn from a generator that threads share.
+                result = Result(run=run, curve=curve, measures=self._measure(run))
+                result.write(self._folder(run) / _RESULT)
+                print(
+                    f"{run.name}  accuracy {result.measures.accuracy:.3f}  "
+                    f"KL {result.measures.kl:.3f}",
+                    flush=True,
+                )
+                yield result
 
+    def _train(self, run: Run) -> Curve:
+        return train(run, models=self._models, out=self._folder(run), budget=self._plan.budget)
 
-def sweep(
-    models: Path, out: Path, budget: Budget, learning_rates: Sequence[float], *, jobs: int
-) -> None:
-    """Runs every method at every learning rate on the validation problems; ``sweep.json``."""
-
-    def run(method: Method, lr: float) -> Result:
-        return run_method(
-            method,
-            models=models,
-            problems=models / "validation.jsonl",
-            out=out / "runs" / f"{method.key}_lr{lr:g}",
-            budget=budget,
-            seed=_SWEEP_SEED,
-            lr=lr,
+    def _refuse_other_runs(self) -> None:
+        """Runs that are there are kept, so they have to be this comparison's."""
+        record = json.loads((self._models / MODELS_RECORD).read_text())
+        content = json.dumps(
+            {"budget": dataclasses.asdict(self._plan.budget), "models": record}, indent=2
         )
-
-    tasks = [partial(run, method, lr) for method in METHODS for lr in learning_rates]
-    results = list(_run_all(tasks, jobs))
-    _write_json(out / "sweep.json", [dataclasses.asdict(result) for result in results])
-    Console().print(sweep_table(results))
-
-
-def _run_all(tasks: Sequence[Callable[[], Result]], jobs: int) -> Iterator[Result]:
-    """Runs tasks, ``jobs`` at a time, and says how each one ended; in the tasks' order."""
-    with ThreadPoolExecutor(jobs) as pool:
-        for result in pool.map(lambda task: task(), tasks):
-            print(
-                f"{result.method}  seed {result.seed}  lr {result.lr:g}  "
-                f"accuracy {result.final:.3f}  mean {result.mean:.3f}  {result.seconds:.1f} s",
-                flush=True,
+        path = self._out / _CONDITIONS
+        if path.exists() and path.read_text() != content:
+            raise UserError(
+                f"--out: {self._out} has runs of other models or of other lengths; give another "
+                "folder, or remove it"
             )
-            yield result
+        self._out.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+    def _measure(self, run: Run) -> Measures:
+        """Measures a trained student; one of the sweep on the problems that choose."""
+        return self._measure_folder(
+            self._folder(run) / "student",
+            run.pair,
+            self._problems["validation" if run.is_sweep else "test"],
+        )
+
+    def _measure_folder(self, folder: Path, pair: str, problems: Sequence[Problem]) -> Measures:
+        return measure(folder, self._models / pair, problems, num_sampled=self._plan.num_sampled)
+
+    def _reference(self, pair: str) -> Reference:
+        test = self._problems["test"]
+        on_curve = test[: self._plan.budget.curve_problems]
+        teacher, student = self._models / pair, self._models / "student"
+        return Reference(
+            teacher_accuracy=_accuracy_of(teacher, test),
+            target=NEAR_TEACHER * _accuracy_of(teacher, on_curve),
+            before=self._measure_folder(student, pair, test),
+            before_on_curve=_accuracy_of(student, on_curve),
+        )
+
+    def _folder(self, run: Run) -> Path:
+        return self._out / "runs" / run.name
 
 
-def _accuracy_of(folder: Path, problems: Path) -> float:
+def _accuracy_of(folder: Path, problems: Sequence[Problem]) -> float:
     """A saved model's accuracy."""
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return accuracy(model, tokenizer, read_problems(problems))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return accuracy(model, tokenizer, problems)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """The methods that are compared: what each one changes in the settings of a run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+Settings = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -9,46 +12,99 @@ class Method:
     """One method.
 
     Attributes:
-        name: What the table calls it.
+        name: What tables call it.
         key: Its name in paths and in JSON.
-        settings: Settings of `megatron_oprd.train` by group. Where both losses are on,
-            ``loss.coefficient`` is `runs.Budget.mu`.
+        settings: Settings of `megatron_oprd.train` by group.
         lr: Peak learning rate that the sweep chose (README.md).
+        lr_of: Another method, whose learning rate this one takes; it is not swept then.
+        switch: Share of the steps after which the loss on distributions takes the place of the loss
+            on hidden states; None: there is no switch.
+        ride: Strength of the extrapolation from the student to the teacher; None: there is none.
     """
 
     name: str
     key: str
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    lr: float
+    settings: Settings = field(default_factory=dict)
+    lr: float = 0.0
+    lr_of: str | None = None
+    switch: float | None = None
+    ride: float | None = None
+
+    def settings_of_run(self, *, steps: int, student: str) -> dict[str, dict[str, Any]]:
+        """The settings of a run of this length that starts from this folder."""
+        settings = {group: dict(values) for group, values in self.settings.items()}
+        if self.switch is not None:
+            at = round(self.switch * steps)
+            for group, factors in (("loss", (1, 0)), ("output_loss", (0, 1))):
+                settings.setdefault(group, {}).update(
+                    coefficient_points=[[0, factors[0]], [at, factors[1]]],
+                    coefficient_schedule="piecewise",
+                )
+        if self.ride is not None:
+            settings["ride"] = {"base": student, "lambda": self.ride}
+        return settings
 
 
-_NO_TAPS = {"layers": "none"}
-_ALL_TAPS = {"layers": "all"}
+_TOKEN: Settings = {"taps": {"alignment": "token"}}
+_LAST_LAYER: Settings = {"taps": {"layers": "last"}}
+_NO_TAPS: Settings = {"taps": {"layers": "none"}}
+_TOP_1: Settings = {"output_loss": {"kind": "sampled_token"}}
+_TOP_16: Settings = {"output_loss": {"kind": "top_k", "k": 16}}
+_TOP_16_REFERENCE: Settings = {
+    "output_loss": {"kind": "top_k", "k": 16, "top_k_variant": "reference"}
+}
+_BF16: Settings = {"model": {"params_dtype": "bf16"}}
 
 METHODS = (
-    Method(name="OPRD-Vanilla", key="oprd", settings={"taps": _ALL_TAPS}, lr=1e-4),
+    Method(name="OPRD", key="oprd", lr=1e-3),
+    Method(name="OPRD, token", key="oprd_token", settings=_TOKEN, lr=1e-3),
+    Method(name="OPRD, last layer", key="oprd_last", settings=_LAST_LAYER, lr=1e-3),
+    Method(name="OPD top-1", key="top1", settings=_NO_TAPS | _TOP_1, lr=3e-4),
+    Method(name="OPD top-16", key="top16", settings=_NO_TAPS | _TOP_16, lr=3e-4),
     Method(
-        name="OPD top-1",
-        key="top1",
-        settings={"taps": _NO_TAPS, "output_loss": {"kind": "sampled_token"}},
-        lr=1e-4,
+        name="OPD top-16, reference",
+        key="top16_reference",
+        settings=_NO_TAPS | _TOP_16_REFERENCE,
+        lr=3e-4,
     ),
     Method(
-        name="OPD top-16",
-        key="top16",
-        settings={"taps": _NO_TAPS, "output_loss": {"kind": "top_k", "k": 16}},
-        lr=1e-4,
-    ),
-    Method(
-        name="OPD full",
+        name="OPD full vocabulary",
         key="full",
-        settings={"taps": _NO_TAPS, "output_loss": {"kind": "reverse_kl"}},
-        lr=1e-4,
+        settings=_NO_TAPS | {"output_loss": {"kind": "reverse_kl"}},
+        lr=3e-4,
+    ),
+    Method(name="top-1 + 1 OPRD", key="top1_oprd1", settings=_TOP_1, lr=3e-4),
+    Method(
+        name="top-1 + 10 OPRD",
+        key="top1_oprd10",
+        settings={"loss": {"coefficient": 10.0}} | _TOP_1,
+        lr=3e-4,
     ),
     Method(
-        name="top-1 + mu OPRD",
-        key="top1_oprd",
-        settings={"taps": _ALL_TAPS, "output_loss": {"kind": "sampled_token"}},
-        lr=1e-4,
+        name="OPRD, then top-1",
+        key="oprd_then_top1",
+        settings=_TOP_1,
+        switch=0.75,
+        lr=1e-3,
+    ),
+    Method(name="RIDE", key="ride", ride=1.5, lr=1e-3),
+    Method(
+        name="OPRD, bf16",
+        key="oprd_bf16",
+        settings=_BF16,
+        lr_of="oprd",
+    ),
+    Method(
+        name="OPD top-16, bf16",
+        key="top16_bf16",
+        settings=_BF16 | _NO_TAPS | _TOP_16,
+        lr_of="top16",
     ),
 )
+BY_KEY = {method.key: method for method in METHODS}
+
+
+def chosen_lr(method: Method, chosen: Mapping[str, float] | None = None) -> float:
+    """A method's learning rate: from ``chosen`` where it has one, otherwise from the table."""
+    key = method.lr_of or method.key
+    return (chosen or {}).get(key, BY_KEY[key].lr)

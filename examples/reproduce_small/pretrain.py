@@ -1,8 +1,11 @@
-"""Trains the teacher from scratch; the student is an earlier checkpoint of the same run.
+"""Makes the two pairs: one student, and two teachers.
 
 python examples/reproduce_small/pretrain.py --out runs/reproduce_small/models [--small]
 
-It writes ``teacher`` and ``student`` (Hugging Face folders with tokenizer), ``train.jsonl``,
+The student is a checkpoint of a pretraining from scratch. The teacher ``early`` is the end of that
+pretraining, and the teacher ``rl`` is made from the student by reinforcement learning.
+
+It writes ``student``, ``early`` and ``rl`` (Hugging Face folders with tokenizer), ``train.jsonl``,
 ``validation.jsonl`` and ``test.jsonl`` (problems that no part shares) and ``pretrain.json``.
 """
 
@@ -10,11 +13,12 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from reinforce import Reinforcement, reinforce
 from task import Problem, accuracy, make_split, make_tokenizer, write_problems
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,34 +31,38 @@ _IGNORED = -100  # what cross_entropy leaves out
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the teacher is made.
+    """How the models are made.
 
     Attributes:
-        layers: Layers of both models.
+        layers: Layers of all models.
         hidden_size: Their width; the feed-forward width is three times that.
         heads: Attention heads.
-        steps: Optimizer steps of the teacher.
+        steps: Optimizer steps of pretraining.
         batch_size: Problems in a step.
         lr: Peak learning rate; warm-up over 5% of the steps, then cosine down to a tenth.
         interval: Steps between evaluations.
         student_accuracy: The student is the first checkpoint, of those at an evaluation, that
             solves at least this share of the validation problems.
         num_train: Problems to learn from.
-        num_held_out: Problems of validation and test each.
+        num_validation: Problems that choose.
+        num_test: Problems that are reported.
         seed: Seed of weights and of the order of problems.
+        rl: How the teacher ``rl`` is made.
     """
 
-    layers: int = 4
-    hidden_size: int = 128
+    layers: int = 3
+    hidden_size: int = 64
     heads: int = 4
-    steps: int = 2500
+    steps: int = 1500
     batch_size: int = 128
-    lr: float = 1e-3
-    interval: int = 50
-    student_accuracy: float = 0.3
+    lr: float = 2e-3
+    interval: int = 25
+    student_accuracy: float = 0.35
     num_train: int = 100_000
-    num_held_out: int = 400
+    num_validation: int = 1000
+    num_test: int = 4000
     seed: int = 0
+    rl: Reinforcement = field(default_factory=Reinforcement)
 
 
 # Learns nothing worth measuring; it is for the tests.
@@ -67,7 +75,9 @@ SMALL = Settings(
     interval=10,
     student_accuracy=0.0,
     num_train=1000,
-    num_held_out=16,
+    num_validation=16,
+    num_test=16,
+    rl=Reinforcement(steps=2, interval=1),
 )
 
 
@@ -82,17 +92,21 @@ def main() -> int:
 
 
 def pretrain(out: Path, settings: Settings) -> None:
-    """Trains the teacher and writes both models, the problems and ``pretrain.json``.
+    """Writes the three models, the problems and ``pretrain.json``.
 
     Raises:
         UserError: No checkpoint before the last one is good enough for a student.
     """
-    split = make_split(num_train=settings.num_train, num_held_out=settings.num_held_out)
+    split = make_split(
+        num_train=settings.num_train,
+        num_validation=settings.num_validation,
+        num_test=settings.num_test,
+    )
     for name, problems in vars(split).items():
         write_problems(out / f"{name}.jsonl", problems)
     tokenizer = make_tokenizer()
     torch.manual_seed(settings.seed)
-    model = LlamaForCausalLM(_config(settings, tokenizer))
+    model = LlamaForCausalLM(model_config(settings, tokenizer))
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -127,21 +141,26 @@ def pretrain(out: Path, settings: Settings) -> None:
     if student is None:
         raise UserError(
             f"no checkpoint before step {settings.steps} solved {settings.student_accuracy:.0%} of "
-            "the validation problems; give the teacher more steps"
+            "the validation problems; give the pretraining more steps"
         )
-    _save(model, tokenizer, out / "teacher")
+    _save(model, tokenizer, out / "early")
+    model = LlamaForCausalLM.from_pretrained(out / "student", local_files_only=True)
+    rl_curve = reinforce(model, tokenizer, split, settings.rl)
+    _save(model, tokenizer, out / "rl")
     record = {
         "settings": asdict(settings),
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "student_step": student,
         "curve": curve,
+        "rl_curve": rl_curve,
         "seconds": time.perf_counter() - started,
     }
     (out / MODELS_RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    print(f"teacher after {settings.steps} steps, student after {student}: {out}")
+    print(f"student after {student} steps of {settings.steps}, two teachers: {out}")
 
 
-def _config(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def model_config(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The models' shape."""
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=len(tokenizer),

@@ -1,138 +1,173 @@
-"""The comparison's table and picture."""
+"""What a comparison found: its runs, with what they are measured against."""
 
+import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import mean
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, variance
+from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from measures import Measures
 from methods import METHODS
-from rich.table import Table
-from runs import Budget, Result
+from plan import Cell, Plan
+from runs import Curve, Run
 
 NEAR_TEACHER = 0.95
-# Okabe and Ito's colours, told apart by colour-blind readers.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
-_LINES = ("-", "--", "-.", ":", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One run.
+
+    Attributes:
+        run: Its settings.
+        curve: What it wrote down on the way.
+        measures: Its student; of a run of the sweep on the validation problems.
+    """
+
+    run: Run
+    curve: Curve
+    measures: Measures
+
+    def write(self, path: Path) -> None:
+        """Writes it as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """Reads what `write` wrote."""
+        content = json.loads(path.read_text())
+        # JSON's keys are texts.
+        curve = {
+            name: {int(step): value for step, value in values.items()}
+            for name, values in content["curve"].items()
+        }
+        return cls(
+            run=Run(**content["run"]),
+            curve=Curve(**curve),
+            measures=Measures(**content["measures"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What one pair's runs are measured against, on the test problems.
+
+    Attributes:
+        teacher_accuracy: The teacher's.
+        target: `NEAR_TEACHER` of its accuracy on the problems of the runs' evaluations.
+        before: The student before any step.
+        before_on_curve: Its accuracy on the problems of the runs' evaluations.
+    """
+
+    teacher_accuracy: float
+    target: float
+    before: Measures
+    before_on_curve: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodResult:
+    """One method in one cell.
+
+    Attributes:
+        name: `methods.Method.name`.
+        key: `methods.Method.key`.
+        runs: Its runs, by seed.
+    """
+
+    name: str
+    key: str
+    runs: Sequence[Result]
+
+    @property
+    def lr(self) -> float:
+        """Their learning rate."""
+        return self.runs[0].run.lr
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over the seeds."""
+        return self.mean_of("accuracy")
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean: by the draw of the problems, which all seeds share, and by the seeds."""
+        values = [result.measures.accuracy for result in self.runs]
+        problems = self.accuracy * (1 - self.accuracy) / self.runs[0].measures.num_problems
+        seeds = variance(values) / len(values) if len(values) > 1 else 0.0
+        return math.sqrt(problems + seeds)
+
+    def mean_of(self, name: str) -> float:
+        """Mean of one of the measures over the seeds."""
+        return mean(getattr(result.measures, name) for result in self.runs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All runs, and what they are measured against.
+    """All runs.
 
     Attributes:
-        budget: What every run got.
-        teacher_accuracy: On the test problems.
-        student_accuracy: Likewise, before any step.
-        start_memory_mb: `runs.start_memory_mb`.
-        results: The runs, seed by seed.
+        plan: What they are.
+        references: By pair.
+        results: All runs of the plan that are there, the sweep's as well.
     """
 
-    budget: Budget
-    teacher_accuracy: float
-    student_accuracy: float
-    start_memory_mb: float
+    plan: Plan
+    references: dict[str, Reference]
     results: list[Result]
 
-    def of(self, key: str) -> list[Result]:
-        """One method's runs, by seed."""
-        return [result for result in self.results if result.method == key]
+    def methods_of(self, cell: Cell) -> list[MethodResult]:
+        """The methods with reported runs in a cell, in the table's order."""
+        found = []
+        for method in METHODS:
+            runs = [
+                result
+                for result in self._of(cell)
+                if result.run.method == method.key and not result.run.is_sweep
+            ]
+            if runs:
+                runs.sort(key=lambda result: result.run.seed)
+                found.append(MethodResult(name=method.name, key=method.key, runs=runs))
+        return found
 
+    def sweep_of(self, cell: Cell) -> dict[str, dict[float, float]]:
+        """Method -> learning rate -> accuracy on the validation problems."""
+        found: dict[str, dict[float, float]] = {}
+        for result in self._of(cell):
+            if result.run.is_sweep:
+                found.setdefault(result.run.method, {})[result.run.lr] = result.measures.accuracy
+        return found
 
-def comparison_table(comparison: Comparison) -> Table:
-    """One row a method: means over its seeds, and each seed's steps to 95% of the teacher."""
-    num_seeds = len({result.seed for result in comparison.results})
-    table = Table(
-        title=(
-            f"teacher {comparison.teacher_accuracy:.1%}, student {comparison.student_accuracy:.1%} "
-            f"before; {comparison.budget.steps} steps, seeds: {num_seeds}"
-        ),
-        caption=(
-            "accuracy: at the end, mean of the seeds; range: its lowest and highest; curve: mean "
-            "over all evaluations; steps to 95% of the teacher's accuracy, by seed; s: seconds of "
-            "all steps, s passes: without rollout and weight sync; MB: peak resident set beyond "
-            "that of a process that only imports the program"
-        ),
-    )
-    table.add_column("method", no_wrap=True)
-    for name in (
-        "lr",
-        "accuracy",
-        "range",
-        "curve",
-        f"steps to {NEAR_TEACHER:.0%}",
-        "s",
-        "s passes",
-        "MB",
-    ):
-        table.add_column(name, justify="right")
-    target = NEAR_TEACHER * comparison.teacher_accuracy
-    for method in METHODS:
-        runs = comparison.of(method.key)
-        final = [run.final for run in runs]
-        steps = [run.steps_to(target) for run in runs]
-        table.add_row(
-            method.name,
-            f"{runs[0].lr:g}",
-            f"{mean(final):.1%}",
-            f"{min(final):.1%}-{max(final):.1%}",
-            f"{mean(run.mean for run in runs):.1%}",
-            ", ".join("-" if step is None else str(step) for step in steps),
-            f"{mean(run.seconds for run in runs):.1f}",
-            f"{mean(_pass_seconds(run) for run in runs):.1f}",
-            f"{mean(run.peak_memory_mb for run in runs) - comparison.start_memory_mb:.0f}",
-        )
-    return table
+    def chosen_in(self, cell: Cell) -> dict[str, float]:
+        """The learning rates with the highest accuracy in a cell's sweep, by method."""
+        return {
+            method: max(by_lr, key=lambda lr: by_lr[lr])
+            for method, by_lr in self.sweep_of(cell).items()
+        }
 
+    def to_json(self) -> dict[str, Any]:
+        """Everything, with the means of each cell."""
+        return {
+            **asdict(self),
+            "cells": {
+                cell.key: {
+                    method.key: {
+                        "lr": method.lr,
+                        "accuracy": method.accuracy,
+                        "standard_error": method.standard_error,
+                        "seeds": len(method.runs),
+                    }
+                    for method in self.methods_of(cell)
+                }
+                for cell in self.plan.cells
+            },
+        }
 
-def sweep_table(results: Sequence[Result]) -> Table:
-    """Mean of the curve and, in brackets, accuracy at the end, by method and learning rate."""
-    table = Table(title="mean of the accuracy curve (accuracy at the end), validation problems")
-    table.add_column("method")
-    learning_rates = sorted({result.lr for result in results})
-    for lr in learning_rates:
-        table.add_column(f"lr {lr:g}", justify="right")
-    for method in METHODS:
-        by_lr = {result.lr: result for result in results if result.method == method.key}
-        table.add_row(
-            method.name,
-            *(f"{by_lr[lr].mean:.1%} ({by_lr[lr].final:.1%})" for lr in learning_rates),
-        )
-    return table
-
-
-def curves_figure(comparison: Comparison) -> Figure:
-    """Accuracy over steps: each method's mean, between its lowest and highest seed."""
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axis = figure.subplots()
-    for method, colour, line in zip(METHODS, _COLOURS, _LINES, strict=True):
-        runs = comparison.of(method.key)
-        steps = [0, *sorted(runs[0].accuracy)]
-        curves = [
-            [comparison.student_accuracy, *(run.accuracy[step] for step in steps[1:])]
-            for run in runs
+    def _of(self, cell: Cell) -> list[Result]:
+        return [
+            result
+            for result in self.results
+            if (result.run.pair, result.run.responses) == (cell.pair, cell.responses)
         ]
-        by_step = list(zip(*curves, strict=True))
-        axis.plot(steps, [mean(v) for v in by_step], line, color=colour, label=method.name)
-        axis.fill_between(
-            steps, [min(v) for v in by_step], [max(v) for v in by_step], color=colour, alpha=0.12
-        )
-    teacher = comparison.teacher_accuracy
-    axis.axhline(teacher, color="black", linewidth=0.8, label="teacher")
-    axis.axhline(
-        NEAR_TEACHER * teacher,
-        color="black",
-        linewidth=0.8,
-        linestyle=":",
-        label=f"{NEAR_TEACHER:.0%} of teacher",
-    )
-    axis.set(xlabel="optimizer steps", ylabel="held-out problems solved")
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.grid(alpha=0.3)
-    axis.legend(loc="lower right")
-    return figure
-
-
-def _pass_seconds(run: Result) -> float:
-    """Teacher pass, student's passes and optimizer, without rollout and weight sync."""
-    return sum(run.seconds_by_part[part] for part in ("teacher", "student", "optimizer"))

@@ -1,4 +1,4 @@
-"""Starts `megatron_oprd.train` for one method, and reads what it left behind."""
+"""Starts `megatron_oprd.train` for one run, and reads what it left behind."""
 
 import json
 import shutil
@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from methods import Method
+from methods import BY_KEY
 from task import MAX_NEW_TOKENS, is_correct, read_problems
-
-_MEASURED = ("seconds_weight_sync", "seconds_rollout", "seconds_teacher", "seconds_student")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,48 +20,56 @@ class Budget:
 
     Attributes:
         steps: Optimizer steps.
-        prompts_per_step: Prompts of a step, one response each.
         interval: Steps between evaluations.
-        mu: Factor on OPRD's loss beside the sampled-token loss.
+        curve_problems: Held-out problems of such an evaluation.
     """
 
     steps: int
-    prompts_per_step: int
     interval: int
-    mu: float
+    curve_problems: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """One run.
+class Run:
+    """One run of the comparison.
 
     Attributes:
-        method: `Method.key`.
-        seed: The run's seed.
-        lr: Its peak learning rate.
-        accuracy: Steps done -> share of held-out problems solved with the most likely tokens.
-        seconds: Of all steps, without start and evaluation.
-        seconds_by_part: The same by part of a step.
-        peak_memory_mb: Peak resident set of the process (10^6 bytes).
+        pair: The teacher's folder; both pairs have the same student.
+        method: `methods.Method.key`.
+        responses: Prompts of a step, with one response each.
+        lr: Peak learning rate.
+        seed: Of the order of prompts and of the responses; 0 is the sweep's.
     """
 
+    pair: str
     method: str
-    seed: int
+    responses: int
     lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        return f"{self.pair}_{self.responses}_{self.method}_lr{self.lr:g}_seed{self.seed}"
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it chooses a learning rate, on the validation problems."""
+        return self.seed == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What a run wrote down while it trained; a run of the sweep is not evaluated on the way.
+
+    Attributes:
+        accuracy: Steps done -> share of the first `Budget.curve_problems` test problems that are
+            solved with the most likely tokens.
+        seconds: Steps done -> seconds of all steps until then, without start and evaluation.
+    """
+
     accuracy: dict[int, float]
-    seconds: float
-    seconds_by_part: dict[str, float]
-    peak_memory_mb: float
-
-    @property
-    def final(self) -> float:
-        """Accuracy at the end."""
-        return self.accuracy[max(self.accuracy)]
-
-    @property
-    def mean(self) -> float:
-        """Mean of the accuracy over the evaluations: high for a run that is good early."""
-        return sum(self.accuracy.values()) / len(self.accuracy)
+    seconds: dict[int, float]
 
     def steps_to(self, target: float) -> int | None:
         """Steps until the first evaluation with at least this accuracy; None if there is none."""
@@ -72,112 +78,83 @@ class Result:
         )
 
 
-def run_method(
-    method: Method,
-    *,
-    models: Path,
-    problems: Path,
-    out: Path,
-    budget: Budget,
-    seed: int,
-    lr: float,
-) -> Result:
-    """Trains the student by one method in a process of its own.
+def train(run: Run, *, models: Path, out: Path, budget: Budget) -> Curve:
+    """Trains the student in a process of its own.
 
     Args:
-        method: The method.
+        run: The run.
         models: What pretrain.py wrote.
-        problems: The held-out problems that are solved along the way.
         out: Folder of the run; what it holds of an earlier one is removed.
         budget: What every run gets.
-        seed: Of the order of prompts and of the responses.
-        lr: Peak learning rate.
 
     Raises:
         subprocess.CalledProcessError: The run failed; its output is in ``out/log``.
     """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    config = _config(
-        method, models=models, problems=problems, out=out, budget=budget, seed=seed, lr=lr
-    )
+    config = configuration(run, models=models, out=out, budget=budget)
     (out / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     command = [sys.executable, "-m", "megatron_oprd.train", "--config", str(out / "run.yaml")]
     with (out / "log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    answers = {i: problem.answer for i, problem in enumerate(read_problems(problems))}
-    return Result(
-        method=method.key,
-        seed=seed,
-        lr=lr,
-        accuracy={
-            step: _score(out / "evaluation" / f"step_{step}" / f"{problems.stem}.jsonl", answers)
-            for step in (record["step"] + 1 for record in records if "seconds_evaluation" in record)
-        },
-        seconds=sum(record["seconds_step"] for record in records),
-        seconds_by_part={
-            name.removeprefix("seconds_"): sum(record[name] for record in records)
-            for name in (*_MEASURED, "seconds_optimizer")
-        },
-        peak_memory_mb=1000 * records[-1]["peak_memory_gb"],
-    )
+    problems = read_problems(models / "test.jsonl")[: budget.curve_problems]
+    answers = {i: problem.answer for i, problem in enumerate(problems)}
+    accuracy, seconds, passed = {}, {}, 0.0
+    for record in records:
+        passed += record["seconds_step"]
+        if "seconds_evaluation" in record:
+            step = record["step"] + 1
+            samples = out / "evaluation" / f"step_{step}" / "test.jsonl"
+            accuracy[step], seconds[step] = _score(samples, answers), passed
+    return Curve(accuracy=accuracy, seconds=seconds)
 
 
-def start_memory_mb() -> float:
-    """Peak resident set (10^6 bytes) of a process that imports the program and does no more."""
-    code = (
-        "import resource, megatron_oprd.train;"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
-    return int(done.stdout) * 1024 / 1e6
-
-
-def _config(
-    method: Method,
-    *,
-    models: Path,
-    problems: Path,
-    out: Path,
-    budget: Budget,
-    seed: int,
-    lr: float,
-) -> dict[str, Any]:
+def configuration(run: Run, *, models: Path, out: Path, budget: Budget) -> dict[str, Any]:
     """The run's configuration file."""
-    composed = "output_loss" in method.settings and method.settings["taps"]["layers"] != "none"
-    common: dict[str, Any] = {
+    student = str(models / "student")
+    config: dict[str, Any] = {
         "output_dir": str(out),
         "train_iters": budget.steps,
-        "seed": seed,
+        "seed": run.seed,
         "tensorboard": False,
         "model": {
-            "student": str(models / "student"),
-            "teacher": str(models / "teacher"),
+            "student": student,
+            "teacher": str(models / run.pair),
             "params_dtype": "fp32",
             # Rows of padding would be more than the tokens.
             "make_vocab_size_divisible_by": 1,
         },
-        "loss": {"normalize": "none", "coefficient": budget.mu if composed else 1.0},
         "data": {"prompts": [str(models / "train.jsonl")], "max_prompt_tokens": 16},
         "rollout": {
-            "prompts_per_step": budget.prompts_per_step,
+            "prompts_per_step": run.responses,
             "samples_per_prompt": 1,
             "max_new_tokens": MAX_NEW_TOKENS,
             "temperature": 1.0,
         },
-        "optimizer": {"lr": lr, "lr_warmup_fraction": 0.1, "weight_decay": 0.0, "clip_grad": 1.0},
+        "optimizer": {
+            "lr": run.lr,
+            "lr_warmup_fraction": 0.1,
+            "weight_decay": 0.0,
+            "clip_grad": 1.0,
+        },
         "checkpoint": {"save_interval": None},
-        "evaluation": {
+    }
+    # The sweep looks at the end only, which measures.py does.
+    if not run.is_sweep:
+        config["evaluation"] = {
             "interval": budget.interval,
-            "data": [str(problems)],
+            "data": [str(models / "test.jsonl")],
+            "limit": budget.curve_problems,
             "n": 1,
             "max_new_tokens": MAX_NEW_TOKENS,
             "temperature": 0.0,
             "top_p": 1.0,
-        },
-    }
-    return common | method.settings
+        }
+    method = BY_KEY[run.method].settings_of_run(steps=budget.steps, student=student)
+    for group, settings in method.items():
+        config[group] = config.get(group, {}) | settings
+    return config
 
 
 def _score(samples: Path, answers: Mapping[int, str]) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 PAD, EOS = "<pad>", "<eos>"
@@ -52,8 +53,8 @@ class Split:
     """Problems that are drawn once, without repetition; no two parts share a problem.
 
     Attributes:
-        train: What the teacher learns from, and the prompts of distillation.
-        validation: Chooses learning rates.
+        train: What the teachers learn from, and the prompts of distillation.
+        validation: Chooses the student, the end of RL and learning rates.
         test: What is reported.
     """
 
@@ -62,18 +63,18 @@ class Split:
     test: list[Problem]
 
 
-def make_split(*, num_train: int, num_held_out: int, seed: int = 0) -> Split:
-    """Draws problems; validation and test have ``num_held_out`` each."""
+def make_split(*, num_train: int, num_validation: int, num_test: int, seed: int = 0) -> Split:
+    """Draws problems."""
     generator = torch.Generator().manual_seed(seed)
-    side = len(_OPERANDS)
-    drawn = torch.randperm(side * side, generator=generator)[: num_train + 2 * num_held_out]
+    side, num_held_out = len(_OPERANDS), num_validation + num_test
+    drawn = torch.randperm(side * side, generator=generator)[: num_train + num_held_out]
     problems = [
         Problem(left=_OPERANDS[i // side], right=_OPERANDS[i % side]) for i in drawn.tolist()
     ]
     return Split(
-        validation=problems[:num_held_out],
-        test=problems[num_held_out : 2 * num_held_out],
-        train=problems[2 * num_held_out :],
+        validation=problems[:num_validation],
+        test=problems[num_validation:num_held_out],
+        train=problems[num_held_out:],
     )
 
 
@@ -103,29 +104,60 @@ def is_correct(response: str, answer: str) -> bool:
     return bool(equals) and found == answer
 
 
+def encode_prompts(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """Token ids [n, s]; every prompt has the same number of tokens, so nothing is padded."""
+    return torch.tensor(tokenizer([problem.prompt for problem in problems]).input_ids)
+
+
 @torch.no_grad()
+def respond(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Tensor,
+    *,
+    do_sample: bool,
+    batch_size: int = 1000,
+) -> Tensor:
+    """Responses [n, MAX_NEW_TOKENS], padded behind their end.
+
+    They are the most likely tokens, or samples at temperature 1 from torch's global generator.
+    """
+    was_training = model.training
+    model.eval()
+    responses = torch.full((len(prompts), MAX_NEW_TOKENS), tokenizer.pad_token_id)
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        generated = model.generate(
+            batch,
+            attention_mask=torch.ones_like(batch),
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=do_sample,
+            # transformers would otherwise sample from the 50 most likely tokens only.
+            top_k=0 if do_sample else None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )[:, prompts.shape[1] :]
+        responses[first : first + len(batch), : generated.shape[1]] = generated
+    model.train(was_training)
+    return responses
+
+
+def solved(
+    responses: Tensor, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
+) -> Tensor:
+    """Whether each response is right, 1 or 0: [n]."""
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    right = [is_correct(text, p.answer) for text, p in zip(texts, problems, strict=True)]
+    return torch.tensor(right, dtype=torch.float32)
+
+
 def accuracy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
 ) -> float:
-    """Share of problems that a model solves with its most likely tokens, one batch for all."""
-    # Every prompt has the same number of tokens, so nothing is padded.
-    prompts = torch.tensor([tokenizer(problem.prompt).input_ids for problem in problems])
-    was_training = model.training
-    model.eval()
-    sequences = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model.train(was_training)
-    responses = tokenizer.batch_decode(sequences[:, prompts.shape[1] :], skip_special_tokens=True)
-    solved = [
-        is_correct(text, problem.answer) for text, problem in zip(responses, problems, strict=True)
-    ]
-    return sum(solved) / len(solved)
+    """Share of problems that a model solves with its most likely tokens."""
+    prompts = encode_prompts(problems, tokenizer)
+    responses = respond(model, tokenizer, prompts, do_sample=False)
+    return solved(responses, tokenizer, problems).mean().item()
 
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:

@@ -1,6 +1,6 @@
-"""examples/reproduce_small at its smallest, from nothing to the table.
+"""examples/reproduce_small at its smallest, from nothing to the tables.
 
-It shows that everything runs and is counted rightly; four steps say nothing about the methods.
+The tests show that everything runs and is counted rightly; four steps say nothing about methods.
 """
 
 import importlib
@@ -13,12 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from transformers import LlamaForCausalLM
 
-pytestmark = pytest.mark.slow
+from megatron_oprd.config.load import load_config
+
+slow = pytest.mark.slow
 
 _ROOT = Path(__file__).parents[2]
 _EXAMPLE = _ROOT / "examples" / "reproduce_small"
-_METHODS = ["oprd", "top1", "top16", "full", "top1_oprd"]
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the example's modules importable."""
+    monkeypatch.syspath_prepend(str(_EXAMPLE))
 
 
 def _start(script: str, *arguments: str) -> str:
@@ -44,33 +54,88 @@ def _numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, int | float) else []
 
 
-def test_every_method_is_run_and_measured(tmp_path: Path) -> None:
+@slow
+def test_a_plan_is_run_measured_and_resumed(tmp_path: Path) -> None:
     models, out = tmp_path / "models", tmp_path / "comparison"
     _start("pretrain.py", "--small", "--out", str(models))
     parts = [(models / f"{name}.jsonl").read_text().splitlines() for name in ("train", "test")]
     assert not set(parts[0]) & set(parts[1])
 
-    arguments = ("--small", "--jobs", "2", "--models", str(models), "--out", str(out))
+    arguments = ("--plan", "small", "--models", str(models), "--out", str(out))
     printed = _start("compare.py", *arguments)
-    for name in ("OPRD-Vanilla", "OPD top-1", "OPD top-16", "OPD full", "top-1 + mu OPRD"):
+    for name in ("OPRD", "OPRD, then top-1", "RIDE"):
         assert f"│ {name} " in printed
-    results = json.loads((out / "results.json").read_text())
-    assert [result["method"] for result in results["results"]] == _METHODS
-    assert all(math.isfinite(number) for number in _numbers(results))
-    assert (out / "curves.png").stat().st_size > 0
+    for name in ("curves.png", "positions.png"):
+        assert (out / name).stat().st_size > 0
+    content = json.loads((out / "results.json").read_text())
+    assert all(math.isfinite(number) for number in _numbers(content))
+    runs = {_name(result["run"]): result for result in content["results"]}
+    swept = {lr: runs[f"oprd_{lr:g}_0"]["measures"]["accuracy"] for lr in (1e-4, 1e-3)}
+    chosen = max(swept, key=lambda lr: swept[lr])
+    reported = [f"oprd_{chosen:g}_1", f"oprd_then_top1_{0.001:g}_1", f"ride_{0.001:g}_1"]
+    assert sorted(runs) == sorted(["oprd_0.0001_0", "oprd_0.001_0", *reported])
+    for name in reported:
+        curve, measures = runs[name]["curve"], runs[name]["measures"]
+        assert list(curve["accuracy"]) == ["2", "4"]
+        assert 0 < curve["seconds"]["2"] < curve["seconds"]["4"]
+        assert 0 < measures["cosine"] <= 1.001
+        assert measures["kl"] > -1e-6
+        assert measures["num_problems"] == len(parts[1])
+    switched = _metrics(out / "runs" / "rl_8_oprd_then_top1_lr0.001_seed1")
+    assert [record["loss_coefficient"] for record in switched] == [1, 1, 1, 0]
+    assert [record["output_loss_coefficient"] for record in switched] == [0, 0, 0, 1]
 
-    first_lengths = set()
-    for result in results["results"]:
-        assert list(result["accuracy"]) == ["2", "4"]
-        assert 0 < sum(result["seconds_by_part"].values()) <= result["seconds"]
-        assert result["peak_memory_mb"] > results["start_memory_mb"] > 0
-        metrics = _metrics(out / "runs" / f"{result['method']}_seed1")
-        assert all(math.isfinite(record["loss"]) for record in metrics)
-        # Which losses are on: the taps' cosine and the output-space loss are null without them.
-        assert (metrics[0]["cosine"] is not None) == ("oprd" in result["method"])
-        assert (metrics[0]["output_loss"] is not None) == (result["method"] != "oprd")
-        first_lengths.add(metrics[0]["num_tokens"])
-    assert len(first_lengths) == 1  # the same student on the same prompts
+    # What is there is not run again: one run is missing, and the others' files stay.
+    results = sorted((out / "runs").glob("*/result.json"))
+    written = {path: path.stat().st_mtime_ns for path in results}
+    results[0].unlink()
+    again = _start("compare.py", "--report", *arguments)
+    assert "wrote" in again
+    assert not results[0].exists()
+    assert all(path.stat().st_mtime_ns == written[path] for path in results[1:])
+
+
+def _name(run: dict[str, Any]) -> str:
+    return f"{run['method']}_{run['lr']:g}_{run['seed']}"
+
+
+def test_every_run_of_every_plan_has_a_valid_configuration(example: None, tmp_path: Path) -> None:
+    runs, plan = importlib.import_module("runs"), importlib.import_module("plan")
+    methods = importlib.import_module("methods")
+    seen = set()
+    for one in plan.PLANS.values():
+        for cell in one.cells:
+            for run in [*cell.sweep(), *cell.runs({})]:
+                config = runs.configuration(
+                    run, models=tmp_path / "models", out=tmp_path, budget=one.budget
+                )
+                path = tmp_path / "run.yaml"
+                path.write_text(yaml.safe_dump(config))
+                load_config(path)
+                seen.add(run.method)
+                assert run.lr > 0
+    assert seen == set(methods.BY_KEY)
+
+
+def test_measures_compare_a_student_with_its_teacher(example: None, tmp_path: Path) -> None:
+    pretrain, task = importlib.import_module("pretrain"), importlib.import_module("task")
+    measures = importlib.import_module("measures")
+    tokenizer = task.make_tokenizer()
+    torch.manual_seed(0)
+    for name in ("student", "teacher"):
+        model = LlamaForCausalLM(pretrain.model_config(pretrain.SMALL, tokenizer))
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    problems = [task.Problem(left=left, right=456) for left in range(100, 120)]
+    student, teacher = tmp_path / "student", tmp_path / "teacher"
+    itself = measures.measure(student, student, problems, num_sampled=16)
+    assert itself.cosine == pytest.approx(1)
+    assert itself.kl == pytest.approx(0, abs=1e-6)
+    assert itself.first_token == 1
+    other = measures.measure(student, teacher, problems, num_sampled=16)
+    assert other.cosine < 0.9
+    assert other.kl > 0.001
+    assert len(other.kl_by_position) == task.MAX_NEW_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -87,9 +152,8 @@ def test_every_method_is_run_and_measured(tmp_path: Path) -> None:
     ],
 )
 def test_the_answer_is_what_stands_behind_the_last_equals_sign(
-    response: str, right: bool, monkeypatch: pytest.MonkeyPatch
+    response: str, right: bool, example: None
 ) -> None:
-    monkeypatch.syspath_prepend(str(_EXAMPLE))
     task = importlib.import_module("task")
     problem = task.Problem(left=123, right=456)
     assert (problem.prompt, problem.response) == ("123+456:", "975=579")
