@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
+from megatron_oprd.parallel.layout import ParallelLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,6 +24,15 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be written")
 
 
+# The sizes of the groups that split weights.
+LAYOUT_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+
 def add_layout_arguments(group: argparse._ActionsContainer) -> None:
     """Adds the sizes of the groups that split weights, under Megatron's names."""
     for name in ("tensor", "pipeline", "expert"):
@@ -31,14 +40,9 @@ def add_layout_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument("--expert-tensor-parallel-size", type=positive, metavar="N")
 
 
-def layout_of(args: argparse.Namespace) -> TargetLayout:
+def layout_of(args: argparse.Namespace) -> ParallelLayout:
     """The layout parsed by `add_layout_arguments`."""
-    return TargetLayout(
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-    )
+    return ParallelLayout(**{name: getattr(args, name) for name in LAYOUT_SIZES})
 
 
 def positive(text: str) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from checkpoint_tools.common import (
     DTYPES,
+    LAYOUT_SIZES,
     add_common_arguments,
     add_layout_arguments,
     layout_of,
@@ -31,7 +32,7 @@ from megatron_oprd.weights.disk import describe_files
 from megatron_oprd.weights.megatron_checkpoint import SourceTensors
 from megatron_oprd.weights.output_folder import check_output_folder
 from megatron_oprd.weights.ranks import Ranks, conversion_ranks
-from megatron_oprd.weights.torch_dist_plan import TargetLayout, plan_files
+from megatron_oprd.weights.torch_dist_plan import ParallelLayout, plan_files
 from megatron_oprd.weights.torch_dist_writer import TorchDistContent, convert_to_torch_dist
 
 
@@ -40,7 +41,7 @@ class Settings:
     """Settings of a conversion that determine its result."""
 
     # Its ranks load whole chunks.
-    layout: TargetLayout = dataclasses.field(default_factory=TargetLayout)
+    layout: ParallelLayout = dataclasses.field(default_factory=ParallelLayout)
     # As in Megatron, the embedding is zero-padded to a multiple of this times the tensor-parallel
     # size.
     make_vocab_size_divisible_by: int = 128
@@ -98,7 +99,8 @@ def megatron_content(opened: OpenedCheckpoint, settings: Settings) -> TorchDistC
         origin={
             "tool": "hf_to_megatron",
             "source": describe_files(source.files()),
-            "layout": dataclasses.asdict(layout),
+            # Only what decides the chunks.
+            "layout": {name: getattr(layout, name) for name in LAYOUT_SIZES},
             "dtype": str(settings.dtype),
             "padded_vocab_size": padded,
             **tensors.as_json(),

@@ -33,11 +33,11 @@ from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import padded_vocab_size
 from megatron_oprd.models.open_checkpoint import open_checkpoint
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.casting import dtype_name
 from megatron_oprd.weights.megatron_checkpoint import is_megatron
 from megatron_oprd.weights.output_folder import MANIFEST_FILE
 from megatron_oprd.weights.source import WeightSource
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Inspection:
     architecture: Architecture | None  # None for unsupported families
     refusal: str | None  # the reason, if there is no architecture
     padded_vocab_size: int | None  # rows of the embedding as stored
-    layout: TargetLayout  # of `shares`
+    layout: ParallelLayout  # of `shares`
     layout_padded_vocab_size: int | None  # rows that a run in this layout needs
     shares: list[Share]  # per pipeline rank; empty without architecture
     parts: list[Part]
@@ -61,7 +61,7 @@ class Inspection:
 
 def inspect(
     path: Path,
-    layout: TargetLayout,
+    layout: ParallelLayout,
     *,
     virtual_stages: int = 1,
     make_vocab_size_divisible_by: int = 128,

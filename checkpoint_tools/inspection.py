@@ -13,11 +13,11 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import mapping_table
 from megatron_oprd.models.layout_checks import check_layout
-from megatron_oprd.parallel.layout import Place
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.accounting import HEAD
 from megatron_oprd.weights.megatron_keys import EMBEDDING, layer_of
 from megatron_oprd.weights.source import WeightSource
-from megatron_oprd.weights.torch_dist_plan import TargetLayout, stage_of_layers
+from megatron_oprd.weights.torch_dist_plan import stage_of_layers
 
 # Part of a tensor by its name. The first match counts, so norms go before attention.
 _PARTS = (
@@ -145,7 +145,7 @@ def tensor_groups(source: WeightSource) -> list[TensorGroup]:
 def shares(
     architecture: Architecture,
     source: WeightSource,
-    layout: TargetLayout,
+    layout: ParallelLayout,
     *,
     virtual_stages: int = 1,  # model chunks per pipeline rank
     padded_vocab_size: int,
@@ -163,12 +163,6 @@ def shares(
             "whose product is at most that."
         )
     stages = stage_of_layers(architecture.num_layers, pp * virtual_stages)
-    # One rank stands for all others of its pipeline rank, which hold as many parameters.
-    place = Place(
-        tp_size=layout.tensor_model_parallel_size,
-        etp_size=layout.expert_tensor_size,
-        ep_size=layout.expert_model_parallel_size,
-    )
     parameters, num_bytes = [0] * pp, [0] * pp
     for mapping in mapping_table(architecture, padded_vocab_size=padded_vocab_size):
         layer = layer_of(mapping)
@@ -177,9 +171,9 @@ def shares(
         else:
             stage = 0 if mapping.megatron == EMBEDDING else stages[-1]
         try:
-            if not mapping.is_held_at(place):
+            if not mapping.is_held_at(layout):
                 continue
-            values = math.prod(mapping.local_shape(mapping.split_at(place)[1]))
+            values = math.prod(mapping.local_shape(mapping.split_at(layout)[1]))
         except ValueError as error:
             raise UserError(f"the layout does not fit the model: {error}.") from None
         dtype = source.dtype(next(iter(mapping.hf)))

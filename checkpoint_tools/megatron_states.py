@@ -100,7 +100,6 @@ def megatron_states(
     micro_batches = collate(
         batches,
         sequences,
-        [torch.zeros(len(sequence)) for sequence in sequences],
         pad_to_multiple_of=context.tp_size if parallel.sequence_parallel else 1,
         device=context.device,
     )
@@ -142,7 +141,7 @@ def _forward(chunks: Sequence[GPTModel], batches: Sequence[MicroBatch]) -> Outpu
                 )
             )
 
-    run_schedule(chunks, batches, forward_only=True, begin=lambda batch: batch)
+    run_schedule(chunks, batches, forward_only=True, begin=lambda batch: batch.input)
     for hook in hooks:
         hook.remove()
     for chunk in chunks:

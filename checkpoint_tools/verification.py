@@ -19,6 +19,7 @@ from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.parallel.context import ParallelContext, data_parallel_size, parallel_run
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.compare import (
     KeyDifference,
     ValueDifference,
@@ -37,7 +38,6 @@ from megatron_oprd.weights.manifest import (
 from megatron_oprd.weights.megatron_checkpoint import is_megatron
 from megatron_oprd.weights.progress import Progress
 from megatron_oprd.weights.source import WeightSource
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ def _check_fits(
     shares(
         architecture,
         opened.source,
-        TargetLayout.of(parallel),
+        ParallelLayout.of(parallel),
         padded_vocab_size=architecture.padded_vocab_size(parallel.tensor_model_parallel_size),
     )
     data_parallel_size(parallel, int(os.environ.get("WORLD_SIZE", "1")))

@@ -56,7 +56,7 @@ CHUNKED = ("output_loss.kind=top_k", f"output_loss.k={TOP_K}", "taps.layers=none
 
 def cross_entropy(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
     """The negative log-likelihood of the tokens that follow, logits [t, V], summed."""
-    return F.cross_entropy(logits[:-1].float(), micro_batch.tokens[0, 1:], reduction="sum")
+    return F.cross_entropy(logits[:-1].float(), micro_batch.input.tokens[0, 1:], reduction="sum")
 
 
 def reverse_kl_on_top_k(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
@@ -76,7 +76,7 @@ def output_space_pass(
 
     def forward_step(data: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
         micro_batch = next(data)
-        hidden = model(micro_batch.tokens, micro_batch.position_ids, None)
+        hidden = model(micro_batch.input.tokens, micro_batch.input.position_ids, None)
 
         def loss(hidden: Tensor) -> tuple[Tensor, dict]:
             # [s, 1, h] --> [s, V]
@@ -90,7 +90,7 @@ def output_space_pass(
         data_iterator=iter(group),
         model=distiller.state.chunks,
         num_microbatches=len(group),
-        seq_length=group[0].tokens.shape[1],
+        seq_length=group[0].input.tokens.shape[1],
         micro_batch_size=1,
         forward_only=False,
     )

@@ -31,9 +31,9 @@ from megatron_oprd.models.layout_checks import check_divides
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.models.teacher import build_teacher, check_precision, token_multiple
 from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.megatron_checkpoint import is_megatron
 from megatron_oprd.weights.megatron_keys import is_linear_weight, named_parameters
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 FINAL_NORM = "final norm"
 
@@ -158,7 +158,7 @@ def measure_fidelity(
     opened.check_tensors()
     check_divides(
         opened.architecture,
-        TargetLayout.of(parallel),
+        ParallelLayout.of(parallel),
         model="--teacher",
         spelling=lambda name, size: f"{name} = {size}, the number of processes,",
     )
@@ -311,7 +311,7 @@ def _hidden_states(run: _Run, teacher: TeacherConfig, chunk: GPTModel) -> list[T
     )
     for batch in _micro_batches(run, teacher):
         selection = Selection.of(batch, tp_rank=0, tp_size=1)
-        chunk(batch.tokens, batch.position_ids, None)
+        chunk(batch.input.tokens, batch.input.position_ids, None)
     return [torch.cat(states) for states in outputs]
 
 

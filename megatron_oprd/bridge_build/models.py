@@ -12,6 +12,7 @@ from megatron_oprd.bridge_build.sequences import Sequences
 from megatron_oprd.config.schema import TeacherConfig
 from megatron_oprd.data.batching import (
     MicroBatch,
+    ModelInput,
     collate,
     context_parallel_share,
     pack,
@@ -53,17 +54,14 @@ def plan_build(config: BuildBridgeConfig, *, world_size: int) -> RunPlan:
 def frozen_student_extent(plan: RunPlan) -> Extent:
     """The student up to its deepest tap, on the stages of training."""
     layout = plan.layout
-    left = layout.num_running_layers
-    layers = []
-    for count in layout.student.extent.layers_per_stage:
-        layers.append(min(count, left))
-        left -= layers[-1]
     return Extent(
-        layers_per_stage=tuple(layers), final_norm=layout.trains_final_norm, lm_head=False
+        layers_per_stage=layout.running_per_stage,
+        final_norm=layout.trains_final_norm,
+        lm_head=False,
     )
 
 
-# Arguments: the pair's number, the rows' marks [n], h_S [n, d_S], h_T [n, d_T].
+# Arguments: the pair's number, the rows' numbers from 1 [n], h_S [n, d_S], h_T [n, d_T].
 Consumer = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
@@ -78,7 +76,8 @@ class _RowTaps(PairTaps):
             assert selection is not None
             rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)
             teacher_rows = self._take_target(pair.teacher, selection.micro_batch)
-            self.consume(number, selection.weights, rows, teacher_rows)
+            assert selection.numbers is not None
+            self.consume(number, selection.numbers, rows, teacher_rows)
             return hidden
 
         return take
@@ -115,8 +114,8 @@ class FrozenModels:
     def run(self, sequences: Sequences, consume: Consumer) -> None:
         """Runs both models over sequences, which are the same on every rank.
 
-        Every rank has to call. ``consume`` gets the rows of this rank's pairs with a nonzero mark,
-        batch by batch. Ranks that share a pair each get the rows of their part of the sequences;
+        Every rank has to call. ``consume`` gets the numbered rows of this rank's pairs, batch by
+        batch. Ranks that share a pair each get the rows of their part of the sequences;
         without sequence parallelism all tensor-parallel ranks get the same rows.
         """
         self._taps.consume = consume
@@ -167,10 +166,10 @@ class FrozenModels:
         batches = replicas[context.dp_rank]
         rows: dict[str, Any] = {
             "is_packed": False,
-            "pad_to_multiple_of": self._plan.layout.sequence_split.pad_to_multiple_of,
+            "pad_to_multiple_of": self._plan.layout.parallel.pad_to_multiple_of,
             "device": context.device,
         }
-        micro_batches = collate(batches, sequences.token_ids, sequences.marks, **rows)
+        micro_batches = collate(batches, sequences.token_ids, numbers=sequences.row_numbers, **rows)
         if sequences.reading is not None:
             micro_batches = with_teacher(micro_batches, batches, sequences.reading, **rows)
         shares = [
@@ -196,7 +195,7 @@ class FrozenModels:
             self._context, sequence_parallel=self._plan.config.parallel.sequence_parallel
         )
 
-        def begin(micro_batch: MicroBatch) -> MicroBatch:
+        def begin(micro_batch: MicroBatch) -> ModelInput:
             read, selection = selector.select(micro_batch, for_teacher=for_teacher)
             self._taps.begin(selection)
             return read

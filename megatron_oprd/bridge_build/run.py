@@ -158,7 +158,7 @@ def _fit(
         widths = layout.student.architecture.hidden_size, layout.teacher.architecture.hidden_size
         sums = {number: MomentSums.zeros(*widths, context.device) for number in own}
 
-        def add(number: int, _marks: Tensor, student: Tensor, teacher: Tensor) -> None:
+        def add(number: int, _rows: Tensor, student: Tensor, teacher: Tensor) -> None:
             sums[number].add(student, teacher)
 
         models.run(seen, add)
@@ -169,7 +169,7 @@ def _fit(
     # Unlike the sums, AdamW needs all rows at the same time.
     rows: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(number: int, marks: Tensor, student: Tensor, teacher: Tensor) -> None:
+    def keep(number: int, row_numbers: Tensor, student: Tensor, teacher: Tensor) -> None:
         # Also without any row in this part: every rank has to join the sum below.
         if number not in rows:
             rows[number] = (
@@ -177,8 +177,8 @@ def _fit(
                 teacher.new_zeros(seen.num_rows, teacher.shape[1]),
             )
         for kept, found in zip(rows[number], (student, teacher), strict=True):
-            # Row n has mark n + 1; rows of other ranks stay 0, so that a sum collects them.
-            kept[marks.long() - 1] = found
+            # Rows of other ranks stay 0, so that a sum collects them.
+            kept[row_numbers - 1] = found
 
     models.run(seen, keep)
     for number in own:
@@ -216,7 +216,7 @@ def _cosines(
     shape = len(plan.layout.pairs), 2, len(ranks)
     sums = torch.zeros(shape, dtype=torch.float64, device=context.device)
 
-    def add(number: int, _marks: Tensor, student: Tensor, teacher: Tensor) -> None:
+    def add(number: int, _rows: Tensor, student: Tensor, teacher: Tensor) -> None:
         fitted = fits[number]
         targets = project_teacher(teacher, fitted.teacher, fitted.mean)
         for i, weight in enumerate((before[number], fitted.student)):

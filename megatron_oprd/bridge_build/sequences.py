@@ -20,9 +20,8 @@ class Sequences:
     """Sequences with a number for each position."""
 
     token_ids: list[list[int]]  # prompt and response
-    # For each sequence [length], fp32: n + 1 is row n, 0 an unused position. They take the place of
-    # a loss's position weights.
-    marks: list[Tensor]
+    # For each sequence [length], int64: the row of each position, from 1; 0 is an unused position.
+    row_numbers: list[Tensor]
     num_rows: int  # used positions
     reading: TeacherReading | None = None  # if the teacher reads other sequences
 
@@ -38,12 +37,12 @@ class Sequences:
         return replace(
             self,
             token_ids=self.token_ids[start:stop],
-            marks=self.marks[start:stop],
+            row_numbers=self.row_numbers[start:stop],
             reading=reading,
         )
 
     def filled_up(self, multiple: int) -> "Sequences":
-        """Pads with zero-weight sequences up to a multiple of ``multiple``."""
+        """Pads with sequences without rows up to a multiple of ``multiple``."""
         missing = -len(self.token_ids) % multiple
         reading = self.reading
         if reading is not None:
@@ -56,7 +55,7 @@ class Sequences:
             self,
             # One token each, to cost little.
             token_ids=[*self.token_ids, *([self.token_ids[0][:1]] * missing)],
-            marks=[*self.marks, *([torch.zeros(1)] * missing)],
+            row_numbers=[*self.row_numbers, *([torch.tensor([0])] * missing)],
             reading=reading,
         )
 
@@ -105,24 +104,23 @@ def number_rows(
     if max_rows is not None and len(used) > max_rows:
         draw = torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))
         used = used[draw[:max_rows].sort().values]
-    marks = torch.zeros(sum(lengths))
-    # fp32 rounds numbers above 2^24, but not to zero, and numbers are read only if rows are drawn.
-    marks[used] = torch.arange(1, len(used) + 1).float()
-    of_sequences = list(marks.split(lengths))
+    row_numbers = torch.zeros(sum(lengths), dtype=torch.int64)
+    row_numbers[used] = torch.arange(1, len(used) + 1)
+    of_sequences = list(row_numbers.split(lengths))
     reading = None
     if teacher_sequences is not None:
         assert supervision.positions is not None
         reading = TeacherReading(
             sequences=[[*one.prompt_ids, *one.response_ids] for one in teacher_sequences],
             positions=[
-                torch.where(marks > 0, positions, -1)
-                for marks, positions in zip(of_sequences, supervision.positions, strict=True)
+                torch.where(numbers > 0, positions, -1)
+                for numbers, positions in zip(of_sequences, supervision.positions, strict=True)
             ],
             output_positions=None,
         )
     return Sequences(
         token_ids=[[*one.prompt_ids, *one.response_ids] for one in rollouts],
-        marks=of_sequences,
+        row_numbers=of_sequences,
         num_rows=len(used),
         reading=reading,
     )

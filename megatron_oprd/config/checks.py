@@ -111,6 +111,12 @@ def _check_teacher(config: RunConfig) -> None:
             "computes none. Use tensorwise, blockwise or mxfp8 with Transformer Engine, or "
             "per_channel_log, per_channel or block_128 without it"
         )
+    if prompt.tokenizer == "own" and config.compares_outputs:
+        raise UserError(
+            f"output_loss.kind = {config.output_loss.kind} with teacher_prompt.tokenizer = own: "
+            "distributions over different tokens cannot be compared; use none, or a teacher with "
+            "the student's tokenizer"
+        )
     changes = teacher.refresh_interval is not None
     if changes and (teacher.precision != "bf16" or teacher.offload != "none"):
         raise UserError(
@@ -262,6 +268,9 @@ def _check_losses(config: RunConfig) -> None:
     ):
         if positions in ("last_k", "first_k") and k is None:
             raise UserError(f"{setting} = {positions} needs {k_setting}, the number of tokens")
+    _check_layers("taps.layers", taps.layers)
+    for number, teacher in enumerate(config.extra_teachers):
+        _check_layers(f"extra_teachers[{number}].layers", teacher.layers)
     if taps.layers == "last_n" and taps.n is None:
         raise UserError("taps.layers = last_n needs taps.n, the number of layers")
     _check_points("loss.coefficient_points", config.loss.coefficient_points)
@@ -275,6 +284,17 @@ def _check_losses(config: RunConfig) -> None:
             f"loss.normalize = {config.loss.normalize} with bridge.path = {bridge.path}: through a "
             "bridge unit vectors are compared; set loss.normalize = l2 (and a loss.coefficient of "
             "about 10)"
+        )
+
+
+def _check_layers(setting: str, layers: str | list[int]) -> None:
+    if isinstance(layers, str):
+        return
+    in_order = sorted(set(layers))
+    if not layers or layers != in_order:
+        raise UserError(
+            f"{setting} = {layers}: has to name at least one layer, in rising order, each once"
+            f"{f': {in_order}' if layers else ''}"
         )
 
 

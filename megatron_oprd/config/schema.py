@@ -256,7 +256,7 @@ class ParallelConfig:
     Without Transformer Engine every rank gathers all keys and values, which saves memory in the
     rest of the layer only."""
 
-    num_layers_per_stage: list[int] | None = setting(None)
+    num_layers_per_stage: list[int] | None = setting(None, ge=1)
     """The student's layers on each pipeline stage (of each chunk in turn under virtual stages). By
     default the layers that run are divided as evenly as possible."""
 
@@ -328,7 +328,8 @@ class RideConfig:
     """See ``model.teacher_hf_config``."""
 
     lambda_: float = setting(1.0, gt=0, only_with=when("ride.base"))
-    """The strength: above 1 goes past the teacher, below 1 stops before it; 1 is the teacher."""
+    """The strength: above 1 goes past the teacher, below 1 stops before it; 1 is the teacher. The
+    paper has 1.25, with a ``loss.coefficient`` of 1 / lambda^2."""
 
 
 Normalize = Literal["none", "l2"]

@@ -16,46 +16,67 @@ from megatron_oprd.parallel.layout import context_parallel_positions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """Pairs of a student's and a teacher's position, as seen from either side."""
+class ModelInput:
+    """What a model reads: sequences that go through it together.
 
-    # [b, s], int64, on the CPU: the pair of each position, from 1; 0 is no pair. Under context
-    # parallelism s is a rank's share.
-    ids: Tensor
+    They are either padded on the right to the same length s, or concatenated into one row of s
+    tokens (b = 1), with padding at the end. Under context parallelism s is a rank's share.
+    """
+
+    tokens: Tensor  # [b, s], int64; padding is 0
+    position_ids: Tensor  # [b, s], int64
+    num_tokens: int  # without padding
+    # Tokens of each packed sequence, with the padding as one more; None for padded sequences.
+    packed_lengths: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """What a teacher supervises: the weight of each position in both losses; 0 is not supervised.
+
+    On the CPU, where the supervised positions are selected.
+    """
+
+    states: Tensor  # [b, s], fp32: in the loss on hidden states
+    # [b, s], fp32: in the output-space loss, at the positions that predict a response token. None
+    # without such a loss.
+    outputs: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Pairs of a student's and a teacher's position, numbered from 1; 0 is no pair.
+
+    On the CPU, int64. Under context parallelism s is a rank's share.
+    """
+
+    student: Tensor  # [b, s]; the pair of each of the student's positions
+    teacher: Tensor  # [b, s of the teacher]
     count: int  # of the whole micro-batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """Sequences that go through a model together.
+class OtherInput:
+    """The input of a teacher that reads other sequences, and the positions that are compared."""
 
-    They are either padded on the right to the same length s, or concatenated into one row of s
-    tokens (b = 1), with padding at the end. Under context parallelism s is a rank's share. Weights,
-    labels and numbers stay on the CPU, where the supervised positions are selected.
-    """
+    input: ModelInput
+    pairs: Pairs  # of the loss on hidden states
+    output_pairs: Pairs | None  # of the output-space loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """A part of a step's sequences: what the models read, and what is compared."""
 
     index: int  # among this replica's micro-batches of the step
-    tokens: Tensor  # [b, s], int64; padding is 0
-    position_ids: Tensor  # [b, s], int64
-    # [b, s], fp32, CPU: the weight of each position in the loss; 0 is not supervised.
-    weights: Tensor
-    # The same for the output-space loss, at the positions that predict a response token; None
-    # without such a loss.
-    output_weights: Tensor | None
+    input: ModelInput  # the student's, and the teachers' unless `other_input` is set
     labels: Tensor  # [b, s], int64, CPU: the next token; 0 after the last
-    num_tokens: int  # without padding
-    # Tokens of each packed sequence, with the padding as one more; None for padded sequences.
-    packed_lengths: tuple[int, ...] | None = None
-    # For a teacher that reads other sequences: its micro-batch, and the pairs of each loss on both
-    # sides.
-    teacher: "MicroBatch | None" = None
-    pairs: Pairs | None = None
-    output_pairs: Pairs | None = None
-    # The same tokens with the weights of each extra teacher.
-    others: "tuple[MicroBatch, ...]" = ()
-    # [b, s], int64, CPU: the response token that each position predicts, by its number in the step,
-    # from 1; 0 for no token. None if not needed.
-    response_tokens: Tensor | None = None
+    weights: LossWeights | None = None  # the first teacher's; None in passes without a loss
+    extra_weights: tuple[LossWeights, ...] = ()  # of each extra teacher
+    other_input: OtherInput | None = None
+    # [b, s], int64, CPU: in passes without a loss, the number, from 1, of what is collected at each
+    # position; 0 is nothing.
+    numbers: Tensor | None = None
 
 
 def pack(
@@ -129,10 +150,10 @@ def pack(
 def collate(
     batches: Sequence[Sequence[int]],
     sequences: Sequence[Sequence[int]],
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
     output_weights: Sequence[Tensor] | None = None,
     *,
-    response_tokens: Sequence[Tensor] | None = None,
+    numbers: Sequence[Tensor] | None = None,
     is_packed: bool = False,
     pad_to_multiple_of: int,
     device: torch.device,
@@ -142,38 +163,93 @@ def collate(
     Args:
         batches: Indices of each micro-batch's sequences.
         sequences: Token ids of every sequence of the step.
-        weights: Position weights of every sequence, each [length].
+        weights: Position weights of every sequence, each [length]; None without a loss.
         output_weights: Position weights of the output-space loss, each [length].
-        response_tokens: `MicroBatch.response_tokens` of every sequence, each [length].
+        numbers: `MicroBatch.numbers` of every sequence, each [length].
         is_packed: Whether the sequences of a micro-batch are concatenated into one row.
         pad_to_multiple_of: Micro-batches are padded to a multiple of this many tokens.
         device: Where tokens and position ids go.
     """
-    micro_batches = []
-    for index, batch in enumerate(batches):
+    rows: dict[str, Any] = {"is_packed": is_packed, "pad_to_multiple_of": pad_to_multiple_of}
+    inputs = collate_inputs(batches, sequences, device=device, **rows)
+    labels = _collate_values(batches, [_followers(one) for one in sequences], **rows)
+    of_batches: Sequence[LossWeights | None] = [None] * len(batches)
+    if weights is not None:
+        of_batches = collate_weights(batches, weights, output_weights, **rows)
+    numbered: Sequence[Tensor | None] = [None] * len(batches)
+    if numbers is not None:
+        numbered = _collate_values(batches, numbers, **rows)
+    return [
+        MicroBatch(
+            index=index,
+            input=inputs[index],
+            labels=labels[index],
+            weights=of_batches[index],
+            numbers=numbered[index],
+        )
+        for index in range(len(batches))
+    ]
+
+
+def collate_inputs(
+    batches: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int]],
+    *,
+    is_packed: bool,
+    pad_to_multiple_of: int,
+    device: torch.device,
+) -> list[ModelInput]:
+    """Builds what a model reads. The arguments are those of `collate`."""
+    inputs = []
+    for batch in batches:
         lengths = [len(sequences[i]) for i in batch]
         rows = Rows(lengths, is_packed=is_packed, multiple=pad_to_multiple_of)
         position_ids = torch.arange(rows.length).expand(len(batch), rows.length)
         if rows.packed_lengths is not None:
             position_ids = torch.cat([torch.arange(n) for n in rows.packed_lengths])[None]
-        micro_batches.append(
-            MicroBatch(
-                index=index,
+        inputs.append(
+            ModelInput(
                 tokens=rows.fill([torch.tensor(sequences[i]) for i in batch]).to(device),
                 position_ids=position_ids.to(device),
-                weights=rows.fill([weights[i] for i in batch]),
-                output_weights=None
-                if output_weights is None
-                else rows.fill([output_weights[i] for i in batch]),
-                labels=rows.fill([_followers(sequences[i]) for i in batch]),
                 num_tokens=sum(lengths),
                 packed_lengths=rows.packed_lengths,
-                response_tokens=None
-                if response_tokens is None
-                else rows.fill([response_tokens[i] for i in batch]),
             )
         )
-    return micro_batches
+    return inputs
+
+
+def collate_weights(
+    batches: Sequence[Sequence[int]],
+    weights: Sequence[Tensor],
+    output_weights: Sequence[Tensor] | None = None,
+    *,
+    is_packed: bool,
+    pad_to_multiple_of: int,
+) -> list[LossWeights]:
+    """Builds what a teacher supervises. The arguments are those of `collate`."""
+    rows: dict[str, Any] = {"is_packed": is_packed, "pad_to_multiple_of": pad_to_multiple_of}
+    outputs: Sequence[Tensor | None] = [None] * len(batches)
+    if output_weights is not None:
+        outputs = _collate_values(batches, output_weights, **rows)
+    states = _collate_values(batches, weights, **rows)
+    return [LossWeights(states=s, outputs=o) for s, o in zip(states, outputs, strict=True)]
+
+
+def _collate_values(
+    batches: Sequence[Sequence[int]],
+    values: Sequence[Tensor],
+    *,
+    is_packed: bool,
+    pad_to_multiple_of: int,
+) -> list[Tensor]:
+    """The values of each sequence, [length] each, by micro-batch, [b, s] each."""
+    filled = []
+    for batch in batches:
+        of_batch = [values[i] for i in batch]
+        lengths = [len(one) for one in of_batch]
+        rows = Rows(lengths, is_packed=is_packed, multiple=pad_to_multiple_of)
+        filled.append(rows.fill(of_batch))
+    return filled
 
 
 class Rows:
@@ -206,23 +282,20 @@ def context_parallel_share(micro_batch: MicroBatch, *, rank: int, size: int) -> 
 
     ``micro_batch`` is padded to a multiple of twice the ranks (Megatron's zigzag split).
     """
-    positions = context_parallel_positions(micro_batch.tokens.shape[1], rank=rank, size=size)
 
     def share(value: Any) -> Any:
         if isinstance(value, Tensor):
+            # By its own length: a teacher can read longer sequences than the student.
+            positions = context_parallel_positions(value.shape[1], rank=rank, size=size)
             return value[:, positions.to(value.device)]
-        if isinstance(value, Pairs):
-            return dataclasses.replace(value, ids=share(value.ids))
-        if isinstance(value, MicroBatch):
-            return context_parallel_share(value, rank=rank, size=size)
         if isinstance(value, tuple):
             return tuple(share(one) for one in value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return dataclasses.replace(value, **{name: share(one) for name, one in fields.items()})
         return value
 
-    fields = {
-        field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(MicroBatch)
-    }
-    return MicroBatch(**{name: share(value) for name, value in fields.items()})
+    return share(micro_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,41 +322,26 @@ def with_teacher(
 
     ``reading`` has all sequences of the step. The other arguments are those of `collate`.
     """
-    # Positions are selected by pair on this side; weights are the student's.
-    nothing = [torch.zeros(len(sequence)) for sequence in reading.sequences]
-    of_teacher = collate(
-        batches,
-        reading.sequences,
-        nothing,
-        is_packed=is_packed,
-        pad_to_multiple_of=pad_to_multiple_of,
-        device=device,
-    )
+    rows: dict[str, Any] = {"is_packed": is_packed, "pad_to_multiple_of": pad_to_multiple_of}
+    inputs = collate_inputs(batches, reading.sequences, device=device, **rows)
 
-    def pairs_of(
-        batch: Sequence[int], positions: Sequence[Tensor] | None
-    ) -> tuple[Pairs, Pairs] | tuple[None, None]:
-        if positions is None:
-            return None, None
+    def pairs_of(batch: Sequence[int], positions: Sequence[Tensor]) -> Pairs:
         lengths = [len(reading.sequences[i]) for i in batch]
         of_student, of_teacher, count = _numbers([positions[i] for i in batch], lengths)
-        on_student, on_teacher = (
-            Rows([len(ids) for ids in side], is_packed=is_packed, multiple=pad_to_multiple_of)
-            for side in (of_student, of_teacher)
-        )
-        return (
-            Pairs(ids=on_student.fill(of_student), count=count),
-            Pairs(ids=on_teacher.fill(of_teacher), count=count),
-        )
+        in_order = [range(len(batch))]
+        (student,) = _collate_values(in_order, of_student, **rows)
+        (teacher,) = _collate_values(in_order, of_teacher, **rows)
+        return Pairs(student=student, teacher=teacher, count=count)
 
     result = []
-    for student, teacher, batch in zip(micro_batches, of_teacher, batches, strict=True):
-        pairs, their_pairs = pairs_of(batch, reading.positions)
-        output_pairs, their_output_pairs = pairs_of(batch, reading.output_positions)
-        teacher = dataclasses.replace(teacher, pairs=their_pairs, output_pairs=their_output_pairs)
-        result.append(
-            dataclasses.replace(student, teacher=teacher, pairs=pairs, output_pairs=output_pairs)
+    for micro_batch, of_teacher, batch in zip(micro_batches, inputs, batches, strict=True):
+        outputs = reading.output_positions
+        other = OtherInput(
+            input=of_teacher,
+            pairs=pairs_of(batch, reading.positions),
+            output_pairs=None if outputs is None else pairs_of(batch, outputs),
         )
+        result.append(dataclasses.replace(micro_batch, other_input=other))
     return result
 
 

@@ -204,7 +204,7 @@ def check_prompt_files(
     columns: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Tokenizes the first row of every file like `load_prompts`, and raises the same errors."""
-    for file in _non_empty(files):
+    for file in files:
         where, content, privileged, _ = next(_all_rows([file], prompt_key, teacher, columns))
         tokenize_prompt(where, content, tokenizer, chat)
         if teacher is not None:
@@ -236,12 +236,6 @@ def prompt_indices(
     return indices
 
 
-def _non_empty(files: Sequence[Path]) -> Sequence[Path]:
-    if not files:
-        raise UserError("data.prompts is empty; give at least one .jsonl or .parquet file")
-    return files
-
-
 def _all_rows(
     files: Sequence[Path],
     prompt_key: str,
@@ -256,7 +250,7 @@ def _all_rows(
     first = len(keys)
     keys += [column for column, _ in columns]
     key_settings += [setting for _, setting in columns]
-    for file in _non_empty(files):
+    for file in files:
         for where, (prompt, *others) in read_rows(
             file, keys, setting="data.prompts", key_settings=key_settings, not_read=_NOT_READ
         ):

@@ -61,12 +61,13 @@ class _Positions:
 
     @classmethod
     def of(cls, micro_batch: MicroBatch) -> "_Positions":
-        assert micro_batch.output_weights is not None
+        assert micro_batch.weights is not None
+        assert micro_batch.weights.outputs is not None
         # [b, s] --> [s * b]
-        weights = micro_batch.output_weights.t().flatten()
+        weights = micro_batch.weights.outputs.t().flatten()
         # On the CPU, where nonzero() needs no synchronisation with the GPU.
         index = weights.nonzero().squeeze(1)
-        device = micro_batch.tokens.device
+        device = micro_batch.input.tokens.device
         return cls(
             index=index.to(device),
             weights=weights[index].to(device),
@@ -113,24 +114,22 @@ class HeadTap:
     def collect(self, hidden: Tensor, micro_batch: MicroBatch) -> None:
         """Keeps the teacher's last hidden states, [s, b, h] or [s/tp, b, h], at the positions.
 
-        ``micro_batch`` is the student's. With a teacher that reads other sequences this
-        communicates on the context-parallel group.
+        With a teacher that reads other sequences this communicates on the context-parallel group.
         """
         whole = self._whole(hidden.detach()).flatten(0, 1)
         # Kept for the student's pass: building them copies to the GPU and would make it wait again.
         positions = self._positions[micro_batch.index] = _Positions.of(micro_batch)
-        if micro_batch.teacher is None:
+        if micro_batch.other_input is None:
             targets = whole.index_select(0, positions.index)
         else:
-            ours, theirs = micro_batch.output_pairs, micro_batch.teacher.output_pairs
-            assert ours is not None
-            assert theirs is not None
+            pairs = micro_batch.other_input.output_pairs
+            assert pairs is not None
             index, exchange = Exchange.of(
                 # One slice, the whole sequence: `_whole` has gathered it over the tensor-parallel
                 # group, so only context parallelism still splits it.
-                wanted=slice_of_sequence(ours.ids, 0, 1),
-                ids=slice_of_sequence(theirs.ids, 0, 1),
-                count=ours.count,
+                wanted=slice_of_sequence(pairs.student, 0, 1),
+                ids=slice_of_sequence(pairs.teacher, 0, 1),
+                count=pairs.count,
                 group=self._cp_group,
                 device=whole.device,
             )
@@ -243,15 +242,15 @@ class ResponseLogprobs:
         """Adds the log-probabilities of a micro-batch. Communicates on the shard's group.
 
         ``hidden`` is after the final norm, [s, b, h], or [s/tp, b, h] under sequence parallelism.
-        ``micro_batch.response_tokens`` is required.
+        ``micro_batch.numbers`` are the response tokens', in the step.
         """
-        assert micro_batch.response_tokens is not None
+        assert micro_batch.numbers is not None
         assert self._head is not None
         if self._sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self._shard.group)
         # [b, s] --> [s * b]
         # A token's number in the step, from 1; 0 marks positions that predict no response token.
-        numbers = micro_batch.response_tokens.t().flatten()
+        numbers = micro_batch.numbers.t().flatten()
         index = numbers.nonzero().squeeze(1)
         labels = micro_batch.labels.t().flatten()[index].to(hidden.device)
         numbers, index = (numbers[index] - 1).to(hidden.device), index.to(hidden.device)

@@ -18,7 +18,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_oprd.config.schema import Normalize
-from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.data.batching import MicroBatch, ModelInput
 from megatron_oprd.distill.layer_map import LayerPair
 from megatron_oprd.distill.projectors import Projectors
 from megatron_oprd.distill.representation import compare
@@ -83,20 +83,29 @@ class Selection:
 
     micro_batch: int  # its number in the step
     index: Tensor  # [n], int64; rows of the flattened hidden state [s * b, h] or [s/tp * b, h]
-    weights: Tensor  # [n], fp32; empty on the teacher's side
+    weights: Tensor | None = None  # [n], fp32; None without a loss, and on the teacher's side
+    numbers: Tensor | None = None  # [n], int64; in passes without a loss, see `MicroBatch`
     exchange: Exchange | None = None  # for a teacher that reads other sequences
 
     @classmethod
     def of(cls, micro_batch: MicroBatch, *, tp_rank: int, tp_size: int) -> "Selection":
-        """Selects on one of ``tp_size`` equal slices of the sequence (1: the whole of it)."""
+        """Selects on one of ``tp_size`` equal slices of the sequence (1: the whole of it).
+
+        These are the supervised positions or, in a pass without a loss, the numbered ones.
+        """
+        weights, numbers = micro_batch.weights, micro_batch.numbers
+        chosen = numbers if weights is None else weights.states
+        assert chosen is not None
         # On the CPU, where nonzero() needs no synchronisation with the GPU.
-        weights = slice_of_sequence(micro_batch.weights, tp_rank, tp_size)
-        index = weights.nonzero().squeeze(1)
-        device = micro_batch.tokens.device
+        values = slice_of_sequence(chosen, tp_rank, tp_size)
+        index = values.nonzero().squeeze(1)
+        device = micro_batch.input.tokens.device
+        values = values[index].to(device)
         return cls(
             micro_batch=micro_batch.index,
             index=index.to(device),
-            weights=weights[index].to(device),
+            weights=None if weights is None else values,
+            numbers=values if weights is None else None,
         )
 
     @classmethod
@@ -110,26 +119,18 @@ class Selection:
     ) -> "Selection":
         """Selects the teacher's rows at the compared positions, if it reads other sequences.
 
-        ``micro_batch`` is the student's, with the teacher's attached; ``group`` as in
-        `RankSelector`.
+        ``group`` is as in `RankSelector`.
         """
-        assert micro_batch.teacher is not None
-        student, teacher = micro_batch.pairs, micro_batch.teacher.pairs
-        assert student is not None
-        assert teacher is not None
+        assert micro_batch.other_input is not None
+        pairs = micro_batch.other_input.pairs
         index, exchange = Exchange.of(
-            wanted=slice_of_sequence(student.ids, tp_rank, tp_size),
-            ids=slice_of_sequence(teacher.ids, tp_rank, tp_size),
-            count=student.count,
+            wanted=slice_of_sequence(pairs.student, tp_rank, tp_size),
+            ids=slice_of_sequence(pairs.teacher, tp_rank, tp_size),
+            count=pairs.count,
             group=group,
-            device=micro_batch.tokens.device,
+            device=micro_batch.input.tokens.device,
         )
-        return cls(
-            micro_batch=micro_batch.index,
-            index=index,
-            weights=torch.empty(0, device=index.device),
-            exchange=exchange,
-        )
+        return cls(micro_batch=micro_batch.index, index=index, exchange=exchange)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +160,13 @@ class RankSelector:
             group=sharing[sequence_parallel, context.cp_size > 1],
         )
 
-    def select(self, micro_batch: MicroBatch, *, for_teacher: bool) -> tuple[MicroBatch, Selection]:
-        """The micro-batch that a model reads, and its compared positions."""
+    def select(self, micro_batch: MicroBatch, *, for_teacher: bool) -> tuple[ModelInput, Selection]:
+        """What a model reads, and its compared positions."""
         slice_ = {"tp_rank": self.tp_rank, "tp_size": self.tp_size}
-        if for_teacher and micro_batch.teacher is not None:
+        if for_teacher and micro_batch.other_input is not None:
             selection = Selection.of_teacher(micro_batch, **slice_, group=self.group)
-            return micro_batch.teacher, selection
-        return micro_batch, Selection.of(micro_batch, **slice_)
+            return micro_batch.other_input.input, selection
+        return micro_batch.input, Selection.of(micro_batch, **slice_)
 
 
 def slice_of_sequence(values: Tensor, tp_rank: int, tp_size: int) -> Tensor:
@@ -330,6 +331,8 @@ class Taps(PairTaps):
                 pending.append(self._current)
                 return hidden
             selection = pending.popleft() if pending else self._current
+            weights = selection.weights
+            assert weights is not None
             rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)  # [n, h]
             target = self._take_target(pair.teacher, selection.micro_batch)
             # The gradient is computed now and kept in the hidden state's dtype; an autograd graph
@@ -337,9 +340,9 @@ class Taps(PairTaps):
             with torch.no_grad():
                 states = rows if projectors is None else projectors.project_student(layer, rows)
                 found = compare(states, target, normalize=self._normalize)
-                self._loss[number] += (selection.weights * found.distance).sum()
-                self._cosine[number] += (selection.weights * found.cosine).sum()
-                factors = selection.weights * self.coefficients[number]
+                self._loss[number] += (weights * found.distance).sum()
+                self._cosine[number] += (weights * found.cosine).sum()
+                factors = weights * self.coefficients[number]
                 gradient = found.gradient.mul_(factors[:, None])
                 if projectors is not None:
                     gradient = projectors.student_gradient(layer, gradient)

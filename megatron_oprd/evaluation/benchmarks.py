@@ -26,13 +26,13 @@ from megatron_oprd.evaluation.samples_file import Sample, SamplesFile, check_set
 from megatron_oprd.evaluation.sampling_metrics import SamplingMetrics, sampling_metrics
 from megatron_oprd.models.layout_checks import check_divides
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.gpus import visible_gpus
 from megatron_oprd.rollout.registry import ENGINES, engine_kind
 from megatron_oprd.rollout.served_model import ServedModel
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.source import WeightSource
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def evaluate_on_benchmarks(
     gpus = visible_gpus(device, size=tensor_model_parallel_size)
     opened = [_open(name, folder, benchmarks, settings) for name, folder in models.items()]
     for model in opened:
-        layout = TargetLayout(tensor_model_parallel_size=tensor_model_parallel_size)
+        layout = ParallelLayout(tensor_model_parallel_size=tensor_model_parallel_size)
         check_divides(model.opened.architecture, layout, model=model.name)
     for model in opened:
         for benchmark in benchmarks:

@@ -2,6 +2,10 @@
 
 Each input line is a JSON object, ``{"answer": ..., "gold": ...}``; each output line ``true`` or
 ``false``.
+
+A worker of `multiprocessing`, as in pebble's `ProcessPool`, grades as fast (26 to 46 answers/s on
+two cores), but first imports the program's main module: after `evaluate`, with torch, it starts in
+6 s instead of 0.5 s and uses 1 GB of the limited address space before the first answer.
 """
 
 import json

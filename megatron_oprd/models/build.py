@@ -45,6 +45,16 @@ class Extent:
     # parameter for export only, and a tied head is not built.
     uses_lm_head: bool = False
 
+    def layers_of_stage(self, stage: int) -> range:
+        """A stage's layers, counted from 0 over the whole model."""
+        start = sum(self.layers_per_stage[:stage])
+        return range(start, start + self.layers_per_stage[stage])
+
+    @property
+    def last_stage_with_layers(self) -> int:
+        """The stage of the last built layer; later stages are empty."""
+        return max(stage for stage, count in enumerate(self.layers_per_stage) if count)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FP8Layers:
@@ -171,7 +181,6 @@ def build_model(
     vpp = config.virtual_pipeline_model_parallel_size
     norm = final_norm_class(transformer_engine=context.transformer_engine)
     stages = len(extent.layers_per_stage)
-    last_with_layers = max(s for s, count in enumerate(extent.layers_per_stage) if count)
     chunks = []
     for chunk in range(vpp or 1):
         stage = chunk * context.pp_size + context.pp_rank
@@ -180,13 +189,11 @@ def build_model(
             num_experts=None if architecture.moe is None else architecture.moe.num_experts,
             transformer_engine=context.transformer_engine,
         )
-        specs = [spec] * extent.layers_per_stage[stage]
+        layers = extent.layers_of_stage(stage)
+        specs = [spec] * len(layers)
         if fp8 is not None:
-            first = sum(extent.layers_per_stage[:stage])
             fp8_spec = with_fp8_linears(spec, fp8.weight_format)
-            specs = [
-                fp8_spec if first + number in fp8.layers else spec for number in range(len(specs))
-            ]
+            specs = [fp8_spec if layer in fp8.layers else spec for layer in layers]
         is_last = stage == stages - 1
         model = HiddenStatesModel(
             config,
@@ -211,7 +218,7 @@ def build_model(
             _prepare_experts(model, context)
         # Without post_process Megatron builds neither, so they are attached by hand.
         if not extent.uses_lm_head:
-            if extent.final_norm and stage == last_with_layers:
+            if extent.final_norm and stage == extent.last_stage_with_layers:
                 model.decoder.final_layernorm = build_module(
                     norm,
                     config=config,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
+from megatron_oprd.parallel.layout import ParallelLayout
 
 # (name, value) -> the size as the user wrote it.
 Spelling = Callable[[str, int], str]
@@ -22,7 +22,7 @@ def as_setting(name: str, size: int) -> str:
 
 def check_divides(
     architecture: Architecture,
-    layout: TargetLayout,
+    layout: ParallelLayout,
     *,
     model: str,  # for messages
     spelling: Spelling = as_flag,  # form of a size in messages
@@ -54,7 +54,9 @@ def check_divides(
         )
 
 
-def refuse_expert_sizes(layout: TargetLayout, *, models: str, spelling: Spelling = as_flag) -> None:
+def refuse_expert_sizes(
+    layout: ParallelLayout, *, models: str, spelling: Spelling = as_flag
+) -> None:
     """Raises `UserError` if sizes for experts are given for models without any.
 
     ``models`` is a phrase for the message, such as ``MODEL has no``.
@@ -69,7 +71,7 @@ def refuse_expert_sizes(layout: TargetLayout, *, models: str, spelling: Spelling
             )
 
 
-def check_layout(architecture: Architecture, layout: TargetLayout, *, model: str) -> None:
+def check_layout(architecture: Architecture, layout: ParallelLayout, *, model: str) -> None:
     """Checks the sizes given to a tool for one model, except against its number of layers.
 
     Raises `UserError` if a size does not divide what it splits, or is for experts of a dense model.

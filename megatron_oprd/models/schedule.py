@@ -8,7 +8,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.data.batching import MicroBatch, ModelInput
 from megatron_oprd.models.layers import HostPackedSeqParams
 
 
@@ -17,7 +17,7 @@ def run_schedule(
     micro_batches: Sequence[MicroBatch],
     *,
     forward_only: bool,
-    begin: Callable[[MicroBatch], MicroBatch],
+    begin: Callable[[MicroBatch], ModelInput],
     end: Callable[[Tensor, MicroBatch, Any], Tensor] = lambda hidden, micro_batch, chunk: hidden,
 ) -> None:
     """Runs a model over micro-batches, forward only or with the backward pass.
@@ -26,7 +26,7 @@ def run_schedule(
         chunks: This rank's chunks.
         micro_batches: The micro-batches of this run.
         forward_only: Runs no backward pass.
-        begin: Called before each forward pass of a chunk; returns the micro-batch to read.
+        begin: Called before each forward pass of a chunk; returns what the model reads.
         end: Called after it with output, micro-batch and chunk; returns the output to pass on.
     """
 
@@ -46,22 +46,22 @@ def run_schedule(
         model=list(chunks),
         num_microbatches=len(micro_batches),
         # Unused: with a pipeline, lengths are variable; without, nothing is sent.
-        seq_length=micro_batches[0].tokens.shape[1],
-        micro_batch_size=micro_batches[0].tokens.shape[0],
+        seq_length=micro_batches[0].input.tokens.shape[1],
+        micro_batch_size=micro_batches[0].input.tokens.shape[0],
         forward_only=forward_only,
     )
 
 
-def _packed_seq_params(micro_batch: MicroBatch) -> HostPackedSeqParams | None:
+def _packed_seq_params(read: ModelInput) -> HostPackedSeqParams | None:
     """The metadata of packed sequences for attention and rotary embedding."""
-    lengths = micro_batch.packed_lengths
+    lengths = read.packed_lengths
     if lengths is None:
         return None
     ends = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-    ends = ends.to(micro_batch.tokens.device)
+    ends = ends.to(read.tokens.device)
     return HostPackedSeqParams(
         lengths=lengths,
-        positions=micro_batch.position_ids[0],
+        positions=read.position_ids[0],
         qkv_format="thd",
         cu_seqlens_q=ends,
         cu_seqlens_kv=ends,

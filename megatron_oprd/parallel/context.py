@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.parallel import cpu
-from megatron_oprd.parallel.layout import Place
+from megatron_oprd.parallel.layout import ParallelLayout
 
 _CONTROL_TIMEOUT = timedelta(days=2)
 
@@ -77,16 +77,18 @@ class ParallelContext:
         return self.groups.pp.size()
 
     @property
-    def place(self) -> Place:
+    def place(self) -> ParallelLayout:
         """This rank's share of the parameters of its layers."""
         groups = self.groups
-        return Place(
+        return ParallelLayout(
+            tensor_model_parallel_size=self.tp_size,
+            pipeline_model_parallel_size=self.pp_size,
+            context_parallel_size=self.cp_size,
+            expert_model_parallel_size=groups.ep.size(),
+            expert_tensor_parallel_size=groups.expt_tp.size(),
             tp_rank=self.tp_rank,
-            tp_size=self.tp_size,
             etp_rank=groups.expt_tp.rank(),
-            etp_size=groups.expt_tp.size(),
             ep_rank=groups.ep.rank(),
-            ep_size=groups.ep.size(),
         )
 
     def with_expert_sizes(self, parallel: ParallelConfig) -> "ParallelContext":

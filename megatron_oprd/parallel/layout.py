@@ -1,4 +1,7 @@
-"""The share of a model's parameters, and of a sequence, that a rank holds, as plain numbers."""
+"""The share of a model's parameters, and of a sequence, that a rank holds, as plain numbers.
+
+Needs no process group. `ParallelContext` has the groups of a running job.
+"""
 
 from dataclasses import dataclass
 from math import lcm
@@ -6,36 +9,59 @@ from math import lcm
 import torch
 from torch import Tensor
 
+from megatron_oprd.config.schema import ParallelConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """A rank's place in the groups that shard parameters within a layer; needs no process group."""
+class ParallelLayout:
+    """The sizes of the groups that share a model and its sequences, and a rank's place in them.
 
-    # Tensor parallelism shards all parameters except the experts'.
+    The default place is the first. All places hold equally many parameters of their layers.
+    """
+
+    # Shares all parameters except the experts'.
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    # Shares out the experts of a layer.
+    expert_model_parallel_size: int = 1
+    # Shares each expert. None: tensor_model_parallel_size.
+    expert_tensor_parallel_size: int | None = None
+    sequence_parallel: bool = False
+    token_multiple: int = 1  # of a sequence's tokens on each rank
     tp_rank: int = 0
-    tp_size: int = 1
-    # Expert-tensor parallelism shards each expert.
     etp_rank: int = 0
-    etp_size: int = 1
-    # Expert parallelism distributes a layer's experts.
     ep_rank: int = 0
-    ep_size: int = 1
 
+    @classmethod
+    def of(cls, parallel: ParallelConfig, *, token_multiple: int = 1) -> "ParallelLayout":
+        """The first place of a configured layout."""
+        return cls(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+            sequence_parallel=parallel.sequence_parallel,
+            token_multiple=token_multiple,
+        )
 
-@dataclass(frozen=True, kw_only=True)
-class SequenceSplit:
-    """How the ranks of a replica share a padded sequence between a layer's parallel regions."""
+    @property
+    def expert_tensor_size(self) -> int:
+        """``expert_tensor_parallel_size``, its default filled in."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
-    cp_size: int
-    # The tensor-parallel size under sequence parallelism, else 1.
-    tp_size: int
-    multiple: int = 1  # of tokens on each rank
+    @property
+    def sequence_size(self) -> int:
+        """The tensor-parallel ranks that share a sequence between a layer's parallel regions."""
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
     @property
     def pad_to_multiple_of(self) -> int:
         """Sequences are padded to a multiple of this many tokens."""
+        cp = self.context_parallel_size
         # Zigzag context parallelism needs two equal chunks on each rank.
-        return self.cp_size * lcm(self.tp_size * self.multiple, 2 if self.cp_size > 1 else 1)
+        return cp * lcm(self.sequence_size * self.token_multiple, 2 if cp > 1 else 1)
 
     def largest_share(self, counts: Tensor) -> int:
         """The sum of ``counts`` ([s] before padding, by position) on the rank that has most."""
@@ -43,10 +69,10 @@ class SequenceSplit:
         padded = torch.nn.functional.pad(counts, (0, length - len(counts)))
         shares = [
             int(share.sum())
-            for rank in range(self.cp_size)
+            for rank in range(self.context_parallel_size)
             for share in padded[
-                context_parallel_positions(length, rank=rank, size=self.cp_size)
-            ].chunk(self.tp_size)
+                context_parallel_positions(length, rank=rank, size=self.context_parallel_size)
+            ].chunk(self.sequence_size)
         ]
         return max(shares)
 

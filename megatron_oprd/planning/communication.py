@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_oprd.models.build import DTYPES
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.planning.engine import engine_place, sync_bytes
 from megatron_oprd.planning.parameters import (
     count_parameters,
@@ -15,11 +16,8 @@ from megatron_oprd.planning.parameters import (
     has_output_loss,
     num_checkpoints,
     num_recomputed,
-    num_running,
     parameter_replicas,
-    place_of,
     stage_of,
-    stages_of_rank,
 )
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import ModelLayout, RunLayout
@@ -79,7 +77,7 @@ def sent_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> SentBy
 
 def _teacher_layers(layout: RunLayout, pp_rank: int) -> int:
     counts = layout.teacher.extent.layers_per_stage
-    return sum(counts[stage] for stage in stages_of_rank(layout, pp_rank))
+    return sum(counts[stage] for stage in layout.stages_of_rank(pp_rank))
 
 
 def _teacher_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
@@ -94,9 +92,9 @@ def _teacher_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
 
 
 def _student_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
-    stages = stages_of_rank(layout, pp_rank)
+    stages = layout.stages_of_rank(pp_rank)
     sequence_parallel = layout.config.parallel.sequence_parallel
-    running = sum(num_running(layout, stage) for stage in stages)
+    running = sum(layout.running_per_stage[stage] for stage in stages)
     recomputed = sum(num_recomputed(layout, stage) for stage in stages)
     # Per half layer a gather and a scatter (one all-reduce without sequence parallelism). With
     # sequence parallelism, the backward pass gathers the input of the half's first linear layer
@@ -124,8 +122,10 @@ def _parallel_halves(model: ModelLayout) -> int:
 
 
 def _student_experts(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
-    stages = stages_of_rank(layout, pp_rank)
-    passes = sum(2 * num_running(layout, stage) + num_recomputed(layout, stage) for stage in stages)
+    stages = layout.stages_of_rank(pp_rank)
+    passes = sum(
+        2 * layout.running_per_stage[stage] + num_recomputed(layout, stage) for stage in stages
+    )
     return passes * _tokens_to_experts(layout, layout.student, workload)
 
 
@@ -142,11 +142,11 @@ def _tokens_to_experts(layout: RunLayout, model: ModelLayout, workload: Workload
 
 
 def _student_cp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
-    stages = stages_of_rank(layout, pp_rank)
+    stages = layout.stages_of_rank(pp_rank)
     forward_again = layout.config.recompute.recompute_granularity == "selective"
     passes = sum(
         # Forward, and the gradients, which are scattered where keys and values were gathered.
-        (2 + forward_again) * num_running(layout, stage) + num_recomputed(layout, stage)
+        (2 + forward_again) * layout.running_per_stage[stage] + num_recomputed(layout, stage)
         for stage in stages
     )
     return passes * _keys_and_values(layout, layout.student, workload)
@@ -163,7 +163,7 @@ def _keys_and_values(layout: RunLayout, model: ModelLayout, workload: Workload) 
 
 def _hidden_states_sent(layout: RunLayout, model: ModelLayout, pp_rank: int) -> tuple[int, int]:
     """Sends of a micro-batch's hidden state by the rank, forward and backward."""
-    stages, last = stages_of_rank(layout, pp_rank), len(model.extent.layers_per_stage) - 1
+    stages, last = layout.stages_of_rank(pp_rank), len(model.extent.layers_per_stage) - 1
     if last == 0:
         return 0, 0
     return sum(stage != last for stage in stages), sum(stage != 0 for stage in stages)
@@ -193,7 +193,7 @@ def _data_parallel(layout: RunLayout, pp_rank: int) -> tuple[int, int]:
 
 
 def _weight_sync(layout: RunLayout, pp_rank: int) -> int:
-    place, stages = place_of(layout.config.parallel), stages_of_rank(layout, pp_rank)
+    place, stages = ParallelLayout.of(layout.config.parallel), layout.stages_of_rank(pp_rank)
     sent = 0
     for mapping in layout.student.table:
         if stage_of(mapping.megatron, layout.student) not in stages:
@@ -203,7 +203,7 @@ def _weight_sync(layout: RunLayout, pp_rank: int) -> int:
         if mapping.expert is None:
             sent += (ranks - 1) * shard
         else:  # broadcast to all ranks that share the experts
-            sent += (ranks * place.ep_size - 1) * ranks * shard
+            sent += (ranks * place.expert_model_parallel_size - 1) * ranks * shard
         if pp_rank > 0:
             sent += ranks * shard
     return sent * DTYPES[layout.config.model.params_dtype].itemsize
@@ -228,6 +228,4 @@ def _whole_bytes(layout: RunLayout, model: ModelLayout, workload: Workload) -> i
 
 def _sliced_bytes(layout: RunLayout, model: ModelLayout, workload: Workload) -> int:
     """The part of `_whole_bytes` that a rank holds between a layer's parallel regions."""
-    parallel = layout.config.parallel
-    slices = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return _whole_bytes(layout, model, workload) // slices
+    return _whole_bytes(layout, model, workload) // layout.parallel.sequence_size

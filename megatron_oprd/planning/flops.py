@@ -8,7 +8,7 @@ backward pass costs twice its forward pass, attention's 2.5 times, because it re
 from dataclasses import dataclass
 
 from megatron_oprd.models.architecture import Architecture
-from megatron_oprd.planning.parameters import is_last_stage, num_recomputed, num_running
+from megatron_oprd.planning.parameters import is_last_stage, num_recomputed
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
 
@@ -53,7 +53,7 @@ def attention_flops(a: Architecture, *, first: int, last: int) -> int:
 def stage_flops(layout: RunLayout, workload: Workload, stage: int) -> StageFlops:
     """FLOPs of a stage; virtual stages are numbered in the order in which a token passes them."""
     teacher_layers = layout.teacher.extent.layers_per_stage[stage]
-    running = num_running(layout, stage)
+    running = layout.running_per_stage[stage]
     linear, attention = _forward(layout.student.architecture, workload)
     teacher = sum(_forward(layout.teacher.architecture, workload))
     if layout.config.recompute.recompute_granularity == "selective":

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.teacher import layers_in_fp8, uses_engine
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.planning.activations import Kernels
 from megatron_oprd.planning.engine import engine_place, sync_workspace
 from megatron_oprd.planning.parameters import (
@@ -15,7 +16,6 @@ from megatron_oprd.planning.parameters import (
     held_parameters,
     layer_of,
     optimizer_bytes,
-    place_of,
 )
 from megatron_oprd.planning.passes import (
     kept_target_bytes,
@@ -43,7 +43,7 @@ class TeacherBytes:
 
 def teacher_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> TeacherBytes:
     """The teacher's weights on a pipeline rank; ``itemsize`` is for weights that are not in FP8."""
-    teacher, place = layout.config.teacher, place_of(layout.teacher.parallel)
+    teacher, place = layout.config.teacher, ParallelLayout.of(layout.teacher.parallel)
     in_fp8 = layers_in_fp8(teacher, sum(layout.teacher.extent.layers_per_stage))
     weights = largest = 0
     for mapping in held_parameters(layout, layout.teacher, pp_rank):
@@ -57,11 +57,21 @@ def teacher_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> TeacherB
     a = layout.teacher.architecture
     # The last stage has a copy of the tied embedding.
     if a.tied and pp_rank > 0 and has_output_loss(layout, pp_rank):
-        weights += layout.teacher.padded_vocab_size // place.tp_size * a.hidden_size * itemsize
+        weights += (
+            layout.teacher.padded_vocab_size
+            // place.tensor_model_parallel_size
+            * a.hidden_size
+            * itemsize
+        )
     decodes = largest and not uses_engine(teacher)
     head = 0
     if has_output_loss(layout, pp_rank):
-        head = layout.teacher.padded_vocab_size // place.tp_size * a.hidden_size * itemsize
+        head = (
+            layout.teacher.padded_vocab_size
+            // place.tensor_model_parallel_size
+            * a.hidden_size
+            * itemsize
+        )
     return TeacherBytes(
         weights=weights,
         head=head,

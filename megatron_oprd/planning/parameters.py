@@ -5,26 +5,11 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_oprd.config.schema import ParallelConfig
-from megatron_oprd.parallel.layout import Place
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 from megatron_oprd.weights.mapping import Mapping
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-
-
-def stages_of_rank(layout: RunLayout, pp_rank: int) -> range:
-    """Stages of a pipeline rank, numbered over all ranks in the order a token passes them."""
-    counts = layout.student.extent.layers_per_stage
-    # Virtual stages are assigned round-robin.
-    return range(pp_rank, len(counts), layout.config.parallel.pipeline_model_parallel_size)
-
-
-def layers_of_stage(model: ModelLayout, stage: int) -> range:
-    """A stage's layers of a model, counted from 0."""
-    counts = model.extent.layers_per_stage
-    start = sum(counts[:stage])
-    return range(start, start + counts[stage])
 
 
 def is_last_stage(layout: RunLayout, stage: int) -> bool:
@@ -34,19 +19,13 @@ def is_last_stage(layout: RunLayout, stage: int) -> bool:
 
 def has_output_loss(layout: RunLayout, pp_rank: int) -> bool:
     """Whether a pipeline rank compares next-token distributions."""
-    stages = stages_of_rank(layout, pp_rank)
+    stages = layout.stages_of_rank(pp_rank)
     return layout.compares_outputs and any(is_last_stage(layout, stage) for stage in stages)
-
-
-def num_running(layout: RunLayout, stage: int) -> int:
-    """The student's layers on a stage that run in training, i.e. up to the deepest tap."""
-    layers = layers_of_stage(layout.student, stage)
-    return sum(layer < layout.num_running_layers for layer in layers)
 
 
 def num_recomputed(layout: RunLayout, stage: int) -> int:
     """Running layers whose forward pass is repeated in the backward pass."""
-    recompute, running = layout.config.recompute, num_running(layout, stage)
+    recompute, running = layout.config.recompute, layout.running_per_stage[stage]
     match recompute.recompute_method:
         case "uniform":
             return running
@@ -59,7 +38,7 @@ def num_recomputed(layout: RunLayout, stage: int) -> int:
 
 def num_checkpoints(layout: RunLayout, stage: int) -> int:
     """Recomputed runs of a stage's layers, which save only their input."""
-    recompute, layers = layout.config.recompute, len(layers_of_stage(layout.student, stage))
+    recompute, layers = layout.config.recompute, layout.student.extent.layers_per_stage[stage]
     number = recompute.recompute_num_layers
     if number is None:
         return 0
@@ -79,14 +58,12 @@ def stage_of(parameter: str, model: ModelLayout) -> int | None:
     stages = range(len(extent.layers_per_stage))
     layer = layer_of(parameter)
     if layer is not None:
-        return next((stage for stage in stages if layer in layers_of_stage(model, stage)), None)
+        return next((stage for stage in stages if layer in extent.layers_of_stage(stage)), None)
     match parameter.split(".")[0]:
         case "embedding":
             return 0
         case "decoder":  # the final norm
-            # The stage of the last layer; later stages can be empty.
-            behind = max(stage for stage in stages if extent.layers_per_stage[stage])
-            return behind if extent.final_norm else None
+            return extent.last_stage_with_layers if extent.final_norm else None
         case "output_layer":
             return stages[-1] if extent.lm_head else None
     raise AssertionError(f"where is {parameter}?")
@@ -121,18 +98,9 @@ class ParameterCounts:
     replicated: int  # trainable and whole on every tensor-parallel rank: norms
 
 
-def place_of(parallel: ParallelConfig) -> Place:
-    """The first place in the layout; all places hold equally many parameters of their layers."""
-    return Place(
-        tp_size=parallel.tensor_model_parallel_size,
-        etp_size=parallel.expert_tensor_size,
-        ep_size=parallel.expert_model_parallel_size,
-    )
-
-
 def held_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list[Mapping]:
     """A model's parameters at the first place of a pipeline rank."""
-    place, stages = place_of(model.parallel), stages_of_rank(layout, pp_rank)
+    place, stages = ParallelLayout.of(model.parallel), layout.stages_of_rank(pp_rank)
     return [
         mapping
         for mapping in model.table
@@ -142,7 +110,7 @@ def held_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list
 
 def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> ParameterCounts:
     """Counts the parameters of one of the run's models on a pipeline rank."""
-    place = place_of(model.parallel)
+    place = ParallelLayout.of(model.parallel)
     is_student = model is layout.student
     sizes: dict[str, int] = {}  # one per kind: layers and experts are alike
     counts: Counter[str] = Counter()
@@ -157,7 +125,11 @@ def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> Par
             counts["replicated"] += sizes[kind] if mapping.is_replicated else 0
     if model.architecture.tied and pp_rank > 0 and has_output_loss(layout, pp_rank):
         # Megatron keeps a copy of a tied embedding on the last stage.
-        copy = model.padded_vocab_size // place.tp_size * model.architecture.hidden_size
+        copy = (
+            model.padded_vocab_size
+            // place.tensor_model_parallel_size
+            * model.architecture.hidden_size
+        )
         counts["total"] += copy
         counts["trainable"] += copy if is_student else 0
     return ParameterCounts(

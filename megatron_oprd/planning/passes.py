@@ -24,10 +24,7 @@ from megatron_oprd.planning.activations import (
 )
 from megatron_oprd.planning.parameters import (
     is_last_stage,
-    layers_of_stage,
     num_checkpoints,
-    num_running,
-    stages_of_rank,
 )
 from megatron_oprd.planning.schedule import ChunkBytes, Peak, peak_of_student_pass
 from megatron_oprd.planning.workload import Workload
@@ -50,8 +47,7 @@ def student_chunks(
 ) -> list[ChunkBytes]:
     """The student's model chunks on a pipeline rank."""
     return [
-        _student_chunk(layout, workload, kernels, stage)
-        for stage in stages_of_rank(layout, pp_rank)
+        _student_chunk(layout, workload, kernels, stage) for stage in layout.stages_of_rank(pp_rank)
     ]
 
 
@@ -73,7 +69,7 @@ def logprob_check_workspace(
     shape = layer_shape(layout, layout.student, workload, kernels)
     needed = forward_workspace(shape) + shape.hidden_bytes  # the chunk's input
     vocab_size, student = layout.student.padded_vocab_size, layout.student.architecture
-    if any(is_last_stage(layout, stage) for stage in stages_of_rank(layout, pp_rank)):
+    if any(is_last_stage(layout, stage) for stage in layout.stages_of_rank(pp_rank)):
         positions = workload.micro_batch_size * workload.response_tokens
         rows = min(CHUNK_TOKENS, positions // layout.config.parallel.context_parallel_size)
         needed = max(needed, logprob_workspace(shape, rows, vocab_size=vocab_size))
@@ -87,7 +83,7 @@ def logprob_check_workspace(
 
 def kept_target_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> int:
     """Bytes of the targets that a pipeline rank keeps at the same time."""
-    stages = stages_of_rank(layout, pp_rank)
+    stages = layout.stages_of_rank(pp_rank)
     return sum(
         _target_bytes_of_stage(layout, workload.kept_rows, workload.kept_output_rows, stage)
         for stage in stages
@@ -124,9 +120,9 @@ def _student_chunk(
 
 def _saved_by_chunk(layout: RunLayout, shape: LayerShape, rows: int, stage: int) -> tuple[int, int]:
     """Bytes that a chunk saves, and bytes that its backward pass saves again at most."""
-    recompute, layers = layout.config.recompute, layers_of_stage(layout.student, stage)
-    running = num_running(layout, stage)
-    tapped = sum(pair.student in layers for pair in layout.pairs)
+    recompute = layout.config.recompute
+    running = layout.running_per_stage[stage]
+    tapped = len(layout.pairs_of_stage(stage))
     of_layer = saved_by_layer(
         shape, recompute_attention=recompute.recompute_granularity == "selective"
     )
@@ -159,8 +155,7 @@ def _messages(layout: RunLayout) -> int:
 
 
 def _target_bytes_of_stage(layout: RunLayout, rows: int, output_rows: int, stage: int) -> int:
-    layers = layers_of_stage(layout.teacher, stage)
-    tapped = {pair.teacher for pair in layout.pairs} & set(layers)
+    tapped = {pair.teacher for pair in layout.pairs_of_stage(stage)}
     of_taps = rows * len(tapped) * layout.bytes_of_target
     if not is_last_stage(layout, stage):
         return of_taps

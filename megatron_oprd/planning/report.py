@@ -14,7 +14,7 @@ from megatron_oprd.models.build import DTYPES
 from megatron_oprd.planning.engine import engine_of, engine_place
 from megatron_oprd.planning.estimate import MemoryEstimate, WorkEstimate
 from megatron_oprd.planning.memory import ITEMS, PHASES, RankMemory, teacher_bytes
-from megatron_oprd.planning.parameters import count_parameters, layers_of_stage, stages_of_rank
+from megatron_oprd.planning.parameters import count_parameters
 from megatron_oprd.planning.time import Hardware
 from megatron_oprd.rollout.registry import ENGINES
 from megatron_oprd.training.layout import ModelLayout, RunLayout
@@ -309,8 +309,8 @@ def _turns(memory: MemoryEstimate) -> str:
 
 def _layers(layout: RunLayout, model: ModelLayout, pp_rank: int) -> str:
     runs = []
-    for stage in stages_of_rank(layout, pp_rank):
-        layers = layers_of_stage(model, stage)
+    for stage in layout.stages_of_rank(pp_rank):
+        layers = model.extent.layers_of_stage(stage)
         if len(layers) > 1:
             runs.append(f"{layers[0]}-{layers[-1]}")
         elif layers:
@@ -319,8 +319,8 @@ def _layers(layout: RunLayout, model: ModelLayout, pp_rank: int) -> str:
 
 
 def _layer_numbers(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list[int]:
-    stages = stages_of_rank(layout, pp_rank)
-    return [layer for stage in stages for layer in layers_of_stage(model, stage)]
+    stages = layout.stages_of_rank(pp_rank)
+    return [layer for stage in stages for layer in model.extent.layers_of_stage(stage)]
 
 
 def _gb(num_bytes: float) -> str:

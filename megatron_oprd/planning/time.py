@@ -17,7 +17,6 @@ from megatron_oprd.planning.parameters import (
     gradient_bytes,
     optimizer_bytes,
     parameter_replicas,
-    stages_of_rank,
 )
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
@@ -63,7 +62,7 @@ def step_seconds(layout: RunLayout, workload: Workload, hardware: Hardware) -> S
     pp_ranks = range(layout.config.parallel.pipeline_model_parallel_size)
     teacher = student = optimizer = 0.0
     for pp_rank in pp_ranks:
-        stages = [stage_flops(layout, workload, s) for s in stages_of_rank(layout, pp_rank)]
+        stages = [stage_flops(layout, workload, s) for s in layout.stages_of_rank(pp_rank)]
         teacher = max(teacher, sum(stage.teacher for stage in stages))
         student = max(student, sum(stage.student for stage in stages))
         counts = count_parameters(layout, layout.student, pp_rank)

@@ -1,12 +1,16 @@
 """Workload of one data-parallel replica in a step."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from megatron_oprd.config.schema import Alignment, Positions
-from megatron_oprd.data.batching import pack
-from megatron_oprd.distill.positions import position_weights
-from megatron_oprd.parallel.layout import SequenceSplit
-from megatron_oprd.training.batches import supervised_rows, target_groups
+from megatron_oprd.data.batching import Rows
+from megatron_oprd.training.batches import (
+    groups_of_run,
+    output_target_rows,
+    replica_batches,
+    supervise_both,
+    target_bytes,
+    target_rows,
+)
 from megatron_oprd.training.layout import RunLayout
 
 
@@ -47,57 +51,32 @@ class Workload:
 def workload(layout: RunLayout, *, prompt_tokens: int, response_tokens: int) -> Workload:
     """Builds the workload of a step in which all prompts and all responses have equal lengths."""
     config = layout.config
-    parallel = config.parallel
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    multiple = parallel.pipeline_model_parallel_size if interleaved else 1
-    split, is_packed = layout.sequence_split, config.batch.sequence_packing
     length = prompt_tokens + response_tokens
-    replica = pack(
-        [length] * (config.rollout.prompts_per_step * config.rollout.samples_per_prompt),
-        max_tokens=config.batch.max_tokens,
-        micro_batch_size=config.batch.micro_batch_size,
-        num_replicas=layout.data_parallel_size,
-        multiple=multiple,
-        is_padded=not is_packed,
+    replica = replica_batches(
+        layout, [length] * (config.rollout.prompts_per_step * config.rollout.samples_per_prompt)
     )[0]
-    taps, output = config.taps, config.output_loss
-
-    def rows_of(
-        positions: Positions, k: int | None, alignment: Alignment, split: SequenceSplit
-    ) -> list[int]:
-        weights = position_weights(
-            [prompt_tokens],
-            [response_tokens],
-            positions=positions,
-            k=k,
-            alignment=alignment,
-            aggregation=config.loss.aggregation,
+    states, outputs = supervise_both(layout, [prompt_tokens], [response_tokens])
+    # Sequences are equal: rows depend only on a micro-batch's size.
+    of_size, outputs_of_size = {}, {}
+    for size in set(map(len, replica)):
+        batch = [0] * size
+        of_size[size] = target_rows(layout, batch, states.weights)
+        outputs_of_size[size] = (
+            0 if outputs is None else output_target_rows(layout, batch, outputs.weights)
         )
-        # Sequences are equal: rows depend only on a micro-batch's size.
-        of_size = {
-            size: supervised_rows([0] * size, weights, split, is_packed=is_packed)
-            for size in set(map(len, replica))
-        }
-        return [of_size[len(batch)] for batch in replica]
-
-    rows = rows_of(taps.positions, taps.k, taps.alignment, split)
-    output_rows = [0] * len(replica)
-    if layout.compares_outputs:
-        # Tensor-parallel ranks split the vocabulary at the LM head, not the positions.
-        whole = replace(split, tp_size=1)
-        output_rows = rows_of(output.positions, output.positions_k, "predictor", whole)
-    budget = config.teacher.target_memory_gb
-    groups = target_groups(
+    rows = [of_size[len(batch)] for batch in replica]
+    output_rows = [outputs_of_size[len(batch)] for batch in replica]
+    groups = groups_of_run(
+        layout,
         [
-            count * layout.target_bytes_per_row + output_count * layout.output_target_bytes_per_row
+            target_bytes([layout], [count], output_count)
             for count, output_count in zip(rows, output_rows, strict=True)
         ],
-        max_bytes=None if budget is None else budget * 1e9,
-        multiple=multiple,
     )
     largest = max(groups, key=lambda group: sum(rows[i] for i in group))
     size = max(map(len, replica))
-    row, multiple = (length * size if is_packed else length), split.pad_to_multiple_of
+    is_packed = config.batch.sequence_packing
+    multiple = layout.parallel.pad_to_multiple_of
     return Workload(
         num_sequences=sum(map(len, replica)),
         prompt_tokens=prompt_tokens,
@@ -105,7 +84,7 @@ def workload(layout: RunLayout, *, prompt_tokens: int, response_tokens: int) -> 
         num_micro_batches=len(replica),
         micro_batch_size=size,
         num_rows=1 if is_packed else size,
-        row_tokens=-(-row // multiple) * multiple,
+        row_tokens=Rows([length] * size, is_packed=is_packed, multiple=multiple).length,
         target_rows=max(rows),
         kept_rows=sum(rows[i] for i in largest),
         output_rows=max(output_rows),

@@ -16,6 +16,7 @@ from megatron_oprd.data.batching import (
     MicroBatch,
     TeacherReading,
     collate,
+    collate_weights,
     context_parallel_share,
     pack,
     with_teacher,
@@ -23,14 +24,14 @@ from megatron_oprd.data.batching import (
 from megatron_oprd.data.teacher_sequences import TeacherSequence
 from megatron_oprd.distill.positions import Supervision, supervise
 from megatron_oprd.parallel.context import ParallelContext
-from megatron_oprd.parallel.layout import SequenceSplit
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.rollout.engine import Rollout, teacher_sequences_of
 from megatron_oprd.training.layout import RunLayout
 from megatron_oprd.training.plan import RunPlan
 
 
 def supervised_rows(
-    batch: Sequence[int], weights: Sequence[Tensor], split: SequenceSplit, *, is_packed: bool
+    batch: Sequence[int], weights: Sequence[Tensor], split: ParallelLayout, *, is_packed: bool
 ) -> int:
     """The number of supervised positions of a micro-batch on the rank that has most of them.
 
@@ -44,6 +45,37 @@ def supervised_rows(
     for i in batch:
         counts[: len(weights[i])] += weights[i] > 0
     return split.largest_share(counts)
+
+
+def target_rows(layout: RunLayout, batch: Sequence[int], weights: Sequence[Tensor]) -> int:
+    """`supervised_rows` for the weights of the loss on hidden states."""
+    is_packed = layout.config.batch.sequence_packing
+    return supervised_rows(batch, weights, layout.parallel, is_packed=is_packed)
+
+
+def output_target_rows(layout: RunLayout, batch: Sequence[int], weights: Sequence[Tensor]) -> int:
+    """`supervised_rows` for the weights of the output-space loss."""
+    # The head tap gathers the sequence over the tensor-parallel ranks first, so each keeps all
+    # rows.
+    whole = dataclasses.replace(layout.parallel, sequence_parallel=False)
+    is_packed = layout.config.batch.sequence_packing
+    return supervised_rows(batch, weights, whole, is_packed=is_packed)
+
+
+def target_bytes(layouts: Sequence[RunLayout], rows: Sequence[int], output_rows: int) -> int:
+    """Bytes of a micro-batch's targets: ``rows`` of each teacher, ``output_rows`` of the first."""
+    size = sum(
+        of_teacher * one.target_bytes_per_row for one, of_teacher in zip(layouts, rows, strict=True)
+    )
+    return size + output_rows * layouts[0].output_target_bytes_per_row
+
+
+def groups_of_run(layout: RunLayout, sizes: Sequence[int]) -> list[range]:
+    """`target_groups` under the run's settings."""
+    budget = layout.config.teacher.target_memory_gb
+    return target_groups(
+        sizes, max_bytes=None if budget is None else budget * 1e9, multiple=_multiple(layout)
+    )
 
 
 def target_groups(sizes: Sequence[int], *, max_bytes: float | None, multiple: int) -> list[range]:
@@ -87,7 +119,6 @@ def make_micro_batches(
     rollouts: Sequence[Rollout],
 ) -> StepBatches:
     """This replica's micro-batches of the global batch; see `Distiller.micro_batches`."""
-    config = plan.config
     sequences = [[*rollout.prompt_ids, *rollout.response_ids] for rollout in rollouts]
     layouts = [one.layout for one in plan.teachers]
     weights, output_weights, reading = _supervision(
@@ -97,39 +128,33 @@ def make_micro_batches(
         _supervision(layout, rollouts, number, None)[0]
         for number, layout in enumerate(layouts[1:], start=1)
     ]
-    split, is_packed = plan.layout.sequence_split, config.batch.sequence_packing
-    replicas, multiple = _replicas(plan, context, sequences), _multiple(plan, context)
+    replicas = replica_batches(plan.layout, [len(sequence) for sequence in sequences])
     batches, rows = replicas[context.dp_rank], _row_options(plan, context)
     micro_batches = collate(batches, sequences, weights, output_weights, **rows)
     if reading is not None:
         micro_batches = with_teacher(micro_batches, batches, reading, **rows)
-    others = [collate(batches, sequences, one, **rows) for one in of_others]
+    del rows["device"]
+    extra = [collate_weights(batches, one, **rows) for one in of_others]
     micro_batches = [
-        dataclasses.replace(one, others=tuple(other[number] for other in others))
+        dataclasses.replace(one, extra_weights=tuple(of_one[number] for of_one in extra))
         for number, one in enumerate(micro_batches)
     ]
-    budget = config.teacher.target_memory_gb
 
-    def target_bytes(batch: Sequence[int]) -> int:
-        size = sum(
-            supervised_rows(batch, of_teacher, split, is_packed=is_packed)
-            * one.target_bytes_per_row
+    def size(batch: Sequence[int]) -> int:
+        of_teachers = [
+            target_rows(one, batch, of_teacher)
             for one, of_teacher in zip(layouts, [weights, *of_others], strict=True)
+        ]
+        of_outputs = (
+            0 if output_weights is None else output_target_rows(plan.layout, batch, output_weights)
         )
-        if output_weights is not None:
-            # The head tap gathers the sequence over the tensor-parallel ranks first, so each keeps
-            # all rows.
-            whole = dataclasses.replace(split, tp_size=1)
-            rows = supervised_rows(batch, output_weights, whole, is_packed=is_packed)
-            size += rows * plan.layout.output_target_bytes_per_row
-        return size
+        return target_bytes(layouts, of_teachers, of_outputs)
 
-    groups = target_groups(
+    groups = groups_of_run(
+        plan.layout,
         # The largest of all replicas, so that every rank makes the same groups: with expert
         # parallelism the passes communicate across replicas.
-        [max(map(target_bytes, batches)) for batches in zip(*replicas, strict=True)],
-        max_bytes=None if budget is None else budget * 1e9,
-        multiple=multiple,
+        [max(map(size, batches)) for batches in zip(*replicas, strict=True)],
     )
     shares = _shares(micro_batches, context)
     return StepBatches(
@@ -146,13 +171,12 @@ def _any(weights: Sequence[Tensor]) -> bool:
 def make_response_micro_batches(
     plan: RunPlan, context: ParallelContext, rollouts: Sequence[Rollout]
 ) -> list[MicroBatch]:
-    """This replica's micro-batches of a pass without a loss, with ``response_tokens`` set.
+    """This replica's micro-batches of a pass without a loss, with response tokens as numbers.
 
-    They are split like those of training.
+    They are split like those of training. Response tokens count from 1 over the whole step, at the
+    position that predicts them.
     """
     sequences = [[*rollout.prompt_ids, *rollout.response_ids] for rollout in rollouts]
-    # Response tokens count from 1 over the whole step, at the position that predicts them; 0 is
-    # none.
     numbers, first = [], 1
     for rollout in rollouts:
         prompt, response = rollout.prompt_ids, rollout.response_ids
@@ -162,33 +186,31 @@ def make_response_micro_batches(
         numbers.append(predicted)
         first += len(response)
     micro_batches = collate(
-        _replicas(plan, context, sequences)[context.dp_rank],
+        replica_batches(plan.layout, [len(one) for one in sequences])[context.dp_rank],
         sequences,
-        [torch.zeros(len(sequence)) for sequence in sequences],
-        response_tokens=numbers,
+        numbers=numbers,
         **_row_options(plan, context),
     )
     return _shares(micro_batches, context)
 
 
-def _multiple(plan: RunPlan, context: ParallelContext) -> int:
+def _multiple(layout: RunLayout) -> int:
     """The number of a replica's micro-batches has to be a multiple of this."""
     # Megatron's interleaved schedule needs a multiple of the pipeline size.
-    interleaved = plan.config.parallel.virtual_pipeline_model_parallel_size is not None
-    return context.pp_size if interleaved else 1
+    parallel = layout.config.parallel
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return parallel.pipeline_model_parallel_size if interleaved else 1
 
 
-def _replicas(
-    plan: RunPlan, context: ParallelContext, sequences: Sequence[Sequence[int]]
-) -> list[list[list[int]]]:
-    """Indices of sequences by replica and micro-batch, see `pack`."""
-    batch = plan.config.batch
+def replica_batches(layout: RunLayout, lengths: Sequence[int]) -> list[list[list[int]]]:
+    """`pack` under the run's settings, for sequences of ``lengths`` tokens."""
+    batch = layout.config.batch
     return pack(
-        [len(sequence) for sequence in sequences],
+        lengths,
         max_tokens=batch.max_tokens,
         micro_batch_size=batch.micro_batch_size,
-        num_replicas=context.dp_size,
-        multiple=_multiple(plan, context),
+        num_replicas=layout.data_parallel_size,
+        multiple=_multiple(layout),
         is_padded=not batch.sequence_packing,
     )
 
@@ -196,7 +218,7 @@ def _replicas(
 def _row_options(plan: RunPlan, context: ParallelContext) -> dict[str, Any]:
     return {
         "is_packed": plan.config.batch.sequence_packing,
-        "pad_to_multiple_of": plan.layout.sequence_split.pad_to_multiple_of,
+        "pad_to_multiple_of": plan.layout.parallel.pad_to_multiple_of,
         "device": context.device,
     }
 
@@ -216,16 +238,43 @@ def _supervision(
     teacher_sequences: Sequence[TeacherSequence] | None,
 ) -> tuple[list[Tensor], list[Tensor] | None, TeacherReading | None]:
     """The ``number``-th teacher's position weights for both losses, and its reading."""
+    states, outputs = supervise_both(
+        layout,
+        [len(rollout.prompt_ids) for rollout in rollouts],
+        [len(rollout.response_ids) for rollout in rollouts],
+        teacher_sequences,
+        is_taught=[one.taught_by is None or one.taught_by[number] for one in rollouts],
+    )
+    reading = None
+    if teacher_sequences is not None:
+        assert states.positions is not None
+        reading = TeacherReading(
+            sequences=[[*one.prompt_ids, *one.response_ids] for one in teacher_sequences],
+            positions=states.positions,
+            output_positions=None if outputs is None else outputs.positions,
+        )
+    return states.weights, None if outputs is None else outputs.weights, reading
+
+
+def supervise_both(
+    layout: RunLayout,
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+    teacher_sequences: Sequence[TeacherSequence] | None = None,
+    *,
+    is_taught: Sequence[bool] | None = None,
+) -> tuple[Supervision, Supervision | None]:
+    """`supervise` under the run's settings, for hidden states and for the output-space loss.
+
+    The second is None without an output-space loss.
+    """
     config = layout.config
     taps, output = config.taps, config.output_loss
-    prompts = [len(rollout.prompt_ids) for rollout in rollouts]
-    responses = [len(rollout.response_ids) for rollout in rollouts]
-    is_taught = [one.taught_by is None or one.taught_by[number] for one in rollouts]
 
     def of(positions: Positions, k: int | None, alignment: Alignment) -> Supervision:
         return supervise(
-            prompts,
-            responses,
+            prompt_lengths,
+            response_lengths,
             teacher_sequences,
             positions=positions,
             k=k,
@@ -239,12 +288,4 @@ def _supervision(
     if layout.compares_outputs:
         # Logits at the position before a token predict it, so the alignment is not a choice here.
         outputs = of(output.positions, output.positions_k, "predictor")
-    reading = None
-    if teacher_sequences is not None:
-        assert states.positions is not None
-        reading = TeacherReading(
-            sequences=[[*one.prompt_ids, *one.response_ids] for one in teacher_sequences],
-            positions=states.positions,
-            output_positions=None if outputs is None else outputs.positions,
-        )
-    return states.weights, None if outputs is None else outputs.weights, reading
+    return states, outputs

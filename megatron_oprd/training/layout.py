@@ -15,7 +15,7 @@ from megatron_oprd.models.build import DTYPES, Extent, padded_vocab_size
 from megatron_oprd.models.families import mapping_table
 from megatron_oprd.models.teacher import check_precision, token_multiple
 from megatron_oprd.parallel.context import data_parallel_size
-from megatron_oprd.parallel.layout import SequenceSplit
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.training.layout_checks import (
     check_losses,
     check_models,
@@ -99,15 +99,12 @@ class RunLayout:
         return min(prompt + 2 * response, self.teacher.architecture.max_position_embeddings)
 
     @property
-    def sequence_split(self) -> SequenceSplit:
-        """How the ranks of a replica share each sequence."""
+    def parallel(self) -> ParallelLayout:
+        """The student's layout, which shares sequences for all models."""
         parallel = self.config.parallel
-        return SequenceSplit(
-            cp_size=parallel.context_parallel_size,
-            tp_size=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
-            # All teachers read the same micro-batches.
-            multiple=max(token_multiple(one, parallel) for one in self.config.teachers),
-        )
+        # All teachers read the same micro-batches.
+        multiple = max(token_multiple(one, parallel) for one in self.config.teachers)
+        return ParallelLayout.of(parallel, token_multiple=multiple)
 
     @property
     def bytes_of_target(self) -> int:
@@ -118,16 +115,26 @@ class RunLayout:
         itemsize = DTYPES[self.config.model.params_dtype].itemsize
         return self.teacher.architecture.hidden_size * itemsize
 
+    def stages_of_rank(self, pp_rank: int) -> range:
+        """Stages of a pipeline rank, numbered over all ranks in the order a token passes them."""
+        counts = self.student.extent.layers_per_stage
+        # Virtual stages are assigned round-robin.
+        return range(pp_rank, len(counts), self.config.parallel.pipeline_model_parallel_size)
+
+    def pairs_of_stage(self, stage: int) -> list[LayerPair]:
+        """The matched pairs on a stage."""
+        layers = self.student.extent.layers_of_stage(stage)
+        return [pair for pair in self.pairs if pair.student in layers]
+
     def pairs_of_rank(self, pp_rank: int) -> list[LayerPair]:
         """The matched pairs on pipeline rank ``pp_rank``, in all of its chunks."""
-        pp = self.config.parallel.pipeline_model_parallel_size
-        layers: set[int] = set()
-        start = 0
-        for stage, count in enumerate(self.student.extent.layers_per_stage):
-            if stage % pp == pp_rank:
-                layers |= set(range(start, start + count))
-            start += count
-        return [pair for pair in self.pairs if pair.student in layers]
+        stages = self.stages_of_rank(pp_rank)
+        return [pair for stage in stages for pair in self.pairs_of_stage(stage)]
+
+    @property
+    def running_per_stage(self) -> tuple[int, ...]:
+        """The student's layers on each stage that run in training, i.e. up to the deepest tap."""
+        return _first_layers(self.student.extent.layers_per_stage, self.num_running_layers)
 
     @property
     def target_bytes_per_row(self) -> int:
@@ -313,10 +320,10 @@ def _student_layers(
         layers = student_stages(student.num_layers, pairs, num_stages, num_running=running)
     else:
         layers = tuple(parallel.num_layers_per_stage)
-        if min(layers) < 1 or sum(layers) != student.num_layers:
+        if sum(layers) != student.num_layers:
             raise UserError(
-                f"parallel.num_layers_per_stage = {list(layers)}: every stage needs at least one "
-                f"layer, and all of them the student's {student.num_layers} (found {sum(layers)})"
+                f"parallel.num_layers_per_stage = {list(layers)}: have to be the student's "
+                f"{student.num_layers} layers together, found {sum(layers)}"
             )
     starts = [sum(layers[:stage]) for stage in range(num_stages)]
     for rank in range(pp):

@@ -8,8 +8,8 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.layout_checks import as_setting, check_divides, refuse_expert_sizes
 from megatron_oprd.parallel.context import data_parallel_size
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.rollout.registry import engine_kind
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 
 def check_models(
@@ -22,7 +22,7 @@ def check_models(
     """
     _check_batch(config, data_parallel_size(config.parallel, world_size))
     check_divides(
-        student, TargetLayout.of(config.parallel), model="model.student", spelling=as_setting
+        student, ParallelLayout.of(config.parallel), model="model.student", spelling=as_setting
     )
     _check_engine(config, student)
     _check_teacher_experts(config, teacher, world_size)
@@ -94,7 +94,7 @@ def check_losses(
 def _check_experts(student: Architecture, teacher: Architecture, parallel: ParallelConfig) -> None:
     if student.moe is None and teacher.moe is None:
         refuse_expert_sizes(
-            TargetLayout.of(parallel),
+            ParallelLayout.of(parallel),
             models="neither model.student nor model.teacher has a",
             spelling=as_setting,
         )
@@ -156,7 +156,7 @@ def _check_engine(config: RunConfig, student: Architecture) -> None:
     size = kind.num_gpus(config.rollout)
     check_divides(
         student,
-        TargetLayout(tensor_model_parallel_size=size),
+        ParallelLayout(tensor_model_parallel_size=size),
         model="model.student",
         spelling=lambda name, size: f"{kind.setting(name)} = {size}",
     )
@@ -174,7 +174,7 @@ def _check_teacher_experts(config: RunConfig, teacher: Architecture, world_size:
                 f"teacher.{name} = {own[name]}, but model.teacher has no mixture of experts; leave "
                 "it out"
             )
-    check_divides(teacher, TargetLayout.of(parallel), model="model.teacher", spelling=spelling)
+    check_divides(teacher, ParallelLayout.of(parallel), model="model.teacher", spelling=spelling)
     etp, ep = parallel.expert_tensor_size, parallel.expert_model_parallel_size
     pp = parallel.pipeline_model_parallel_size
     if world_size % (etp * ep * pp):

@@ -145,7 +145,7 @@ class LogprobCheck:
                 modules,
                 make_response_micro_batches(distiller.plan, distiller.context, rollouts),
                 forward_only=True,
-                begin=lambda micro_batch: micro_batch,
+                begin=lambda micro_batch: micro_batch.input,
                 end=end,
             )
         return logprobs.all()

@@ -1,4 +1,4 @@
-"""A run's prompts, the teacher of each prompt, and the engines that generate responses."""
+"""The engines of a run, and its sampling parameters."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator

@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.data.batching import MicroBatch, ModelInput
 from megatron_oprd.distill.coefficients import coefficient_at
 from megatron_oprd.distill.head import HeadTap, head_weight
 from megatron_oprd.models.build import build_model, transformer_config
@@ -341,10 +341,10 @@ class Distiller:
         )
         return chunks, megatron_config
 
-    def _begin_student(self, micro_batch: MicroBatch) -> MicroBatch:
+    def _begin_student(self, micro_batch: MicroBatch) -> ModelInput:
         for one in self.teachers:
             one.begin_student(micro_batch)
-        return micro_batch
+        return micro_batch.input
 
     def _end_student(self, hidden: Tensor, micro_batch: MicroBatch, chunk: Any) -> Tensor:
         if self._head is not None and get_attr_wrapped_model(chunk, "post_process"):

@@ -1,5 +1,6 @@
 """One of a run's teachers on this rank: its weights, its taps, its forward pass."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.data.batching import MicroBatch, ModelInput
 from megatron_oprd.distill.taps import RankSelector, Selection, Taps
 from megatron_oprd.models.offload import OffloadedWeights
 from megatron_oprd.models.schedule import run_schedule
@@ -51,7 +52,7 @@ class Teacher:
             context, sequence_parallel=config.parallel.sequence_parallel
         )
         self._weights: OffloadedWeights | None = None
-        self._selections: dict[tuple[int, bool], tuple[MicroBatch, Selection]] = {}
+        self._selections: dict[tuple[int, bool], tuple[ModelInput, Selection]] = {}
 
     def offload(self, resident: Sequence[Tensor]) -> None:
         """Keeps all weights but ``resident`` in host memory from now on, except during `run`."""
@@ -64,11 +65,10 @@ class Teacher:
     ) -> None:
         """Runs the teacher over a group of micro-batches and keeps the targets at the taps.
 
-        ``micro_batches`` are the student's. ``end`` (see `run_schedule`) gets those with this
-        teacher's weights.
+        ``end`` (see `run_schedule`) gets the micro-batches with this teacher's weights.
         """
 
-        def begin(micro_batch: MicroBatch) -> MicroBatch:
+        def begin(micro_batch: MicroBatch) -> ModelInput:
             read, selection = self._select(micro_batch, for_teacher=True)
             self.taps.begin(selection)
             return read
@@ -95,15 +95,17 @@ class Teacher:
 
     def _select(
         self, micro_batch: MicroBatch, *, for_teacher: bool
-    ) -> tuple[MicroBatch, Selection]:
-        """The micro-batch that a model reads, and its compared positions."""
+    ) -> tuple[ModelInput, Selection]:
+        """What a model reads, and its compared positions."""
         # Cached for the step, for all chunks and passes: building a selection copies to the GPU and
         # waits for it.
-        key = micro_batch.index, for_teacher and micro_batch.teacher is not None
+        key = micro_batch.index, for_teacher and micro_batch.other_input is not None
         if key not in self._selections:
             self._selections[key] = self._selector.select(micro_batch, for_teacher=for_teacher)
         return self._selections[key]
 
     def _own(self, micro_batch: MicroBatch) -> MicroBatch:
-        # Extra teachers have their own weights on the same tokens.
-        return micro_batch.others[self._number - 1] if self._number else micro_batch
+        if self._number == 0:
+            return micro_batch
+        own = micro_batch.extra_weights[self._number - 1]
+        return dataclasses.replace(micro_batch, weights=own)

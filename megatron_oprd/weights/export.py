@@ -144,12 +144,12 @@ class Exporter:
     def _gather_expert(self, mapping: Mapping, local: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The shards [etp, ...] on the whole expert group, which may have several leaders."""
         place, group = self._context.place, self._context.groups.tp_ep
-        ep_rank = mapping.expert_rank(place.ep_size)
+        ep_rank = mapping.expert_rank(place.expert_model_parallel_size)
         assert ep_rank is not None
         gathered = self._empty(mapping, dtype)
         for etp_rank, shard in enumerate(gathered):
             # The expert-tensor-parallel rank varies fastest in the group.
-            source = ep_rank * place.etp_size + etp_rank
+            source = ep_rank * place.expert_tensor_size + etp_rank
             if group.rank() == source:
                 assert local is not None, f"{mapping.megatron} is missing on its rank"
                 shard.copy_(local)

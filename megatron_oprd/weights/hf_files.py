@@ -139,7 +139,7 @@ class HFCheckpoint(HFFolder):
         return self.read_slice(name)
 
     def read_slice(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
-        """Implements `WeightSource.read_slice`; reads exactly the bytes of the slice."""
+        """Implements `WeightSource.read_slice`."""
         return self._file(name).read_slice(name, slices, out=out)
 
     def files(self) -> list[Path]:

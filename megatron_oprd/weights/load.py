@@ -9,7 +9,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.parallel.layout import Place
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.accounting import check_tensors, check_tied_head
 from megatron_oprd.weights.mapping import Mapping, Piece
 from megatron_oprd.weights.megatron_keys import named_parameters
@@ -35,7 +35,7 @@ def load_weights(
     table: Sequence[Mapping],  # of the whole model
     checkpoint: WeightSource,
     *,
-    place: Place,
+    place: ParallelLayout,
     tied: bool,  # embedding and LM head are one weight
     stores: dict[str, Store] | None = None,  # by name of the parameter
 ) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from megatron_oprd.parallel.layout import Place
+from megatron_oprd.parallel.layout import ParallelLayout
 
 Index = tuple[slice, ...]
 Shape = tuple[int, ...]
@@ -65,15 +65,15 @@ class Mapping(ABC):
             )
         return self.expert // (self.num_experts // ep_size)
 
-    def is_held_at(self, place: Place) -> bool:
+    def is_held_at(self, place: ParallelLayout) -> bool:
         """Whether a rank at ``place`` holds the parameter, provided that it holds the layer."""
-        return self.expert_rank(place.ep_size) in (None, place.ep_rank)
+        return self.expert_rank(place.expert_model_parallel_size) in (None, place.ep_rank)
 
-    def split_at(self, place: Place) -> tuple[int, int]:
+    def split_at(self, place: ParallelLayout) -> tuple[int, int]:
         """(rank, size) at ``place`` in the group that the parameter is split over."""
         if self.expert is None:
-            return place.tp_rank, place.tp_size
-        return place.etp_rank, place.etp_size
+            return place.tp_rank, place.tensor_model_parallel_size
+        return place.etp_rank, place.expert_tensor_size
 
     @property
     def is_replicated(self) -> bool:

@@ -1,7 +1,8 @@
 """Reads rectangles of tensors stored in files as plain row-major bytes.
 
-Nothing is mapped, because mapped pages would count as the process's memory. Only the requested
-bytes are read.
+Nothing is mapped: mapped pages would count as the process's memory, and a mapped file that becomes
+shorter would end the process. Only the requested bytes are read, and gaps between them that are
+read faster than skipped.
 """
 
 import itertools
@@ -19,6 +20,11 @@ from megatron_oprd.errors import UserError
 
 # A rectangle: (start, stop) in every dimension.
 Bounds = list[tuple[int, int]]
+
+# Bytes. A read of one more run takes about as long as that of a gap of this size; the kernel would
+# read the gap of a file on disk ahead anyway.
+_LARGEST_GAP = 16 * 2**10
+_BLOCK = 4 * 2**20  # bytes read at a time with their gaps, unless one row is larger
 
 
 def bounds_of(index: Sequence[slice]) -> Bounds:
@@ -98,7 +104,7 @@ def slice_bounds(name: str, shape: Sequence[int], slices: Sequence[slice]) -> Bo
 def read_bounds(
     descriptor: int, path: Path, info: TensorInfo, bounds: Bounds, out: Tensor | None = None
 ) -> Tensor:
-    """Reads a rectangle of a tensor, and only its bytes, from an open file.
+    """Reads a rectangle of a tensor from an open file.
 
     Reads into ``out`` if given, a contiguous CPU tensor of the rectangle's shape and the file's
     dtype. The descriptor's position is neither used nor changed. Raises `UserError` if the file is
@@ -106,7 +112,15 @@ def read_bounds(
     """
     result = torch.empty(shape_of(bounds), dtype=info.dtype) if out is None else out
     assert (tuple(result.shape), result.dtype) == (shape_of(bounds), info.dtype)
-    if result.numel():
+    if not result.numel():
+        return result
+    if (wide := _with_gaps(info, bounds)) != bounds:
+        for block in row_blocks(wide, info.dtype.itemsize, _BLOCK):
+            read = read_bounds(descriptor, path, info, block)
+            wanted = common(block, bounds)
+            assert wanted is not None
+            result[slices_of(moved(wanted, bounds))] = read[slices_of(moved(wanted, block))]
+    else:
         # NumPy has no bfloat16, but shares the memory of the bytes.
         buffer = memoryview(result.view(-1).view(torch.uint8).numpy().data)
         starts, length = _runs(info, bounds)
@@ -127,12 +141,30 @@ def read_into(descriptor: int, path: Path, buffer: memoryview, offset: int) -> N
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
 
 
+def _with_gaps(info: TensorInfo, bounds: Bounds) -> Bounds:
+    """The rectangle with its last cut dimension whole, if it has several runs and small gaps."""
+    cut = _cut(info, bounds)
+    if not cut or all(stop - start == 1 for start, stop in bounds[: cut[-1]]):
+        return bounds  # one run
+    start, stop = bounds[cut[-1]]
+    whole = info.shape[cut[-1]]
+    element = math.prod(info.shape[cut[-1] + 1 :]) * info.dtype.itemsize
+    if (whole - (stop - start)) * element > _LARGEST_GAP:
+        return bounds
+    return [*bounds[: cut[-1]], (0, whole), *bounds[cut[-1] + 1 :]]
+
+
+def _cut(info: TensorInfo, bounds: Bounds) -> list[int]:
+    """The dimensions of which the rectangle has only a part."""
+    return [dim for dim, (start, stop) in enumerate(bounds) if stop - start != info.shape[dim]]
+
+
 def _runs(info: TensorInfo, bounds: Bounds) -> tuple[list[int], int]:
     """The rectangle's contiguous runs in the file: the start of each, and their common length.
 
     A run covers all dimensions after the last one cut, so a slice of leading rows is one run.
     """
-    cut = [dim for dim, (start, stop) in enumerate(bounds) if stop - start != info.shape[dim]]
+    cut = _cut(info, bounds)
     if not cut:
         return [info.offset], info.num_bytes
     strides = [math.prod(info.shape[dim + 1 :]) * info.dtype.itemsize for dim in range(len(bounds))]

@@ -1,8 +1,11 @@
 """Reads slices of safetensors files, and writes such files one tensor at a time.
 
-safetensors' own reader maps the file, whose pages then count as the process's memory, or reads
-whole tensors; its writer needs all tensors of a file at once. Here, reads are positioned reads of a
-slice's bytes, and writes follow a header made from names, shapes and dtypes.
+safetensors' `get_slice` maps the file. Its pages then count as the process's memory: a pass over a
+file of 538 MB, tensor by tensor, raised the peak by 516 MB, and by 111 MB (twice the largest
+tensor) with positioned reads. And if a mapped file becomes shorter, a signal ends the process,
+where a read raises an error. Only slices of columns are faster from a mapped file
+(docs/benchmarks.md). safetensors' writer needs all tensors of a file at once. Here, reads are
+positioned reads, and writes follow a header made from names, shapes and dtypes.
 """
 
 import json

@@ -10,8 +10,8 @@ from math import prod
 
 import torch
 
-from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.errors import UserError
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.mapping import Mapping as WeightMapping
 from megatron_oprd.weights.megatron_keys import (
     EMBEDDING,
@@ -25,31 +25,6 @@ from megatron_oprd.weights.megatron_keys import (
 from megatron_oprd.weights.positioned_reads import Bounds, shape_of
 
 MAX_FILE_BYTES = 10**9
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetLayout:
-    """The layout whose ranks load whole chunks."""
-
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int | None = None  # None: tensor_model_parallel_size
-
-    @classmethod
-    def of(cls, parallel: ParallelConfig) -> "TargetLayout":
-        """The sizes of a run's layout that determine the weights of a rank."""
-        return cls(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            expert_model_parallel_size=parallel.expert_model_parallel_size,
-            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        )
-
-    @property
-    def expert_tensor_size(self) -> int:
-        """``expert_tensor_parallel_size`` with its default filled in."""
-        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +88,7 @@ def chunk_name(key: str, starts: Sequence[int]) -> str:
 def plan_files(
     table: Sequence[WeightMapping],
     *,
-    layout: TargetLayout,
+    layout: ParallelLayout,
     dtypes: Mapping[str, torch.dtype],
     max_file_bytes: int = MAX_FILE_BYTES,  # beyond it, a new file is begun
 ) -> list[File]:
@@ -176,7 +151,7 @@ def _stage(mapping: WeightMapping, stages: Sequence[int]) -> int:
     return 0 if mapping.megatron == EMBEDDING else stages[-1]
 
 
-def _cuts(mapping: WeightMapping, layout: TargetLayout) -> list[tuple[int, Bounds]]:
+def _cuts(mapping: WeightMapping, layout: ParallelLayout) -> list[tuple[int, Bounds]]:
     """(rank, rectangle) of each part of a parameter that a tensor-parallel rank writes."""
     whole = [(0, size) for size in mapping.local_shape(1)]
     # Megatron has gate and up as two tensors, each split over the ranks.

@@ -29,17 +29,17 @@ def test_every_supervised_position_has_its_number() -> None:
             number += 1
             marks[position] = number
         expected.append(marks)
-    assert [marks.tolist() for marks in found.marks] == expected
+    assert [numbers.tolist() for numbers in found.row_numbers] == expected
     assert found.num_rows == number == 17
     assert [len(ids) for ids in found.token_ids] == [len(marks) for marks in expected]
 
 
 def test_drawn_rows_are_a_seeded_sample() -> None:
     draws = [number_rows(rollouts(), TapConfig(), max_rows=6, seed=seed) for seed in (0, 0, 1)]
-    drawn = [torch.cat(one.marks) for one in draws]
+    drawn = [torch.cat(one.row_numbers) for one in draws]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
-    whole = torch.cat(number_rows(rollouts(), TapConfig(), max_rows=None, seed=0).marks)
+    whole = torch.cat(number_rows(rollouts(), TapConfig(), max_rows=None, seed=0).row_numbers)
     for marks in drawn:
         assert marks[marks > 0].tolist() == [1, 2, 3, 4, 5, 6]
         assert bool((whole[marks > 0] > 0).all())

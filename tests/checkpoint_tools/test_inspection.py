@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from checkpoint_tools.inspection import parts, ranges, shares, tensor_groups
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.families import read_architecture
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 from tests.helpers.tiny import save_tiny_model, tiny_config
 
 H, VOCAB, LAYERS, EXPERTS, CHOSEN, EXPERT_WIDTH = 32, 97, 4, 8, 2, 24
@@ -73,7 +73,7 @@ def of(folders: Path, name: str, *, padded: int, virtual: int = 1, **layout: Any
     return shares(
         read_architecture(checkpoint),
         checkpoint,
-        TargetLayout(**layout),
+        ParallelLayout(**layout),
         virtual_stages=virtual,
         padded_vocab_size=padded,
     )

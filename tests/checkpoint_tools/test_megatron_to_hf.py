@@ -15,8 +15,8 @@ from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
 from checkpoint_tools.hf_to_megatron import main as to_megatron
 from checkpoint_tools.megatron_to_hf import main, megatron_to_hf
 from megatron_oprd.errors import UserError
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.hf_files import HFCheckpoint
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 from tests.helpers.tiny import save_tiny_model, tiny_config
 from tests.helpers.torch_dist import save_torch_dist
 
@@ -55,9 +55,12 @@ def settings(
     layout: tuple[int, int, int, int], *, experts: bool = False, **others: Any
 ) -> Settings:
     tensor, pipeline, expert, expert_tensor = layout
-    sizes = {"expert_model_parallel_size": expert, "expert_tensor_parallel_size": expert_tensor}
+    sizes: dict[str, Any] = {
+        "expert_model_parallel_size": expert,
+        "expert_tensor_parallel_size": expert_tensor,
+    }
     return Settings(
-        layout=TargetLayout(
+        layout=ParallelLayout(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
             **(sizes if experts else {}),

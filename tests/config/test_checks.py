@@ -235,6 +235,15 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
     ("overrides", "names"),
     [
         (["data.prompts=[]"], ["data.prompts is empty"]),
+        (["taps.layers=[]"], ["taps.layers = []", "at least one"]),
+        (["taps.layers=[3,1]"], ["taps.layers = [3, 1]", "rising", "[1, 3]"]),
+        (["taps.layers=[1,1,3]"], ["taps.layers = [1, 1, 3]", "each once", "[1, 3]"]),
+        (["extra_teachers=[{model: a, layers: [2, 0]}]"], ["extra_teachers[0].layers = [2, 0]"]),
+        (["parallel.num_layers_per_stage=[0]"], ["num_layers_per_stage", "at least 1"]),
+        (
+            ["teacher_prompt.tokenizer=own", "output_loss.kind=jsd"],
+            ["output_loss.kind = jsd", "teacher_prompt.tokenizer = own"],
+        ),
         (["rollout.stop=[x,'']"], ["rollout.stop has an empty text"]),
         (
             ["taps.positions=last_k"],

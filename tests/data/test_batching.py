@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
 
-from megatron_oprd.data.batching import collate, context_parallel_share, pack
+from megatron_oprd.data.batching import MicroBatch, collate, context_parallel_share, pack
 
 CPU = torch.device("cpu")
 
@@ -89,6 +90,11 @@ def test_sequences_that_cannot_be_dealt_out_evenly(
         packed([7] * count, num_replicas=num_replicas, multiple=multiple)
 
 
+def states_of(micro_batch: MicroBatch) -> Tensor:
+    assert micro_batch.weights is not None
+    return micro_batch.weights.states
+
+
 @pytest.mark.parametrize("multiple", [1, 2, 4, 8])
 def test_collate(multiple: int) -> None:
     sequences = [[5, 6, 7, 8, 9], [3, 4], [1, 2, 3], [2] * 8]
@@ -102,12 +108,16 @@ def test_collate(multiple: int) -> None:
     )
     width = {1: 5, 2: 6, 4: 8, 8: 8}[multiple]
     padding = [0] * (width - 5)
-    assert first.tokens.tolist() == [[5, 6, 7, 8, 9, *padding], [1, 2, 3, 0, 0, *padding]]
-    assert first.weights.tolist() == [[0.25] * 5 + padding, [0.75] * 3 + [0, 0, *padding]]
-    assert first.position_ids.tolist() == [list(range(width))] * 2
-    assert (first.index, first.num_tokens) == (0, 8)
-    assert (first.tokens.dtype, first.weights.dtype) == (torch.int64, torch.float32)
-    assert (second.index, second.num_tokens, second.tokens.tolist()) == (1, 8, [[2] * 8])
+    assert first.input.tokens.tolist() == [[5, 6, 7, 8, 9, *padding], [1, 2, 3, 0, 0, *padding]]
+    assert states_of(first).tolist() == [[0.25] * 5 + padding, [0.75] * 3 + [0, 0, *padding]]
+    assert first.input.position_ids.tolist() == [list(range(width))] * 2
+    assert (first.index, first.input.num_tokens) == (0, 8)
+    assert (first.input.tokens.dtype, states_of(first).dtype) == (torch.int64, torch.float32)
+    assert (second.index, second.input.num_tokens, second.input.tokens.tolist()) == (
+        1,
+        8,
+        [[2] * 8],
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -126,14 +136,18 @@ def test_context_parallel_shares_are_megatrons(size: int, monkeypatch: pytest.Mo
     for rank in range(size):
         group = SimpleNamespace(size=lambda: size, rank=lambda rank=rank: rank)
         expected = get_batch_on_this_cp_rank(
-            {"tokens": whole.tokens, "ids": whole.position_ids.clone(), "weights": whole.weights},
+            {
+                "tokens": whole.input.tokens,
+                "ids": whole.input.position_ids.clone(),
+                "weights": states_of(whole),
+            },
             cp_group=group,
         )
         found = context_parallel_share(whole, rank=rank, size=size)
-        assert torch.equal(found.tokens, expected["tokens"])
-        assert torch.equal(found.position_ids, expected["ids"])
-        assert torch.equal(found.weights, expected["weights"])
-        assert (found.index, found.num_tokens) == (whole.index, whole.num_tokens)
+        assert torch.equal(found.input.tokens, expected["tokens"])
+        assert torch.equal(found.input.position_ids, expected["ids"])
+        assert torch.equal(states_of(found), expected["weights"])
+        assert (found.index, found.input.num_tokens) == (whole.index, whole.input.num_tokens)
 
 
 def test_packed() -> None:
@@ -146,10 +160,10 @@ def test_packed() -> None:
         pad_to_multiple_of=4,
         device=CPU,
     )
-    assert whole.tokens.tolist() == [[7, 8, 9, 5, 6, 0, 0, 0]]
-    assert whole.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
-    assert whole.weights.tolist() == [[0.25, 0.0, 1.0, 0.0, 0.5, 0.0, 0.0, 0.0]]
-    assert (whole.packed_lengths, whole.num_tokens) == ((3, 2, 3), 5)
+    assert whole.input.tokens.tolist() == [[7, 8, 9, 5, 6, 0, 0, 0]]
+    assert whole.input.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert states_of(whole).tolist() == [[0.25, 0.0, 1.0, 0.0, 0.5, 0.0, 0.0, 0.0]]
+    assert (whole.input.packed_lengths, whole.input.num_tokens) == ((3, 2, 3), 5)
     (without_padding,) = collate(
         [[0, 1]],
         [[5, 6], [7, 8, 9]],
@@ -158,7 +172,7 @@ def test_packed() -> None:
         pad_to_multiple_of=5,
         device=CPU,
     )
-    assert without_padding.packed_lengths == (2, 3)
+    assert without_padding.input.packed_lengths == (2, 3)
 
 
 def test_packed_sequences_count_what_they_are() -> None:

@@ -171,8 +171,6 @@ def test_broken_parquet_columns(tmp_path: Path) -> None:
             read([wrong_key])
         with pytest.raises(UserError, match="has no rows"):
             read([no_rows])
-        with pytest.raises(UserError, match=r"data\.prompts is empty"):
-            read([])
     with pytest.raises(UserError, match=r"null\.parquet, row 2"):
         load([null])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_oprd.data.batching import MicroBatch
+from megatron_oprd.data.batching import LossWeights, MicroBatch, ModelInput
 from megatron_oprd.distill.layer_map import LayerPair
 from megatron_oprd.distill.projectors import Projectors
 from megatron_oprd.distill.taps import Selection, Taps
@@ -24,13 +24,19 @@ def micro_batch(index: int, *, seed: int = 0) -> MicroBatch:
     weights[weights < 0.6] = 0
     return MicroBatch(
         index=index,
-        tokens=torch.zeros(B, S, dtype=torch.int64),
-        position_ids=torch.arange(S).expand(B, S),
-        weights=weights,
-        output_weights=None,
+        input=ModelInput(
+            tokens=torch.zeros(B, S, dtype=torch.int64),
+            position_ids=torch.arange(S).expand(B, S),
+            num_tokens=B * S,
+        ),
         labels=torch.zeros(B, S, dtype=torch.int64),
-        num_tokens=B * S,
+        weights=LossWeights(states=weights, outputs=None),
     )
+
+
+def states_of(micro_batch: MicroBatch) -> Tensor:
+    assert micro_batch.weights is not None
+    return micro_batch.weights.states
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
@@ -38,10 +44,10 @@ def test_slices_of_the_sequence_select_each_position_once(tp_size: int) -> None:
     batch = micro_batch(3)
     hidden = torch.randn(S, B, H)
     expected = {
-        tuple(hidden[s, b].tolist()): float(batch.weights[b, s])
+        tuple(hidden[s, b].tolist()): float(states_of(batch)[b, s])
         for s in range(S)
         for b in range(B)
-        if batch.weights[b, s] > 0
+        if states_of(batch)[b, s] > 0
     }
     found: list[tuple[tuple[float, ...], float]] = []
     # [s, b, h] --> [s/tp, b, h], as sequence parallelism splits it
@@ -49,6 +55,7 @@ def test_slices_of_the_sequence_select_each_position_once(tp_size: int) -> None:
         selection = Selection.of(batch, tp_rank=tp_rank, tp_size=tp_size)
         assert (selection.micro_batch, selection.index.dtype) == (3, torch.int64)
         rows = local.flatten(0, 1)[selection.index]
+        assert selection.weights is not None
         found += [
             (tuple(row), weight)
             for row, weight in zip(rows.tolist(), selection.weights.tolist(), strict=True)
@@ -59,8 +66,9 @@ def test_slices_of_the_sequence_select_each_position_once(tp_size: int) -> None:
 
 def test_a_slice_without_supervised_positions_is_empty() -> None:
     batch = micro_batch(0)
-    batch.weights[:, : S // 2] = 0
+    states_of(batch)[:, : S // 2] = 0
     selection = Selection.of(batch, tp_rank=0, tp_size=2)
+    assert selection.weights is not None
     assert selection.index.shape == selection.weights.shape == (0,)
 
 
@@ -130,7 +138,7 @@ def test_attached_gradients_and_metrics_are_the_formulas(post_norm: bool, recomp
     for batch, x, target in zip(batches, inputs, targets, strict=True):
         outputs = run(plain, x)
         for number, i in enumerate(which):
-            weights = batch.weights.t()  # [s, b]
+            weights = states_of(batch).t()  # [s, b]
             losses[number] += (weights * (outputs[i] - target[i]).square().sum(-1) / H).sum()
             cosine = torch.cosine_similarity(outputs[i], target[i], dim=-1)
             cosines[number] += (weights * cosine).sum().detach()
@@ -158,7 +166,7 @@ def test_attached_gradients_and_metrics_are_the_formulas(post_norm: bool, recomp
     loss, cosine = taps.end_step()
     assert_close_relative(loss, losses, 1e-5)
     assert_close_relative(
-        cosine, cosines, 1e-5, size=sum(float(batch.weights.sum()) for batch in batches)
+        cosine, cosines, 1e-5, size=sum(float(states_of(batch).sum()) for batch in batches)
     )
     for one, other in zip(gradients(student), gradients(plain), strict=True):
         assert_close_relative(one, other, 1e-5)
@@ -185,8 +193,8 @@ def test_gradients_through_a_bridge_are_the_formulas() -> None:
         z_t = (targets[i] - projectors.mean[i]) @ projectors.teacher[i].t()
         cosine = torch.cosine_similarity(z_s, z_t, dim=-1)  # [s, b]
         # Of unit vectors, || u - v ||^2 / r = 2 (1 - cos) / r.
-        losses[i] = (batch.weights.t() * 2 * (1 - cosine) / 3).sum()
-        cosines[i] = (batch.weights.t() * cosine).sum().detach()
+        losses[i] = (states_of(batch).t() * 2 * (1 - cosine) / 3).sum()
+        cosines[i] = (states_of(batch).t() * cosine).sum().detach()
     (10 * losses.mean()).backward()
 
     taps = Taps(
@@ -207,7 +215,7 @@ def test_gradients_through_a_bridge_are_the_formulas() -> None:
 
     loss, cosine = taps.end_step()
     assert_close_relative(loss, losses, 1e-5)
-    assert_close_relative(cosine, cosines, 1e-5, size=float(batch.weights.sum()))
+    assert_close_relative(cosine, cosines, 1e-5, size=float(states_of(batch).sum()))
     for one, other in zip(gradients(student), gradients(plain), strict=True):
         assert_close_relative(one, other, 1e-5)
     after = [one for group in vars(projectors).values() for one in group.values()]

@@ -8,7 +8,7 @@ import pytest
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, Rope
 from megatron_oprd.models.layout_checks import check_layout
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
+from megatron_oprd.parallel.layout import ParallelLayout
 
 DENSE = Architecture(
     family="Qwen3ForCausalLM",
@@ -34,7 +34,7 @@ MOE = dataclasses.replace(DENSE, moe=EXPERTS)
 
 def check(architecture: Architecture, **sizes: Any) -> None:
     layout = {f"{name}_parallel_size": size for name, size in sizes.items()}
-    check_layout(architecture, TargetLayout(**layout), model="MODEL")
+    check_layout(architecture, ParallelLayout(**layout), model="MODEL")
 
 
 def test_layouts_that_fit() -> None:

@@ -15,12 +15,11 @@ def test_lengths_and_ends() -> None:
     (whole,) = collate(
         [[1, 0]],
         [[5, 6], [7, 8, 9, 4]],
-        [torch.ones(2), torch.ones(4)],
         is_packed=True,
         pad_to_multiple_of=4,
         device=torch.device("cpu"),
     )
-    found = _packed_seq_params(whole)
+    found = _packed_seq_params(whole.input)
     assert found is not None
     assert (found.lengths, found.qkv_format) == ((4, 2, 2), "thd")
     assert found.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]

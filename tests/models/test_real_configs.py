@@ -21,7 +21,7 @@ from megatron_oprd.config.schema import ParallelConfig, RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import mapping_table, read_architecture
-from megatron_oprd.parallel.layout import Place
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.training.layout import make_layout
 from megatron_oprd.weights.hf_files import HFFolder
 from megatron_oprd.weights.mapping import Index, Mapping, Shape
@@ -127,7 +127,7 @@ def test_every_rank_has_the_parameters_of_the_table(built: Path, tmp_path: Path,
     ranks = torch.load(built / f"{name}.pt")
     assert len(ranks) == WORLD_SIZE
     for rank in ranks:
-        place = Place(**rank["place"])
+        place = ParallelLayout(**rank["place"])
         expected = {
             mapping.megatron: mapping.local_shape(mapping.split_at(place)[1])
             for mapping in table
@@ -136,11 +136,11 @@ def test_every_rank_has_the_parameters_of_the_table(built: Path, tmp_path: Path,
         }
         assert rank["shapes"] == expected
     # Each part of each parameter is on some rank.
-    places = [(rank["stage"], Place(**rank["place"])) for rank in ranks]
+    places = [(rank["stage"], ParallelLayout(**rank["place"])) for rank in ranks]
     etp = layout.etp or layout.tp
-    assert {(place.tp_size, place.ep_size, place.etp_size) for _, place in places} == {
-        (layout.tp, layout.ep, etp)
-    }
+    sizes = {"tensor_model_parallel_size": layout.tp, "expert_model_parallel_size": layout.ep}
+    for _, place in places:
+        assert vars(place).items() >= {**sizes, "expert_tensor_parallel_size": etp}.items()
     stages = range(len(layout.layers))
     assert {(stage, place.tp_rank) for stage, place in places} == set(
         itertools.product(stages, range(layout.tp))
@@ -220,5 +220,9 @@ def test_every_tensor_is_consumed_once(tmp_path: Path, name: str) -> None:
         assert vars(mapping).keys() == vars(kind).keys()
     assert len(kinds) < 20
     for mapping in kinds.values():
-        place = Place(tp_size=layout.tp, ep_size=layout.ep, etp_size=layout.etp or layout.tp)
+        place = ParallelLayout(
+            tensor_model_parallel_size=layout.tp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+        )
         check_pieces(mapping, mapping.split_at(place)[1])

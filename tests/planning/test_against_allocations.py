@@ -19,9 +19,7 @@ from megatron_oprd.planning.parameters import (
     count_parameters,
     gradient_bytes,
     num_recomputed,
-    num_running,
     optimizer_bytes,
-    stages_of_rank,
 )
 from megatron_oprd.planning.passes import (
     kept_target_bytes,
@@ -306,9 +304,9 @@ def test_flops(cases: dict[str, Case], name: str) -> None:
         return
     for rank, measured in enumerate(case.measured):
         teacher = student = 0
-        for stage in stages_of_rank(layout, case.pp_rank(rank)):
+        for stage in layout.stages_of_rank(case.pp_rank(rank)):
             flops = stage_flops(layout, workload, stage)
-            running, again = num_running(layout, stage), num_recomputed(layout, stage)
+            running, again = layout.running_per_stage[stage], num_recomputed(layout, stage)
             if layout.config.recompute.recompute_granularity == "selective":
                 again = running
             of_student = layout.student.architecture

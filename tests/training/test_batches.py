@@ -83,9 +83,10 @@ def test_output_losses_have_positions_of_their_own(pairs: Path) -> None:
     settings = ["output_loss.kind=reverse_kl", "output_loss.positions=last_k"]
     plan = plan_of(pairs, *settings, "output_loss.positions_k=3", ranks=1)
     ((one,),) = batches(plan).groups
-    assert one.output_weights is not None
-    assert (one.output_weights > 0).sum(dim=1).tolist() == [3] * 4
-    assert sorted((one.weights > 0).sum(dim=1).tolist()) == [8, 8, 8, 40]
+    assert one.weights is not None
+    assert one.weights.outputs is not None
+    assert (one.weights.outputs > 0).sum(dim=1).tolist() == [3] * 4
+    assert sorted((one.weights.states > 0).sum(dim=1).tolist()) == [8, 8, 8, 40]
 
 
 @pytest.mark.parametrize(("packed", "number"), [(True, 1), (False, 2)])

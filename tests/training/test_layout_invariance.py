@@ -340,12 +340,18 @@ TWO_STEPS = {("llama_tied_deeper", "default"), ("moe", "default")} | {
 
 
 # Left to the nightly run: the pairs that go through the same layouts as llama_tied_deeper, without
-# its second step, and most layouts of four settings (the main run has the three that differ most).
+# its second step, and most layouts of some settings (the main run has those that differ most).
 NIGHTLY = {case for case in [*DEFAULTS, *OTHERS] if case[0] != "llama_tied_deeper"} | {
     case
     for case in CASES
-    if case[1] in ("jsd", "other_prompt", "other_tokens", SEVERAL)
-    and case[2] not in ("tp2_sp_full", "pp2_vpp2_target_groups", "cp2_tp2_sp")
+    if (
+        case[1] in ("jsd", "other_prompt", "other_tokens", SEVERAL)
+        and case[2] not in ("tp2_sp_full", "pp2_vpp2_target_groups", "cp2_tp2_sp")
+    )
+    or (
+        case[1] in ("crossfade", "ride", "other_precision", "top_k_reference")
+        and case[2] != "pp2_vpp2_target_groups"
+    )
 }
 COUNTED = ("llama_tied_deeper", "default")
 Case = tuple[str, str, str]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
 from megatron_oprd.errors import UserError
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.weights.megatron_checkpoint import MegatronCheckpoint
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 from tests.helpers.pairs import config_of, save_pair
 from tests.helpers.ranks import run_ranks
 
@@ -35,7 +35,7 @@ def foreign(root: Path) -> list[str]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("megatron_start")
     pair = save_pair(root / "pair", "qwen2", teacher_layers=6)
-    layout = TargetLayout(tensor_model_parallel_size=2)
+    layout = ParallelLayout(tensor_model_parallel_size=2)
     for name in ("student", "teacher"):
         converted = hf_to_megatron(
             pair / name, root / f"{name}_in_megatron", Settings(layout=layout)

@@ -93,12 +93,7 @@ def test_final_norms(
         (
             [PP2, "parallel.num_layers_per_stage=[1,2]"],
             2,
-            r"num_layers_per_stage = \[1, 2\]: .* student's 4 \(found 3\)",
-        ),
-        (
-            [PP2, "parallel.num_layers_per_stage=[4,0]"],
-            2,
-            r"num_layers_per_stage = \[4, 0\]: every stage needs at least one",
+            r"num_layers_per_stage = \[1, 2\]: .* student's 4 layers .* found 3",
         ),
         (
             ["rollout.prompts_per_step=3", "rollout.samples_per_prompt=1"],

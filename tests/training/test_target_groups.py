@@ -4,7 +4,7 @@ from torch import Tensor
 
 from megatron_oprd.data.batching import collate, context_parallel_share
 from megatron_oprd.distill.taps import Selection
-from megatron_oprd.parallel.layout import SequenceSplit
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.training.batches import supervised_rows, target_groups
 
 # 0 is not supervised: 3 of 6 tokens, 4 of 4, none of 2.
@@ -18,17 +18,17 @@ WEIGHTS = [
 @pytest.mark.parametrize(
     ("batch", "split", "expected"),
     [
-        ([0, 1, 2], SequenceSplit(cp_size=1, tp_size=1), 7),
+        ([0, 1, 2], ParallelLayout(), 7),
         # Padded to 6 tokens, slices of 3: none and 3 of the first, 3 and 1 of the second.
-        ([0, 1], SequenceSplit(cp_size=1, tp_size=2), 4),
+        ([0, 1], ParallelLayout(tensor_model_parallel_size=2, sequence_parallel=True), 4),
         # Padded to 8 tokens, slices of 2: 0, 1, 2, 0 and 2, 2, 0, 0.
-        ([0, 1], SequenceSplit(cp_size=1, tp_size=4), 3),
+        ([0, 1], ParallelLayout(tensor_model_parallel_size=4, sequence_parallel=True), 3),
         # Padded to 8 tokens; ranks have tokens 0, 1, 6, 7 and 2, 3, 4, 5: 0, 3 and 2, 2.
-        ([0, 1], SequenceSplit(cp_size=2, tp_size=1), 5),
-        ([2], SequenceSplit(cp_size=1, tp_size=1), 0),
+        ([0, 1], ParallelLayout(context_parallel_size=2), 5),
+        ([2], ParallelLayout(), 0),
     ],
 )
-def test_rows_of_the_fullest_rank(batch: list[int], split: SequenceSplit, expected: int) -> None:
+def test_rows_of_the_fullest_rank(batch: list[int], split: ParallelLayout, expected: int) -> None:
     assert supervised_rows(batch, WEIGHTS, split, is_packed=False) == expected
 
 
@@ -41,7 +41,12 @@ def test_rows_are_those_that_the_ranks_select(
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 30, (5,), generator=draw).tolist()
     weights: list[Tensor] = [torch.rand(n, generator=draw).round() for n in lengths]
-    split = SequenceSplit(cp_size=cp_size, tp_size=tp_size, multiple=multiple)
+    split = ParallelLayout(
+        context_parallel_size=cp_size,
+        tensor_model_parallel_size=tp_size,
+        sequence_parallel=True,
+        token_multiple=multiple,
+    )
     (whole,) = collate(
         [range(5)],
         [[7] * n for n in lengths],
@@ -53,7 +58,7 @@ def test_rows_are_those_that_the_ranks_select(
     selected = []
     for cp_rank in range(cp_size):
         share = context_parallel_share(whole, rank=cp_rank, size=cp_size)
-        assert share.tokens.shape[1] % (tp_size * multiple) == 0
+        assert share.input.tokens.shape[1] % (tp_size * multiple) == 0
         for tp_rank in range(tp_size):
             selection = Selection.of(share, tp_rank=tp_rank, tp_size=tp_size)
             selected.append(len(selection.index))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
 from checkpoint_tools.megatron_to_hf import megatron_to_hf
 from megatron_oprd.errors import UserError
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights import manifest
 from megatron_oprd.weights.manifest import (
     ChecksumDifference,
@@ -19,11 +20,10 @@ from megatron_oprd.weights.manifest import (
     stored_tensors,
 )
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 from tests.helpers.tiny import save_tiny_model, tiny_config
 
 NORM = "model.norm.weight"
-TP2_PP2 = TargetLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+TP2_PP2 = ParallelLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
 
 
 @pytest.fixture(scope="module")

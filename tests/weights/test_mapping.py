@@ -12,7 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import FAMILIES, mapping_table
-from megatron_oprd.parallel.layout import Place
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
 from tests.helpers.tiny import tiny_config
 
@@ -221,7 +221,9 @@ def test_a_table_has_every_tensor_of_transformers_model(family: str, tied: bool)
 def test_experts_are_dealt_out_in_runs(ep_size: int) -> None:
     table = mapping_table(architecture("qwen3_moe", tied=False), padded_vocab_size=104)
     layer = [m for m in table if m.megatron.startswith("decoder.layers.3.")]
-    places = [Place(ep_rank=rank, ep_size=ep_size) for rank in range(ep_size)]
+    places = [
+        ParallelLayout(ep_rank=rank, expert_model_parallel_size=ep_size) for rank in range(ep_size)
+    ]
     held = [
         [m.expert for m in layer if m.is_held_at(place) and m.expert is not None]
         for place in places
@@ -243,7 +245,13 @@ def test_experts_are_dealt_out_in_runs(ep_size: int) -> None:
 
 
 def test_experts_have_a_tensor_parallel_group_of_their_own() -> None:
-    place = Place(tp_rank=3, tp_size=4, etp_rank=1, etp_size=2, ep_rank=0, ep_size=2)
+    place = ParallelLayout(
+        tensor_model_parallel_size=4,
+        expert_tensor_parallel_size=2,
+        expert_model_parallel_size=2,
+        tp_rank=3,
+        etp_rank=1,
+    )
     for mapping in mapping_table(architecture("qwen3_moe", tied=False), padded_vocab_size=104):
         assert mapping.split_at(place) == ((3, 4) if mapping.expert is None else (1, 2))
         if mapping.expert is not None:
@@ -255,4 +263,4 @@ def test_experts_that_do_not_divide_raise() -> None:
     table = mapping_table(architecture("qwen3_moe", tied=False), padded_vocab_size=104)
     expert = next(m for m in table if m.expert is not None)
     with pytest.raises(ValueError, match=r"experts\.0\..*: 8 experts do not divide into 3 ranks"):
-        expert.is_held_at(Place(ep_size=3))
+        expert.is_held_at(ParallelLayout(expert_model_parallel_size=3))

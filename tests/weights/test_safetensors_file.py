@@ -2,6 +2,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_oprd.errors import UserError
+from megatron_oprd.weights import positioned_reads
 from megatron_oprd.weights.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
 
 
@@ -67,8 +69,8 @@ def bytes_read() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes in /proc/self/io")
 def test_reads_only_the_slices_bytes(tmp_path: Path) -> None:
-    size = 1024
-    tensors = {"t": torch.ones(size, size), "u": torch.ones(size, size)}  # 4 MiB each
+    rows, columns = 64, 16 * 1024
+    tensors = {"t": torch.ones(rows, columns), "u": torch.ones(rows, columns)}  # 4 MiB each
     save_file(tensors, tmp_path / "t.safetensors")
 
     before = bytes_read()
@@ -81,8 +83,31 @@ def test_reads_only_the_slices_bytes(tmp_path: Path) -> None:
 
     slack = 10_000  # the header, and /proc/self/io itself
     assert after_opening - before < slack
-    assert 10 * size * 4 <= after_rows - after_opening < 10 * size * 4 + slack
-    assert size * 8 * 4 <= after_columns - after_rows < size * 8 * 4 + slack
+    assert 10 * columns * 4 <= after_rows - after_opening < 10 * columns * 4 + slack
+    # The gaps of almost 64 KiB are skipped.
+    assert rows * 8 * 4 <= after_columns - after_rows < rows * 8 * 4 + slack
+
+
+def test_narrow_gaps_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(positioned_reads, "_BLOCK", 700)  # not a multiple of a row
+    tensor = torch.arange(3 * 50 * 40).view(3, 50, 40)
+    file = saved(tmp_path / "t.safetensors", {"t": tensor, "matrix": tensor.view(150, 40).clone()})
+    calls = 0
+    preadv = os.preadv
+
+    def counted(*args: Any) -> int:
+        nonlocal calls
+        calls += 1
+        return preadv(*args)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    columns = (slice(1, 149), slice(30, 39))
+    out = torch.empty(148, 9, dtype=torch.int64)
+    assert file.read_slice("matrix", columns, out=out) is out
+    assert torch.equal(out, tensor.view(150, 40)[columns])
+    assert calls == 74  # two rows of 320 bytes in each, instead of 148 runs
+    both = (slice(0, 2), slice(10, 45), slice(3, 30))
+    assert torch.equal(file.read_slice("t", both), tensor[both])
 
 
 def test_threads_read_the_same_file(tmp_path: Path) -> None:

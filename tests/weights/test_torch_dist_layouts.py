@@ -11,8 +11,8 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStora
 
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron, megatron_content
 from megatron_oprd.models.open_checkpoint import open_checkpoint
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_tiny_model, tiny_config
 from tests.workers.torch_dist import VOCAB_MULTIPLE
@@ -75,10 +75,10 @@ LOADED: dict[str, tuple[str, dict[str, int], dict[str, int], list[int] | None]] 
 IN_BFLOAT16 = {"pp2", "ep2_tp2", "pp2_of_tp2", "tp2_of_ep2"}
 
 
-def target(layout: dict[str, int]) -> TargetLayout:
-    sizes = {**layout}
+def target(layout: dict[str, int]) -> ParallelLayout:
+    sizes: dict[str, Any] = {**layout}
     sizes.pop("virtual_pipeline_model_parallel_size", None)
-    return TargetLayout(**sizes)
+    return ParallelLayout(**sizes)
 
 
 def settings(layout: dict[str, int], name: str) -> Settings:

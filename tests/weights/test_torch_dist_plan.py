@@ -11,7 +11,7 @@ from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, Ro
 from megatron_oprd.models.families import mapping_table
 from megatron_oprd.weights.mapping import Mapping
 from megatron_oprd.weights.torch_dist_plan import (
-    TargetLayout,
+    ParallelLayout,
     chunk_name,
     plan_files,
     stage_of_layers,
@@ -51,13 +51,13 @@ def dtypes(mappings: list[Mapping], **others: torch.dtype) -> dict[str, torch.dt
 @pytest.mark.parametrize(
     "layout",
     [
-        TargetLayout(),
-        TargetLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=3),
-        TargetLayout(tensor_model_parallel_size=4, expert_model_parallel_size=2),
-        TargetLayout(expert_model_parallel_size=4, expert_tensor_parallel_size=2),
+        ParallelLayout(),
+        ParallelLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=3),
+        ParallelLayout(tensor_model_parallel_size=4, expert_model_parallel_size=2),
+        ParallelLayout(expert_model_parallel_size=4, expert_tensor_parallel_size=2),
     ],
 )
-def test_chunks_make_up_every_tensor(moe: MixtureOfExperts | None, layout: TargetLayout) -> None:
+def test_chunks_make_up_every_tensor(moe: MixtureOfExperts | None, layout: ParallelLayout) -> None:
     mappings = table(moe)
     files = plan_files(mappings, layout=layout, dtypes=dtypes(mappings), max_file_bytes=5000)
     covered: dict[str, torch.Tensor] = {}
@@ -77,7 +77,7 @@ def test_chunks_make_up_every_tensor(moe: MixtureOfExperts | None, layout: Targe
 
 def test_a_file_holds_chunks_of_one_rank_up_to_its_size() -> None:
     mappings = table(EXPERTS)
-    layout = TargetLayout(
+    layout = ParallelLayout(
         tensor_model_parallel_size=2, pipeline_model_parallel_size=2, expert_model_parallel_size=2
     )
     limit = 6000
@@ -93,16 +93,15 @@ def test_a_file_holds_chunks_of_one_rank_up_to_its_size() -> None:
             experts.add(None if expert is None else expert // 2)
         assert len(stages) <= 1
         assert len(experts) == 1
-    small = plan_files(mappings, layout=TargetLayout(), dtypes=dtypes(mappings))
+    small = plan_files(mappings, layout=ParallelLayout(), dtypes=dtypes(mappings))
     assert len(small) == 2  # the experts' ranks are not the other parameters'
 
 
 def test_the_widest_dtype_of_a_stacked_tensor_counts() -> None:
     mappings = table()
     name = "decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight"
-    files = plan_files(
-        mappings, layout=TargetLayout(), dtypes=dtypes(mappings, **{name.format(2): torch.float32})
-    )
+    stored = dtypes(mappings, **{name.format(2): torch.float32})
+    files = plan_files(mappings, layout=ParallelLayout(), dtypes=stored)
     found = Counter(
         (chunk.dtype, "layer_norm" in chunk.key and "qkv" in chunk.key)
         for file in files
@@ -114,7 +113,7 @@ def test_the_widest_dtype_of_a_stacked_tensor_counts() -> None:
 
 def test_empty_objects_go_with_their_layers() -> None:
     mappings = table(EXPERTS)
-    layout = TargetLayout(tensor_model_parallel_size=2)
+    layout = ParallelLayout(tensor_model_parallel_size=2)
     files = plan_files(mappings, layout=layout, dtypes=dtypes(mappings), max_file_bytes=6000)
     objects = [name for file in files for name in file.objects]
     assert len(objects) == len(set(objects))
@@ -131,13 +130,13 @@ def test_empty_objects_go_with_their_layers() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (TargetLayout(tensor_model_parallel_size=3), "do not divide into 3 ranks"),
-        (TargetLayout(expert_model_parallel_size=3), "4 experts do not divide into 3 ranks"),
-        (TargetLayout(expert_tensor_parallel_size=3), "linear_fc1.* do not divide into 3"),
-        (TargetLayout(pipeline_model_parallel_size=6), "-size 6: the model has 5 layers"),
+        (ParallelLayout(tensor_model_parallel_size=3), "do not divide into 3 ranks"),
+        (ParallelLayout(expert_model_parallel_size=3), "4 experts do not divide into 3 ranks"),
+        (ParallelLayout(expert_tensor_parallel_size=3), "linear_fc1.* do not divide into 3"),
+        (ParallelLayout(pipeline_model_parallel_size=6), "-size 6: the model has 5 layers"),
     ],
 )
-def test_a_layout_that_does_not_fit(layout: TargetLayout, message: str) -> None:
+def test_a_layout_that_does_not_fit(layout: ParallelLayout, message: str) -> None:
     mappings = table(EXPERTS)
     with pytest.raises(UserError, match=message):
         plan_files(mappings, layout=layout, dtypes=dtypes(mappings))

@@ -15,17 +15,17 @@ from torch.distributed.checkpoint import FileSystemReader
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron, megatron_content
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.open_checkpoint import open_checkpoint
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights import distcp_file, torch_dist_plan, torch_dist_writer
 from megatron_oprd.weights.distcp_file import AlternatingBuffers, read_chunk, write_file
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_tiny_model, tiny_config
 
 # Files of a few chunks, so that a tiny model has several.
 FILE_BYTES = 30_000
-TP2 = Settings(layout=TargetLayout(tensor_model_parallel_size=2), make_vocab_size_divisible_by=8)
+TP2 = Settings(layout=ParallelLayout(tensor_model_parallel_size=2), make_vocab_size_divisible_by=8)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 def test_padding_is_zero(model: Path, tmp_path: Path) -> None:
     settings = Settings(
-        layout=TargetLayout(tensor_model_parallel_size=4), make_vocab_size_divisible_by=128
+        layout=ParallelLayout(tensor_model_parallel_size=4), make_vocab_size_divisible_by=128
     )
     files = TorchDistFiles(hf_to_megatron(model, tmp_path / "m", settings) / "release")
     embedding = files.read_slice("embedding.word_embeddings.weight")

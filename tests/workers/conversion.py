@@ -7,13 +7,13 @@ from unittest.mock import patch
 
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
 from megatron_oprd.errors import UserError
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights import torch_dist_plan, torch_dist_writer
 from megatron_oprd.weights.distcp_file import write_file
 from megatron_oprd.weights.ranks import conversion_ranks
-from megatron_oprd.weights.torch_dist_plan import TargetLayout
 
 SETTINGS = Settings(
-    layout=TargetLayout(tensor_model_parallel_size=2), make_vocab_size_divisible_by=8
+    layout=ParallelLayout(tensor_model_parallel_size=2), make_vocab_size_divisible_by=8
 )
 
 

@@ -158,7 +158,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             [
                 *(t for chunk in distiller.teachers[0].chunks for t in chunk.parameters()),
                 *(t for chunk in distiller.teachers[0].chunks for t in chunk.buffers()),
-                *(t for m in group for t in (m.tokens, m.position_ids)),
+                *(t for m in group for t in (m.input.tokens, m.input.position_ids)),
             ]
         )
         with of_teacher:
@@ -175,7 +175,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             *(buffer.grad_data for buffer in buffers),
             *adam,
             *main,
-            *(t for m in group for t in (m.tokens, m.position_ids)),
+            *(t for m in group for t in (m.input.tokens, m.input.position_ids)),
         ]
         del targets
         saved, allocated = SavedTensors(known), Allocations(known)
