@@ -13,13 +13,14 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from reinforce import Reinforcement, reinforce
-from task import Problem, accuracy, make_split, make_tokenizer, write_problems
+from task import Problem, Split, accuracy, make_split, make_tokenizer, write_problems
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -105,6 +106,55 @@ def pretrain(out: Path, settings: Settings) -> None:
     for name, problems in vars(split).items():
         write_problems(out / f"{name}.jsonl", problems)
     tokenizer = make_tokenizer()
+    started, curve, student = time.perf_counter(), [], None
+    for reached in from_scratch(settings, split, tokenizer):
+        model = reached.model
+        curve.append({name: getattr(reached, name) for name in ("step", "loss", "accuracy")})
+        if student is None and reached.accuracy >= settings.student_accuracy:
+            student = reached.step
+            save(model, tokenizer, out / "student")
+    if student in (None, settings.steps):
+        raise UserError(
+            f"no checkpoint before step {settings.steps} solved {settings.student_accuracy:.0%} of "
+            "the validation problems; give the pretraining more steps"
+        )
+    save(model, tokenizer, out / "early")
+    model = LlamaForCausalLM.from_pretrained(out / "student", local_files_only=True)
+    rl_curve = reinforce(model, tokenizer, split, settings.rl)
+    save(model, tokenizer, out / "rl")
+    record = {
+        "settings": asdict(settings),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "student_step": student,
+        "curve": curve,
+        "rl_curve": rl_curve,
+        "seconds": time.perf_counter() - started,
+    }
+    (out / MODELS_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    print(f"student after {student} steps of {settings.steps}, two teachers: {out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reached:
+    """A model at an evaluation of its pretraining.
+
+    Attributes:
+        step: Steps done.
+        loss: Of the last one.
+        accuracy: Share of the validation problems that are solved.
+        model: The model, which is trained further when the next one is asked for.
+    """
+
+    step: int
+    loss: float
+    accuracy: float
+    model: LlamaForCausalLM
+
+
+def from_scratch(
+    settings: Settings, split: Split, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Reached]:
+    """Trains a model from scratch, and yields it at each evaluation and at the end."""
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(model_config(settings, tokenizer))
     model.generation_config = GenerationConfig(
@@ -115,7 +165,6 @@ def pretrain(out: Path, settings: Settings) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _lr_factor(step, settings.steps)
     )
-    started, curve, student = time.perf_counter(), [], None
     order: list[Tensor] = []
     for step in range(1, settings.steps + 1):
         if not order:
@@ -133,30 +182,8 @@ def pretrain(out: Path, settings: Settings) -> None:
         if step % settings.interval and step != settings.steps:
             continue
         solved = accuracy(model, tokenizer, split.validation)
-        curve.append({"step": step, "loss": loss.item(), "accuracy": solved})
         print(f"step {step}  loss {loss.item():.3f}  accuracy {solved:.3f}", flush=True)
-        if student is None and solved >= settings.student_accuracy and step < settings.steps:
-            student = step
-            _save(model, tokenizer, out / "student")
-    if student is None:
-        raise UserError(
-            f"no checkpoint before step {settings.steps} solved {settings.student_accuracy:.0%} of "
-            "the validation problems; give the pretraining more steps"
-        )
-    _save(model, tokenizer, out / "early")
-    model = LlamaForCausalLM.from_pretrained(out / "student", local_files_only=True)
-    rl_curve = reinforce(model, tokenizer, split, settings.rl)
-    _save(model, tokenizer, out / "rl")
-    record = {
-        "settings": asdict(settings),
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "student_step": student,
-        "curve": curve,
-        "rl_curve": rl_curve,
-        "seconds": time.perf_counter() - started,
-    }
-    (out / MODELS_RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    print(f"student after {student} steps of {settings.steps}, two teachers: {out}")
+        yield Reached(step=step, loss=loss.item(), accuracy=solved, model=model)
 
 
 def model_config(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
@@ -200,7 +227,8 @@ def _lr_factor(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes a Hugging Face folder with the tokenizer."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -4,14 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from methods import BY_KEY
-from task import MAX_NEW_TOKENS, is_correct, read_problems
+from task import MAX_NEW_TOKENS, Problem, is_correct, read_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +90,33 @@ def train(run: Run, *, models: Path, out: Path, budget: Budget) -> Curve:
     Raises:
         subprocess.CalledProcessError: The run failed; its output is in ``out/log``.
     """
+    config = configuration(run, models=models, out=out, budget=budget)
+    start("train", config, out)
+    return curve_of(out, read_problems(models / "test.jsonl")[: budget.curve_problems])
+
+
+def start(command: str, config: Mapping[str, Any], out: Path) -> None:
+    """Runs a command of the program on a configuration, in a process of its own.
+
+    What an earlier run left in ``out`` is removed. Raises `subprocess.CalledProcessError` if the
+    command failed; its output is in ``out/log``.
+    """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    config = configuration(run, models=models, out=out, budget=budget)
-    (out / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    command = [sys.executable, "-m", "megatron_oprd.train", "--config", str(out / "run.yaml")]
+    (out / "run.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    arguments = [sys.executable, "-m", f"megatron_oprd.{command}", "--config", out / "run.yaml"]
     with (out / "log").open("w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log)
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    problems = read_problems(models / "test.jsonl")[: budget.curve_problems]
+        subprocess.run(arguments, check=True, stdout=log, stderr=log)
+
+
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    """The metrics of each step of a run."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve_of(out: Path, problems: Sequence[Problem]) -> Curve:
+    """What a run that was evaluated on ``problems`` wrote down while it trained."""
+    records = metrics_of(out)
     answers = {i: problem.answer for i, problem in enumerate(problems)}
     accuracy, seconds, passed = {}, {}, 0.0
     for record in records:
