@@ -5,6 +5,7 @@
 # make test-vllm   runs the tests with vLLM rollouts, in an environment of their own, .venv-vllm
 # make mutation    breaks the code in 84 places, one after another: tests have to notice (an hour)
 # make reproduce-small    compares the main methods on a task that a small model learns on the CPU
+# make reproduce-small-widths    a wider teacher through a bridge, on the same task
 # make reproduce-small-full    compares all methods there, with learning-rate sweep and three seeds
 # make bridge-real    distils SmolLM2-135M into smaller students, also with other tokenizers
 # All but test-vllm install into .venv on first use. PYTHON chooses the interpreter (3.11 or newer).
@@ -22,8 +23,8 @@ TEACHER := $(SMOLLM2)/SmolLM2-135M-Instruct
 # Python sources of Transformer Engine, with which a test compares names; nothing is installed.
 ENGINE := .cache/transformer_engine/transformer_engine-2.11.0-py3-none-any.whl
 
-.PHONY: demo reproduce-small reproduce-small-full bridge-real test test-fast test-nightly test-vllm \
-	mutation lint format install clean help transformer-engine
+.PHONY: demo reproduce-small reproduce-small-widths reproduce-small-full bridge-real test \
+	test-fast test-nightly test-vllm mutation lint format install clean help transformer-engine
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -80,6 +81,10 @@ $(REPRODUCTION)/models/pretrain.json: | $(INSTALLED)
 reproduce-small: $(REPRODUCTION)/models/pretrain.json
 	OMP_NUM_THREADS=1 $(BIN)/python examples/reproduce_small/compare.py \
 		--models $(REPRODUCTION)/models --out $(REPRODUCTION)/comparison
+
+reproduce-small-widths: $(REPRODUCTION)/models/pretrain.json
+	OMP_NUM_THREADS=1 $(BIN)/python examples/reproduce_small/widths.py \
+		--models $(REPRODUCTION)/models --out $(REPRODUCTION)/widths
 
 reproduce-small-full: $(REPRODUCTION)/models/pretrain.json
 	OMP_NUM_THREADS=1 $(BIN)/python examples/reproduce_small/compare.py --plan full \

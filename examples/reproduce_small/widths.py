@@ -62,6 +62,8 @@ def methods(steps: int, bridge: Path) -> dict[str, dict[str, Any]]:
     """The settings of each method, by its name."""
     through = {"bridge": {"path": str(bridge), "rank": _RANK}}
     unit = {"normalize": "l2", "coefficient": 10.0}
+    # LastOPD's: a projector of the student's states to the teacher's width.
+    trains, thousand = {"bridge": {"trainable": "linear"}}, unit | {"coefficient": 1000.0}
     last = {"taps": {"layers": "last"}}
     # LastOPD's crossfade: over a twentieth of the steps, after a quarter of them.
     begin, end = steps // 4, steps // 4 + max(1, steps // 20)
@@ -74,6 +76,11 @@ def methods(steps: int, bridge: Path) -> dict[str, dict[str, Any]]:
         | {"loss": unit | {"coefficient_points": fade_out}}
         | {"output_loss": _TOP_16 | {"coefficient_points": fade_in}},
         "both, all layers": through | {"loss": unit, "output_loss": _TOP_16},
+        "projector that trains, last layer": trains | last | {"loss": thousand},
+        "the same, then top-16": trains
+        | last
+        | {"loss": thousand | {"coefficient_points": fade_out}}
+        | {"output_loss": _TOP_16 | {"coefficient_points": fade_in}},
         "top-16": {"taps": {"layers": "none"}, "output_loss": _TOP_16},
     }
 

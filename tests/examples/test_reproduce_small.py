@@ -95,6 +95,19 @@ def test_a_plan_is_run_measured_and_resumed(tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns == written[path] for path in results[1:])
 
 
+@slow
+def test_a_wider_teacher(tmp_path: Path) -> None:
+    models, out = tmp_path / "models", tmp_path / "widths"
+    _start("pretrain.py", "--small", "--out", str(models))
+    printed = _start("widths.py", "--small", "--models", str(models), "--out", str(out))
+    runs = json.loads((out / "widths.json").read_text())["runs"]
+    assert all(run["method"] in printed for run in runs)
+    assert len(runs) == 7
+    for run in runs:
+        assert list(run["accuracy"]) == list(run["cosine"]) == ["1", "2", "3", "4"]
+        assert (None in run["cosine"].values()) == (run["method"] == "top-16")
+
+
 def _name(run: dict[str, Any]) -> str:
     return f"{run['method']}_{run['lr']:g}_{run['seed']}"
 
