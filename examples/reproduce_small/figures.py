@@ -41,9 +41,10 @@ def curves_figure(comparison: Comparison, cells: list[Cell]) -> Figure:
             label=f"{NEAR_TEACHER:.0%} of the teacher",
         )
         axis.set(xlabel="optimizer steps", title=f"{PAIRS[cell.pair]}, {cell.responses} a step")
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[0].set(ylabel="problems solved")
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(axes[-1])
+    # The first cell has all methods.
+    _legend(axes[-1], of=axes[0])
     return figure
 
 
@@ -69,7 +70,7 @@ def responses_figure(comparison: Comparison, cells: list[Cell]) -> Figure:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set(xlabel="responses a step", ylabel="problems solved", title=PAIRS[cells[0].pair])
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(axis)
+    _legend(axis, of=axis)
     return figure
 
 
@@ -88,7 +89,7 @@ def positions_figure(comparison: Comparison, cell: Cell) -> Figure:
             _by_position(axis, values, label=method.name, **_STYLES[method.key])
         axis.set(xlabel="token of the response", ylabel=name, yscale="log")
     figure.suptitle(f"{PAIRS[cell.pair]}, {cell.responses} responses a step")
-    _legend(axes[-1])
+    _legend(axes[-1], of=axes[-1])
     return figure
 
 
@@ -117,5 +118,7 @@ def _panels(number: int) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _legend(axis: Axes) -> None:
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
+def _legend(axis: Axes, *, of: Axes) -> None:
+    """Names the lines ``of`` one panel to the right of another."""
+    lines, names = of.get_legend_handles_labels()
+    axis.legend(lines, names, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
