@@ -91,14 +91,14 @@ def test_layout_changes_nothing(root: Path, layout: str, method: str) -> None:
 
 
 def hidden_rows(model: Path, rollouts: list[Rollout], layer: int) -> Tensor:
-    """Hugging Face's states at the responses' tokens, [n, d], fp64."""
+    """Hugging Face's states at the positions that predict the responses, [n, d], fp64."""
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     rows = []
     for one in rollouts:
         ids = torch.tensor([[*one.prompt_ids, *one.response_ids]])
         with torch.no_grad():
             states = hf(ids, output_hidden_states=True).hidden_states[layer + 1][0]
-        rows.append(states[len(one.prompt_ids) :])
+        rows.append(states[len(one.prompt_ids) - 1 : -1])
     return torch.cat(rows)
 
 

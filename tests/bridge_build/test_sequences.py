@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megatron_oprd.bridge_build.sequences import number_rows, split_prompts
-from megatron_oprd.config.schema import TapConfig
+from megatron_oprd.config.schema import Alignment, TapConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import Rollout
 
@@ -20,14 +20,16 @@ def rollouts() -> list[Rollout]:
     ]
 
 
-def test_every_supervised_position_has_its_number() -> None:
-    found = number_rows(rollouts(), TapConfig(positions="last_k", k=4), max_rows=None, seed=0)
+@pytest.mark.parametrize(("alignment", "shift"), [("predictor", -1), ("token", 0)])
+def test_every_supervised_position_has_its_number(alignment: Alignment, shift: int) -> None:
+    taps = TapConfig(positions="last_k", k=4, alignment=alignment)
+    found = number_rows(rollouts(), taps, max_rows=None, seed=0)
     expected, number = [], 0
     for one in rollouts():
         marks = [0.0] * (len(one.prompt_ids) + len(one.response_ids))
         for position in range(len(marks) - min(4, len(one.response_ids)), len(marks)):
             number += 1
-            marks[position] = number
+            marks[position + shift] = number
         expected.append(marks)
     assert [numbers.tolist() for numbers in found.row_numbers] == expected
     assert found.num_rows == number == 17

@@ -28,7 +28,7 @@ def test_names_both_steps_numbers_and_what_to_do() -> None:
         "taps.layers = last",
         "output_loss.kind",
         "loss.coefficient_points",
-        "losses.md",
+        "choosing.md",
     ):
         assert advice in text
 

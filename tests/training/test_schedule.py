@@ -35,6 +35,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nothing = [
         "train_iters=3", "teacher_prompt.tokenizer=own", "optimizer.weight_decay=0.5",
         "optimizer.lr=0.1", "checkpoint.save_interval=null",
+        # The ends of the prompts, which predict the first tokens, are always a pair.
+        "taps.alignment=token",
     ]  # fmt: skip
     cases.append({"name": "nothing", "pair": str(pair), "overrides": nothing, "no_pairs": True})
     run_ranks("loop", cases, 1, root)
