@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_oprd.bridge_build.config import BuildBridgeConfig
 from megatron_oprd.config.schema import RunConfig
-from megatron_oprd.config.setting import Rules, When, default_of, name_of, rules_of, shown
+from megatron_oprd.config.setting import Rules, When, default_of, rules_of, shown, spelled
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -85,7 +85,7 @@ def _section(prefix: str, schema: type, of_group: Rules) -> str:
         rules, default = rules_of(declared), default_of(declared)
         is_required = default == "???" or (rules.not_empty and not default)
         cells = (
-            f"`{prefix}{name_of(declared)}`",
+            f"`{prefix}{spelled(name)}`",
             _type(hint),
             "required" if is_required else _code(shown(default)),
             _rules(rules, is_list="list" in str(hint)),

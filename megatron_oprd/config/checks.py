@@ -14,7 +14,6 @@ from megatron_oprd.config.engines.checks import ENGINE_CHECKS
 from megatron_oprd.config.schema import (
     ParallelConfig,
     RunConfig,
-    TeacherConfig,
     TeacherPromptConfig,
 )
 from megatron_oprd.config.setting import Found, Rules, When, settings_of, shown
@@ -160,7 +159,7 @@ def _check_extra_teachers(config: RunConfig) -> None:
             "extra_teachers with teacher_prompt: several teachers read the student's sequences; "
             "leave one of the two out"
         )
-    for name, teacher in _named_teachers(config):
+    for name, teacher in config.named_teachers:
         if teacher.when and teacher.prompt_share is not None:
             raise UserError(
                 f"{name}.when = {teacher.when} with {name}.prompt_share = {teacher.prompt_share}: "
@@ -177,11 +176,6 @@ def _check_extra_teachers(config: RunConfig) -> None:
             f"prompt_share of the teachers = {shares}: leave {1 - sum(given):.3g} of the prompts "
             "to no teacher; make them 1 together, or leave one out, for all prompts"
         )
-
-
-def _named_teachers(config: RunConfig) -> list[tuple[str, TeacherConfig]]:
-    names = ["teacher", *(f"extra_teachers[{i}]" for i in range(len(config.extra_teachers)))]
-    return list(zip(names, config.teachers, strict=True))
 
 
 def _check_when(setting: str, when: dict[str, Any]) -> None:
@@ -206,7 +200,7 @@ def _check_negative_teachers(config: RunConfig) -> None:
             f"{setting} with loss.normalize = {config.loss.normalize}: a negative coefficient "
             "needs plain MSE, loss.normalize = none"
         )
-    for other, teacher in _named_teachers(config):
+    for other, teacher in config.named_teachers:
         if teacher.prompt_share is not None or teacher.when:
             what = "when" if teacher.when else "prompt_share"
             raise UserError(

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_oprd.config.checks import check_values
 from megatron_oprd.config.ride import with_base_as_teacher
 from megatron_oprd.config.schema import RunConfig
+from megatron_oprd.config.setting import spelled
 from megatron_oprd.errors import UserError
 
 Settings = TypeVar("Settings")
@@ -110,7 +111,7 @@ def load_settings(path: Path, overrides: Sequence[str], schema: type[Settings]) 
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or _failing_key(given, schema)
-        key = _spelled(key)
+        key = spelled(key)
         origin = next(
             (where for of, where in origins.items() if key == of or key.startswith(f"{of}.")),
             f"--config {path}",
@@ -162,13 +163,8 @@ def _failing_key(given: Any, schema: type) -> str:
     return found
 
 
-def _spelled(key: str) -> str:
-    """A field's path as the setting is spelled, see `name_of`."""
-    return ".".join(part.removesuffix("_") for part in key.split("."))
-
-
 def _field_names(given: Any) -> Any:
-    """The settings with the names of their fields, see `name_of`."""
+    """The settings with the names of their fields, see `spelled`."""
     if not isinstance(given, dict):
         return given
     return {
@@ -192,7 +188,7 @@ def _check_keys(given: Any, schema: type, prefix: str, *, root: type) -> None:
             if meant in all_keys:
                 raise UserError(f"unknown setting {full!r}; here it is called {meant!r}")
             elsewhere = [k for k in all_keys if k.rsplit(".", 1)[-1] == str(key)]
-            near = difflib.get_close_matches(str(key), map(_spelled, hints), n=1, cutoff=0.0)
+            near = difflib.get_close_matches(str(key), map(spelled, hints), n=1, cutoff=0.0)
             nearest = elsewhere[0] if elsewhere else f"{prefix}{near[0]}"
             raise UserError(f"unknown setting {full!r}; the nearest is {nearest!r}")
         if is_dataclass(hints[key]):
@@ -206,5 +202,5 @@ def _all_keys(schema: type, prefix: str = "") -> list[str]:
             assert isinstance(hint, type)
             keys += _all_keys(hint, f"{prefix}{name}.")
         else:
-            keys.append(f"{prefix}{_spelled(name)}")
+            keys.append(f"{prefix}{spelled(name)}")
     return keys

@@ -795,6 +795,12 @@ class RunConfig:
         return [self.teacher, *(one.as_teacher(self.teacher) for one in self.extra_teachers)]
 
     @property
+    def named_teachers(self) -> list[tuple[str, TeacherConfig]]:
+        """`teachers`, each with the setting that it comes from."""
+        names = ["teacher", *(f"extra_teachers[{i}]" for i in range(len(self.extra_teachers)))]
+        return list(zip(names, self.teachers, strict=True))
+
+    @property
     def prompt_columns(self) -> list[str]:
         """The columns of the prompt files that assign prompts to teachers or to steps."""
         columns = [column for teacher in self.teachers for column in teacher.when]

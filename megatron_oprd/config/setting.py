@@ -126,12 +126,12 @@ def group(settings: type, *, only_with: When | tuple[When, ...] = ()) -> Any:
     return field(default_factory=settings, metadata={_RULES: Rules(only_with=conditions)})
 
 
-def name_of(declared: Any) -> str:
-    """The name of the setting of a dataclass field.
+def spelled(path: str) -> str:
+    """The setting of a field, or of fields with full stops between them, as users write it.
 
     A field cannot have one of Python's keywords as its name, and has an underscore behind it.
     """
-    return declared.name.removesuffix("_")
+    return ".".join(part.removesuffix("_") for part in path.split("."))
 
 
 def rules_of(declared: Any) -> Rules:
@@ -174,7 +174,7 @@ def settings_of(
         of_groups: The rules of the group and of those that it is in.
     """
     for declared in fields(config):
-        key, rules = f"{prefix}{name_of(declared)}", rules_of(declared)
+        key, rules = f"{prefix}{spelled(declared.name)}", rules_of(declared)
         value = getattr(config, declared.name)
         if is_dataclass(value):
             yield from settings_of(value, f"{key}.", (*of_groups, rules))

@@ -44,9 +44,8 @@ def load_run_prompts(plan: RunPlan, *, today: datetime.date | None = None) -> li
 
 def _check_columns(config: RunConfig, prompts: Sequence[Prompt]) -> None:
     """Refuses a teacher without a prompt, and says how many prompts have no teacher."""
-    names = ["teacher", *(f"extra_teachers[{i}]" for i in range(len(config.extra_teachers)))]
     taught = [False] * len(prompts)
-    for name, teacher in zip(names, config.teachers, strict=True):
+    for name, teacher in config.named_teachers:
         matches = [_matches(teacher.when, dict(prompt.columns)) for prompt in prompts]
         taught = [before or now for before, now in zip(taught, matches, strict=True)]
         if not any(matches):
