@@ -179,8 +179,8 @@ def _logits(
     name = "embedding.word_embeddings.weight" if architecture.tied else "output_layer.weight"
     # The head is the first stage's embedding, but the normed states are on the last stage.
     if architecture.tied and context.pp_size > 1:
-        stages: list[list[Tensor] | None] = [None] * context.groups.mp.size()
-        dist.all_gather_object(stages, normed, group=context.replica_control)
+        stages: list[list[Tensor] | None] = [None] * context.control.size()
+        dist.all_gather_object(stages, normed, group=context.control)
         normed = next(one for one in stages if one is not None)
     head = named_parameters(chunks).get(name)
     if head is None:
@@ -196,9 +196,9 @@ def _logits(
 
 
 def _gather(states: Outputs, context: ParallelContext) -> list[Outputs] | None:
-    """The states of all ranks of the replica, on its leader."""
+    """The states of all ranks, on rank 0."""
     gathered: list[Outputs] | None = None
-    if context.is_leader:
-        gathered = [{} for _ in range(context.groups.mp.size())]
-    dist.gather_object(states, gathered, dst=context.leader, group=context.replica_control)
+    if context.rank == 0:
+        gathered = [{} for _ in range(context.control.size())]
+    dist.gather_object(states, gathered, dst=0, group=context.control)
     return gathered

@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmarks.add_argument(
         "--server-url",
         metavar="URL",
-        help=f"a server of --engine {serving}, as for its setting server_url in training, "
+        help=f"a server of --engine {serving}, as in its setting servers in training, "
         "that gets the weights of each --model in turn; default: none, the engine is "
         "started here",
     )

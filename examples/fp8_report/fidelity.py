@@ -256,7 +256,7 @@ def _sequences(
             "continue prompts with; give --max-new-tokens 0"
         )
     continued: list[list[tuple[int, ...]]] = [[]]
-    if context.is_leader:
+    if context.rank == 0:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         continuations = teacher_continuations(
             model.to(context.device).eval(),
@@ -265,7 +265,7 @@ def _sequences(
             max_new_tokens=max_new_tokens,
         )
         continued = [[continuation.response_ids for continuation in continuations]]
-    dist.broadcast_object_list(continued, src=context.leader, group=context.replica_control)
+    dist.broadcast_object_list(continued, src=0, group=context.control)
     sequences = [[*p, *response] for p, response in zip(prompts, continued[0], strict=True)]
     return sequences, [len(prompt) for prompt in prompts]
 

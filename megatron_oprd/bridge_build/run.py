@@ -38,7 +38,7 @@ from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training.layout import ModelLayout
 from megatron_oprd.training.plan import RunPlan
-from megatron_oprd.training.prompts import load_run_prompts, prompts_of_step
+from megatron_oprd.training.prompts import load_run_prompts, sent_prompts_of_step
 from megatron_oprd.training.rollouts import open_engines, sampling_of_step
 
 
@@ -115,14 +115,12 @@ def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelCont
 
 def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext) -> list[Rollout]:
     """Stage 0: responses of the student as it is on disk, the same on every rank."""
-    prompts = load_run_prompts(plan) if context.is_leader else []
+    prompts = load_run_prompts(plan) if context.rank == 0 else []
     rollouts: list[Rollout] = []
     source = plan.student_checkpoint
-    # Only leaders have an engine to send weights to.
-    names = source.names() if context.is_leader else []
 
-    def stream(_trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        return ((name, source.read(name)) for name in names)
+    def stream(*, trainable_only: bool, wanted: bool) -> Iterator[tuple[str, Tensor | None]]:
+        return ((name, source.read(name)) for name in (source.names() if wanted else ()))
 
     with open_engines(
         plan,
@@ -133,7 +131,7 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
     ) as engines:
         engines.sync()
         for step in range(config.num_steps):
-            of_step = prompts_of_step(step, prompts, plan.config)
+            of_step = sent_prompts_of_step(step, prompts, plan.config, context)
             sampling = sampling_of_step(step, plan.config)
             rollouts += collect(
                 engines, of_step, sampling, context=context, reader=plan.teachers[0].reader
@@ -256,19 +254,19 @@ def _sum_over_parts(tensors: list[Tensor], plan: RunPlan, context: ParallelConte
 def _gather(
     fits: dict[int, FittedPair], plan: RunPlan, context: ParallelContext
 ) -> Projectors | None:
-    """All pairs' projectors on the replica's leader."""
+    """All pairs' projectors on rank 0."""
     own = {
         number: dataclasses.replace(
             one, student=one.student.cpu(), teacher=one.teacher.cpu(), mean=one.mean.cpu()
         )
         for number, one in fits.items()
         # All ranks of a stage have the same fits after the sums; a single one sends them.
-        if context.tp_rank == 0 and context.cp_rank == 0
+        if context.tp_rank == context.cp_rank == context.dp_rank == 0
     }
     gathered: list[Any] | None = None
-    if context.is_leader:
-        gathered = [None] * dist.get_world_size(context.replica_control)
-    dist.gather_object(own, gathered, dst=context.leader, group=context.replica_control)
+    if context.rank == 0:
+        gathered = [None] * context.control.size()
+    dist.gather_object(own, gathered, dst=0, group=context.control)
     if gathered is None:
         return None
     of_pair = {plan.layout.pairs[n]: one for of_rank in gathered for n, one in of_rank.items()}

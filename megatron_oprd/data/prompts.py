@@ -42,6 +42,8 @@ class Prompt:
     columns: tuple[tuple[str, Any], ...] = ()
     # Earlier occurrences in the same step, so that repeated prompts get other responses.
     occurrence: int = 0
+    # Which of the step's ``samples_per_prompt`` responses an engine is asked for; None: all.
+    samples: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

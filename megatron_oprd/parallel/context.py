@@ -36,13 +36,8 @@ class ParallelContext:
 
     device: torch.device
     groups: ProcessGroupCollection  # megatron-core's
-    # Gloo groups for objects, in which a rank may wait as long as a rollout takes: over the ranks
-    # of this replica (TP x CP x PP), and over one rank of each replica (the data-parallel group).
-    replica_control: dist.ProcessGroup
-    leaders_control: dist.ProcessGroup
-    # Global rank of the replica's first rank (tensor rank 0 of stage 0), which generates rollouts
-    # and collects exported weights.
-    leader: int
+    # Gloo group of all ranks for objects, in which a rank may wait as long as a rollout takes.
+    control: dist.ProcessGroup
     # Whether layers are Transformer Engine's.
     transformer_engine: bool
 
@@ -54,7 +49,7 @@ class ParallelContext:
     @property
     def is_leader(self) -> bool:
         """Whether this is the first rank of its data-parallel replica."""
-        return self.rank == self.leader
+        return self.tp_rank == self.cp_rank == self.pp_rank == 0
 
     @property
     def tp_rank(self) -> int:
@@ -213,14 +208,11 @@ def parallel_run(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelCon
     torch.manual_seed(seed + 100 * pp_rank)
     model_parallel_cuda_manual_seed(seed + 100 * pp_rank)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    replica_control = _control_group(groups.dp.rank())
     try:
         yield ParallelContext(
             device=torch.device(torch.cuda.current_device()),
             groups=groups,
-            replica_control=replica_control,
-            leaders_control=_control_group(dist.get_process_group_ranks(groups.dp)[0]),
-            leader=dist.get_process_group_ranks(replica_control)[0],
+            control=dist.new_group(timeout=_CONTROL_TIMEOUT, backend="gloo"),
             transformer_engine=transformer_engine,
         )
         # If a rank leaves while another still communicates with it, the other one fails.
@@ -228,20 +220,6 @@ def parallel_run(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelCon
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-def _control_group(label: int) -> dist.ProcessGroup:
-    """A gloo group over the ranks that call with the same label."""
-    # Creating a group is a collective of the whole world, so every rank needs all members.
-    labels = [0] * dist.get_world_size()
-    dist.all_gather_object(labels, label)
-    members = [
-        [rank for rank, of_rank in enumerate(labels) if of_rank == one] for one in set(labels)
-    ]
-    own, _ = dist.new_subgroups_by_enumeration(
-        sorted(members), timeout=_CONTROL_TIMEOUT, backend="gloo"
-    )
-    return own
 
 
 def _has_transformer_engine() -> bool:

@@ -43,10 +43,10 @@ class SentBytes:
     student_pp: int
     gradients: int  # reduction on the data-parallel group
     parameters: int  # gather of updated parameters on the data-parallel group
-    # Towards the rollout engine, by all ranks of the stage in a replica (and in replicas that share
-    # its experts): shards within the stage, then whole tensors to the leader.
+    # For the rollout engines, by all ranks of the stage in a replica (and in replicas that share
+    # its experts): its shards to the other stages, then all shards within the stage.
     weight_sync: int
-    # All weights: from a replica's leader into its engine's process or, from one replica only, to a
+    # All weights: from an engine's owner into the engine's processes or, from one rank only, to a
     # server, whose workers count as one. 0 elsewhere.
     into_engine: int
 
@@ -71,7 +71,7 @@ def sent_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> SentBy
         gradients=gradients,
         parameters=parameters,
         weight_sync=_weight_sync(layout, pp_rank),
-        into_engine=_into_engine(layout) if pp_rank == 0 else 0,
+        into_engine=_into_engine(layout, pp_rank),
     )
 
 
@@ -195,22 +195,27 @@ def _data_parallel(layout: RunLayout, pp_rank: int) -> tuple[int, int]:
 def _weight_sync(layout: RunLayout, pp_rank: int) -> int:
     place, stages = ParallelLayout.of(layout.config.parallel), layout.stages_of_rank(pp_rank)
     sent = 0
+    parallel = layout.config.parallel
+    of_stage = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    to_others = parallel.pipeline_model_parallel_size - 1
     for mapping in layout.student.table:
-        if stage_of(mapping.megatron, layout.student) not in stages:
-            continue
         ranks = 1 if mapping.is_replicated else mapping.split_at(place)[1]
         shard = math.prod(mapping.local_shape(ranks))
+        is_own = stage_of(mapping.megatron, layout.student) in stages
         if mapping.expert is None:
-            sent += (ranks - 1) * shard
+            # Every rank has its counterparts on the other stages.
+            sent += of_stage * (ranks - 1) * shard + is_own * of_stage * to_others * shard
         else:  # broadcast to all ranks that share the experts
             sent += (ranks * place.expert_model_parallel_size - 1) * ranks * shard
-        if pp_rank > 0:
-            sent += ranks * shard
+            sent += is_own * ranks * to_others * shard
     return sent * DTYPES[layout.config.model.params_dtype].itemsize
 
 
-def _into_engine(layout: RunLayout) -> int:
-    return 0 if engine_place(layout) == "trainer" else sync_bytes(layout)
+def _into_engine(layout: RunLayout, pp_rank: int) -> int:
+    place = engine_place(layout)
+    # Engines on the trainer's GPUs are owned by ranks of all stages.
+    has_owner = place == "device" or (place == "server" and pp_rank == 0)
+    return sync_bytes(layout) if has_owner else 0
 
 
 def _ring(layout: RunLayout, num_bytes: int) -> int:

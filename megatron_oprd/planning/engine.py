@@ -30,6 +30,19 @@ def engine_bytes(layout: RunLayout, workload: Workload, *, memory_gb: float) -> 
     return engine_of(layout).memory(layout.config.rollout, load)
 
 
+def num_engines(layout: RunLayout) -> int:
+    """The run's rollout engines: over all its GPUs, or one per data-parallel replica."""
+    if engine_place(layout) != "device":
+        return layout.data_parallel_size
+    world_size = layout.data_parallel_size * layout.config.parallel.replica_size
+    return world_size // engine_of(layout).num_gpus(layout.config.rollout)
+
+
+def responses_of_engine(layout: RunLayout, workload: Workload) -> int:
+    """Responses that the fullest engine generates in a step."""
+    return -(-layout.data_parallel_size * workload.num_sequences // num_engines(layout))
+
+
 def engine_load(layout: RunLayout, workload: Workload, *, memory_gb: float) -> EngineLoad:
     """The numbers of a run that an engine's memory depends on."""
     a = layout.student.architecture
@@ -55,16 +68,16 @@ def engine_load(layout: RunLayout, workload: Workload, *, memory_gb: float) -> E
         vocab_size=a.vocab_size,
         prompt_tokens=workload.prompt_tokens,
         response_tokens=workload.response_tokens,
-        num_sequences=workload.num_sequences,
+        num_sequences=responses_of_engine(layout, workload),
         max_sequence_length=layout.max_sequence_length,
         memory_gb=memory_gb,
     )
 
 
-def sync_workspace(layout: RunLayout) -> int:
-    """Bytes on the leader while the largest tensor is gathered for an engine."""
-    # The ranks' shards, and the whole tensor.
-    return 2 * max(_tensor_sizes(layout)) * _itemsize(layout)
+def sync_workspace(layout: RunLayout, *, owns_engine: bool) -> int:
+    """Bytes on a rank while the largest tensor is gathered for the engines."""
+    # All ranks gather the shards; those that own an engine make the whole tensor of them.
+    return (1 + owns_engine) * max(_tensor_sizes(layout)) * _itemsize(layout)
 
 
 def sync_bytes(layout: RunLayout) -> int:

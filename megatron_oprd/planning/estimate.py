@@ -12,7 +12,7 @@ from megatron_oprd.models.families import read_architecture
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.planning.activations import KERNELS, Kernels
 from megatron_oprd.planning.communication import SentBytes, sent_bytes
-from megatron_oprd.planning.engine import engine_bytes, engine_of
+from megatron_oprd.planning.engine import engine_bytes, engine_of, num_engines
 from megatron_oprd.planning.flops import StageFlops, decode_flops, prefill_flops, stage_flops
 from megatron_oprd.planning.memory import RankMemory, rank_memories, teacher_bytes
 from megatron_oprd.planning.time import Hardware, StepSeconds, step_seconds
@@ -113,8 +113,8 @@ class WorkEstimate:
     workload: Workload
     sent: list[SentBytes]  # by pipeline rank
     stages: list[StageFlops]  # FLOPs of each stage of a replica
-    prefill: int  # FLOPs of a replica's rollout engine, prompts
-    decode: int  # FLOPs of a replica's rollout engine, responses
+    prefill: int  # FLOPs of rollout engines for a replica's share, prompts
+    decode: int  # FLOPs of rollout engines for a replica's share, responses
     seconds: StepSeconds
 
 
@@ -161,8 +161,8 @@ def check_host_memory(
             weights = _largest_teacher(_estimate(alone(config, extra), num_ranks))
             needs[f"extra_teachers[{number}]"] = ranks_on_host * weights
     if memory.engine is not None and memory.engine.host_bytes:
-        # Engines on this host, one per replica, rounded up.
-        engines = -(-ranks_on_host * memory.layout.data_parallel_size // num_ranks)
+        # Engines on this host, rounded up.
+        engines = -(-ranks_on_host * num_engines(memory.layout) // num_ranks)
         needs[engine_of(memory.layout).host_memory_setting] = engines * memory.engine.host_bytes
     if of_checkpoints := (
         ranks_on_host * fullest.checkpoint_bytes

@@ -75,7 +75,7 @@ def stage_flops(layout: RunLayout, workload: Workload, stage: int) -> StageFlops
 
 
 def prefill_flops(layout: RunLayout, workload: Workload) -> int:
-    """FLOPs of the rollout engine's forward pass over a replica's prompts."""
+    """FLOPs of the engines' forward pass over as many prompts as a replica has."""
     a, prompt = layout.student.architecture, workload.prompt_tokens
     of_sequence = a.num_layers * (
         prompt * linear_flops(a) + attention_flops(a, first=0, last=prompt)
@@ -84,7 +84,7 @@ def prefill_flops(layout: RunLayout, workload: Workload) -> int:
 
 
 def decode_flops(layout: RunLayout, workload: Workload) -> int:
-    """FLOPs of decoding a replica's responses."""
+    """FLOPs of decoding as many responses as a replica has."""
     a, prompt = layout.student.architecture, workload.prompt_tokens
     tokens = workload.response_tokens - 1  # the first comes from the prompt's forward pass
     of_sequence = a.num_layers * (

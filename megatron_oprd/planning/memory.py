@@ -129,7 +129,7 @@ class RankMemory:
     """Memory of a rank, and of all ranks of its kind."""
 
     pp_rank: int  # pipeline rank
-    is_leader: bool  # first rank of its replica, which collects the weights for rollouts
+    owns_engine: bool  # sends weights to a rollout engine
     has_engine: bool  # (a part of) the rollout engine is on its device
     phases: dict[Phase, dict[Item, int]]  # bytes per item in each phase, at the phase's peak
     host_bytes: int  # offloaded teacher and optimizer
@@ -158,18 +158,23 @@ class RankMemory:
 def rank_memories(
     layout: RunLayout, workload: Workload, kernels: Kernels, engine: EngineBytes | None
 ) -> list[RankMemory]:
-    """Memory of every distinct rank: the leader and one rank of each kind and stage.
+    """Memory of every distinct rank: one of each kind and stage.
 
-    ``workload`` is the largest step; ``engine`` the rollout engine on the GPUs of each replica's
-    first ranks, if any.
+    ``workload`` is the largest step; ``engine`` a rollout engine on the trainer's GPUs, if any.
     """
     parallel = layout.config.parallel
-    of_stage = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    num_gpus = 0 if engine is None else engine.num_gpus
-    # (stage, is the leader, has a part of the engine); a dict keeps the order.
-    kinds = dict.fromkeys(
-        (rank // of_stage, rank == 0, rank < num_gpus) for rank in range(parallel.replica_size)
-    )
+    stages = range(parallel.pipeline_model_parallel_size)
+    # (stage, owns an engine, has a part of one)
+    if engine is not None and engine_place(layout) == "device":
+        # Engines are over all GPUs. Which ranks own one has nothing to do with stages.
+        owns = (True, False) if engine.num_gpus > 1 else (True,)
+        kinds = [(stage, own, True) for stage in stages for own in owns]
+    else:
+        has_engine = engine is not None
+        kinds = [(0, True, has_engine)]
+        if parallel.tensor_model_parallel_size * parallel.context_parallel_size > 1:
+            kinds.append((0, False, False))
+        kinds += [(stage, False, False) for stage in stages if stage > 0]
     return [_rank_memory(layout, workload, kernels, engine, *kind) for kind in kinds]
 
 
@@ -179,7 +184,7 @@ def _rank_memory(
     kernels: Kernels,
     engine: EngineBytes | None,
     pp_rank: int,
-    is_leader: bool,
+    owns_engine: bool,
     has_engine: bool,
 ) -> RankMemory:
     config = layout.config
@@ -215,8 +220,8 @@ def _rank_memory(
     if config.rollout.logprob_check_interval is not None:
         check = logprob_check_workspace(layout, workload, kernels, pp_rank=pp_rank)
     add = _add_inside if engine_place(layout) == "trainer" else _add_beside
-    gathered = sync_workspace(layout) if is_leader else 0
-    add(phases, engine if has_engine else None, gathered, check, is_leader=is_leader)
+    gathered = sync_workspace(layout, owns_engine=owns_engine)
+    add(phases, engine if has_engine else None, gathered, check, owns_engine=owns_engine)
     if averages := average_bytes(layout, pp_rank=pp_rank, itemsize=itemsize):
         for items in phases.values():
             items["teacher's averages"] = averages
@@ -225,7 +230,7 @@ def _rank_memory(
     host += states if config.optimizer.offload_states else 0
     return RankMemory(
         pp_rank=pp_rank,
-        is_leader=is_leader,
+        owns_engine=owns_engine,
         has_engine=has_engine,
         phases=phases,
         host_bytes=host,
@@ -240,7 +245,7 @@ def _add_inside(
     gathered: int,
     check: int,
     *,
-    is_leader: bool,
+    owns_engine: bool,
 ) -> None:
     """Adds an engine in this rank's process, if any, or the log-probability check if larger.
 
@@ -268,7 +273,7 @@ def _add_beside(
     gathered: int,
     check: int,
     *,
-    is_leader: bool,
+    owns_engine: bool,
 ) -> None:
     """Adds an engine in another process on this device, if any; bytes as in `_add_inside`."""
     rollout = phases["rollout"]
@@ -283,7 +288,7 @@ def _add_beside(
     }
     for phase, items in phases.items():
         items["rollout engine's CUDA context"] = engine.context
-        if is_leader:
+        if owns_engine:
             items["weight sync's bucket"] = engine.bucket
         if phase == "rollout" or not engine.sleeps:
             items |= awake

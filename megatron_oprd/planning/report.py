@@ -12,7 +12,12 @@ from rich.table import Table
 from megatron_oprd.distill.trainable_projectors import num_parameters
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.build import DTYPES
-from megatron_oprd.planning.engine import engine_of, engine_place
+from megatron_oprd.planning.engine import (
+    engine_of,
+    engine_place,
+    num_engines,
+    responses_of_engine,
+)
 from megatron_oprd.planning.estimate import MemoryEstimate, WorkEstimate
 from megatron_oprd.planning.memory import ITEMS, PHASES, RankMemory, teacher_bytes
 from megatron_oprd.planning.parameters import count_parameters
@@ -267,10 +272,14 @@ def write_json(file: Path, plan: dict[str, Any]) -> None:
 
 def rank_name(rank: RankMemory, layout: RunLayout) -> str:
     """A rank's name in tables and messages."""
-    suffix = f", with {engine_of(layout).title}" if rank.has_engine and not rank.is_leader else ""
-    if layout.config.parallel.pipeline_model_parallel_size == 1:
-        return "leader" if rank.is_leader else f"others{suffix}"
-    return f"stage {rank.pp_rank}{', leader' if rank.is_leader else suffix}"
+    names = []
+    if layout.config.parallel.pipeline_model_parallel_size > 1:
+        names.append(f"stage {rank.pp_rank}")
+    if rank.owns_engine:
+        names.append("engine's owner")
+    elif rank.has_engine:
+        names.append(f"with {engine_of(layout).title}")
+    return ", ".join(names) or "others"
 
 
 def _groups_of_ranks(layout: RunLayout) -> str:
@@ -304,10 +313,11 @@ def _rollouts(memory: MemoryEstimate) -> str | None:
     if engine.sleeps:
         of_host = f" and {_gb(engine.host_bytes)} of the host's" if engine.host_bytes else ""
         asleep = f"{_gb(engine.context)} GB{of_host} asleep"
+    responses = responses_of_engine(memory.layout, memory.largest)
     return (
-        f"{title} takes {_gb(engine.awake)} GB of {gpus} of a replica awake, {asleep}; its KV "
-        f"cache holds {engine.num_tokens:,} tokens, {engine.num_responses} of "
-        f"{memory.largest.num_sequences} responses at once"
+        f"{title}: {num_engines(memory.layout)} engines; one takes {_gb(engine.awake)} GB of "
+        f"{gpus} awake, {asleep}; its KV cache holds {engine.num_tokens:,} tokens, "
+        f"{engine.num_responses} of its {responses} responses at once"
     )
 
 

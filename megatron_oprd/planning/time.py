@@ -10,7 +10,7 @@ weight sync, copies to and from the host, loading and logging.
 from dataclasses import dataclass
 
 from megatron_oprd.models.build import DTYPES
-from megatron_oprd.planning.engine import engine_bytes
+from megatron_oprd.planning.engine import engine_bytes, responses_of_engine
 from megatron_oprd.planning.flops import decode_flops, prefill_flops, stage_flops
 from megatron_oprd.planning.parameters import (
     count_parameters,
@@ -97,11 +97,14 @@ def _rollout_seconds(
     engine = engine_bytes(layout, workload, memory_gb=hardware.memory_gb)
     if engine is None:
         return 0.0, 0.0
-    steps = -(-workload.num_sequences // max(engine.num_responses, 1)) * (response - 1)
+    responses = responses_of_engine(layout, workload)
+    steps = -(-responses // max(engine.num_responses, 1)) * (response - 1)
     # On average the cache has the prompt and half of the response.
     cache = engine.read_cache * (prompt + response / 2) / (prompt + response)
     reading = hardware.seconds_for_bytes(steps * (engine.weights + cache))
-    flops = decode_flops(layout, workload) / engine.num_gpus
+    # Work is counted per replica.
+    share = responses / workload.num_sequences / engine.num_gpus
+    flops = decode_flops(layout, workload) * share
     # Bound by memory or by arithmetic, whichever is slower.
     decode = max(reading, hardware.seconds_for_flops(flops))
-    return hardware.seconds_for_flops(prefill_flops(layout, workload) / engine.num_gpus), decode
+    return hardware.seconds_for_flops(prefill_flops(layout, workload) * share), decode

@@ -1,24 +1,30 @@
-"""Collects the rollouts of a step: generated on replica leaders, then sent to every rank."""
+"""Collects the rollouts of a step: divided over the engines, generated, then sent to every rank."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.data.teacher_sequences import TeacherReader
 from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.rollout.division import divide
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
-from megatron_oprd.rollout.replicas import ReplicaEngines
+from megatron_oprd.rollout.pool import EnginePool
 
 
-def share_of_replica(prompts: Sequence[Prompt], context: ParallelContext) -> Sequence[Prompt]:
-    """The prompts that this replica's leader generates for: every dp_size-th prompt."""
-    return prompts[context.dp_rank :: context.dp_size]
+def share_of_engine(
+    engines: EnginePool, prompts: Sequence[Prompt], sampling: SamplingParams
+) -> list[Prompt]:
+    """What this rank's engine generates for; empty on a rank without one."""
+    if engines.own is None:
+        return []
+    return divide(prompts, sampling, num_engines=engines.size)[engines.own]
 
 
 def collect(
-    engines: ReplicaEngines,
+    engines: EnginePool,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
     *,
@@ -31,7 +37,8 @@ def collect(
     Raises RolloutEngineError on every rank if an engine failed too often.
     """
     return gather(
-        engines.generate(share_of_replica(prompts, context), sampling),
+        engines,
+        engines.generate(share_of_engine(engines, prompts, sampling), sampling),
         prompts,
         sampling,
         weights_versions=(weights_version,),
@@ -41,27 +48,24 @@ def collect(
 
 
 def gather(
-    generated: list[Rollout] | None,  # of `share_of_replica`; ignored if not a leader
-    prompts: Sequence[Prompt],  # the step's, the same on every leader; ignored on other ranks
+    engines: EnginePool,
+    generated: list[Rollout] | None,  # for `share_of_engine`; None without an engine
+    prompts: Sequence[Prompt],  # the step's, the same on every rank
     sampling: SamplingParams,
     *,
     weights_versions: Collection[int],
     context: ParallelContext,
     reader: TeacherReader | None = None,  # None: the teacher reads the student's sequences
 ) -> list[Rollout]:
-    """Collects the rollouts of all replicas on every rank, ordered by prompt, then by sample.
+    """Collects the rollouts of all engines on every rank, ordered by prompt, then by sample.
 
-    The rollouts are broadcast in each replica, then gathered over replicas (the context's control
-    groups). Raises RuntimeError on every rank if a rollout was sampled with a version of the
-    weights outside ``weights_versions``.
+    Communicates on ``context.control``. Raises RuntimeError on every rank if a rollout was sampled
+    with a version of the weights outside ``weights_versions``.
     """
-    # Leaders add what comes from prompts before the exchange: other ranks have no prompts.
+    # Owners add what comes from prompts before the exchange, which divides the work of `reader`.
     if generated is not None:
-        repeated = [
-            prompt
-            for prompt in share_of_replica(prompts, context)
-            for _ in range(sampling.samples_per_prompt)
-        ]
+        own = share_of_engine(engines, prompts, sampling)
+        repeated = [prompt for prompt in own for _ in prompt.samples or ()]
         generated = [
             replace(
                 rollout,
@@ -70,18 +74,19 @@ def gather(
             )
             for prompt, rollout in zip(repeated, generated, strict=True)
         ]
-    own = [generated]
-    dist.broadcast_object_list(own, src=context.leader, group=context.replica_control)
-    shares: list[list[Rollout] | None] = [None] * context.dp_size
-    dist.all_gather_object(shares, own[0], group=context.leaders_control)
-    rollouts: list[Rollout] = []
-    # Inverse of share_of_replica: prompt i is entry i // dp_size of replica i % dp_size.
-    n = sampling.samples_per_prompt
-    num_prompts = sum(len(share or ()) for share in shares) // n
-    for prompt in range(num_prompts):
-        share, first = shares[prompt % context.dp_size], prompt // context.dp_size * n
-        assert share is not None
-        rollouts += share[first : first + n]
+    shares: list[Any] = [None] * context.control.size()
+    dist.all_gather_object(shares, generated, group=context.control)
+    # A prompt can come more than once, but no (prompt, occurrence, sample).
+    of_request: dict[tuple[int, int, int], Rollout] = {}
+    divided = divide(prompts, sampling, num_engines=engines.size)
+    for owner, share in zip(engines.owners, divided, strict=True):
+        requests = [(p.index, p.occurrence, sample) for p in share for sample in p.samples or ()]
+        of_request.update(zip(requests, shares[owner], strict=True))
+    rollouts = [
+        of_request[prompt.index, prompt.occurrence, sample]
+        for prompt in prompts
+        for sample in range(sampling.samples_per_prompt)
+    ]
     # Checked after the exchange, so that all ranks raise and none is left waiting in a collective.
     for rollout in rollouts:
         if rollout.weights_version not in weights_versions:

@@ -6,7 +6,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLoad:
-    """A model, and a replica's step in which all prompts and all responses are equally long."""
+    """A model, and an engine's share of a step.
+
+    All prompts and all responses are equally long.
+    """
 
     itemsize: int  # bytes of a weight, and of an element of the KV cache
     num_weights: int  # elements of all tensors
@@ -20,7 +23,7 @@ class EngineLoad:
     vocab_size: int
     prompt_tokens: int  # per prompt
     response_tokens: int  # per response
-    num_sequences: int  # of the replica
+    num_sequences: int  # that the engine generates
     max_sequence_length: int  # tokens of the run's longest prompt with its response
     memory_gb: float  # of a GPU, in 10^9 bytes
 
@@ -46,17 +49,17 @@ class EngineLoad:
 class EngineBytes:
     """Memory of an engine on each of its GPUs, and capacity of its cache."""
 
-    num_gpus: int  # of an engine: the first of its replica
+    num_gpus: int  # of an engine
     weights: int  # share of the student's weights
     kv_cache: int  # share of the KV cache
     workspace: int  # activations and logits of the largest batch
     context: int = 0  # CUDA context of the engine's own process, awake or asleep
-    bucket: int = 0  # buffer of the weight sync; only on the replica's leader
+    bucket: int = 0  # buffer of the weight sync; only on the engine's owner
     sleeps: bool  # frees all but bucket and context while teacher and student run
     host_bytes: int = 0  # moved to host memory by sleep, for all GPUs together
     num_tokens: int  # capacity of the cache
     max_model_len: int  # tokens of the longest prompt with its response
-    # Responses of the load's length that fit at the same time, up to the replica's step and
+    # Responses of the load's length that fit at the same time, up to the engine's share and
     # rollout.max_batch_size.
     num_responses: int
     read_cache: int  # bytes of the cache when that many responses (at least one) are at their end

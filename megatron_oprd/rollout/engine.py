@@ -94,7 +94,10 @@ class RolloutEngine(Protocol):
         """
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Samples ``samples_per_prompt`` responses per prompt, ordered by prompt, then sample."""
+        """Samples ``samples_per_prompt`` responses per prompt, ordered by prompt, then sample.
+
+        Of a prompt with `Prompt.samples` these responses alone.
+        """
 
     def sleep(self) -> None:
         """Frees memory that is not needed until the next `load_weights`."""

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
-from megatron_oprd.rollout.sampling import StopTexts, logits_processors, seed_of
+from megatron_oprd.rollout.sampling import StopTexts, logits_processors, samples_of, seed_of
 
 
 class HFEngine:
@@ -102,7 +102,7 @@ class HFEngine:
         """
         if self._version is None:
             raise RuntimeError("generate() before load_weights(): the model has no weights yet")
-        requests = [(p, i) for p in prompts for i in range(sampling.samples_per_prompt)]
+        requests = [(p, i) for p in prompts for i in samples_of(p, sampling)]
         # Prompts of similar length share a batch, which saves padding.
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i][0].token_ids))
         batch_size = self._max_batch_size or max(len(requests), 1)

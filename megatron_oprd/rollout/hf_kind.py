@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from megatron_oprd.parallel.context import ParallelContext
     from megatron_oprd.rollout.engine import RolloutEngine
-    from megatron_oprd.rollout.replicas import EngineStarter
+    from megatron_oprd.rollout.pool import EngineStarter
     from megatron_oprd.rollout.served_model import ServedModel
 
 _FP32, _FP64 = 4, 8
@@ -37,10 +37,14 @@ class HFKind(EngineKind):
         *,
         log_prefix: str,
     ) -> Iterator[EngineStarter]:
-        """Nothing is made ready."""
-        from megatron_oprd.rollout.replicas import EngineStarter
+        """The first rank of each data-parallel replica has an engine."""
+        from megatron_oprd.rollout.gpus import leaders
+        from megatron_oprd.rollout.pool import EngineStarter
 
-        yield EngineStarter(create=lambda: self.create(rollout, model, device=context.device))
+        yield EngineStarter(
+            owners=leaders(context),
+            create=lambda: self.create(rollout, model, device=context.device),
+        )
 
     def alone(
         self,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from megatron_oprd.parallel.context import ParallelContext
     from megatron_oprd.rollout.engine import RolloutEngine
-    from megatron_oprd.rollout.replicas import EngineStarter
+    from megatron_oprd.rollout.pool import EngineStarter
     from megatron_oprd.rollout.served_model import ServedModel
 
 # In the trainer's process, in a process of its own on the trainer's devices, or elsewhere.
@@ -79,7 +79,7 @@ class EngineKind(ABC):
         return
 
     def check_host(self, rollout: RolloutConfig, *, ranks_on_host: int) -> None:
-        """Raises UserError if a server cannot be started here, on the machine of global rank 0."""
+        """Raises UserError if engines, or a server, cannot be started on rank 0's machine."""
         return
 
     @abstractmethod
@@ -91,7 +91,7 @@ class EngineKind(ABC):
         *,
         log_prefix: str,
     ) -> AbstractContextManager[EngineStarter]:
-        """Makes ready for engines, one for each replica; collective over all ranks.
+        """Makes ready for engines; collective over all ranks.
 
         Args:
             rollout: The run's settings.

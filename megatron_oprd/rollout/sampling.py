@@ -83,6 +83,11 @@ def sample_seed(seed: int, prompt_index: int, sample_index: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def samples_of(prompt: Prompt, sampling: SamplingParams) -> Sequence[int]:
+    """The samples of a prompt that an engine is asked for."""
+    return range(sampling.samples_per_prompt) if prompt.samples is None else prompt.samples
+
+
 def seed_of(prompt: Prompt, sample: int, sampling: SamplingParams) -> int:
     """The seed of sample ``sample`` (from 0). A repeated prompt gets new seeds per occurrence."""
     number = prompt.occurrence * sampling.samples_per_prompt + sample

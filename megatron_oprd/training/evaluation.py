@@ -14,7 +14,7 @@ from megatron_oprd.evaluation.sampling_metrics import SamplingMetrics, sampling_
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import SamplingParams
-from megatron_oprd.rollout.replicas import ReplicaEngines
+from megatron_oprd.rollout.pool import EnginePool
 from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.reading import chat_format_of_benchmarks
 
@@ -37,12 +37,11 @@ class BenchmarkEvaluator:
         at_end = steps_done == self._plan.config.train_iters
         return interval is not None and (at_end or steps_done % interval == 0)
 
-    def evaluate(self, engines: ReplicaEngines, steps_done: int) -> dict[str, Any]:
+    def evaluate(self, engines: EnginePool, steps_done: int) -> dict[str, Any]:
         """Evaluates on all benchmarks; every rank has to call.
 
-        The leader of each replica generates responses to its share of the problems, with the
-        weights that the engines have. Rank 0 grades them and writes the samples to
-        ``output_dir/evaluation/step_N``, replacing older ones.
+        The engines generate the responses, with the weights that they have. Rank 0 grades them and
+        writes the samples to ``output_dir/evaluation/step_N``, replacing older ones.
 
         Returns:
             On rank 0 ``eval/NAME`` -> measure -> value for each benchmark, and over all benchmarks
@@ -72,7 +71,7 @@ class BenchmarkEvaluator:
 
     def _sample(
         self,
-        engines: ReplicaEngines,
+        engines: EnginePool,
         number: int,
         folder: Path,
         grader: Grader,
@@ -81,7 +80,7 @@ class BenchmarkEvaluator:
         """Graded samples of one benchmark on rank 0, written in batches as they come."""
         config, context = self._plan.config, self._context
         benchmark, prompts = self._plan.benchmarks[number], self._prompts[number]
-        at_once = self._prompts_at_once()
+        at_once = self._prompts_at_once(engines.size)
         samples: list[Sample] = []
         for start in range(0, len(prompts), at_once):
             rollouts = collect(
@@ -106,12 +105,12 @@ class BenchmarkEvaluator:
                 samples += graded
         return samples
 
-    def _prompts_at_once(self) -> int:
+    def _prompts_at_once(self, num_engines: int) -> int:
         """The number of problems in a batch: about as many responses as in a training step."""
-        config, replicas = self._plan.config, self._context.dp_size
+        config = self._plan.config
         responses = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-        # A multiple of the replicas, so that all have the same share.
-        return max(1, responses // config.evaluation.n // replicas) * replicas
+        # A multiple of the engines, so that all have the same share.
+        return max(1, responses // config.evaluation.n // num_engines) * num_engines
 
 
 def _append(folder: Path, benchmark: Benchmark, samples: list[Sample]) -> None:

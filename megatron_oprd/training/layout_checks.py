@@ -24,7 +24,7 @@ def check_models(
     check_divides(
         student, ParallelLayout.of(config.parallel), model="model.student", spelling=as_setting
     )
-    _check_engine(config, student)
+    _check_engine(config, student, world_size)
     _check_teacher_experts(config, teacher, world_size)
     for setting, arch in (("model.student", student), ("model.teacher", teacher)):
         _check_sequence_length(setting, arch, config)
@@ -150,10 +150,15 @@ def _check_batch(config: RunConfig, dp_size: int) -> None:
         )
 
 
-def _check_engine(config: RunConfig, student: Architecture) -> None:
-    """Checks that the engine's GPUs can share the student's layers."""
+def _check_engine(config: RunConfig, student: Architecture, world_size: int) -> None:
+    """Checks that engines divide the ranks, and that an engine's GPUs can share the student."""
     kind = engine_kind(config.rollout)
     size = kind.num_gpus(config.rollout)
+    if kind.place(config.rollout) == "device" and world_size % size:
+        raise UserError(
+            f"{kind.setting('tensor_model_parallel_size')} = {size}: engines run on all GPUs of "
+            f"the run, so it has to divide the {world_size} processes"
+        )
     check_divides(
         student,
         ParallelLayout(tensor_model_parallel_size=size),

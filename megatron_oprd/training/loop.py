@@ -69,7 +69,7 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
     # Before anything uses the schedule's length.
     plan = with_schedule_of(plan, identity)
     config = plan.config
-    prompts = load_run_prompts(plan, today=identity.date) if context.is_leader else []
+    prompts = load_run_prompts(plan, today=identity.date) if context.rank == 0 else []
     identity = _with_contents(identity, plan, resume_from, prompts)
     if context.rank == 0:
         # Only now that the folder is known to belong to this run.
@@ -90,11 +90,13 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
     # `done` is the progress of the newest checkpoint, `reached` that of the weights in memory.
     reached = done
 
-    def stream_weights(trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+    def stream_weights(
+        *, trainable_only: bool, wanted: bool
+    ) -> Iterator[tuple[str, Tensor | None]]:
         # The newest parameters: with overlap_param_gather they arrive only in the next forward
         # pass.
         distiller.state.gather_parameters()
-        return exporter.stream(trainable_only=trainable_only)
+        return exporter.stream(trainable_only=trainable_only, wanted=wanted)
 
     def save() -> None:
         nonlocal done
@@ -332,7 +334,7 @@ def _peak_memory_gb(context: ParallelContext) -> float:
 def _export(
     plan: RunPlan, exporter: Exporter, context: ParallelContext, identity: RunIdentity
 ) -> Path:
-    """Writes the student as a Hugging Face folder, from the first replica."""
+    """Writes the student as a Hugging Face folder, from rank 0."""
     out = export_folder(plan.config)
     dtype = DTYPES[plan.config.model.params_dtype]
     before = plan.student_checkpoint.config
@@ -354,7 +356,7 @@ def _export(
         },
     )
     check_export(plan.config, identity)
-    stream = exporter.stream()
+    stream = exporter.stream(wanted=context.rank == 0)
     if context.rank == 0:
         whole = ((name, tensor) for name, tensor in stream if tensor is not None)
         write_hf_folder(out, content, whole, force=True)

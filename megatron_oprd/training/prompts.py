@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_oprd.config.schema import RunConfig, TeacherConfig
 from megatron_oprd.data.grouping import grouped_indices
 from megatron_oprd.data.prompts import Prompt, load_prompts, prompt_indices
 from megatron_oprd.errors import UserError
+from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.reading import chat_format, columns_with_settings
@@ -87,9 +90,7 @@ def describe_prompts(plan: RunPlan) -> str:
 
 
 def prompts_of_step(step: int, prompts: list[Prompt], config: RunConfig) -> list[Prompt]:
-    """The prompts of one step; none if no prompts were loaded."""
-    if not prompts:
-        return []
+    """The prompts of one step."""
     order: dict[str, Any] = {
         "prompts_per_step": config.rollout.prompts_per_step,
         "seed": config.seed,
@@ -104,6 +105,15 @@ def prompts_of_step(step: int, prompts: list[Prompt], config: RunConfig) -> list
         dataclasses.replace(prompts[i], occurrence=indices[:position].count(i))
         for position, i in enumerate(indices)
     ]
+
+
+def sent_prompts_of_step(
+    step: int, prompts: list[Prompt], config: RunConfig, context: ParallelContext
+) -> list[Prompt]:
+    """The prompts of one step on every rank (``context.control``), from rank 0, which has them."""
+    sent = [prompts_of_step(step, prompts, config) if context.rank == 0 else []]
+    dist.broadcast_object_list(sent, src=0, group=context.control)
+    return sent[0]
 
 
 def taught_by(

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.parallel.context import ParallelContext
-from megatron_oprd.rollout.collect import collect, gather, share_of_replica
+from megatron_oprd.rollout.collect import collect, gather, share_of_engine
 from megatron_oprd.rollout.engine import Rollout
-from megatron_oprd.rollout.replicas import ReplicaEngines
+from megatron_oprd.rollout.pool import EnginePool
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.plan import RunPlan
-from megatron_oprd.training.prompts import prompts_of_step
+from megatron_oprd.training.prompts import sent_prompts_of_step
 from megatron_oprd.training.rollouts import sampling_of_step
 
 
@@ -20,7 +20,7 @@ class StepRollouts:
     """The rollouts of one step and the cost of getting them."""
 
     rollouts: list[Rollout]  # of the global batch, the same on every rank
-    weight_sync_bytes: int  # sent to this rank's engine, see `ReplicaEngines.sync`
+    weight_sync_bytes: int  # sent to this rank's engine, see `EnginePool.sync`
     seconds_weight_sync: float  # wall-clock
     # Generation, or the wait for rollouts that were begun before, including a wait by an
     # evaluation.
@@ -47,15 +47,15 @@ class RolloutSource:
     Args:
         plan: The run.
         context: This rank's place.
-        engines: The replicas' engines.
-        prompts: The run's prompts; on leaders only.
+        engines: The run's engines.
+        prompts: The run's prompts; on rank 0 only, which sends the others each step's.
     """
 
     def __init__(
         self,
         plan: RunPlan,
         context: ParallelContext,
-        engines: ReplicaEngines,
+        engines: EnginePool,
         prompts: Sequence[Prompt],
     ) -> None:
         self._plan = plan
@@ -96,8 +96,9 @@ class RolloutSource:
             assert ahead.rollouts is not None
             rollouts = ahead.rollouts
         if goes_ahead:
-            share = share_of_replica(self._prompts_of(step + 1), self._context)
-            self._engines.start(share, sampling_of_step(step + 1, self._plan.config))
+            sampling = sampling_of_step(step + 1, self._plan.config)
+            share = share_of_engine(self._engines, self._prompts_of(step + 1), sampling)
+            self._engines.start(share, sampling)
             self._ahead = _Ahead(step=step + 1, weights_version=step)
         else:
             self._engines.sleep()
@@ -120,6 +121,7 @@ class RolloutSource:
         started = time.perf_counter()
         generated = self._engines.finish(version=weights_version)
         rollouts = gather(
+            self._engines,
             generated,
             self._prompts_of(ahead.step),
             sampling_of_step(ahead.step, self._plan.config),
@@ -134,7 +136,7 @@ class RolloutSource:
         )
 
     def _prompts_of(self, step: int) -> list[Prompt]:
-        return prompts_of_step(step, self._prompts, self._plan.config)
+        return sent_prompts_of_step(step, self._prompts, self._plan.config, self._context)
 
     def _goes_ahead(self, step: int) -> bool:
         """Whether the next step's rollouts are begun in this one."""

@@ -1,18 +1,16 @@
 """The engines of a run, and its sampling parameters."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-
-from torch import Tensor
 
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.benchmarks import tokenized
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.engine import SamplingParams
+from megatron_oprd.rollout.pool import EnginePool, WeightStream
 from megatron_oprd.rollout.registry import engine_kind
-from megatron_oprd.rollout.replicas import ReplicaEngines
 from megatron_oprd.rollout.served_model import ServedModel
 from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.reading import chat_format_of_benchmarks
@@ -22,22 +20,22 @@ from megatron_oprd.training.reading import chat_format_of_benchmarks
 def open_engines(
     plan: RunPlan,
     context: ParallelContext,
-    stream: Callable[[bool], Iterator[tuple[str, Tensor | None]]],
+    stream: WeightStream,
     *,
     frozen: Collection[str] = (),
     log_prefix: str,
-) -> Iterator[ReplicaEngines]:
+) -> Iterator[EnginePool]:
     """The run's rollout engines, without weights; closed at the end. Every rank has to call.
 
     Args:
         plan: The run.
         context: This rank's place.
-        stream: Streams the weights for every sync, see `ReplicaEngines`.
+        stream: Streams the weights for every sync.
         frozen: Names of the weights that never change.
         log_prefix: Start of the path of a file with the engine's output, if it has one.
 
     Raises:
-        UserError: The replicas have too few GPUs on one machine for the engines.
+        UserError: The ranks of a machine do not divide into engines.
         RolloutEngineError: An engine did not start, or failed too often inside the block.
     """
     rollout = plan.config.rollout
@@ -45,9 +43,7 @@ def open_engines(
         engine_kind(rollout).open(
             rollout, _served_model(plan), context, log_prefix=log_prefix
         ) as starter,
-        contextlib.closing(
-            ReplicaEngines(starter, stream, frozen=frozen, context=context)
-        ) as engines,
+        contextlib.closing(EnginePool(starter, stream, frozen=frozen, context=context)) as engines,
     ):
         yield engines
 

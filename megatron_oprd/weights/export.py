@@ -1,6 +1,6 @@
 """Gathers the ranks' shards into a stream of full Hugging Face tensors.
 
-Both exported checkpoints and the rollout engine consume it.
+Both exported checkpoints and the rollout engines consume it.
 """
 
 import re
@@ -17,7 +17,7 @@ from megatron_oprd.weights.megatron_keys import named_parameters
 
 
 class Exporter:
-    """Gathers a model's weights on the leader of each data-parallel replica, tensor by tensor.
+    """Gathers a model's weights on every rank, tensor by tensor.
 
     A replica has one copy of everything except the experts. These come from the group with one copy
     of each expert (expert-tensor-parallel x expert-parallel ranks), which may be part of a replica
@@ -74,12 +74,13 @@ class Exporter:
         *,
         dtype: torch.dtype | None = None,  # None: the parameters' own
         trainable_only: bool = False,  # skips `frozen_names`; the same on all ranks
+        wanted: bool = True,  # False: this rank only communicates, and gets None for each tensor
     ) -> Iterator[tuple[str, Tensor | None]]:
         """Yields every Hugging Face tensor, in the table's order; all ranks have to exhaust it.
 
-        Leaders (tensor rank 0 of stage 0) get full tensors on their device, other ranks None. Each
-        parameter is gathered on the owning stage's tensor-parallel group (an expert on the expert
-        group) and sent to the leader on the pipeline group. One parameter at a time is in memory.
+        A parameter's shards go from their stage to the others on the pipeline group, and are then
+        gathered in each stage on the tensor-parallel group (an expert's on the expert group). So
+        every shard crosses between stages once. One parameter at a time is in memory.
         """
         dtype = dtype or next(iter(self._parameters.values())).dtype
         for mapping in self._table:
@@ -87,7 +88,7 @@ class Exporter:
             if trainable_only and mapping.hf.keys() <= self.frozen_names:
                 continue
             shards = self._shards(mapping, value, dtype)
-            if shards is None:
+            if not wanted:
                 for name in mapping.hf:
                     yield name, None
                 continue
@@ -103,46 +104,27 @@ class Exporter:
         mapping: Mapping,
         value: Callable[[torch.nn.Parameter], Tensor],
         dtype: torch.dtype,
-    ) -> list[Tensor] | None:
-        """All shards of a parameter on the leader; None on other ranks."""
+    ) -> Tensor:
+        """All shards of a parameter, [ranks it is split over, ...]."""
         context = self._context
         stage = self._stage_of[mapping.megatron]
-        # Only the owning stage and the leader's stage take part.
-        if context.pp_rank not in (stage, 0):
-            return None
-        gathered: Tensor | None = None
+        local: Tensor | None = None
         if context.pp_rank == stage:
             parameter = self._parameters.get(mapping.megatron)
+            # None: an expert of other ranks of the stage.
             local = None if parameter is None else value(parameter).to(dtype).contiguous()
-            if mapping.expert is not None:
-                gathered = self._gather_expert(mapping, local, dtype)
-            else:
-                assert local is not None
-                gathered = self._gather(mapping, local)
-        if context.tp_rank != 0:
-            return None
-        if stage != 0:
-            if context.pp_rank == stage:
-                assert gathered is not None
-                dist.send(gathered, group=context.groups.pp, group_dst=0)
-                return None
-            gathered = self._empty(mapping, dtype)
-            dist.recv(gathered, group=context.groups.pp, group_src=stage)
-        assert gathered is not None
-        return list(gathered)
-
-    def _gather(self, mapping: Mapping, local: Tensor) -> Tensor | None:
-        """The shards [tp, ...] on tensor rank 0 of this stage."""
-        context = self._context
+        if mapping.expert is not None:
+            return self._gather_expert(mapping, local, stage, dtype)
+        own = self._of_stage(local, mapping, stage, dtype)
         if mapping.is_replicated or context.tp_size == 1:
-            return local[None]
-        gathered = self._empty(mapping, local.dtype) if context.tp_rank == 0 else None
-        parts = None if gathered is None else list(gathered)
-        dist.gather(local, parts, group=context.groups.tp, group_dst=0)
+            return own[None]
+        gathered = self._empty(mapping, dtype)
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), own, group=context.groups.tp)
         return gathered
 
-    def _gather_expert(self, mapping: Mapping, local: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The shards [etp, ...] on the whole expert group, which may have several leaders."""
+    def _gather_expert(
+        self, mapping: Mapping, local: Tensor | None, stage: int, dtype: torch.dtype
+    ) -> Tensor:
         place, group = self._context.place, self._context.groups.tp_ep
         ep_rank = mapping.expert_rank(place.expert_model_parallel_size)
         assert ep_rank is not None
@@ -151,10 +133,21 @@ class Exporter:
             # The expert-tensor-parallel rank varies fastest in the group.
             source = ep_rank * place.expert_tensor_size + etp_rank
             if group.rank() == source:
-                assert local is not None, f"{mapping.megatron} is missing on its rank"
-                shard.copy_(local)
+                shard.copy_(self._of_stage(local, mapping, stage, dtype))
             dist.broadcast(shard, group=group, group_src=source)
         return gathered
+
+    def _of_stage(
+        self, local: Tensor | None, mapping: Mapping, stage: int, dtype: torch.dtype
+    ) -> Tensor:
+        """This rank's shard, from its counterpart on the stage that has the parameter."""
+        context = self._context
+        if context.pp_rank != stage:
+            local = self._empty(mapping, dtype)[0]
+        assert local is not None, f"{mapping.megatron} is missing on its rank"
+        if context.pp_size > 1:
+            dist.broadcast(local, group=context.groups.pp, group_src=stage)
+        return local
 
     def _empty(self, mapping: Mapping, dtype: torch.dtype) -> Tensor:
         """Memory for all shards of a parameter, [ranks it is split over, ...]."""

@@ -34,8 +34,8 @@ METHOD, LAYERS = "recompute.recompute_method=block", "recompute.recompute_num_la
 VLLM = "rollout.engine=vllm"
 FP8 = "rollout.vllm.quantization=fp8_per_channel"
 SPLIT = "rollout.vllm.tensor_model_parallel_size=2"
-SERVER = "rollout.vllm.server_url=http://10.0.0.1:8000"
-START = "rollout.vllm.start_server=true"
+SERVER = "rollout.vllm.servers=[http://10.0.0.1:8000]"
+START = "rollout.vllm.start_servers=1"
 OWN_PROMPT = "teacher_prompt.privileged_key=a"
 # Settings that a setting needs and that are no condition of its rules.
 RELATED: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ RELATED: dict[str, dict[str, Any]] = {
     "evaluation.interval": {"evaluation.data": ["a.parquet"]},
     "taps.n": {"taps.layers": "last_n"},
     "extra_teachers[0].n": {"extra_teachers[0].layers": "last_n"},
-    "rollout.vllm.tensor_model_parallel_size": {"rollout.vllm.start_server": True},
+    "rollout.vllm.tensor_model_parallel_size": {"rollout.vllm.start_servers": 1},
     "rollout.vllm.max_model_len": {"data.max_prompt_tokens": 1, "rollout.max_new_tokens": 1},
 }
 # Values that differ from the default, of the settings of which a condition wants no certain value.
@@ -63,7 +63,8 @@ GIVEN: dict[str, Any] = {
     "loss.coefficient_points": [[0.0, 1.0]],
     "output_loss.coefficient_points": [[0.0, 1.0]],
     "rollout.logprob_check_interval": 1,
-    "rollout.vllm.server_url": "http://10.0.0.1:8000",
+    "rollout.vllm.servers": ["http://10.0.0.1:8000"],
+    "rollout.vllm.start_servers": 1,
 }
 
 
@@ -346,14 +347,16 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
             [VLLM, FP8, "rollout.vllm.check_weights_interval=2"],
             ["check_weights_interval = 2", "quantization = fp8_per_channel", "leave it out"],
         ),
-        ([VLLM, SPLIT], ["rollout.vllm.tensor_model_parallel_size = 2", "from 1 to 1"]),
         (
             [VLLM, "rollout.vllm.sync_timeout_minutes=30"],
             ["sync_timeout_minutes = 30.0", "parallel.distributed_timeout_minutes = 30"],
         ),
-        ([VLLM, SERVER.replace("http:", "https:")], ["server_url = https://10.0.0.1:8000"]),
-        ([VLLM, f"{SERVER}/v1"], ["server_url = http://10.0.0.1:8000/v1"]),
-        ([VLLM, START, SERVER], ["start_server = true", "server_url = http://10.0.0.1:8000"]),
+        (
+            [VLLM, SERVER.replace("http:", "https:")],
+            ["rollout.vllm.servers = https://10.0.0.1:8000"],
+        ),
+        ([VLLM, SERVER.replace("]", "/v1]")], ["rollout.vllm.servers = http://10.0.0.1:8000/v1"]),
+        ([VLLM, START, SERVER], ["start_servers = 1", "servers = ['http://10.0.0.1:8000']"]),
         *(
             ([VLLM, START, SPLIT, f"rollout.vllm.server_gpus={gpus}"], [f"server_gpus = {gpus}"])
             for gpus in ("[0]", "[1, 1]", "[-1, 0]", "[0, 1, 1]")
@@ -384,6 +387,7 @@ def test_contradictions(tmp_path: Path, overrides: list[str], names: list[str]) 
         ["optimizer.offload_states=true", "teacher.offload=cpu", "teacher.target_memory_gb=0.5"],
         [VLLM, "rollout.vllm.max_model_len=2048", "rollout.vllm.sleep_level=1"],
         [VLLM, SPLIT, PP2, FP8],
+        [VLLM, SPLIT],
         [VLLM, SERVER, "rollout.vllm.max_model_len=2048", "rollout.vllm.max_restarts=0"],
         ["teacher_prompt.suffix=s", "teacher_prompt.max_tokens=9"],
         # The largest values that vLLM takes.

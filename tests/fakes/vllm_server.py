@@ -29,6 +29,7 @@ class FakeServer:
         num_syncs: How often it was sent weights.
         before_receiving: Called in place of receiving weights, if set; returns the answer.
         finish_reason: Of its responses.
+        secret: Which requests have to know, if set.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class FakeServer:
         self.num_syncs = 0
         self.before_receiving: Callable[[], Any] | None = None
         self.finish_reason = "length"
+        self.secret: str | None = None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -62,6 +64,9 @@ class FakeServer:
             def _answer(self, body: Any) -> None:
                 path = self.path.partition("?")[0]
                 other = server.instead[path]() if path in server.instead else None
+                given = self.headers.get("Authorization")
+                if server.secret is not None and given != f"Bearer {server.secret}":
+                    other = 401, b"wrong or no secret"
                 status, data = other or (200, json.dumps(server.answer(path, body)).encode())
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
@@ -71,7 +76,10 @@ class FakeServer:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(address, Handler)
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 128  # connections at the same time, as uvicorn has more
+
+        self._http = Server(address, Handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 

@@ -11,11 +11,15 @@ from tests.planning.models import EXAMPLES, model_folder
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
-    """Loads the example of Qwen3-32B and Qwen3-4B, with the overrides that it is called with."""
+    """Loads the example of Qwen3-32B and Qwen3-4B, with the overrides that it is called with.
+
+    Rollouts are those of transformers.
+    """
     directory = tmp_path_factory.mktemp("models")
     models = [
         f"model.student={model_folder(directory, 'Qwen3-4B')}",
         f"model.teacher={model_folder(directory, 'Qwen3-32B')}",
+        *("rollout.engine=hf", "rollout.max_batch_size=16"),
     ]
 
     def load(*overrides: str) -> RunConfig:

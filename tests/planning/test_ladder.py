@@ -69,8 +69,8 @@ def test_errors(qwen: Callable[..., RunConfig]) -> None:
     check_fits(memory(config), models, KERNEL, gpu(80), num_gpus=8)
     with pytest.raises(
         UserError,
-        match=r"the rollout phase needs 5\d\.\d GB on pipeline rank 0 \(leader\), a GPU has 42 "
-        r"\(--gpu-memory\)\. The nearest change that fits, in \d+\.\d GB: "
+        match=r"the rollout phase needs 5\d\.\d GB on pipeline rank 0 \(an engine's owner\), "
+        r"a GPU has 42 \(--gpu-memory\)\. The nearest change that fits, in \d+\.\d GB: "
         r"rollout\.max_batch_size=8",
     ):
         check_fits(memory(config), models, KERNEL, gpu(42), num_gpus=8)

@@ -50,24 +50,20 @@ def engine_items(rank: RankMemory, phase: str) -> list[int]:
 
 
 def test_a_share_of_the_device(qwen: Callable[..., RunConfig]) -> None:
+    """All ranks have an engine of their own."""
     found = memory(qwen("rollout.vllm.gpu_memory_utilization=0.5"))
     kv_cache = 40 * 10**9 - WEIGHTS - WORKSPACE
-    leader, other = found.ranks
-    assert engine_items(leader, "rollout") == [WEIGHTS, kv_cache, WORKSPACE]
-    assert leader.phases["rollout"]["workspace"] == 2 * LARGEST
+    (rank,) = found.ranks
+    assert engine_items(rank, "rollout") == [WEIGHTS, kv_cache, WORKSPACE]
+    assert rank.phases["rollout"]["workspace"] == 2 * LARGEST
     for phase in PHASES:
-        assert leader.phases[phase]["rollout engine's CUDA context"] == CONTEXT_BYTES
-        assert leader.phases[phase]["weight sync's bucket"] == 16_000_000
-        assert phase == "rollout" or engine_items(leader, phase) == [0, 0, 0]
-        # The others have what the leader has without the engine.
-        rest = {k: v for k, v in leader.phases[phase].items() if "engine" not in k}
-        rest = {k: v for k, v in rest.items() if k not in ("KV cache", "weight sync's bucket")}
-        assert (
-            other.phases[phase] == rest if phase != "rollout" else "workspace" not in other.phases
-        )
+        assert rank.phases[phase]["rollout engine's CUDA context"] == CONTEXT_BYTES
+        assert rank.phases[phase]["weight sync's bucket"] == 16_000_000
+        assert phase == "rollout" or engine_items(rank, phase) == [0, 0, 0]
     assert found.engine is not None
     assert found.engine.num_tokens == (kv_cache // (16 * OF_TOKEN) - 1) * 16
-    assert found.engine.num_responses == found.engine.num_tokens // LENGTH == 20
+    assert found.engine.num_tokens // LENGTH == 20
+    assert found.engine.num_responses == 16, "its share of 128"
 
 
 def test_weights_in_fp8(qwen: Callable[..., RunConfig]) -> None:
@@ -89,7 +85,7 @@ def test_a_cache_of_given_size(qwen: Callable[..., RunConfig]) -> None:
     assert found.engine is not None
     assert found.engine.num_responses == 2
     with pytest.raises(
-        UserError, match=r"the rollout phase needs .* on pipeline rank 0 \(leader\)"
+        UserError, match=r"the rollout phase needs .* on pipeline rank 0 \(an engine's owner\)"
     ):
         check_fits(found, read_models(found.layout.config), KERNEL, gpu(60), num_gpus=8)
 
@@ -108,34 +104,33 @@ def test_asleep(
 ) -> None:
     config = qwen("checkpoint.save_interval=null", *overrides)
     found = memory(config)
-    leader, *_ = found.ranks
-    awake = engine_items(leader, "rollout")
+    (rank,) = found.ranks
+    awake = engine_items(rank, "rollout")
     for phase in ("teacher", "student", "optimizer"):
-        assert engine_items(leader, phase) == (awake if is_awake else [0, 0, 0])
+        assert engine_items(rank, phase) == (awake if is_awake else [0, 0, 0])
     assert found.engine is not None
     assert found.engine.host_bytes == host
-    # Two engines on eight GPUs, that is one on four of them; nothing else is offloaded.
-    for available in (host, host - 1):
+    # Eight engines on eight GPUs, that is four on four of them; nothing else is offloaded.
+    for available in (4 * host, 4 * host - 1):
 
         def check(available: int = available) -> None:
             check_host_memory(config, num_ranks=8, ranks_on_host=4, available_bytes=available)
 
-        if available == host:
+        if available == 4 * host:
             check()
         elif host:
-            with pytest.raises(UserError, match=r"sleep_level = 1 need 8\.0 GB of host memory"):
+            with pytest.raises(UserError, match=r"sleep_level = 1 need 32\.2 GB of host memory"):
                 check()
 
 
 @pytest.mark.parametrize(
     ("layout", "size", "expected"),
     [
-        (["tensor_model_parallel_size=4"], 2, ["leader", "with", "without"]),
-        (["tensor_model_parallel_size=4"], 4, ["leader", "with"]),
-        # The first stage's two ranks, and the second's.
+        (["tensor_model_parallel_size=4"], 2, ["owner", "with"]),
+        (["tensor_model_parallel_size=4"], 4, ["owner", "with"]),
         (
             ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=4"], 4,
-            ["leader", "with", "with", "without", "without"],
+            4 * ["owner", "with"],
         ),
     ],
 )  # fmt: skip
@@ -145,16 +140,13 @@ def test_over_several_gpus(
     settings = [f"parallel.{one}" for one in layout]
     settings += ["rollout.vllm.sleep_level=1", f"rollout.vllm.tensor_model_parallel_size={size}"]
     found = memory(qwen(*settings))
-    kinds = [
-        "leader" if r.is_leader else "with" if r.has_engine else "without" for r in found.ranks
-    ]
-    assert kinds == expected
+    assert all(rank.has_engine for rank in found.ranks)
+    assert ["owner" if rank.owns_engine else "with" for rank in found.ranks] == expected
     weights = -(-WEIGHTS // 2 // size) * 2
     kv_cache = 32 * 10**9 - weights - WORKSPACE
-    for rank, kind in zip(found.ranks, kinds, strict=True):
-        there = [0, 0, 0] if kind == "without" else [weights, kv_cache, WORKSPACE]
-        assert engine_items(rank, "rollout") == there
-        assert ("weight sync's bucket" in rank.phases["student"]) == rank.is_leader
+    for rank in found.ranks:
+        assert engine_items(rank, "rollout") == [weights, kv_cache, WORKSPACE]
+        assert ("weight sync's bucket" in rank.phases["student"]) == rank.owns_engine
     assert found.engine is not None
     assert found.engine.host_bytes == weights * size
     heads = 8 // size
@@ -164,10 +156,11 @@ def test_over_several_gpus(
 
 def test_a_server(qwen: Callable[..., RunConfig]) -> None:
     """One gathered tensor, and no time, since nothing is known of its devices."""
-    found = memory(qwen("rollout.vllm.server_url=http://127.0.0.1:8000"))
-    leader, other = found.ranks
-    assert leader.phases["rollout"].pop("workspace") == 2 * LARGEST
-    assert leader.phases == other.phases
+    found = memory(qwen("rollout.vllm.servers=[http://127.0.0.1:8000]"))
+    owner, other = found.ranks
+    assert owner.phases["rollout"].pop("workspace") == 2 * LARGEST
+    assert other.phases["rollout"].pop("workspace") == LARGEST
+    assert owner.phases == other.phases
     assert found.engine is None
     seconds = step_seconds(found.layout, found.largest, gpu(80))
     assert (seconds.prefill, seconds.decode) == (0, 0)
@@ -179,19 +172,22 @@ def test_what_a_sync_sends(qwen: Callable[..., RunConfig]) -> None:
     layout = memory(qwen("parallel.pipeline_model_parallel_size=2")).layout
     workload = memory(qwen("parallel.pipeline_model_parallel_size=2")).largest
     sent = [sent_bytes(layout, workload, pp_rank=pp_rank).into_engine for pp_rank in (0, 1)]
-    assert sent == [WEIGHTS, 0]
+    assert sent == [WEIGHTS, WEIGHTS]
     layout = memory(qwen("rollout.engine=hf")).layout
     assert sent_bytes(layout, workload, pp_rank=0).into_engine == 0
 
 
 def test_seconds(qwen: Callable[..., RunConfig]) -> None:
-    """16 of 64 responses at a time, each token reading the weights and their caches."""
-    found = memory(qwen("rollout.vllm.kv_cache_gb=22"))
+    """8 of an engine's 16 responses at a time, each token reading the weights and their caches.
+
+    With an engine for each of the two replicas, 64 responses would take eight turns.
+    """
+    found = memory(qwen("rollout.vllm.kv_cache_gb=11"))
     assert found.engine is not None
-    assert (found.engine.num_responses, found.largest.num_sequences) == (16, 64)
-    read = WEIGHTS + 16 * (1024 + 8192 / 2) * OF_TOKEN
+    assert (found.engine.num_responses, found.largest.num_sequences) == (8, 64)
+    read = WEIGHTS + 8 * (1024 + 8192 / 2) * OF_TOKEN
     seconds = step_seconds(found.layout, found.largest, gpu(80))
-    assert seconds.decode == pytest.approx(4 * 8191 * read / 3350e9)
+    assert seconds.decode == pytest.approx(2 * 8191 * read / 3350e9)
 
 
 def test_the_check_of_logprobs_comes_when_the_engine_sleeps(
@@ -200,7 +196,7 @@ def test_the_check_of_logprobs_comes_when_the_engine_sleeps(
     """With a small engine it needs more than that; an engine that stays awake is beside it."""
     small = ["rollout.vllm.kv_cache_gb=1.5", "rollout.max_batch_size=1"]
     often = [*small, "rollout.logprob_check_interval=1", "batch.max_tokens=800000"]
-    (alone, _), (beside, _) = (
+    (alone,), (beside,) = (
         memory(qwen(*often, f"rollout.vllm.sleep_level={level}")).ranks for level in (2, 0)
     )
     assert engine_items(alone, "rollout") == [0, 0, 0]

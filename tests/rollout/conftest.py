@@ -13,12 +13,8 @@ def context() -> Iterator[Any]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     world = dist.group.WORLD
     yield SimpleNamespace(
-        dp_rank=0,
-        dp_size=1,
         rank=0,
-        leader=0,
         is_leader=True,
-        replica_control=world,
-        leaders_control=world,
+        control=world,
     )
     dist.destroy_process_group()

@@ -8,12 +8,12 @@ import pytest
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.collect import collect, gather
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
-from megatron_oprd.rollout.replicas import EngineStarter, ReplicaEngines
+from megatron_oprd.rollout.pool import EnginePool, EngineStarter
 
 PROMPTS = [Prompt(index=index, token_ids=(1,)) for index in (4, 2)]
 
 
-def engines(versions: list[int], context: Any) -> ReplicaEngines:
+def engines(versions: list[int], context: Any) -> EnginePool:
     def generate(prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
         return [
             Rollout(
@@ -30,7 +30,9 @@ def engines(versions: list[int], context: Any) -> ReplicaEngines:
     def create() -> RolloutEngine:
         return cast(RolloutEngine, SimpleNamespace(generate=generate))
 
-    return ReplicaEngines(EngineStarter(create=create), lambda _: iter(()), context=context)
+    return EnginePool(
+        EngineStarter(owners=[0], create=create), lambda **_: iter(()), context=context
+    )
 
 
 def test_versions(context: Any) -> None:
@@ -46,8 +48,9 @@ def test_versions_of_rollouts_that_were_begun_before(context: Any) -> None:
     sampling = SamplingParams(max_new_tokens=1, seed=0)
 
     def gathered(versions: list[int]) -> list[Rollout]:
-        generated = engines(versions, context).generate(PROMPTS, sampling)
-        return gather(generated, PROMPTS, sampling, weights_versions=(6, 7), context=context)
+        them = engines(versions, context)
+        generated = them.generate(PROMPTS, sampling)
+        return gather(them, generated, PROMPTS, sampling, weights_versions=(6, 7), context=context)
 
     assert [rollout.weights_version for rollout in gathered([6, 7])] == [6, 7]
     with pytest.raises(RuntimeError, match=r"prompt 4 comes from weights of version 5, .* 6 or 7"):

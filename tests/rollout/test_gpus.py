@@ -1,31 +1,34 @@
-"""An engine's GPUs are its replica's, on one machine."""
+"""Engines are over all of a run's GPUs, each on one machine."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.gpus import engine_gpus, gpus_beside_the_first, visible_gpus
+from megatron_oprd.rollout.gpus import EnginePlace, divide_gpus, engine_places, visible_gpus
 
 SETTING = "rollout.vllm.tensor_model_parallel_size"
 
 
-def test_the_leaders_machine() -> None:
-    """Tensor ranks of the first stage, then of the second; two of each are on another machine."""
-    places = [("a", ["4"]), ("b", ["4"]), ("a", ["6"]), ("b", ["6"])]
-    assert gpus_beside_the_first(places, size=1, setting=SETTING) == ["4"]
-    assert gpus_beside_the_first(places, size=2, setting=SETTING) == ["4", "6"]
-    with pytest.raises(UserError, match=r"parallel_size = 3: .* and a has 2 of them"):
-        gpus_beside_the_first(places, size=3, setting=SETTING)
+def test_all_gpus_of_all_machines() -> None:
+    """Ranks of two machines in turn, as a launcher may number them."""
+    ranks = [("a", ["4"]), ("b", ["4"]), ("a", ["6"]), ("b", ["6"]), ("a", ["7"]), ("b", ["5"])]
+    assert divide_gpus(ranks, size=1, setting=SETTING) == [
+        EnginePlace(owner=rank, gpus=tuple(gpus)) for rank, (_, gpus) in enumerate(ranks)
+    ]
+    assert divide_gpus(ranks, size=3, setting=SETTING) == [
+        EnginePlace(owner=0, gpus=("4", "6", "7")), EnginePlace(owner=1, gpus=("4", "6", "5")),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=rf"{SETTING} = 2: .* and a has 3 ranks"):
+        divide_gpus(ranks, size=2, setting=SETTING)
 
 
 def test_on_the_cpu(context: Any) -> None:
-    place = SimpleNamespace(device=torch.device("cpu"), replica_control=context.replica_control)
-    assert engine_gpus(place, size=1, setting=SETTING) == []  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="parallel_size = 2"):
-        engine_gpus(place, size=2, setting=SETTING)  # type: ignore[arg-type]
+    context.device = torch.device("cpu")
+    assert engine_places(context, size=1, setting=SETTING) == [EnginePlace(owner=0, gpus=())]
+    with pytest.raises(UserError, match=rf"{SETTING} = 2"):
+        engine_places(context, size=2, setting=SETTING)
 
 
 def test_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,8 @@ from megatron_oprd.planning.time import Hardware
 from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.kind import EngineKind, Place
+from megatron_oprd.rollout.pool import EngineStarter
 from megatron_oprd.rollout.registry import ENGINES
-from megatron_oprd.rollout.replicas import EngineStarter
 from megatron_oprd.rollout.served_model import ServedModel
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.rollouts import check_rollout_server, open_engines
@@ -158,7 +158,7 @@ class ToyKind(EngineKind):
         log_prefix: str,
     ) -> Iterator[EngineStarter]:
         self.opened.append(log_prefix)
-        yield EngineStarter(create=ToyEngine)
+        yield EngineStarter(owners=[0], create=ToyEngine)
         self.opened.pop()
 
     def alone(
@@ -222,7 +222,7 @@ def test_a_run_with_another_engine(toy: ToyKind, tmp_path: Path, context: Any) -
     context.device = torch.device("cpu")
     prompts = [Prompt(index=4, token_ids=(7, 8))]
     with open_engines(
-        plan, context, lambda _: iter([("w", torch.ones(3))]), log_prefix="here/"
+        plan, context, lambda **_: iter([("w", torch.ones(3))]), log_prefix="here/"
     ) as engines:
         assert toy.opened == ["here/"]
         assert engines.sync(version=3) == 12
@@ -267,10 +267,9 @@ def test_a_plan_with_another_engine(toy: ToyKind, tmp_path: Path) -> None:
         kernels = KERNELS["transformer_engine"]
         return estimate_memory(config, models, kernels, num_gpus=8, memory_gb=memory_gb)
 
-    leader, other = memory(60).ranks
-    assert leader.phases["rollout"]["KV cache"] == 32 * 10**9
-    assert "KV cache" not in leader.phases["teacher"]
-    assert "KV cache" not in other.phases["rollout"]
+    (everyone,) = memory(60).ranks
+    assert everyone.phases["rollout"]["KV cache"] == 32 * 10**9
+    assert "KV cache" not in everyone.phases["teacher"]
     assert not memory(60).fits(hardware)
     nearest = nearest_that_fits(config, models, KERNELS["transformer_engine"], hardware, num_gpus=8)
     assert nearest is not None

@@ -22,11 +22,12 @@ VLLM = [
     # What is past these is sent to engines that lack it, which the second sync's do not.
     "taps.layers=[0,1]",
 ]
-SERVER = ["rollout.vllm.start_server=true", *(one for one in VLLM if "bucket" not in one)]
-TP2 = [*VLLM, "parallel.tensor_model_parallel_size=2"]
-SPLIT = [*TP2, "rollout.vllm.tensor_model_parallel_size=2"]
+SERVER = ["rollout.vllm.start_servers=1", *(one for one in VLLM if "bucket" not in one)]
+TP2_TWO_ENGINES = [*VLLM, "parallel.tensor_model_parallel_size=2"]
+# One engine of two workers.
+TP2 = [*TP2_TWO_ENGINES, "rollout.vllm.tensor_model_parallel_size=2"]
 NEVER_AGAIN = ["rollout.vllm.max_restarts=0"]
-# Name -> (settings, faults, folder). Process 1 is that of the start, or both of DP2.
+# Name -> (settings, faults, folder). Process 1 is that of the start; two engines start 1 and 2.
 CASES: dict[str, tuple[list[str], list[str], str]] = {
     "tp2": (TP2, [], "tp2"),
     "tp2_fails": (
@@ -36,8 +37,8 @@ CASES: dict[str, tuple[list[str], list[str], str]] = {
         ["1.weights.2.hang", "2.weights.1.kill", "3.generate.1.kill"],
         "tp2_fails",
     ),
-    # An engine of two workers, of which the first is killed in a sync.
-    "tp2_split": (SPLIT, ["1.weights.2.kill"], "tp2_split"),
+    # An engine for each rank, of which one is killed in a sync.
+    "tp2_two_engines": (TP2_TWO_ENGINES, ["1.weights.2.kill"], "tp2_two_engines"),
     "tp2_used_up": ([*TP2, *NEVER_AGAIN], ["1.generate.2.kill"], "tp2_used_up"),
     "tp2_resumed": (TP2, [], "tp2_used_up"),
     "dp2": (VLLM, [], "dp2"),
@@ -117,11 +118,12 @@ def test_what_is_sent(root: Path) -> None:
     assert values(root, "tp2_resumed", "weight_sync_gb") == pytest.approx([whole, whole])
 
 
-def test_an_engine_of_two_workers(root: Path) -> None:
-    """Both get the weights, and go with their engine, which is started again."""
-    found = result(root, "tp2_split")["rollouts"]
+def test_an_engine_for_each_rank(root: Path) -> None:
+    """The number of engines, which has nothing to do with the layout, changes no response."""
+    found = result(root, "tp2_two_engines")["rollouts"]
     assert found == result(root, "tp2")["rollouts"]
-    assert values(root, "tp2_split", "rollout_engine_restarts") == [0, 1]
+    assert records(root, "tp2_two_engines") == records(root, "tp2")
+    assert values(root, "tp2_two_engines", "rollout_engine_restarts") == [0, 1]
 
 
 def test_nothing_of_a_server_is_left(root: Path) -> None:
@@ -132,13 +134,13 @@ def test_nothing_of_a_server_is_left(root: Path) -> None:
         for pid in map(int, file.read_text().split()):
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(pid).wait(timeout=30)  # what was killed may not be gone at once
-    assert (root / "dp2_server_fails" / "vllm_server.log").exists()
+    assert (root / "dp2_server_fails" / "vllm_server_0.log").exists()
 
 
 def test_used_up(root: Path) -> None:
     """The state before the step is saved, and the run goes on from there as if nothing had been."""
     stopped = result(root, "tp2_used_up")["stopped"]
-    assert "replica 0 failed and was not started again (0 restarts in this step" in stopped
+    assert "rollout engine 0 failed and was not started again (0 restarts in this step" in stopped
     assert "rollout.vllm.max_restarts = 0): the vLLM process ended with exit code -9" in stopped
     assert "the newest checkpoint is of step 1" in stopped
     (second,) = result(root, "tp2_resumed")["rollouts"]

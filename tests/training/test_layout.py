@@ -74,11 +74,17 @@ def test_an_engine_that_is_split_otherwise_than_heads(tmp_path: Path) -> None:
     engine = "rollout.vllm.tensor_model_parallel_size"
     model = dataclasses.replace(MODEL, num_layers=8)
     for size in (3, 6):
-        layout(config(tmp_path, "rollout.engine=vllm", pp8, f"{engine}={size}"), model, 8)
+        found = config(
+            tmp_path,
+            *(pp8, "rollout.engine=vllm", f"{engine}={size}", "rollout.prompts_per_step=9"),
+        )
+        layout(found, model, 24)
+        with pytest.raises(UserError, match=rf"{engine} = {size}: .* to divide the 8 processes"):
+            layout(found, model, 8)
     for size in (2, 8):
         found = config(tmp_path, "rollout.engine=vllm", pp8, f"{engine}={size}")
         with pytest.raises(UserError, match=rf"rollout\.vllm\.tensor_.* = {size} .* heads of mod"):
-            layout(found, model, 8)
+            layout(found, model, 16)
 
 
 def test_longrope_that_would_switch_within_a_rollout(tmp_path: Path) -> None:

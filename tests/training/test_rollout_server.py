@@ -1,4 +1,4 @@
-"""Two replicas with rollouts from one server, a stand-in, that is started again or goes away."""
+"""Two replicas with rollouts from servers, stand-ins, that are started again or go away."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -23,15 +23,17 @@ CASES = {
     "undisturbed": [],
     "started_again": [],
     "gone": ["rollout.vllm.max_restarts=1", "rollout.vllm.sync_timeout_minutes=0.02"],
+    # Two servers; one ends with its sixth request, in the first or the second step.
+    "one_of_two": [],
 }
-FAILING = 10  # the request that fails, in the second of two steps of eight
+FAILING = 10  # the request that fails; a server alone gets it in the second of two steps
 
 
-def disturb(server: FakeServer, name: str) -> None:
+def disturb(server: FakeServer, name: str, failing: int = FAILING) -> None:
     requests = count(1)
 
     def generate() -> tuple[int, bytes] | None:
-        if next(requests) != FAILING:
+        if next(requests) != failing:
             return None
         server.start_again()
         if name == "gone":
@@ -49,14 +51,15 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         servers = {name: stack.enter_context(closing(FakeServer({}))) for name in CASES}
         disturb(servers["started_again"], "started_again")
         disturb(servers["gone"], "gone")
+        disturb(servers["one_of_two"], "gone", failing=6)
+        second = stack.enter_context(closing(FakeServer({})))
+        urls = {name: server.url for name, server in servers.items()}
+        urls["one_of_two"] += f",{second.url}"
         cases = [
             {
                 "name": name,
                 "pair": str(pair),
-                "overrides": [
-                    *(*SETTINGS, *overrides),
-                    f"rollout.vllm.server_url={servers[name].url}",
-                ],
+                "overrides": [*SETTINGS, *overrides, f"rollout.vllm.servers=[{urls[name]}]"],
             }
             for name, overrides in CASES.items()
         ]
@@ -90,3 +93,13 @@ def test_a_server_that_goes_away(servers: dict[str, Any]) -> None:
     assert "(1 restarts in this step, rollout.vllm.max_restarts = 1)" in stopped
     assert "answers /health with 503: ending" in stopped
     assert "the newest checkpoint is of step 1" in stopped
+
+
+def test_one_of_two_servers_goes_away(servers: dict[str, Any]) -> None:
+    """Its requests are repeated on the other with the same result; no engine is started again."""
+    server, result = servers["one_of_two"]
+    assert result["stopped"] == ""
+    assert result["rollouts"] == servers["undisturbed"][1]["rollouts"]
+    assert server.num_syncs == 2
+    assert server.label == "default"
+    assert any("is left out until the next sync" in one for one in result["warnings"])

@@ -25,7 +25,7 @@ from megatron_oprd.rollout.vllm.client import ServerClient, check_server
 from megatron_oprd.rollout.vllm.launch import ServerProcess
 from megatron_oprd.rollout.vllm.memory import num_blocks
 from megatron_oprd.rollout.vllm.messages import EXTENSION
-from megatron_oprd.rollout.vllm.server import VLLMServerEngine
+from megatron_oprd.rollout.vllm.servers import VLLMServersEngine
 from megatron_oprd.weights.hf_files import HFFolder
 from tests.helpers.tiny import EOS_ID, save_tiny_model
 from tests.vllm.engines import (
@@ -100,19 +100,19 @@ def url(folder: Path) -> Iterator[str]:
 
 def start(
     url: str, folder: Path, *, owner: str = "runs/a", interval: int | None = 1
-) -> VLLMServerEngine:
-    return VLLMServerEngine(
+) -> VLLMServersEngine:
+    return VLLMServersEngine(
         folder,
         dtype=torch.float32,
         eos_token_ids=[EOS_ID],
         known_ids=KNOWN,
         owner=owner,
-        config=VLLMConfig(server_url=url, check_weights_interval=interval, timeout_minutes=5),
+        config=VLLMConfig(servers=[url], check_weights_interval=interval, timeout_minutes=5),
     )
 
 
 @pytest.fixture
-def engine(url: str, folder: Path, weights: Weights) -> VLLMServerEngine:
+def engine(url: str, folder: Path, weights: Weights) -> VLLMServersEngine:
     engine = start(url, folder)
     engine.load_weights(weights.items(), version=1)
     return engine
@@ -156,11 +156,11 @@ def test_the_cache_has_the_blocks_that_a_plan_counts(url: str, folder: Path) -> 
     assert int(fields["num_gpu_blocks"]) == found
 
 
-def test_same_tokens_as_hf(engine: VLLMServerEngine, folder: Path, weights: Weights) -> None:
+def test_same_tokens_as_hf(engine: VLLMServersEngine, folder: Path, weights: Weights) -> None:
     check_same_as_hf(engine, folder, weights, PROMPTS, known_ids=KNOWN)
 
 
-def test_new_weights(engine: VLLMServerEngine, folder: Path, weights: Weights) -> None:
+def test_new_weights(engine: VLLMServersEngine, folder: Path, weights: Weights) -> None:
     """Also behind a prefix that is in the cache with the old weights."""
     old = engine.generate(PROMPTS, sampling())
     for version, seed in ((2, 1), (3, 2)):
@@ -173,7 +173,9 @@ def test_new_weights(engine: VLLMServerEngine, folder: Path, weights: Weights) -
         assert [r.response_ids for r in new] != [r.response_ids for r in old]
 
 
-def test_weights_that_stay(engine: VLLMServerEngine, folder: Path, weights: Weights) -> None:
+def test_weights_that_stay(
+    engine: VLLMServersEngine, url: str, folder: Path, weights: Weights
+) -> None:
     """They are checked as the others, and no worker warns of them."""
     for version, sent in ((2, "model.layers.3."), (3, "model.")):
         new = others(weights, seed=version)
@@ -184,11 +186,11 @@ def test_weights_that_stay(engine: VLLMServerEngine, folder: Path, weights: Weig
     log = (folder / "log").read_text()
     assert "Linear: Failed to load weights" not in log
     assert "weights were not loaded" not in log
-    engine._server.call("/update_weight_version", {"new_version": "default"})
+    ServerClient(url).call("/update_weight_version", {"new_version": "default"})
     assert engine.needs_all_weights()
 
 
-def test_seeds(engine: VLLMServerEngine, url: str, folder: Path) -> None:
+def test_seeds(engine: VLLMServersEngine, url: str, folder: Path) -> None:
     """A response depends on prompt, sample and seed, whichever replica asks for it."""
     random = sampling(temperature=2.0, samples_per_prompt=2)
     rollouts = engine.generate(PROMPTS, random)
@@ -201,13 +203,13 @@ def test_seeds(engine: VLLMServerEngine, url: str, folder: Path) -> None:
         assert rollout.finished == (rollout.response_ids[-1] == EOS_ID)
 
 
-def test_weights_of_others(engine: VLLMServerEngine, url: str, folder: Path) -> None:
+def test_weights_of_others(engine: VLLMServersEngine, url: str, folder: Path) -> None:
     with pytest.raises(WrongWeightsError, match="has weights of 'runs/a', not of 'runs/b'"):
         start(url, folder, owner="runs/b").generate(PROMPTS, sampling())
 
 
 def test_check_finds_what_was_changed_on_the_way(
-    engine: VLLMServerEngine, weights: Weights, monkeypatch: pytest.MonkeyPatch
+    engine: VLLMServersEngine, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passing = engine._check.passing
     changed = "model.layers.2.self_attn.k_proj.weight"
@@ -223,7 +225,9 @@ def test_check_finds_what_was_changed_on_the_way(
         engine.load_weights(weights.items())
 
 
-def test_weights_that_do_not_come(engine: VLLMServerEngine, folder: Path, weights: Weights) -> None:
+def test_weights_that_do_not_come(
+    engine: VLLMServersEngine, folder: Path, weights: Weights
+) -> None:
     """A server that got a part goes on, gives nothing out, and takes other weights."""
     with pytest.raises(ValueError, match="1 weights were not delivered"):
         engine.load_weights(list(weights.items())[:-1], version=4)
@@ -242,7 +246,7 @@ def test_two_workers_of_a_server_of_our_own(
 ) -> None:
     """Each worker takes its part of the weights; nothing is left of the server at its end."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    settings: dict[str, Any] = {**SETTINGS, "tensor_model_parallel_size": 2, "start_server": True}
+    settings: dict[str, Any] = {**SETTINGS, "tensor_model_parallel_size": 2, "start_servers": 1}
     server = ServerProcess(
         folder,
         dtype=torch.float32,

@@ -34,11 +34,13 @@ CASES = {
     "dp2_killed": (2, VLLM),
     # The untied LM head is frozen too.
     "frozen": (2, [*VLLM, *GREEDY, *PP2, "train_iters=3", "taps.layers=[0,1]"]),
-    "tp2_sp_pp2": (4, [*VLLM, *TP2_SP, *PP2, *SPLIT]),
+    # Two engines of two workers, and four engines.
+    "pp2_dp2": (4, [*VLLM, *PP2, *SPLIT]),
+    "tp2_sp_dp2": (4, [*VLLM, *TP2_SP]),
 }
 
 # Runs that only slow tests look at.
-NIGHTLY = {"ahead", "dp2_killed", "tp2_sp_pp2"}
+NIGHTLY = {"ahead", "dp2_killed", "pp2_dp2", "tp2_sp_dp2"}
 # The first rank's, before the second step's rollouts.
 KILLED = {"dp2_killed": {"kill_engine_before": 1}}
 
@@ -88,13 +90,15 @@ def tokens(rollouts: list[Any]) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.slow
-def test_neither_layout_nor_a_killed_engine_changes_rollouts(root: Path) -> None:
-    """Two engines of two replicas, of which one is killed, sample what one engine samples."""
-    found, expected = rollouts_of(root, "dp2_killed"), rollouts_of(root, "tp2_sp_pp2")
+def test_neither_layout_nor_engines_nor_a_killed_one_change_rollouts(root: Path) -> None:
+    """Two engines, of which one is killed, sample what two others and four sample."""
+    expected = rollouts_of(root, "tp2_sp_dp2")
     assert [len(of_step) for of_step in expected] == [8, 8]
-    assert [tokens(of_step) for of_step in found] == [tokens(of_step) for of_step in expected]
-    for ours, theirs in zip(records(root, "dp2_killed"), records(root, "tp2_sp_pp2"), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    for name in ("dp2_killed", "pp2_dp2"):
+        found = rollouts_of(root, name)
+        assert [tokens(of_step) for of_step in found] == [tokens(of_step) for of_step in expected]
+        for ours, theirs in zip(records(root, name), records(root, "tp2_sp_dp2"), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     assert [one["rollout_engine_restarts"] for one in records(root, "dp2_killed")] == [0, 1]
     (warning,) = warnings_of(root, "dp2_killed")
     assert "ended with exit code -9" in warning
@@ -113,7 +117,7 @@ def test_both_engines_follow_the_student(root: Path) -> None:
     "name",
     [
         pytest.param(name, marks=[pytest.mark.slow] * (name in NIGHTLY))
-        for name in ("tp2_sp", "dp2_killed", "frozen", "tp2_sp_pp2")
+        for name in ("tp2_sp", "dp2_killed", "frozen", "pp2_dp2", "tp2_sp_dp2")
     ],
 )
 def test_log_probabilities_are_the_trainers(root: Path, name: str) -> None:

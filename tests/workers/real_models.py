@@ -53,9 +53,7 @@ def _rank(case: dict[str, Any], rank: int) -> dict[str, Any]:
     context = ParallelContext(
         device=META,
         groups=groups,
-        replica_control=groups.tp,
-        leaders_control=groups.tp,
-        leader=0,
+        control=groups.tp,
         transformer_engine=False,
     )
     architecture = read_architecture(HFFolder(case["folder"]))

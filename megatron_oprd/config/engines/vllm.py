@@ -9,39 +9,40 @@ MAX_TEMPERATURE = 2.0
 
 # vLLM's names for FP8 (E4M3) with a scale for each tensor, block or output channel.
 Quantization = Literal["fp8_per_tensor", "fp8_per_block", "fp8_per_channel"]
-_GIVEN_SERVER = when("rollout.vllm.server_url", instead="give it to vllm serve")
+_GIVEN_SERVER = when("rollout.vllm.servers", instead="give it to vllm serve")
 _ANY_SERVER = (
     _GIVEN_SERVER,
-    when("rollout.vllm.start_server", True, instead="leave it out"),
+    when("rollout.vllm.start_servers", instead="leave it out"),
 )
 
 
 @dataclass(kw_only=True)
 class VLLMConfig:
-    """vLLM for rollouts: an engine for each data-parallel replica, or a server for all of them.
+    """vLLM for rollouts: engines over all of the run's GPUs, or a server.
 
-    An engine runs on the device of its replica's first rank. A server has devices of its own, and
-    is started by the run (``start_server``) or was started for it (``server_url``). A temperature
-    is at most 2.
+    The number of engines is the number of ranks divided by ``tensor_model_parallel_size``, whatever
+    the trainer's layout is. A server has devices of its own, and is started by the run
+    (``start_servers``) or was started for it (``servers``). A temperature is at most 2.
     """
 
-    server_url: str | None = setting(None)
-    """A vLLM server that was started for this run, as in ``http://127.0.0.1:8000``. By default each
-    replica has an engine."""
+    servers: list[str] = setting([])
+    """vLLM servers that were started for this run, as in ``[http://10.0.0.5:8000,
+    http://10.0.0.6:8000]``. A server that fails is left out until it is back. By default engines
+    run on the trainer's GPUs."""
 
-    start_server: bool = setting(False)
-    """Whether the run starts a server, on the machine of global rank 0, and ends it. The server's
-    output is in ``<output_dir>/vllm_server.log`` (of ``build_bridge`` in
-    ``<output_dir>.vllm_server.log``)."""
+    start_servers: int = setting(0, ge=0)
+    """Servers that the run starts, on the machine of global rank 0, and ends. Their output is in
+    ``<output_dir>/vllm_server_N.log`` (of ``build_bridge`` in ``<output_dir>.vllm_server_N.log``).
+    """
 
     server_gpus: list[int] = setting(
         [],
         ge=0,
-        only_with=when("rollout.vllm.start_server", True),
+        only_with=when("rollout.vllm.start_servers"),
         no_effect_with=_GIVEN_SERVER,
     )
-    """GPUs that the server has for itself on that machine, as nvidia-smi counts them: as many as
-    ``tensor_model_parallel_size``. Empty on a CPU."""
+    """GPUs that the servers have for themselves on that machine, as nvidia-smi counts them:
+    ``tensor_model_parallel_size`` for each server in turn. Empty on a CPU."""
 
     gpu_memory_utilization: float = setting(0.4, gt=0, lt=1, no_effect_with=_GIVEN_SERVER)
     """Share of the device's memory (of the host's, on a CPU) that the engine may take, its weights
@@ -61,8 +62,8 @@ class VLLMConfig:
     generates slower."""
 
     tensor_model_parallel_size: int = setting(1, ge=1, no_effect_with=_GIVEN_SERVER)
-    """GPUs of one engine (vLLM's tensor parallelism). They are those of its replica's first ranks,
-    which have to be as many, on one machine. A server has GPUs of its own."""
+    """GPUs of one engine (vLLM's tensor parallelism), those of consecutive ranks of a machine. It
+    has to divide the ranks of every machine. A server has GPUs of its own."""
 
     quantization: Quantization | None = setting(None, no_effect_with=_GIVEN_SERVER)
     """vLLM's online quantization of the linear layers' weights, after each sync, and of their
@@ -87,17 +88,17 @@ class VLLMConfig:
     """An engine that takes longer to start, or for a rollout, counts as hanging."""
 
     sync_timeout_minutes: float = setting(10.0, gt=0)
-    """An engine that takes longer for a part of a weight sync counts as hanging. The replica's
-    other ranks wait for it in a collective, so this time has to be below
+    """An engine that takes longer for a part of a weight sync counts as hanging. The other ranks
+    wait for it in a collective, so this time has to be below
     ``parallel.distributed_timeout_minutes``."""
 
     max_restarts: int = setting(2, ge=0)
     """Number of times that an engine that ended or hangs is started again in one step; 0 is never.
-    The engine gets the weights anew and repeats its work. A server of ``server_url`` is not started
-    again; the run waits for it, ``sync_timeout_minutes`` each time. After that the run ends, with a
-    checkpoint of the last whole step (unless ``checkpoint.save_interval`` is null)."""
+    The engine gets the weights anew and repeats its work. Servers of ``servers`` are not started
+    again; the run waits for them, ``sync_timeout_minutes`` each time. After that the run ends, with
+    a checkpoint of the last whole step (unless ``checkpoint.save_interval`` is null)."""
 
     @property
     def uses_server(self) -> bool:
-        """Whether rollouts come from a server, be it the run's own."""
-        return self.start_server or self.server_url is not None
+        """Whether rollouts come from servers, be they the run's own."""
+        return self.start_servers > 0 or bool(self.servers)

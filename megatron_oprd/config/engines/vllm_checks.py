@@ -13,26 +13,26 @@ def check_vllm(config: RunConfig) -> None:
         UserError: There is one.
     """
     vllm = config.rollout.vllm
-    if vllm.server_url is not None:
-        if vllm.start_server:
+    if vllm.servers:
+        if vllm.start_servers:
             raise UserError(
-                "rollout.vllm.start_server = true with rollout.vllm.server_url = "
-                f"{vllm.server_url}: the run starts a server, or uses a server that is there; "
-                "leave one of the two out"
+                f"rollout.vllm.start_servers = {vllm.start_servers} with rollout.vllm.servers = "
+                f"{vllm.servers}: the run starts servers, or uses servers that are there; leave "
+                "one of the two out"
             )
-        check_url(vllm.server_url, "rollout.vllm.server_url")
-    size, of_replica = vllm.tensor_model_parallel_size, config.parallel.replica_size
-    if not vllm.start_server and size > of_replica:
-        raise UserError(
-            f"rollout.vllm.tensor_model_parallel_size = {size}: an engine runs on the GPUs of its "
-            f"replica's ranks, so it has to be from 1 to {of_replica} (tensor x context x pipeline "
-            "parallel size)"
-        )
+        for url in vllm.servers:
+            check_url(url, "rollout.vllm.servers")
+        if len(set(vllm.servers)) < len(vllm.servers):
+            raise UserError(
+                f"rollout.vllm.servers = {vllm.servers}: a server is there twice; name each once"
+            )
+    size = vllm.tensor_model_parallel_size
     gpus = vllm.server_gpus
-    if gpus and not len(set(gpus)) == len(gpus) == size:
+    if gpus and not len(set(gpus)) == len(gpus) == size * vllm.start_servers:
         raise UserError(
-            f"rollout.vllm.server_gpus = {gpus}: have to be as many different GPUs as "
-            f"rollout.vllm.tensor_model_parallel_size = {size}"
+            f"rollout.vllm.server_gpus = {gpus}: rollout.vllm.start_servers = "
+            f"{vllm.start_servers} with rollout.vllm.tensor_model_parallel_size = {size} GPUs each "
+            f"need {size * vllm.start_servers} different GPUs"
         )
     if vllm.quantization is not None:
         _check_quantization(config)

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +16,7 @@ from transformers import AutoConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import RolloutEngineError
 from megatron_oprd.rollout.vllm.messages import EXTENSION
+from megatron_oprd.rollout.vllm.secret import VARIABLE
 from megatron_oprd.weights.casting import dtype_name
 
 GENERATE = "/inference/v1/generate"
@@ -68,9 +70,10 @@ class ServerClient:
         Raises ServerError on an error response, or if none comes within ``seconds``.
         """
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + path, data=data, headers={"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json"}
+        if secret := os.environ.get(VARIABLE):
+            headers["Authorization"] = f"Bearer {secret}"
+        request = urllib.request.Request(self.url + path, data=data, headers=headers)
         try:
             with self._opener.open(request, timeout=seconds) as response:
                 text = response.read()
@@ -120,7 +123,7 @@ def check_server(
     Raises UserError if it does not respond, lacks required options or serves another model.
     """
     found = _describe(url, folder)
-    at = f"rollout.vllm.server_url = {url}: the server's"
+    at = f"rollout.vllm.servers: {url}: the server's"
     name = dtype_name(dtype)
     again = "; start it as " + _command(
         folder, f"--dtype {name}", f"--max-model-len {max_model_len}"
@@ -188,7 +191,7 @@ def _first_difference(key: str, one: Any, other: Any) -> tuple[str, Any, Any]:
 def _describe(url: str, folder: Path) -> list[dict[str, Any]]:
     """Checks the server's options one by one; returns its workers' descriptions."""
     client = ServerClient(url)
-    setting = f"rollout.vllm.server_url = {url}"
+    setting = f"rollout.vllm.servers: {url}"
     start = _command(folder)
     try:
         client.call("/health")

@@ -1,4 +1,4 @@
-"""The vLLM rollout engine: processes on the machine and GPUs of a replica's first ranks."""
+"""The vLLM rollout engine: processes on the trainer's machines and GPUs."""
 
 import importlib.util
 import os
@@ -52,7 +52,7 @@ class VLLMEngine:
         *,
         dtype: torch.dtype,  # of weights and activations
         device: torch.device,  # the trainer's, from which weights are sent
-        gpus: Sequence[str] = (),  # of the engine (`engine_gpus`), `device` first; empty on a CPU
+        gpus: Sequence[str] = (),  # the engine's (`EnginePlace`); empty on a CPU
         eos_token_ids: Sequence[int],
         # The tokenizer's ids; other ids pad the embedding and are never sampled.
         known_ids: Collection[int],

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from megatron_oprd.parallel.context import ParallelContext
     from megatron_oprd.rollout.engine import RolloutEngine
-    from megatron_oprd.rollout.replicas import EngineStarter
+    from megatron_oprd.rollout.pool import EngineStarter
     from megatron_oprd.rollout.served_model import ServedModel
 
 
 class VLLMKind(EngineKind):
-    """vLLM in processes of its own (`VLLMEngine`), or on a server (`VLLMServerEngine`)."""
+    """vLLM in processes of its own (`VLLMEngine`), or on servers (`VLLMServersEngine`)."""
 
     name = "vllm"
     title = "vLLM"
@@ -50,16 +50,16 @@ class VLLMKind(EngineKind):
         """A server that is there already has its own installation."""
         from megatron_oprd.rollout.vllm.engine import check_vllm_is_there
 
-        if rollout.vllm.server_url is None:
+        if not rollout.vllm.servers:
             check_vllm_is_there()
 
     def check_server(self, rollout: RolloutConfig, model: ServedModel) -> None:
         """See `client.check_server`."""
         from megatron_oprd.rollout.vllm.client import check_server
 
-        if rollout.vllm.server_url is not None:
+        for url in rollout.vllm.servers:
             check_server(
-                rollout.vllm.server_url,
+                url,
                 model.folder,
                 dtype=model.dtype,
                 max_model_len=model.max_model_len,
@@ -67,11 +67,18 @@ class VLLMKind(EngineKind):
             )
 
     def check_host(self, rollout: RolloutConfig, *, ranks_on_host: int) -> None:
-        """See `launch.check_server_gpus`."""
+        """The GPUs of a server (`launch.check_server_gpus`), or those of engines."""
+        from megatron_oprd.rollout.gpus import check_divides_host
         from megatron_oprd.rollout.vllm.launch import check_server_gpus
 
-        if rollout.vllm.start_server:
+        if rollout.vllm.start_servers:
             check_server_gpus(rollout.vllm.server_gpus, ranks_on_host=ranks_on_host)
+        elif not rollout.vllm.uses_server:
+            check_divides_host(
+                ranks_on_host,
+                size=self.num_gpus(rollout),
+                setting=self.setting("tensor_model_parallel_size"),
+            )
 
     def open(
         self,
@@ -81,8 +88,8 @@ class VLLMKind(EngineKind):
         *,
         log_prefix: str,
     ) -> AbstractContextManager[EngineStarter]:
-        """See `replicas.open_vllm`."""
-        from megatron_oprd.rollout.vllm.replicas import open_vllm
+        """See `opening.open_vllm`."""
+        from megatron_oprd.rollout.vllm.opening import open_vllm
 
         return open_vllm(rollout, model, context, log_prefix=log_prefix)
 
@@ -95,7 +102,8 @@ class VLLMKind(EngineKind):
         server_url: str | None = None,
     ) -> RolloutConfig:
         """Most of the GPU's memory; the defaults on a CPU, whose memory is the host's."""
-        vllm = VLLMConfig(server_url=server_url, tensor_model_parallel_size=num_gpus)
+        servers = [] if server_url is None else [server_url]
+        vllm = VLLMConfig(servers=servers, tensor_model_parallel_size=num_gpus)
         if device.type == "cuda":
             vllm.gpu_memory_utilization = 0.9
         return RolloutConfig(engine="vllm", max_batch_size=max_batch_size, vllm=vllm)
@@ -108,8 +116,8 @@ class VLLMKind(EngineKind):
         device: torch.device,
         gpus: Sequence[str] = (),
     ) -> RolloutEngine:
-        """See `replicas.create_vllm`."""
-        from megatron_oprd.rollout.vllm.replicas import create_vllm
+        """See `opening.create_vllm`."""
+        from megatron_oprd.rollout.vllm.opening import create_vllm
 
         return create_vllm(rollout, model, device=device, gpus=gpus)
 

@@ -1,4 +1,4 @@
-"""A vLLM server that the run starts: address, GPUs, start, health checks and end."""
+"""vLLM servers that the run starts: address, GPUs, start, health checks and end."""
 
 import importlib.metadata
 import logging
@@ -26,6 +26,7 @@ from megatron_oprd.rollout.vllm.client import (
 )
 from megatron_oprd.rollout.vllm.engine import environment_without_rank
 from megatron_oprd.rollout.vllm.messages import EXTENSION
+from megatron_oprd.rollout.vllm.secret import MIDDLEWARE
 from megatron_oprd.weights.casting import dtype_name
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class ServerProcess:
         dtype: torch.dtype,  # of weights and activations
         max_model_len: int,  # tokens of the longest prompt with its response
         host: str,
+        gpus: Sequence[int] = (),  # as nvidia-smi counts them; empty on a CPU
         log: Path,  # the server's output is appended
         config: VLLMConfig,
     ) -> None:
@@ -59,8 +61,10 @@ class ServerProcess:
         self._dtype = dtype
         self._max_model_len = max_model_len
         self._host = host
+        self._gpus = gpus
         self._log = log
         self._log_start = 0
+        self._was_up = False
         self._config = config
         self._guard: subprocess.Popen | None = None
         # Bound but never listened on: keeps the port reserved while no server is running.
@@ -83,11 +87,24 @@ class ServerProcess:
         Raises RolloutEngineError if it exits during the start, takes too long or serves another
         model.
         """
-        if self._guard is not None:
+        if self._was_up:
             trouble = self._trouble()
             if trouble is None:
                 return
             logger.warning("the vLLM server at %s is started again: %s", self.url, trouble)
+            self._end(signal.SIGINT)
+        self.begin()
+        self._wait()
+
+    def begin(self) -> None:
+        """Starts the server, or restarts it if it exited, without waiting for it."""
+        if self._guard is not None:
+            if (code := self._guard.poll()) is None:
+                return
+            logger.warning(
+                "the vLLM server at %s is started again: it ended with exit code %d%s",
+                *(self.url, code, self._said()),
+            )
             self._end(signal.SIGINT)
         self._start()
 
@@ -97,8 +114,6 @@ class ServerProcess:
         self._reserved.close()
 
     def _start(self) -> None:
-        minutes = self._config.timeout_minutes
-        end = time.monotonic() + minutes * 60
         with self._log.open("ab") as log:
             self._log_start = log.tell()
             self._guard = subprocess.Popen(
@@ -111,6 +126,11 @@ class ServerProcess:
                 # Signals to the run's process group must not reach the server: the guard ends it.
                 start_new_session=True,
             )
+
+    def _wait(self) -> None:
+        assert self._guard is not None
+        minutes = self._config.timeout_minutes
+        end = time.monotonic() + minutes * 60
         while True:
             if (code := self._guard.poll()) is not None:
                 raise RolloutEngineError(
@@ -136,10 +156,11 @@ class ServerProcess:
                 self._folder,
                 dtype=self._dtype,
                 max_model_len=self._max_model_len,
-                at="rollout.vllm.start_server: the server's",
+                at="rollout.vllm.start_servers: the server's",
             )
         except UserError as error:
             raise RolloutEngineError(f"{error}{self._said()}") from error
+        self._was_up = True
 
     def _trouble(self) -> str | None:
         """Describes what is wrong with the started server; None if it works."""
@@ -159,6 +180,7 @@ class ServerProcess:
             self._guard.send_signal(how)
             self._guard.wait()
             self._guard = None
+        self._was_up = False
 
     def _said(self) -> str:
         """The end of the server's output since its start, for an error message."""
@@ -179,6 +201,7 @@ class ServerProcess:
             "--tensor-parallel-size": config.tensor_model_parallel_size,
             "--gpu-memory-utilization": config.gpu_memory_utilization,
             "--load-format": "dummy",  # the first sync sends all weights
+            "--middleware": MIDDLEWARE,
             "--generation-config": "vllm",  # vLLM's defaults, not the model folder's
             "--disable-access-log-for-endpoints": f"/health,{GENERATE}",
         }
@@ -202,9 +225,9 @@ class ServerProcess:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENGINE_READY_TIMEOUT_S": str(max(1, round(self._config.timeout_minutes * 60))),
         }
-        if gpus := self._config.server_gpus:
+        if self._gpus:
             environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's order
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._gpus))
         return environment
 
 
@@ -289,7 +312,7 @@ def check_gpus(gpus: Sequence[int], table: str, trained_on: Sequence[str]) -> No
     found = f"{_SETTING} = {list(gpus)}"
     right = f"free for a server here are {free}" if free else "no GPU is left for a server here"
     if not gpus:
-        raise UserError(f"rollout.vllm.start_server needs {_SETTING}: {right}")
+        raise UserError(f"rollout.vllm.start_servers needs {_SETTING}: {right}")
     for gpu in gpus:
         if gpu not in uuids:
             raise UserError(f"{found}: there is no GPU {gpu} here (nvidia-smi); {right}")

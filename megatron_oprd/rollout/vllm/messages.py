@@ -9,7 +9,7 @@ import torch
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
-from megatron_oprd.rollout.sampling import seed_of, stopped_length
+from megatron_oprd.rollout.sampling import samples_of, seed_of, stopped_length
 from megatron_oprd.rollout.vllm.bucket import BucketHandle
 
 # Worker extension class (a server's --worker-extension-cls).
@@ -70,7 +70,7 @@ def requests_of(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Req
     return [
         Request(prompt_ids=prompt.token_ids, seed=seed_of(prompt, sample, sampling))
         for prompt in prompts
-        for sample in range(sampling.samples_per_prompt)
+        for sample in samples_of(prompt, sampling)
     ]
 
 
@@ -87,7 +87,7 @@ def rollouts_of(
     ``responses`` has the order of `requests_of`; ``decode`` (special tokens kept) is needed for
     stop texts.
     """
-    samples = [(p, sample) for p in prompts for sample in range(sampling.samples_per_prompt)]
+    samples = [(p, sample) for p in prompts for sample in samples_of(p, sampling)]
     rollouts = []
     for (prompt, sample), response in zip(samples, responses, strict=True):
         length = None

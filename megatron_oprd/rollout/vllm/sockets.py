@@ -151,15 +151,15 @@ def _message(file: BufferedReader) -> Any:
 
 
 def send_weights(
-    workers: TrainerSocket, stream: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype
-) -> None:
-    """Sends the tensors to every worker, converted to ``dtype`` on the way."""
+    stream: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype
+) -> Iterator[tuple[Any, memoryview | None]]:
+    """The messages (`TrainerSocket.tell`) that send tensors, converted to ``dtype`` on the way."""
     for name, tensor in stream:
         values = tensor.detach().to(dtype).cpu().contiguous().reshape(-1)
         head = {"name": name, "shape": list(tensor.shape)}
         # As bytes: numpy has no bf16.
-        workers.tell(head, values.view(torch.uint8).numpy().data)
-    workers.tell(None)
+        yield head, values.view(torch.uint8).numpy().data
+    yield None, None
 
 
 def receive_weights(trainer: WorkerSocket, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

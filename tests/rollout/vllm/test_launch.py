@@ -50,12 +50,13 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     made: list[ServerProcess] = []
 
     def make(**settings: Any) -> ServerProcess:
-        config = VLLMConfig(start_server=True, **({"sync_timeout_minutes": 0.5} | settings))
+        config = VLLMConfig(start_servers=1, **({"sync_timeout_minutes": 0.5} | settings))
         server = ServerProcess(
             folder,
             dtype=torch.float32,
             max_model_len=64,
             host="127.0.0.1",
+            gpus=config.server_gpus,
             log=folder / "log",
             config=config,
         )
@@ -171,7 +172,7 @@ def test_another_model(start: Start, folder: Path) -> None:
     described = json.loads((folder / "described.json").read_text())
     (folder / "described.json").write_text(json.dumps(described | {"dtype": "float16"}))
     with pytest.raises(
-        RolloutEngineError, match=r"start_server: the server's dtype is float16, .*\nstart 1"
+        RolloutEngineError, match=r"start_servers: the server's dtype is float16, .*\nstart 1"
     ):
         start().ensure()
 

@@ -18,8 +18,8 @@ from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import RolloutEngineError, SamplingParams, WrongWeightsError
-from megatron_oprd.rollout.vllm.client import check_server
-from megatron_oprd.rollout.vllm.server import VLLMServerEngine
+from megatron_oprd.rollout.vllm.client import GENERATE, check_server
+from megatron_oprd.rollout.vllm.servers import VLLMServersEngine
 from tests.fakes.vllm_server import FakeServer
 from tests.helpers.tiny import EOS_ID, save_tiny_model, tiny_config
 
@@ -61,16 +61,22 @@ def check(url: str, folder: Path, **options: Any) -> None:
 
 
 def engine(
-    server: FakeServer, folder: Path, owner: str = "runs/a", seconds: float = 20, **options: Any
-) -> VLLMServerEngine:
-    return VLLMServerEngine(
+    server: FakeServer | list[FakeServer],
+    folder: Path,
+    owner: str = "runs/a",
+    seconds: float = 20,
+    **options: Any,
+) -> VLLMServersEngine:
+    return VLLMServersEngine(
         folder,
         dtype=torch.float32,
         eos_token_ids=[EOS_ID],
         known_ids=range(95),
         owner=owner,
         config=VLLMConfig(
-            server_url=server.url, check_weights_interval=1, sync_timeout_minutes=seconds / 60
+            servers=[one.url for one in (server if isinstance(server, list) else [server])],
+            check_weights_interval=1,
+            sync_timeout_minutes=seconds / 60,
         ),
         **options,
     )
@@ -84,7 +90,7 @@ def test_unreachable(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
     with pytest.raises(
-        UserError, match=rf"server_url = {url}: .*does not answer /health: .* vllm serve"
+        UserError, match=rf"servers: {url}: .*does not answer /health: .* vllm serve"
     ):
         check(url, folder)
 
@@ -147,7 +153,7 @@ def test_quantised_weights_are_not_read_back(server: FakeServer, folder: Path) -
 
 
 def test_what_the_server_lacks(server: FakeServer, folder: Path) -> None:
-    server.instead["/inference/v1/generate"] = lambda: (403, b"disabled")
+    server.instead[GENERATE] = lambda: (403, b"disabled")
     with pytest.raises(
         UserError, match=r"takes no token ids; .*--enable-scale-out.* 403: disabled"
     ):
@@ -199,7 +205,7 @@ def test_no_more_requests_at_once_than_the_batch_size(
         with lock:
             under_way -= 1
 
-    server.instead["/inference/v1/generate"] = slowly
+    server.instead[GENERATE] = slowly
     for size, expected in ((1, 1), (2, 2), (None, 4)):
         one = engine(server, folder, max_batch_size=size)
         one.load_weights(weights.items(), version=1)
@@ -244,18 +250,21 @@ def test_weights_that_stay(server: FakeServer, folder: Path, weights: dict[str, 
     one.load_weights(weights.items(), version=6)
     server.label = "runs/b#6"
     assert one.needs_all_weights()
-    with pytest.raises(RolloutEngineError, match="does not have the last sync's weights any more"):
+    with pytest.raises(RolloutEngineError, match="has lost the last sync's weights"):
         one.load_weights(changed.items(), version=7, left_out=stay)
     assert server.label == "runs/b#6"
 
 
-def test_answers_that_are_none(server: FakeServer, folder: Path) -> None:
+def test_answers_that_are_none(
+    server: FakeServer, folder: Path, weights: dict[str, Tensor]
+) -> None:
     one = engine(server, folder)
+    one.load_weights(weights.items())
     for status, body, message in (
         (500, b"out of memory", "answers /inference/v1/generate with 500: out of memory"),
         (200, b"<html>", "with what is no JSON"),
     ):
-        server.instead["/inference/v1/generate"] = lambda: (status, body)  # noqa: B023
+        server.instead[GENERATE] = lambda: (status, body)  # noqa: B023
         with pytest.raises(RolloutEngineError, match=message):
             one.generate(PROMPTS, SAMPLING)
 
@@ -299,3 +308,99 @@ def test_wrong_weights(server: FakeServer, folder: Path, weights: dict[str, Tens
         WrongWeightsError, match=r"in 1 of .* tensors, the first 'model.norm.weight'"
     ):
         engine(server, folder).load_weights(weights.items())
+
+
+@pytest.fixture
+def other() -> Iterator[FakeServer]:
+    server = FakeServer({})
+    yield server
+    server.close()
+
+
+def count_requests(server: FakeServer, counts: list[int], seconds: float = 0.02) -> None:
+    number = len(counts)
+    counts.append(0)
+
+    def generate() -> None:
+        counts[number] += 1
+        time.sleep(seconds)
+
+    server.instead[GENERATE] = generate
+
+
+def test_several_servers_share_the_requests(
+    server: FakeServer, other: FakeServer, folder: Path, weights: dict[str, Tensor]
+) -> None:
+    """The slower one gets fewer, and the number of servers changes no response."""
+    alone = engine(server, folder)
+    alone.load_weights(weights.items(), version=3)
+    many = dataclasses.replace(SAMPLING, samples_per_prompt=20)
+    expected = alone.generate(PROMPTS, many)
+    both = engine([server, other], folder, max_batch_size=4)
+    assert both.needs_all_weights()
+    both.load_weights(weights.items(), version=3)
+    assert not both.needs_all_weights()
+    for one in (server, other):
+        assert one.masked == [95, 96]
+        assert all(torch.equal(one.weights[name], weights[name]) for name in weights)
+    counts: list[int] = []
+    count_requests(server, counts)
+    count_requests(other, counts, seconds=0.2)
+    assert both.generate(PROMPTS, many) == expected
+    assert sum(counts) == 40
+    assert 0 < counts[1] < counts[0]
+
+
+def test_a_server_that_fails_is_left_out_until_it_is_back(
+    server: FakeServer,
+    other: FakeServer,
+    folder: Path,
+    weights: dict[str, Tensor],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    both = engine([server, other], folder)
+    both.load_weights(weights.items(), version=1)
+    expected = both.generate(PROMPTS, SAMPLING)
+    # In a rollout: it restarts, and has no weights.
+    other.instead[GENERATE] = lambda: (500, b"out of memory")
+    assert both.generate(PROMPTS, SAMPLING) == expected
+    assert "left out until the next sync" in caplog.text
+    assert "500: out of memory" in caplog.text
+    other.instead.clear()
+    other.start_again()
+    assert both.generate(PROMPTS, SAMPLING) == expected
+    assert both.needs_all_weights()
+    # In a sync.
+    other.instead["/collective_rpc"] = lambda: (500, b"lost")
+    both.load_weights(weights.items(), version=2)
+    assert other.label == "runs/a#unfinished"
+    assert {r.weights_version for r in both.generate(PROMPTS, SAMPLING)} == {2}
+    other.instead.clear()
+    # Down between two syncs, so that it has the weights of the one before.
+    other.label = "runs/a#1"
+    assert {r.weights_version for r in both.generate(PROMPTS, SAMPLING)} == {2}
+    # Back again.
+    both.load_weights(weights.items(), version=3)
+    counts: list[int] = []
+    count_requests(other, counts)
+    assert {r.weights_version for r in both.generate(PROMPTS, SAMPLING)} == {3}
+    assert counts[0] > 0
+    # Nobody is left.
+    for one in (server, other):
+        one.instead[GENERATE] = lambda: (500, b"out of memory")
+    with pytest.raises(RolloutEngineError, match="500: out of memory"):
+        both.generate(PROMPTS, SAMPLING)
+    for one in (server, other):
+        one.instead["/health"] = lambda: (503, b"ending")
+    with pytest.raises(RolloutEngineError, match="did not take weight sync 4: no server is up"):
+        both.load_weights(weights.items(), version=4)
+
+
+def test_another_runs_weights_on_one_of_two(
+    server: FakeServer, other: FakeServer, folder: Path, weights: dict[str, Tensor]
+) -> None:
+    both = engine([server, other], folder)
+    both.load_weights(weights.items(), version=1)
+    other.label = "runs/b#1"
+    with pytest.raises(WrongWeightsError, match="weights of 'runs/b', not of 'runs/a'"):
+        both.generate(PROMPTS, SAMPLING)

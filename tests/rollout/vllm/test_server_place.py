@@ -26,7 +26,10 @@ def test_gpus_that_are_free() -> None:
 @pytest.mark.parametrize(
     ("gpus", "message"),
     [
-        ([], r"start_server needs rollout\.vllm\.server_gpus: free for a server here are \[0, 2\]"),
+        (
+            [],
+            r"start_servers needs .*server_gpus: free for a server here are \[0, 2\]",
+        ),
         ([4], r"server_gpus = \[4\]: there is no GPU 4 here .*; free for .* \[0, 2\]"),
         ([2, 3], r"server_gpus = \[2, 3\]: a rank trains on GPU 3; free for .* \[0, 2\]"),
     ],

@@ -38,7 +38,7 @@ def tensors() -> Iterator[tuple[str, Tensor]]:
 def way(request: pytest.FixtureRequest) -> Iterator[tuple[Send, Receive]]:
     if request.param == "network":
         yield (
-            lambda workers: send_weights(workers, tensors(), dtype=BF16),
+            _send_over_the_network,
             lambda trainer: receive_weights(trainer, dtype=BF16),
         )
         return
@@ -49,6 +49,11 @@ def way(request: pytest.FixtureRequest) -> Iterator[tuple[Send, Receive]]:
         lambda trainer: receive_through(ReceivingBucket(handle), trainer),
     )
     bucket.close()
+
+
+def _send_over_the_network(workers: TrainerSocket) -> None:
+    for message, data in send_weights(tensors(), dtype=BF16):
+        workers.tell(message, data)
 
 
 def test_every_worker_gets_every_tensor(way: tuple[Send, Receive]) -> None:

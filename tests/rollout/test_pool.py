@@ -13,7 +13,7 @@ from megatron_oprd.rollout.engine import (
     SamplingParams,
     WrongWeightsError,
 )
-from megatron_oprd.rollout.replicas import EngineStarter, ReplicaEngines
+from megatron_oprd.rollout.pool import EnginePool, EngineStarter
 
 SAMPLING = SamplingParams(max_new_tokens=1, seed=0)
 
@@ -70,16 +70,16 @@ class Script:
         self.lacks_weights = True
 
 
-def stream(trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-    yield "of another leader", None
+def stream(*, trainable_only: bool, wanted: bool) -> Iterator[tuple[str, Tensor | None]]:
+    assert wanted
     if not trainable_only:
         yield "frozen", tensor(1.0)
     yield "b", tensor([1.0, 2.0])
 
 
-def engines(script: Script, context: Any, max_restarts: int = 2) -> ReplicaEngines:
-    return ReplicaEngines(
-        EngineStarter(create=script.create, max_restarts=max_restarts),
+def engines(script: Script, context: Any, max_restarts: int = 2) -> EnginePool:
+    return EnginePool(
+        EngineStarter(owners=[0], create=script.create, max_restarts=max_restarts),
         stream,
         frozen={"frozen"},
         context=context,
@@ -138,7 +138,9 @@ def test_what_was_begun_is_repeated_with_the_weights_that_there_are(context: Any
         return made[-1]
 
     scripts: list[list[Any]] = [["ok", LOST], ["ok", "ok", LOST], ["ok", "ok"]]
-    them = ReplicaEngines(EngineStarter(create=create, max_restarts=2), stream, context=context)
+    them = EnginePool(
+        EngineStarter(owners=[0], create=create, max_restarts=2), stream, context=context
+    )
     them.sync(version=4)
     them.start([], SAMPLING)
     assert them.finish(version=5) == []
@@ -160,7 +162,7 @@ def test_the_limit_is_of_one_step(context: Any) -> None:
 
 
 def test_no_start(context: Any) -> None:
-    with pytest.raises(RolloutEngineError, match="replica 0 did not start: lost"):
+    with pytest.raises(RolloutEngineError, match="engine 0, of rank 0, did not start: lost"):
         engines(Script(LOST), context)
 
 

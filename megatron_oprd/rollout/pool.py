@@ -1,9 +1,9 @@
-"""Rollout engines of all data-parallel replicas, and recovery when an engine fails."""
+"""All rollout engines of a run, and recovery when one fails."""
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,35 +33,48 @@ class _Failure:
     is_final: bool  # wrong weights: raised without a restart
 
 
+class WeightStream(Protocol):
+    """Exports the student's current weights, tensor by tensor; all ranks exhaust it together."""
+
+    def __call__(
+        self, *, trainable_only: bool, wanted: bool
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """Leaves frozen weights out if ``trainable_only``; yields None where not ``wanted``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineStarter:
-    """How engines are started, and how often."""
+    """Where engines run, how they are started, and how often."""
 
-    create: Callable[[], RolloutEngine]  # called on leaders
-    max_restarts: int = 0  # per engine, between two calls of `ReplicaEngines.take_restarts`
+    # Global rank that each engine is controlled from; one engine a rank at most. The same on all
+    # ranks.
+    owners: Sequence[int]
+    create: Callable[[], RolloutEngine]  # called on owners
+    max_restarts: int = 0  # per engine, between two calls of `EnginePool.take_restarts`
     max_restarts_setting: str = "max_restarts"  # its name in messages
-    is_shared: bool = False  # all engines use one server, to which weights are sent once
-    # On global rank 0, if the run starts the server: starts it unless it responds. Called before
-    # engines start and after a failure.
+    is_shared: bool = False  # all engines use the same servers, to which weights are sent once
+    # On global rank 0, if the run starts the servers: starts those that do not respond, and waits
+    # for them. Called before engines start and after a failure.
     ensure_server: Callable[[], None] | None = None
+    # The same without waiting, for servers that the engines can do without. Called before a sync.
+    revive_servers: Callable[[], None] | None = None
 
 
-class ReplicaEngines:
-    """One rollout engine per replica, on the replica's leader.
+class EnginePool:
+    """The rollout engines of a run, each controlled from the rank that owns it.
 
-    A failed engine is restarted, gets the weights of the last `sync` and repeats the request; with
-    the same seeds it returns the same rollouts. Other replicas keep their results. Every method
-    except `take_restarts` and `close` is collective over all ranks (on the context's control
-    groups), because all ranks export weights and have to learn of failures. These methods raise
-    RolloutEngineError on every rank if an engine failed too often.
+    Their number has nothing to do with the trainer's layout. A failed engine is restarted, gets the
+    weights of the last `sync` and repeats the request; with the same seeds it returns the same
+    rollouts. Other engines keep their results. Every method except `take_restarts` and `close` is
+    collective over all ranks (on ``context.control``), because all ranks export weights and have to
+    learn of failures. These methods raise RolloutEngineError on every rank if an engine failed too
+    often.
     """
 
     def __init__(
         self,
         starter: EngineStarter,
-        # Exports the current weights, without `frozen` if its argument is true. All ranks exhaust
-        # it together; leaders get the tensors (`Exporter.stream`).
-        stream: Callable[[bool], Iterator[tuple[str, Tensor | None]]],
+        stream: WeightStream,
         *,
         # Names of weights that never change; sent only if an engine lacks weights.
         frozen: Collection[str] = (),
@@ -74,33 +87,53 @@ class ReplicaEngines:
         self._context = context
         self._version = 0
         self._bytes_sent = 0
-        self._restarts = [0] * context.dp_size
+        self._restarts = [0] * len(starter.owners)
+        # Index of this rank's engine; None if it owns none.
+        self._own = starter.owners.index(context.rank) if context.rank in starter.owners else None
         self._engine: RolloutEngine | None = None
         self._under_way: tuple[RolloutEngine | None, Sequence[Prompt], SamplingParams] | None = None
         failures = self._told(self._server_failure())
         if not any(failures):
             failures = self._told(self._start())
-        for replica, failure in enumerate(failures):
+        for number, failure in enumerate(failures):
             if failure is not None:
                 self.close()
                 raise RolloutEngineError(
-                    f"the rollout engine of replica {replica} did not start: {failure.message}"
+                    f"rollout engine {number}, of rank {starter.owners[number]}, did not start: "
+                    f"{failure.message}"
                 )
+
+    @property
+    def size(self) -> int:
+        """The number of engines."""
+        return len(self._starter.owners)
+
+    @property
+    def owners(self) -> Sequence[int]:
+        """Global rank of each engine's owner."""
+        return self._starter.owners
+
+    @property
+    def own(self) -> int | None:
+        """Index of this rank's engine; None if it has none."""
+        return self._own
 
     def sync(self, *, version: int = 0) -> int:
         """Sends the current weights to every engine; later rollouts carry ``version``.
 
         Returns the bytes sent to this rank's engine, failed attempts included. 0 on ranks without
-        an engine; for a shared server, nonzero only on the first replica's leader.
+        an engine; for a shared server, nonzero only on the first engine's owner.
         """
         self._version = version
         self._bytes_sent = 0
-        take = not self._starter.is_shared or self._context.dp_rank == 0
+        if self._starter.revive_servers is not None:
+            self._starter.revive_servers()
+        take = not self._starter.is_shared or self._own == 0
         self._recover(self._told(self._send_weights(take=take)))
         return self._bytes_sent
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout] | None:
-        """Generates for this leader's ``prompts``; returns None on ranks that are not leaders."""
+        """Generates for this engine's ``prompts``; returns None on ranks without an engine."""
         return self._run(lambda engine: engine.generate(prompts, sampling))
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
@@ -135,9 +168,9 @@ class ReplicaEngines:
         self._run(lambda engine: engine.sleep())
 
     def take_restarts(self) -> int:
-        """Returns the number of engine restarts since the last call, over all replicas."""
+        """Returns the number of engine restarts since the last call, over all engines."""
         count = sum(self._restarts)
-        self._restarts = [0] * self._context.dp_size
+        self._restarts = [0] * self.size
         return count
 
     def close(self) -> None:
@@ -147,15 +180,15 @@ class ReplicaEngines:
             self._engine = None
 
     def _run(self, action: Callable[[RolloutEngine], Result]) -> Result | None:
-        """Runs the action on every engine until it succeeds; returns the result on leaders."""
-        is_due, result = self._context.is_leader, None
+        """Runs the action on every engine until it succeeds; returns the result on owners."""
+        is_due, result = self._own is not None, None
         while True:
             failure = None
             if is_due:
                 assert self._engine is not None
                 try:
                     result = action(self._engine)
-                    # Not repeated here when another replica fails.
+                    # Not repeated here when another engine fails.
                     is_due = False
                 except RolloutEngineError as error:
                     failure = _failure(error)
@@ -168,40 +201,35 @@ class ReplicaEngines:
         """Restarts failed engines and sends them the weights, until none fails."""
         while any(failures):
             self._count(failures)
-            has_failed = failures[self._context.dp_rank] is not None
-            # A shared server gets weights from the first replica, whichever replica noticed the
-            # failure.
-            take = self._context.dp_rank == 0 if self._starter.is_shared else has_failed
+            has_failed = self._own is not None and failures[self._own] is not None
+            # A shared server gets weights from the first owner, whoever noticed the failure.
+            take = self._own == 0 if self._starter.is_shared else has_failed
             while any(of_server := self._told(self._server_failure())):
                 self._count(of_server)
             failure = None
-            if has_failed and self._context.is_leader:
+            if has_failed:
                 self.close()
                 failure = self._start()
-            # Starting takes long: ranks wait for it on the control groups, whose timeout allows for
+            # Starting takes long: ranks wait for it on the control group, whose timeout allows for
             # that, not in a collective of the weight stream.
             failures = self._told(failure)
             if not any(failures):
                 failures = self._told(self._send_weights(take=take))
 
     def _count(self, failures: list[_Failure | None]) -> None:
-        for replica, failure in enumerate(failures):
+        for number, failure in enumerate(failures):
             if failure is None:
                 continue
-            if failure.is_final or self._restarts[replica] == self._starter.max_restarts:
+            if failure.is_final or self._restarts[number] == self._starter.max_restarts:
                 raise RolloutEngineError(
-                    f"the rollout engine of replica {replica} failed and was not started again "
-                    f"({self._restarts[replica]} restarts in this step, "
+                    f"rollout engine {number} failed and was not started again "
+                    f"({self._restarts[number]} restarts in this step, "
                     f"{self._starter.max_restarts_setting} = {self._starter.max_restarts}): "
                     f"{failure.message}"
                 )
-            self._restarts[replica] += 1
+            self._restarts[number] += 1
             if self._context.rank == 0:
-                logger.warning(
-                    "the rollout engine of replica %d is started again: %s",
-                    replica,
-                    failure.message,
-                )
+                logger.warning("rollout engine %d is started again: %s", number, failure.message)
 
     def _server_failure(self) -> _Failure | None:
         """Runs ``ensure_server`` on the rank that has it; returns its failure, if any."""
@@ -213,9 +241,9 @@ class ReplicaEngines:
         return None
 
     def _start(self) -> _Failure | None:
-        """Starts this rank's engine on leaders."""
+        """Starts this rank's engine, if it owns one."""
         _give_up_device_memory()
-        if self._context.is_leader:
+        if self._own is not None:
             try:
                 self._engine = self._starter.create()
             except RolloutEngineError as error:
@@ -228,8 +256,10 @@ class ReplicaEngines:
         # All engines receive the full stream even if some need less, because all ranks drive it
         # together.
         sends_all = not self._frozen or any(self._told(take and self._needs_all_weights()))
-        stream, failure = self._stream(not sends_all), None
-        if take and self._engine is not None:
+        takes = take and self._engine is not None
+        stream, failure = self._stream(trainable_only=not sends_all, wanted=takes), None
+        if takes:
+            assert self._engine is not None
             try:
                 self._engine.load_weights(
                     self._counted(stream),
@@ -259,14 +289,10 @@ class ReplicaEngines:
                 yield name, tensor
 
     def _told(self, value: Result) -> list[Result]:
-        """Gathers the values of all replica leaders on every rank."""
-        own: list[Any] = [value]
-        dist.broadcast_object_list(
-            own, src=self._context.leader, group=self._context.replica_control
-        )
-        everyone: list[Any] = [None] * self._context.dp_size
-        dist.all_gather_object(everyone, own[0], group=self._context.leaders_control)
-        return everyone
+        """Gathers the values of all engines' owners on every rank."""
+        everyone: list[Any] = [None] * self._context.control.size()
+        dist.all_gather_object(everyone, value, group=self._context.control)
+        return [everyone[owner] for owner in self._starter.owners]
 
 
 def _give_up_device_memory() -> None:
