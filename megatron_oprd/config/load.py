@@ -5,6 +5,7 @@ checked in `megatron_oprd.training.plan`.
 """
 
 import difflib
+import functools
 import keyword
 from collections.abc import Sequence
 from dataclasses import is_dataclass
@@ -103,9 +104,10 @@ def load_settings(path: Path, overrides: Sequence[str], schema: type[Settings]) 
             raise UserError(f"override {override!r}: {_one_line(error)}") from error
     origins = _origins(overrides)
     try:
+        root: type = schema  # for mypy, to which type[Settings] has no hash
         given = OmegaConf.create(_field_names(OmegaConf.to_container(given)))
-        _check_keys(OmegaConf.to_container(given), schema, prefix="", root=schema)
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        _check_keys(OmegaConf.to_container(given), schema, prefix="", root=root)
+        merged = OmegaConf.merge(_defaults(root), given)
         if unset := sorted(OmegaConf.missing_keys(merged)):
             raise UserError(f"{unset[0]} is not set; give it in the YAML file or as {unset[0]}=...")
         config = OmegaConf.to_object(merged)
@@ -126,6 +128,15 @@ def load_settings(path: Path, overrides: Sequence[str], schema: type[Settings]) 
         raise UserError(f"{origin}: {str(error).splitlines()[0]}{where}") from error
     assert isinstance(config, schema)
     return config
+
+
+@functools.cache
+def _defaults(schema: type) -> Any:
+    """The settings of ``schema`` with their defaults, for `OmegaConf.merge`, which copies them.
+
+    Made once, because OmegaConf takes longer to read the dataclasses than for all the rest.
+    """
+    return OmegaConf.structured(schema)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -154,7 +165,7 @@ def _failing_key(given: Any, schema: type) -> str:
             alone = OmegaConf.create()
             OmegaConf.update(alone, key, group[name], force_add=True)
             try:
-                OmegaConf.merge(OmegaConf.structured(schema), alone)
+                OmegaConf.merge(_defaults(schema), alone)
             except OmegaConfBaseException:
                 found, group = key, group[name]
                 break

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -62,7 +63,7 @@ class RunLayout:
         """Whether the student's states are projected by what trains with the student."""
         return self.config.bridge.trainable != "none"
 
-    @property
+    @cached_property
     def num_running_layers(self) -> int:
         """Student layers that run in training: up to the deepest tap, or to the LM head."""
         student = self.student.architecture
