@@ -79,8 +79,17 @@ def test_evenly_spaced_layers() -> None:
             evenly_spaced_layers(5, keep)
 
 
-@pytest.mark.parametrize("build", [qwen3, qwen3_moe])
-@pytest.mark.parametrize("keep", [[0, 2, 4, 5], [3], list(range(LAYERS))])
+@pytest.mark.parametrize(
+    ("build", "keep"),
+    [
+        (qwen3, [0, 2, 4, 5]),
+        (qwen3, [3]),
+        (qwen3, list(range(LAYERS))),
+        (qwen3_moe, [0, 2, 4, 5]),
+        pytest.param(qwen3_moe, [3], marks=pytest.mark.slow),
+        pytest.param(qwen3_moe, list(range(LAYERS)), marks=pytest.mark.slow),
+    ],
+)
 def test_equals_the_model_with_layers_taken_out(
     tmp_path: Path, build: Callable[[], PreTrainedModel], keep: list[int]
 ) -> None:
