@@ -92,12 +92,17 @@ def load_settings(path: Path, overrides: Sequence[str], schema: type[Settings]) 
     try:
         given: Any = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: cannot be read: {_one_line(error)}") from error
+        raise UserError(f"--config {path} cannot be read as YAML: {_one_line(error)}") from error
     if not OmegaConf.is_dict(given):
-        raise UserError(f"--config {path}: expected settings (key: value), found something else")
+        raise UserError(
+            f"--config {path} has no settings at its top level; it has to be a YAML file of key: "
+            "value"
+        )
     for override in overrides:
         if "=" not in override:
-            raise UserError(f"override {override!r}: expected key=value, as in optimizer.lr=1e-5")
+            raise UserError(
+                f"override {override!r} has no =; it has to be key=value, as in optimizer.lr=1e-5"
+            )
         try:
             given = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, TypeError, yaml.YAMLError) as error:
@@ -188,7 +193,7 @@ def _check_keys(given: Any, schema: type, prefix: str, *, root: type) -> None:
     """Refuses a key that no dataclass has, and names the nearest one that exists."""
     if not isinstance(given, dict):
         raise UserError(
-            f"setting {prefix.rstrip('.')!r}: expected a group of settings, found {given!r}"
+            f"setting {prefix.rstrip('.')!r} is {given!r}; it has to be a group of settings"
         )
     hints = get_type_hints(schema)
     for key, value in given.items():

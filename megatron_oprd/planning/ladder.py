@@ -65,8 +65,9 @@ def check_fits(
         needed = nearest.estimate.fullest.peak_bytes / 1e9
         advice = f"The nearest change that fits, in {needed:.1f} GB: {nearest}"
     raise UserError(
-        f"it does not fit: the {fullest.peak_phase} phase needs {fullest.peak_bytes / 1e9:.1f} GB "
-        f"on pipeline rank {fullest.pp_rank}{' (leader)' if fullest.is_leader else ''}, a GPU has "
+        f"the run does not fit: the {fullest.peak_phase} phase needs "
+        f"{fullest.peak_bytes / 1e9:.1f} GB on pipeline rank "
+        f"{fullest.pp_rank}{' (leader)' if fullest.is_leader else ''}, but a GPU has "
         f"{hardware.memory_gb:g} (--gpu-memory). {advice}"
     )
 

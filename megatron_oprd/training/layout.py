@@ -328,8 +328,8 @@ def _student_layers(
         layers = tuple(parallel.num_layers_per_stage)
         if sum(layers) != student.num_layers:
             raise UserError(
-                f"parallel.num_layers_per_stage = {list(layers)}: have to be the student's "
-                f"{student.num_layers} layers together, found {sum(layers)}"
+                f"parallel.num_layers_per_stage = {list(layers)} has {sum(layers)} layers "
+                f"together; the sum has to be {student.num_layers}, the student's layers"
             )
     starts = [sum(layers[:stage]) for stage in range(num_stages)]
     for rank in range(pp):

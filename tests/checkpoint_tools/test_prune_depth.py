@@ -190,10 +190,10 @@ def test_configs_it_cannot_translate(
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ("0,1,6", r"--keep 0,1,6: the model has no layer 6; its layers are 0\.\.5"),
-        ("0,-1", r"--keep 0,-1: the model has no layer -1"),
-        ("0,2,2", r"--keep 0,2,2: give every layer once, in ascending order"),
-        ("2,0", r"--keep 2,0: give every layer once, in ascending order"),
+        ("0,1,6", r"--keep 0,1,6 has layer 6.*; its layers are 0\.\.5"),
+        ("0,-1", r"--keep 0,-1 has layer -1"),
+        ("0,2,2", r"--keep 0,2,2 .*ascending order"),
+        ("2,0", r"--keep 2,0 .*ascending order"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
@@ -216,7 +216,7 @@ def test_wrong_keep(
 
 
 def test_empty_keep(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no layers given"):
+    with pytest.raises(UserError, match=r"--keep .*at least one"):
         prune_depth(saved(tmp_path / "hf"), tmp_path / "out", [], force=False)
 
 

@@ -69,7 +69,7 @@ def test_errors(qwen: Callable[..., RunConfig]) -> None:
     check_fits(memory(config), models, KERNEL, gpu(80), num_gpus=8)
     with pytest.raises(
         UserError,
-        match=r"the rollout phase needs 5\d\.\d GB on pipeline rank 0 \(leader\), a GPU has 42 "
+        match=r"the rollout phase needs 5\d\.\d GB on pipeline rank 0 \(leader\), but a GPU has 42 "
         r"\(--gpu-memory\)\. The nearest change that fits, in \d+\.\d GB: "
         r"rollout\.max_batch_size=8",
     ):
