@@ -52,6 +52,7 @@ def main() -> int:
     return 0
 
 
+# Not in config/: options of this command, and their relation to the run's settings.
 def _check(arguments: argparse.Namespace, config: RunConfig) -> None:
     """Rejects impossible numbers, and runs that a plan does not cover."""
     if config.extra_teachers or config.teacher_prompt != TeacherPromptConfig():

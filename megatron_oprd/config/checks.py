@@ -7,7 +7,7 @@ several settings. Checks that need the models' configurations are in `megatron_o
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_oprd.config.engines.checks import ENGINE_CHECKS
@@ -27,7 +27,7 @@ def check_values(config: RunConfig) -> None:
         UserError: There is one.
     """
     check_ranges(config)
-    _check_effects(config)
+    check_effects(settings_of(config))
     _check_teacher(config)
     _check_extra_teachers(config)
     _check_ride(config)
@@ -65,9 +65,16 @@ def _has_float(value: Any) -> bool:
     return any(map(_has_float, value)) if isinstance(value, list) else isinstance(value, float)
 
 
-def _check_effects(config: RunConfig) -> None:
-    """Refuses settings that differ from their default and have no effect."""
-    all_found = {found.key: found for found in settings_of(config)}
+def check_effects(settings: Iterable[Found]) -> None:
+    """Refuses settings that differ from their default and have no effect.
+
+    Args:
+        settings: The settings, with all that their rules name.
+
+    Raises:
+        UserError: There is one.
+    """
+    all_found = {found.key: found for found in settings}
     for found in all_found.values():
         if found.value != found.default:
             for rules in (*found.of_groups, found.rules):

@@ -95,6 +95,7 @@ def check_precision(
 
     Raises `UserError` if they do not fit. ``num_layers`` is the number of layers that are built.
     """
+    # Not in training/layout_checks.py: examples/fp8_report checks a teacher that has no run.
     at_start, at_end = teacher.num_layers_at_start_in_bf16, teacher.num_layers_at_end_in_bf16
     if teacher.precision == "fp8" and at_start + at_end >= num_layers:
         raise UserError(
