@@ -48,7 +48,7 @@ def layout_of(args: argparse.Namespace) -> ParallelLayout:
 def positive(text: str) -> int:
     """Parses an integer above 0."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
@@ -59,7 +59,7 @@ def not_negative(text: str) -> float:
     except ValueError:
         number = math.nan
     if not number >= 0:  # also refuses NaN
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return number
 
 
@@ -73,7 +73,10 @@ def check_report_file(setting: str, file: Path | None) -> None:
     if file.is_dir():
         raise UserError(f"{setting} {file} is a folder; give a file to write.")
     if not file.parent.is_dir():
-        raise UserError(f"{setting} {file}: there is no folder {file.parent}; make it first.")
+        raise UserError(
+            f"{setting} {file} cannot be written, because folder {file.parent} does not exist; "
+            "make it first."
+        )
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise UserError(f"{setting} {file} cannot be written; give a file in another place.")
 
@@ -83,5 +86,5 @@ def num_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", text, re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size like 5GB or 500MB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
     return size

@@ -81,7 +81,9 @@ def check_parts(gguf: Path, reader: GGUFReader) -> None:
     """Raises `UserError` for a part of a split model, or a file that is not a model."""
     kind = _value(reader, "general.type")
     if kind not in (None, "model"):
-        raise UserError(f"GGUF file {gguf}: general.type = {kind!r}; give a whole model's file.")
+        raise UserError(
+            f"GGUF file {gguf} has general.type = {kind!r}; give the file of a whole model."
+        )
     if (parts := _value(reader, "split.count") or 1) > 1:
         raise UserError(
             f"GGUF file {gguf} is one of {parts} parts; merge them first (llama-gguf-split "
@@ -95,7 +97,8 @@ def check_metadata(gguf: Path, reader: GGUFReader, config: PreTrainedConfig) -> 
     for key in _REQUIRED:
         if f"{name}.{key}" not in reader.fields:
             raise UserError(
-                f"GGUF file {gguf} has no {name}.{key}; transformers would take a default."
+                f"GGUF file {gguf} has no {name}.{key}, for which transformers would take a "
+                "default; give a file that has it."
             )
     for field in reader.fields:
         if field.startswith(f"{name}."):
@@ -214,6 +217,6 @@ def _value(reader: GGUFReader, field: str) -> Any:
 
 def _unknown(gguf: Path, field: str, value: Any) -> UserError:
     return UserError(
-        f"GGUF file {gguf}: {field} = {str(value)[:80]!r} is not known here and may change the "
-        "model's numbers; it would be lost."
+        f"GGUF file {gguf} has {field} = {str(value)[:80]!r}, which this tool does not know. It "
+        "may change the model's numbers and would be lost, so the file is refused."
     )

@@ -159,8 +159,8 @@ def shares(
     if virtual_stages > 1 and pp * virtual_stages > architecture.num_layers:
         raise UserError(
             f"--pipeline-model-parallel-size {pp} x --virtual-pipeline-model-parallel-size "
-            f"{virtual_stages}: {source.folder} has {architecture.num_layers} layers; give sizes "
-            "whose product is at most that."
+            f"{virtual_stages} is more than the {architecture.num_layers} layers of "
+            f"{source.folder}; give sizes whose product is at most that."
         )
     stages = stage_of_layers(architecture.num_layers, pp * virtual_stages)
     parameters, num_bytes = [0] * pp, [0] * pp

@@ -77,10 +77,10 @@ def megatron_to_hf(
 def open_megatron(megatron: Path, hf_config: Path | None) -> OpenedCheckpoint:
     """Opens the checkpoint to export; `UserError` if it is not Megatron's or cannot be read."""
     if not is_megatron(megatron):
-        found = "exists" if megatron.exists() else "does not exist"
+        found = "is not a Megatron checkpoint" if megatron.exists() else "does not exist"
         raise UserError(
-            f"--megatron {megatron}: it {found} and is no Megatron checkpoint; give the folder "
-            "with latest_checkpointed_iteration.txt or the one with .metadata and metadata.json."
+            f"--megatron {megatron} {found}; give the folder with "
+            "latest_checkpointed_iteration.txt or the one with .metadata and metadata.json."
         )
     opened = open_checkpoint(megatron, hf_config=hf_config)
     opened.check_tensors()

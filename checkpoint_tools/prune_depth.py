@@ -67,7 +67,8 @@ def evenly_spaced_layers(num_layers: int, keep: int) -> list[int]:
     """
     if not 1 <= keep <= num_layers:
         raise UserError(
-            f"--num-layers {keep}: the model has {num_layers} layers; give 1..{num_layers}."
+            f"--num-layers {keep} does not fit, because the model has {num_layers} layers; give "
+            f"1..{num_layers}."
         )
     if keep == 1:
         return [0]
@@ -189,14 +190,16 @@ def _cannot_keep(source: HFCheckpoint, field: str, value: object) -> UserError:
 def _check_keep(keep: Sequence[int], num_layers: int) -> None:
     shown = ",".join(map(str, keep))
     if not keep:
-        raise UserError("--keep: no layers given; keep at least one.")
+        raise UserError("--keep names no layers; give at least one.")
     if outside := [layer for layer in keep if not 0 <= layer < num_layers]:
         raise UserError(
-            f"--keep {shown}: the model has no layer {outside[0]}; its layers are "
-            f"0..{num_layers - 1}."
+            f"--keep {shown} has layer {outside[0]}, which the model does not have; its layers "
+            f"are 0..{num_layers - 1}."
         )
     if list(keep) != sorted(set(keep)):
-        raise UserError(f"--keep {shown}: give every layer once, in ascending order.")
+        raise UserError(
+            f"--keep {shown} is not in ascending order, with every layer once; give such a list."
+        )
 
 
 def _num_layers(source: HFCheckpoint) -> int:

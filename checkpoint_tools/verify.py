@@ -121,8 +121,8 @@ def _sequences(args: argparse.Namespace) -> list[list[int]]:
     highest = max(map(max, sequences))
     if not 0 <= min(map(min, sequences)) <= highest < vocab_size:
         raise UserError(
-            f"--tokens {args.tokens}: token ids must be 0 to {vocab_size - 1}, the vocabulary's; "
-            f"found {min(map(min, sequences))} to {highest}."
+            f"--tokens {args.tokens} has token ids from {min(map(min, sequences))} to {highest}; "
+            f"they have to be 0 to {vocab_size - 1}, the vocabulary's."
         )
     return sequences
 

@@ -193,7 +193,9 @@ def _fill(
     """Sets missing options to their defaults, and rejects options of the other mode."""
     for name in others.keys() - own.keys():
         if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} has no use without {needs}")
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect without {needs}; leave it out"
+            )
     for name, default in own.items():
         # Defaults are set here, not by argparse, which would not tell them from given values.
         if getattr(args, name) is None:
@@ -207,31 +209,7 @@ def _fill(
 
 
 def _on_benchmarks(args: argparse.Namespace) -> int:
-    if not args.temperature >= 0:
-        raise UserError(f"--temperature {args.temperature}: has to be 0 or more")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p {args.top_p}: has to be in (0, 1]")
-    if args.top_k < 0:
-        raise UserError(f"--top-k {args.top_k}: has to be 0 (off) or more")
-    if "" in args.stop:
-        raise UserError("--stop has an empty text, which every response would end with")
-    kind = ENGINES[args.engine]
-    if args.tensor_model_parallel_size != 1 and (not kind.splits_models or args.server_url):
-        raise UserError(
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} needs --engine "
-            f"{_engines(lambda kind: kind.splits_models)} without --server-url"
-        )
-    if args.server_url is not None:
-        if not kind.has_servers:
-            raise UserError(
-                f"--server-url has no use with --engine {args.engine}; give "
-                f"{_engines(lambda kind: kind.has_servers)}"
-            )
-        check_url(args.server_url, "--server-url")
-    if kind.max_temperature is not None and args.temperature > kind.max_temperature:
-        raise UserError(
-            f"--temperature {args.temperature}: {kind.title} takes at most {kind.max_temperature}"
-        )
+    _check_generation(args)
     evaluation = evaluate_on_benchmarks(
         _named_folders(args.model, "--model"),
         load_benchmarks(args.data, limit=args.limit, instruction=args.instruction),
@@ -260,6 +238,37 @@ def _on_benchmarks(args: argparse.Namespace) -> int:
     return 0
 
 
+# Not in config/: options of this command, which has no run. Messages name the options.
+def _check_generation(args: argparse.Namespace) -> None:
+    """Refuses options that no engine takes, or not the one that is asked for."""
+    if not args.temperature >= 0:
+        raise UserError(f"--temperature {args.temperature} is out of range; it has to be 0 or more")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p {args.top_p} is out of range; it has to be above 0 and at most 1")
+    if args.top_k < 0:
+        raise UserError(f"--top-k {args.top_k} is out of range; it has to be 0 (off) or more")
+    if "" in args.stop:
+        raise UserError("--stop has an empty text, which would end every response; remove it")
+    kind = ENGINES[args.engine]
+    if args.tensor_model_parallel_size != 1 and (not kind.splits_models or args.server_url):
+        raise UserError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} needs --engine "
+            f"{_engines(lambda kind: kind.splits_models)} without --server-url"
+        )
+    if args.server_url is not None:
+        if not kind.has_servers:
+            raise UserError(
+                f"--server-url has no effect with --engine {args.engine}; leave it out, or give "
+                f"--engine {_engines(lambda kind: kind.has_servers)}"
+            )
+        check_url(args.server_url, "--server-url")
+    if kind.max_temperature is not None and args.temperature > kind.max_temperature:
+        raise UserError(
+            f"--temperature {args.temperature} is out of range; {kind.title} takes at most "
+            f"{kind.max_temperature}"
+        )
+
+
 def _against_teacher(args: argparse.Namespace) -> int:
     evaluation = evaluate_students(
         args.teacher,
@@ -286,7 +295,7 @@ def _named_folders(models: list[str], option: str) -> dict[str, Path]:
         name = name if named else path.absolute().name
         if name in folders:
             raise UserError(
-                f"{option}: two {option.removeprefix('--')}s are called {name!r}; give NAME=DIR"
+                f"{option} names two models {name!r}; give each a name of its own, as NAME=DIR"
             )
         folders[name] = path
     return folders
@@ -296,9 +305,9 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value
 
 

@@ -52,13 +52,14 @@ def main() -> int:
     return 0
 
 
+# Not in config/: options of this command, and their relation to the run's settings.
 def _check(arguments: argparse.Namespace, config: RunConfig) -> None:
     """Rejects impossible numbers, and runs that a plan does not cover."""
     if config.extra_teachers or config.teacher_prompt != TeacherPromptConfig():
         what = "extra_teachers" if config.extra_teachers else "teacher_prompt"
         raise UserError(
-            f"{what}: a plan is for one teacher that reads what the student does; leave it out to "
-            "see the run without it"
+            f"{what} is set, but a plan is for one teacher that reads the student's sequences; "
+            f"leave {what} out to see the run without it"
         )
     for option in (
         "gpus", "gpu_memory", "gpu_tflops", "gpu_bandwidth", "mfu", "prompt_tokens",
@@ -66,16 +67,22 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> None:
     ):  # fmt: skip
         value = getattr(arguments, option)
         if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{_flag(option)} {value}: has to be above 0, and finite")
+            raise UserError(
+                f"{_flag(option)} {value} is out of range; it has to be above 0, and finite"
+            )
     if arguments.mfu > 1:
-        raise UserError(f"--mfu {arguments.mfu}: is a share of the peak, at most 1")
+        raise UserError(
+            f"--mfu {arguments.mfu} is out of range; it is a share of the peak, at most 1"
+        )
     for option, setting, most in (
         ("prompt_tokens", "data.max_prompt_tokens", config.data.max_prompt_tokens),
         ("response_tokens", "rollout.max_new_tokens", config.rollout.max_new_tokens),
     ):
         value = getattr(arguments, option)
         if value is not None and value > most:
-            raise UserError(f"{_flag(option)} {value}: is more than {setting} = {most} allows")
+            raise UserError(
+                f"{_flag(option)} {value} is more than {setting} = {most}; give at most that"
+            )
 
 
 def _flag(option: str) -> str:

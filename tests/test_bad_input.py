@@ -177,7 +177,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] =
         nothing,
         ["teacher.precision=fp8", "teacher.num_layers_at_start_in_bf16=4"],
         1,
-        ["teacher.num_layers_at_start_in_bf16 = 4", "none of the 4 layers"],
+        ["teacher.num_layers_at_start_in_bf16 = 4", "4 layers"],
     ),
     "bridge rank alone": (nothing, ["bridge.rank=8"], 1, ["bridge.rank = 8", "bridge.path"]),
     "bridge of rank 1": (

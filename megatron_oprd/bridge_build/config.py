@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_oprd.config.checks import check_ranges, check_values
+from megatron_oprd.config.checks import check_effects, check_ranges, check_values
 from megatron_oprd.config.load import load_settings
 from megatron_oprd.config.schema import (
     LARGEST_SEED,
@@ -19,11 +19,13 @@ from megatron_oprd.config.schema import (
     TeacherConfig,
     TeacherPromptConfig,
 )
-from megatron_oprd.config.setting import group, setting, shown
+from megatron_oprd.config.setting import group, setting, settings_of, shown, when
 from megatron_oprd.errors import UserError
 
 # Row numbers are carried in fp32.
 MAX_ROWS = 2**24
+_LEAST_SQUARES = when("fit.method", "least_squares")
+_GRADIENT = when("fit.method", "gradient")
 
 
 @dataclass(kw_only=True)
@@ -42,22 +44,22 @@ class FitConfig:
     8 (d_T^2 + d_S^2 + d_T d_S) bytes for each pair, on every rank that has the pair. ``gradient``
     is the paper's way, AdamW on the rows."""
 
-    ridge: float = setting(1e-6, gt=0)
-    """For ``least_squares``: number that is added to the student's second moments, relative to
+    ridge: float = setting(1e-6, gt=0, only_with=_LEAST_SQUARES)
+    """Number that is added to the student's second moments, relative to
     their mean diagonal entry."""
 
     max_rows: int | None = setting(None, ge=1, le=MAX_ROWS)
     """Most rows (positions) of each pair, drawn from all of them. By default ``least_squares``
     takes all, and ``gradient``, which keeps its rows, takes 16,384, as the paper does."""
 
-    epochs: int = setting(20, ge=1)
-    """For ``gradient``: passes over the rows."""
+    epochs: int = setting(20, ge=1, only_with=_GRADIENT)
+    """Passes over the rows."""
 
-    lr: float = setting(1e-3, gt=0)
-    """For ``gradient``: AdamW's learning rate."""
+    lr: float = setting(1e-3, gt=0, only_with=_GRADIENT)
+    """AdamW's learning rate."""
 
-    batch_rows: int = setting(256, ge=1)
-    """For ``gradient``: rows of an update."""
+    batch_rows: int = setting(256, ge=1, only_with=_GRADIENT)
+    """Rows of an update."""
 
     held_out_share: float = setting(0.1, gt=0, lt=1)
     """Share of the prompts whose responses are left out of the fit; the cosine is measured on
@@ -125,11 +127,14 @@ def load_build_config(path: Path, overrides: Sequence[str] = ()) -> BuildBridgeC
     """
     config = load_settings(path, overrides, BuildBridgeConfig)
     check_ranges(config)
+    check_effects(settings_of(config.fit, "fit."))
     _check_relations(config)
     check_values(config.as_run())
     return config
 
 
+# Not in config/, which knows the settings of a training run only. Rules of the fields cannot say it
+# either: the groups are a training run's, where these settings have an effect.
 def _check_relations(config: BuildBridgeConfig) -> None:
     num_prompts, per_step = config.fit.num_prompts, config.rollout.prompts_per_step
     if num_prompts % per_step:
@@ -137,7 +142,7 @@ def _check_relations(config: BuildBridgeConfig) -> None:
             f"fit.num_prompts = {num_prompts} is not a multiple of rollout.prompts_per_step = "
             f"{per_step}, the prompts of one round"
         )
-    for name in ("one_step_off_policy", "logprob_check_interval"):
+    for name in ("max_staleness", "logprob_check_interval"):
         if (value := getattr(config.rollout, name)) != getattr(RolloutConfig(), name):
             raise UserError(
                 f"rollout.{name} = {shown(value)} has no effect on how a bridge is built; leave it "

@@ -46,7 +46,8 @@ def plan_build(config: BuildBridgeConfig, *, world_size: int) -> RunPlan:
     narrower = min(layout.student.architecture.hidden_size, layout.teacher.architecture.hidden_size)
     if max(config.fit.ranks) > narrower:
         raise UserError(
-            f"fit.ranks = {config.fit.ranks}: at most {narrower}, the width of the narrower model"
+            f"fit.ranks = {config.fit.ranks} has a rank above {narrower}, the width of the "
+            f"narrower model; give ranks of at most {narrower}"
         )
     return plan
 

@@ -72,9 +72,9 @@ def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelCont
     # The covariance of n rows has at most rank n - 1.
     if seen.num_rows <= rank:
         raise UserError(
-            f"the responses give {seen.num_rows} rows to fit on, fit.ranks has {rank}; give more "
-            "prompts (fit.num_prompts), longer responses (rollout.max_new_tokens) or more "
-            "positions (taps.positions)"
+            f"fit.ranks has {rank}, but the responses give only {seen.num_rows} rows to fit on; "
+            "give more prompts (fit.num_prompts), longer responses (rollout.max_new_tokens), more "
+            "positions (taps.positions) or a lower rank"
         )
     models = FrozenModels(plan, context)
     fits = _fit(config, plan, models, seen, context)

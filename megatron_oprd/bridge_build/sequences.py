@@ -75,8 +75,8 @@ def split_prompts(prompts: Sequence[int], *, share: float, seed: int) -> set[int
     different = sorted(set(prompts), key=by_hash)
     if len(different) < 2:
         raise UserError(
-            "data.prompts has a single prompt; a bridge needs at least one to be fitted on and "
-            "another to be measured on"
+            "data.prompts has a single prompt; a bridge needs at least two, one to be fitted on "
+            "and one to be measured on"
         )
     return set(different[: min(ceil(share * len(different)), len(different) - 1)])
 

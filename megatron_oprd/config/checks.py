@@ -7,7 +7,7 @@ several settings. Checks that need the models' configurations are in `megatron_o
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_oprd.config.engines.checks import ENGINE_CHECKS
@@ -27,7 +27,7 @@ def check_values(config: RunConfig) -> None:
         UserError: There is one.
     """
     check_ranges(config)
-    _check_effects(config)
+    check_effects(settings_of(config))
     _check_teacher(config)
     _check_extra_teachers(config)
     _check_ride(config)
@@ -56,16 +56,25 @@ def check_ranges(config: Any) -> None:
             each = "each " if isinstance(found.value, list) else ""
             words = rules.range_in_words(of_floats=_has_float(found.value))
             reason = f"; {rules.because}" if rules.because else ""
-            raise UserError(f"{_setting(found)}: {each}has to be {words}{reason}")
+            raise UserError(
+                f"{_setting(found)} is out of range: {each or 'it '}has to be {words}{reason}"
+            )
 
 
 def _has_float(value: Any) -> bool:
     return any(map(_has_float, value)) if isinstance(value, list) else isinstance(value, float)
 
 
-def _check_effects(config: RunConfig) -> None:
-    """Refuses settings that differ from their default and have no effect."""
-    all_found = {found.key: found for found in settings_of(config)}
+def check_effects(settings: Iterable[Found]) -> None:
+    """Refuses settings that differ from their default and have no effect.
+
+    Args:
+        settings: The settings, with all that their rules name.
+
+    Raises:
+        UserError: There is one.
+    """
+    all_found = {found.key: found for found in settings}
     for found in all_found.values():
         if found.value != found.default:
             for rules in (*found.of_groups, found.rules):
@@ -84,14 +93,16 @@ def _check_effect(found: Found, rules: Rules, all_found: Mapping[str, Found]) ->
         return
     if len(needed) == 1 and needed[0].values:
         raise UserError(
-            f"{_setting(found)} has no effect with {_setting(all_found[needed[0].setting])}; "
-            f"use {' or '.join(shown(value) for value in needed[0].values)}"
+            f"{_setting(found)} has no effect with {_setting(all_found[needed[0].setting])}; use "
+            f"{' or '.join(shown(value) for value in needed[0].values)} there"
         )
     spelled = " or ".join(
         condition.setting + "".join(f" = {shown(value)}" for value in condition.values)
         for condition in needed
     )
-    raise UserError(f"{_setting(found)} has no effect without {spelled}")
+    raise UserError(
+        f"{_setting(found)} has no effect without {spelled}; set that, or leave {found.key} out"
+    )
 
 
 def _holds(condition: When, found: Found) -> bool:
@@ -115,9 +126,10 @@ def _check_teacher(config: RunConfig) -> None:
         )
     if prompt.tokenizer == "own" and config.compares_outputs:
         raise UserError(
-            f"output_loss.kind = {config.output_loss.kind} with teacher_prompt.tokenizer = own: "
-            "distributions over different tokens cannot be compared; use none, or a teacher with "
-            "the student's tokenizer"
+            f"output_loss.kind = {config.output_loss.kind} cannot be combined with "
+            "teacher_prompt.tokenizer = own, because distributions over different tokens cannot "
+            "be compared; set output_loss.kind = none, or take a teacher with the student's "
+            "tokenizer"
         )
     changes = teacher.refresh_interval is not None
     if changes and (teacher.precision != "bf16" or teacher.offload != "none"):
@@ -128,21 +140,22 @@ def _check_teacher(config: RunConfig) -> None:
         )
     if prompt.is_own and config.data.long_prompts == "cut":
         raise UserError(
-            "data.long_prompts = cut with teacher_prompt: the teacher's prompt would keep what is "
-            "cut off of the student's; use drop"
+            "data.long_prompts = cut cannot be combined with teacher_prompt, because the "
+            "teacher's prompt would keep what is cut off the student's; set data.long_prompts = "
+            "drop"
         )
     try:
         made = prompt.template.format(prompt="<prompt>", privileged="<privileged>")
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
-            f"teacher_prompt.template = {prompt.template!r} is no template: {error}; only "
-            "{prompt} and {privileged} can stand in braces, and other braces are doubled"
+            f"teacher_prompt.template = {prompt.template!r} cannot be filled in ({error}); it may "
+            "have only {prompt} and {privileged} in braces, and other braces have to be doubled"
         ) from error
     for name, text in (("prompt", "prompt"), ("privileged", "privileged text")):
         if f"<{name}>" not in made:
             raise UserError(
-                f"teacher_prompt.template = {prompt.template!r} has no {{{name}}}, where the "
-                f"{text} goes"
+                f"teacher_prompt.template = {prompt.template!r} has no {{{name}}}; put it where "
+                f"the {text} belongs"
             )
 
 
@@ -151,30 +164,36 @@ def _check_extra_teachers(config: RunConfig) -> None:
     for number, one in enumerate(extra):
         if (one.layers == "last_n") != (one.n is not None):
             raise UserError(
-                f"extra_teachers[{number}].layers = {one.layers} with extra_teachers[{number}].n = "
-                f"{shown(one.n)}: last_n needs n, the number of layers, and nothing else has it"
+                f"extra_teachers[{number}].layers = {one.layers} does not agree with "
+                f"extra_teachers[{number}].n = {shown(one.n)}: last_n needs n, the number of "
+                "layers, and no other value of layers has one"
             )
     if extra and config.teacher_prompt != TeacherPromptConfig():
         raise UserError(
-            "extra_teachers with teacher_prompt: several teachers read the student's sequences; "
-            "leave one of the two out"
+            "extra_teachers cannot be combined with teacher_prompt, because several teachers read "
+            "the student's sequences; leave one of the two out"
         )
     for name, teacher in config.named_teachers:
         if teacher.when and teacher.prompt_share is not None:
             raise UserError(
-                f"{name}.when = {teacher.when} with {name}.prompt_share = {teacher.prompt_share}: "
-                "a teacher has the prompts of certain columns, or a share of all; leave one out"
+                f"{name}.when = {teacher.when} cannot be combined with {name}.prompt_share = "
+                f"{teacher.prompt_share}: a teacher gets the prompts of certain columns or a "
+                "share of all prompts; leave one of the two out"
             )
         _check_when(f"{name}.when", teacher.when)
     _check_negative_teachers(config)
     shares = [config.teacher.prompt_share, *(teacher.prompt_share for teacher in extra)]
     given = [share for share in shares if share is not None]
     if sum(given) > 1 + 1e-9:
-        raise UserError(f"prompt_share of the teachers = {shares}: have to be at most 1 together")
+        raise UserError(
+            f"prompt_share of the teachers = {shares}, which is {sum(given):.3g} together; their "
+            "sum has to be at most 1"
+        )
     if given and len(given) == len(shares) and sum(given) < 1 - 1e-9:
         raise UserError(
-            f"prompt_share of the teachers = {shares}: leave {1 - sum(given):.3g} of the prompts "
-            "to no teacher; make them 1 together, or leave one out, for all prompts"
+            f"prompt_share of the teachers = {shares}, which leaves {1 - sum(given):.3g} of the "
+            "prompts without a teacher; make the sum 1, or leave prompt_share out of one teacher, "
+            "which then gets all prompts"
         )
 
 
@@ -183,7 +202,8 @@ def _check_when(setting: str, when: dict[str, Any]) -> None:
         values = wanted if isinstance(wanted, list) else [wanted]
         if not values or not all(isinstance(value, str | int | float) for value in values):
             raise UserError(
-                f"{setting} = {when}: column {column!r} needs a text or number, or a list of them"
+                f"{setting} = {when}: the value for column {column!r} has to be a text, a number, "
+                "or a list of these"
             )
 
 
@@ -197,26 +217,28 @@ def _check_negative_teachers(config: RunConfig) -> None:
     setting = f"{name}.coefficient = {extra[negative[0]].coefficient}"
     if config.loss.normalize != "none":
         raise UserError(
-            f"{setting} with loss.normalize = {config.loss.normalize}: a negative coefficient "
-            "needs plain MSE, loss.normalize = none"
+            f"{setting} cannot be combined with loss.normalize = {config.loss.normalize}, because "
+            "a negative coefficient needs plain MSE; set loss.normalize = none"
         )
     for other, teacher in config.named_teachers:
         if teacher.prompt_share is not None or teacher.when:
             what = "when" if teacher.when else "prompt_share"
             raise UserError(
-                f"{setting} with {other}.{what}: the prompts that only {name} teaches would have a "
-                "loss without a minimum; leave it out"
+                f"{setting} cannot be combined with {other}.{what}, because prompts that only "
+                f"{name} teaches would have a loss without a minimum; leave {other}.{what} out"
             )
     if config.bridge.trainable != "none":
         raise UserError(
-            f"{setting} with bridge.trainable = {config.bridge.trainable}: a negative coefficient "
-            "needs teachers whose states are compared directly; leave bridge.trainable out"
+            f"{setting} cannot be combined with bridge.trainable = {config.bridge.trainable}, "
+            "because a negative coefficient needs teachers whose states are compared directly; "
+            "leave bridge.trainable out"
         )
     for number, one in enumerate(extra):
         if one.bridge is not None:
             raise UserError(
-                f"{setting} with extra_teachers[{number}].bridge = {one.bridge}: a negative "
-                "coefficient needs teachers whose states are compared directly"
+                f"{setting} cannot be combined with extra_teachers[{number}].bridge = "
+                f"{one.bridge}, because a negative coefficient needs teachers whose states are "
+                "compared directly; leave that bridge or the teacher out"
             )
 
 
@@ -226,17 +248,20 @@ def _check_ride(config: RunConfig) -> None:
         return
     if ride.lambda_ == 1:
         raise UserError(
-            f"ride.base = {ride.base} has no effect with ride.lambda = 1; give another number"
+            f"ride.base = {ride.base} has no effect with ride.lambda = 1; set another "
+            "ride.lambda, or leave ride.base out"
         )
     if config.loss.normalize != "none":
         raise UserError(
-            f"ride.base = {ride.base} with loss.normalize = {config.loss.normalize}: the target is "
-            "a sum of states, which plain MSE compares; set loss.normalize = none"
+            f"ride.base = {ride.base} cannot be combined with loss.normalize = "
+            f"{config.loss.normalize}, because the target is a sum of states, which only plain "
+            "MSE compares; set loss.normalize = none"
         )
     if config.bridge.trainable != "none":
         raise UserError(
-            f"ride.base = {ride.base} with bridge.trainable = {config.bridge.trainable}: the "
-            "target is a sum of states, which are compared directly; leave bridge.trainable out"
+            f"ride.base = {ride.base} cannot be combined with bridge.trainable = "
+            f"{config.bridge.trainable}, because the target is a sum of states, which are "
+            "compared directly; leave bridge.trainable out"
         )
     teacher = config.teacher
     if teacher.prompt_share is not None or teacher.when or teacher.refresh_interval is not None:
@@ -274,12 +299,17 @@ def _check_losses(config: RunConfig) -> None:
         ("output_loss.positions", output.positions, "output_loss.positions_k", output.positions_k),
     ):
         if positions in ("last_k", "first_k") and k is None:
-            raise UserError(f"{setting} = {positions} needs {k_setting}, the number of tokens")
+            raise UserError(
+                f"{setting} = {positions} needs {k_setting}, the number of tokens, which is null; "
+                "set it"
+            )
     _check_layers("taps.layers", taps.layers)
     for number, teacher in enumerate(config.extra_teachers):
         _check_layers(f"extra_teachers[{number}].layers", teacher.layers)
     if taps.layers == "last_n" and taps.n is None:
-        raise UserError("taps.layers = last_n needs taps.n, the number of layers")
+        raise UserError(
+            "taps.layers = last_n needs taps.n, the number of layers, which is null; set it"
+        )
     _check_points("loss.coefficient_points", config.loss.coefficient_points)
     _check_points("output_loss.coefficient_points", output.coefficient_points)
     if output.kind == "none" and taps.layers == "none":
@@ -288,14 +318,14 @@ def _check_losses(config: RunConfig) -> None:
         )
     if bridge.path is not None and bridge.trainable != "none":
         raise UserError(
-            f"bridge.trainable = {bridge.trainable} with bridge.path = {bridge.path}: projectors "
-            "of a folder are frozen; leave one of the two out"
+            f"bridge.trainable = {bridge.trainable} cannot be combined with bridge.path = "
+            f"{bridge.path}, whose projectors are frozen; leave one of the two out"
         )
     if bridge.path is not None and config.loss.normalize != "l2":
         raise UserError(
-            f"loss.normalize = {config.loss.normalize} with bridge.path = {bridge.path}: through a "
-            "bridge unit vectors are compared; set loss.normalize = l2 (and a loss.coefficient of "
-            "about 10)"
+            f"loss.normalize = {config.loss.normalize} cannot be combined with bridge.path = "
+            f"{bridge.path}, because unit vectors are compared through a bridge; set "
+            "loss.normalize = l2 (and a loss.coefficient of about 10)"
         )
 
 
@@ -305,8 +335,8 @@ def _check_layers(setting: str, layers: str | list[int]) -> None:
     in_order = sorted(set(layers))
     if not layers or layers != in_order:
         raise UserError(
-            f"{setting} = {layers}: has to name at least one layer, in rising order, each once"
-            f"{f': {in_order}' if layers else ''}"
+            f"{setting} = {layers} is not a list of layers; it has to name at least one layer, in "
+            f"rising order, each once{f', as in {in_order}' if layers else ''}"
         )
 
 
@@ -320,22 +350,25 @@ def _check_points(setting: str, points: list[list[float]]) -> None:
         or any(not (math.isfinite(factor) and factor >= 0) for _, factor in points)
     ):
         raise UserError(
-            f"{setting} = {points}: have to be pairs [step, factor], by rising step from 0 on, "
-            "with factors of at least 0, as in [[0, 1], [10, 0]]"
+            f"{setting} = {points} is not a schedule; it has to be pairs [step, factor] with "
+            "rising steps from 0 on and factors of at least 0, as in [[0, 1], [10, 0]]"
         )
 
 
 def _check_rollout(config: RunConfig) -> None:
     if "" in config.rollout.stop:
-        raise UserError("rollout.stop has an empty text, which every response would end with")
+        raise UserError(
+            f"rollout.stop = {config.rollout.stop} has an empty text, which would end every "
+            "response; remove it"
+        )
 
 
 def _check_batch(config: RunConfig) -> None:
     if config.batch.sequence_packing and config.parallel.context_parallel_size > 1:
         raise UserError(
-            "batch.sequence_packing = true with parallel.context_parallel_size = "
-            f"{config.parallel.context_parallel_size}: packed sequences are not divided; use one "
-            "of the two"
+            "batch.sequence_packing = true cannot be combined with parallel.context_parallel_size "
+            f"= {config.parallel.context_parallel_size}, because packed sequences are not "
+            "divided; use one of the two"
         )
 
 
@@ -343,7 +376,8 @@ def _check_optimizer(config: RunConfig) -> None:
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
         raise UserError(
-            f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}"
+            f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}; it "
+            "has to be at most that"
         )
     if optimizer.overlap_param_gather and not (
         optimizer.use_distributed_optimizer and optimizer.overlap_grad_reduce
@@ -366,7 +400,8 @@ def _check_recompute(config: RunConfig) -> None:
     for name in ("recompute_method", "recompute_num_layers"):
         if full and getattr(recompute, name) is None:
             raise UserError(
-                f"recompute.recompute_granularity = full needs recompute.{name}, which is null"
+                f"recompute.recompute_granularity = full needs recompute.{name}, which is null; "
+                "set it"
             )
     if recompute.distribute_saved_activations and (
         not full or parallel.tensor_model_parallel_size == 1 or parallel.sequence_parallel
@@ -385,6 +420,6 @@ def _check_evaluation(config: RunConfig) -> None:
     evaluation = config.evaluation
     if (evaluation.interval is None) != (not evaluation.data):
         raise UserError(
-            f"evaluation.interval = {shown(evaluation.interval)} with evaluation.data = "
-            f"{evaluation.data}: give both or neither"
+            f"evaluation.interval = {shown(evaluation.interval)} does not agree with "
+            f"evaluation.data = {evaluation.data}; set both or neither"
         )

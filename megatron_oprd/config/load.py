@@ -5,6 +5,7 @@ checked in `megatron_oprd.training.plan`.
 """
 
 import difflib
+import functools
 import keyword
 from collections.abc import Sequence
 from dataclasses import is_dataclass
@@ -25,6 +26,10 @@ Settings = TypeVar("Settings")
 
 # What TRL, verl and NeMo-RL call the settings that have another name here.
 _ALIASES = {
+    "one_step_off_policy": "rollout.max_staleness",
+    "max_trajectory_age_steps": "rollout.max_staleness",
+    "staleness_threshold": "rollout.max_staleness",
+    "max_head_offpolicyness": "rollout.max_staleness",
     "learning_rate": "optimizer.lr",
     "max_steps": "train_iters",
     "max_num_steps": "train_iters",
@@ -91,21 +96,27 @@ def load_settings(path: Path, overrides: Sequence[str], schema: type[Settings]) 
     try:
         given: Any = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: cannot be read: {_one_line(error)}") from error
+        raise UserError(f"--config {path} cannot be read as YAML: {_one_line(error)}") from error
     if not OmegaConf.is_dict(given):
-        raise UserError(f"--config {path}: expected settings (key: value), found something else")
+        raise UserError(
+            f"--config {path} has no settings at its top level; it has to be a YAML file of key: "
+            "value"
+        )
     for override in overrides:
         if "=" not in override:
-            raise UserError(f"override {override!r}: expected key=value, as in optimizer.lr=1e-5")
+            raise UserError(
+                f"override {override!r} has no =; it has to be key=value, as in optimizer.lr=1e-5"
+            )
         try:
             given = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, TypeError, yaml.YAMLError) as error:
             raise UserError(f"override {override!r}: {_one_line(error)}") from error
     origins = _origins(overrides)
     try:
+        root: type = schema  # for mypy, to which type[Settings] has no hash
         given = OmegaConf.create(_field_names(OmegaConf.to_container(given)))
-        _check_keys(OmegaConf.to_container(given), schema, prefix="", root=schema)
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        _check_keys(OmegaConf.to_container(given), schema, prefix="", root=root)
+        merged = OmegaConf.merge(_defaults(root), given)
         if unset := sorted(OmegaConf.missing_keys(merged)):
             raise UserError(f"{unset[0]} is not set; give it in the YAML file or as {unset[0]}=...")
         config = OmegaConf.to_object(merged)
@@ -126,6 +137,15 @@ def load_settings(path: Path, overrides: Sequence[str], schema: type[Settings]) 
         raise UserError(f"{origin}: {str(error).splitlines()[0]}{where}") from error
     assert isinstance(config, schema)
     return config
+
+
+@functools.cache
+def _defaults(schema: type) -> Any:
+    """The settings of ``schema`` with their defaults, for `OmegaConf.merge`, which copies them.
+
+    Made once, because OmegaConf takes longer to read the dataclasses than for all the rest.
+    """
+    return OmegaConf.structured(schema)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -154,7 +174,7 @@ def _failing_key(given: Any, schema: type) -> str:
             alone = OmegaConf.create()
             OmegaConf.update(alone, key, group[name], force_add=True)
             try:
-                OmegaConf.merge(OmegaConf.structured(schema), alone)
+                OmegaConf.merge(_defaults(schema), alone)
             except OmegaConfBaseException:
                 found, group = key, group[name]
                 break
@@ -177,7 +197,7 @@ def _check_keys(given: Any, schema: type, prefix: str, *, root: type) -> None:
     """Refuses a key that no dataclass has, and names the nearest one that exists."""
     if not isinstance(given, dict):
         raise UserError(
-            f"setting {prefix.rstrip('.')!r}: expected a group of settings, found {given!r}"
+            f"setting {prefix.rstrip('.')!r} is {given!r}; it has to be a group of settings"
         )
     hints = get_type_hints(schema)
     for key, value in given.items():

@@ -8,7 +8,7 @@ rollout engines are in `megatron_oprd.config.engines`.
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from megatron_oprd.config.engines import OVERLAPPING, EngineConfig
+from megatron_oprd.config.engines import EngineConfig
 from megatron_oprd.config.setting import group, setting, when
 
 
@@ -552,19 +552,20 @@ class RolloutConfig(EngineConfig):
     """Sequences that are generated at once; by default a replica's whole share, or as many as
     the engine chooses."""
 
-    one_step_off_policy: bool = setting(
-        False,
-        only_with=when("rollout.engine", *OVERLAPPING),
+    max_staleness: int = setting(
+        0,
+        ge=0,
         no_effect_with=when(
             "checkpoint.save_interval",
             1,
             instead="save less often: the step after a checkpoint has rollouts of its own weights",
         ),
     )
-    """Whether a step's rollouts are generated while the step before is computed, with the weights
-    from before its update. An engine on the trainer's device does not sleep then. An engine that
-    generates in the trainer's own process cannot do this. The first step and the step after each
-    checkpoint have rollouts of their own weights."""
+    """Most updates between the weights that generate a rollout and those that are trained on it; 0
+    is on-policy. With 1 or more, ``vllm`` generates while steps are computed: on the trainer's GPUs
+    one step ahead at most, and without sleep; on servers so many steps ahead, and new weights reach
+    responses in the middle. ``hf`` generates the rollouts of so many steps and one at once. The
+    first step and the step after each checkpoint have rollouts of their own weights."""
 
     logprob_check_interval: int | None = setting(None, ge=1)
     """Steps between two comparisons of the engine's log-probabilities with the student's; the first

@@ -22,4 +22,7 @@ def check_url(url: str, setting: str) -> None:
         has_port = False
     others = (parts.path.strip("/"), parts.query, parts.fragment, parts.username)
     if parts.scheme != "http" or not parts.hostname or not has_port or any(others):
-        raise UserError(f"{setting} = {url}: has to be as in http://127.0.0.1:8000")
+        raise UserError(
+            f"{setting} = {url} is not an address of a server; it has to look like "
+            "http://127.0.0.1:8000"
+        )

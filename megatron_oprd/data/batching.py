@@ -113,8 +113,8 @@ def pack(
     per_round = num_replicas * multiple
     if not lengths or len(lengths) % per_round:
         raise ValueError(
-            f"{len(lengths)} sequences; {num_replicas} replicas with a multiple of {multiple} "
-            f"micro-batches each need a multiple of {per_round}"
+            f"{len(lengths)} sequences cannot be dealt out evenly; {num_replicas} replicas with a "
+            f"multiple of {multiple} micro-batches each need a multiple of {per_round}"
         )
 
     def cost(batch: list[int]) -> int:

@@ -85,7 +85,9 @@ def load_benchmarks(
     benchmarks: dict[str, Benchmark] = {}
     for file in files:
         if file.stem in benchmarks:
-            raise UserError(f"{setting}: two files are called {file.stem!r}; results go by name")
+            raise UserError(
+                f"{setting} has two files called {file.stem!r}, but results go by name; rename one"
+            )
         benchmarks[file.stem] = _load(file, limit, instruction, setting)
         logger.info("%s", benchmarks[file.stem].describe())
     return list(benchmarks.values())
@@ -122,8 +124,8 @@ def check_length(
     length = len(longest.token_ids)
     if length + max_new_tokens > max_tokens:
         raise UserError(
-            f"{setting} = {max_new_tokens} with the longest prompt of {name} (row "
-            f"{longest.index + 1}, {length} tokens) is more than the {max_tokens} tokens that the "
+            f"{setting} = {max_new_tokens} is too much: with the longest prompt of {name} (row "
+            f"{longest.index + 1}, {length} tokens) it exceeds the {max_tokens} tokens that the "
             f"model was made for; give at most {max(max_tokens - length, 0)}"
         )
 
@@ -154,7 +156,10 @@ def _load(file: Path, limit: int | None, instruction: str | None, setting: str) 
     agreeing = [same for same in by_prompt.values() if len({p.answer for p in same}) == 1]
     num_agreeing_rows = sum(map(len, agreeing))
     if not agreeing:
-        raise UserError(f"{setting}: every row of {file} has an answer that another contradicts")
+        raise UserError(
+            f"{setting}: every row of {file} has an answer that another row contradicts; give a "
+            "file in which a question has one answer"
+        )
     return Benchmark(
         name=file.stem,
         problems=[same[0] for same in agreeing][:limit],

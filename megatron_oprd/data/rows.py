@@ -54,7 +54,11 @@ def read_rows(
             ignored = [name for name in not_read if row.get(name) not in (None, [], "")]
             if ignored and not has_warned:
                 has_warned = True
-                logger.warning("%s has the columns %s, which are not read", where, ignored)
+                logger.warning(
+                    "%s has the columns %s, which are not read; rows are used as they are",
+                    where,
+                    ignored,
+                )
             named = zip(keys, key_settings, strict=True)
             yield where, [_value(row, key, where, of_key) for key, of_key in named]
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
@@ -109,7 +113,10 @@ def _value(row: dict[str, Any], key: str, where: str, setting: str) -> Any:
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
             if not isinstance(value, dict):
-                raise UserError(f"{setting} is {key!r}, but {where} has no fields there: {value!r}")
+                raise UserError(
+                    f"{setting} is {key!r}, but {where} has {value!r} there, which has no fields; "
+                    "give the key of a text"
+                )
             nearest = difflib.get_close_matches(part, value, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise UserError(

@@ -108,8 +108,8 @@ def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int
     if wrong := sorted(i for i in found if not 0 <= i < size):
         raise UserError(
             f"eos_token_id in {file} is {configured!r} (the tokenizer's own is "
-            f"{tokenizer.eos_token_id}): {wrong[0]} is no token of the model, which has ids 0 to "
-            f"{size - 1}"
+            f"{tokenizer.eos_token_id}), but {wrong[0]} is not a token of the model, which has "
+            f"ids 0 to {size - 1}; correct it"
         )
     return tuple(sorted(found))
 

@@ -111,7 +111,10 @@ class BridgeFolder:
         for student, teacher in self.manifest.layer_pairs:
             for name in _names(student, teacher):
                 if name not in self._file.tensors:
-                    raise UserError(f"bridge.path = {folder}: {TENSORS_FILE} has no {name}")
+                    raise UserError(
+                        f"bridge.path = {folder} has a {TENSORS_FILE} without {name}. "
+                        f"{BUILD_ANOTHER}"
+                    )
 
     @property
     def rank(self) -> int:
@@ -226,14 +229,17 @@ def _read_manifest(folder: Path) -> Manifest:
         content = json.loads(file.read_bytes())
     except FileNotFoundError as error:
         raise UserError(
-            f"bridge.path = {folder}: there is no {MANIFEST_FILE}; give a folder that "
-            "python -m megatron_oprd.build_bridge wrote, or a ps_bank.pt"
+            f"bridge.path = {folder} has no {MANIFEST_FILE}; give a folder that python -m "
+            "megatron_oprd.build_bridge wrote, or a ps_bank.pt"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"bridge.path: cannot read {file}: {error}") from error
     fields = {field.name for field in dataclasses.fields(Manifest)}
     if not isinstance(content, dict) or content.get("kind") != _KIND or fields - content.keys():
-        raise UserError(f"bridge.path = {folder}: {MANIFEST_FILE} is not that of a bridge")
+        raise UserError(
+            f"bridge.path = {folder} has a {MANIFEST_FILE} that is not a bridge's; give a folder "
+            "that python -m megatron_oprd.build_bridge wrote"
+        )
     known = {name: value for name, value in content.items() if name in fields}
     known["layer_pairs"] = [(student, teacher) for student, teacher in known["layer_pairs"]]
     return Manifest(**known)
@@ -279,8 +285,8 @@ class PSBank:
             mean = content["frozen_pt_means"][key].float()
             if not len(student) == len(teacher) == self._rank:
                 raise UserError(
-                    f"bridge.path = {self.path}: pair {key} has {len(student)} and {len(teacher)} "
-                    f"rows, rank is {self._rank}"
+                    f"bridge.path = {self.path} has projectors of {len(student)} and "
+                    f"{len(teacher)} rows for pair {key}, but rank {self._rank}. {BUILD_ANOTHER}"
                 )
             # The file has projectors by pair, `Projectors` by layer: two pairs that share a teacher
             # layer have to agree.
@@ -346,7 +352,10 @@ def _load(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"bridge.path: cannot read {path}: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"bridge.path = {path} is not a ps_bank.pt: it holds no dictionary")
+        raise UserError(
+            f"bridge.path = {path} is not a ps_bank.pt, because it holds no dictionary; give the "
+            "reference implementation's file"
+        )
     return content
 
 

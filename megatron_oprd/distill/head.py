@@ -153,6 +153,11 @@ class HeadTap:
             whole, self._student_head, positions.index, of_rows, of_weight
         )
 
+    @property
+    def targets(self) -> list[Tensor]:
+        """The targets of micro-batches that the student has still to run."""
+        return list(self._targets.values())
+
     def end_step(self) -> Tensor:
         """Returns the step's loss, without its coefficient, and resets it.
 

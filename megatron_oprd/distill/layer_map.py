@@ -71,9 +71,14 @@ def select_layers(
         }.get(layers)
         assert chosen is not None, f"unknown layer set {layers!r}"
         if n is not None and n > num_layers:
-            raise UserError(f"taps.n = {n}: the student has {num_layers} layers")
+            raise UserError(
+                f"taps.n = {n} is more than the student's {num_layers} layers; give at most that"
+            )
         if not chosen and layers != "none":
-            raise UserError(f"taps.layers is {layers!r}, which selects none of {num_layers} layers")
+            raise UserError(
+                f"taps.layers = {layers} selects none of the student's {num_layers} layers; give "
+                "a list of layers, or all"
+            )
         return list(chosen)
 
     listed = list(layers)
@@ -132,8 +137,8 @@ def student_stages(
     """
     if num_layers < num_stages:
         raise UserError(
-            f"{num_stages} pipeline stages (parallel.pipeline_model_parallel_size x virtual "
-            f"stages) for the student's {num_layers} layers: every stage needs at least one"
+            f"parallel.pipeline_model_parallel_size x virtual stages makes {num_stages} pipeline "
+            f"stages, but the student has only {num_layers} layers; every stage needs at least one"
         )
     spread = num_running if num_running >= num_stages else num_layers
     share, more = divmod(spread, num_stages)

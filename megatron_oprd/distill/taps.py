@@ -323,6 +323,11 @@ class Taps(PairTaps):
         self._loss = torch.zeros(len(pairs), device=device, dtype=torch.float64)
         self._cosine = torch.zeros(len(pairs), device=device, dtype=torch.float64)
 
+    @property
+    def targets(self) -> list[Tensor]:
+        """The targets that student layers have still to read."""
+        return [target for target, _ in self._targets.values()]
+
     def end_step(self) -> tuple[Tensor, Tensor]:
         """Returns the loss and cosine of each pair, [pairs], fp64, and resets them.
 

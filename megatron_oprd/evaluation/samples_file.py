@@ -90,8 +90,8 @@ class SamplesFile:
                 self.samples.append(Sample(**json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise UserError(
-                    f"--output: line {number} of {self._path} is no sample ({error}); remove the "
-                    "file, or give another folder"
+                    f"--output: line {number} of {self._path} is not a sample ({error}); remove "
+                    "the file, or give another folder"
                 ) from error
         os.truncate(self._path, sum(len(line) + 1 for line in lines[:whole]))
 
@@ -105,8 +105,8 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if not file.exists():
         if path.exists():
             raise UserError(
-                f"--output: {path} has samples but {file.name}, which says what of, is missing; "
-                "remove the file, or give another folder"
+                f"--output {path} has samples, but {file.name}, which says what they are of, is "
+                "missing; remove the file of samples, or give another folder"
             )
         return
     try:
@@ -116,8 +116,9 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if found.get(name) != value:
             raise UserError(
-                f"--output: {path} has samples with {name} = {found.get(name)!r}, this evaluation "
-                f"has {value!r}; they are not mixed: give another folder, or remove the file"
+                f"--output {path} has samples with {name} = {found.get(name)!r}, but this "
+                f"evaluation has {value!r}, and the two are not mixed; give another folder, or "
+                "remove the file"
             )
 
 

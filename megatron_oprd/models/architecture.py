@@ -160,13 +160,14 @@ def check_fields(
         if field in required:
             if not required[field](value):
                 raise UserError(
-                    f"{source}: {field} = {value!r} changes the model's numbers in a way that is "
-                    "not supported here"
+                    f"{source} has {field} = {value!r}, which changes the model's numbers in a "
+                    "way that is not supported"
                 )
         elif field not in NEUTRAL_FIELDS | GENERATION_FIELDS | READ_FIELDS:
             raise UserError(
-                f"{source}: field {field!r} (value {value!r}) is not known here. It may change "
-                "the model's numbers, so the model is refused rather than loaded wrongly"
+                f"{source} has the field {field!r} (value {value!r}), which this package does not "
+                "know. It may change the model's numbers, so the model is refused rather than "
+                "loaded wrongly"
             )
 
 
@@ -202,7 +203,10 @@ def read_rope(
     theta = parameters.pop("rope_theta")
     share = parameters.pop("partial_rotary_factor", 1.0)
     if share != 1.0 and not partial:
-        raise UserError(f"{source}: partial_rotary_factor other than 1.0 is not supported")
+        raise UserError(
+            f"{source}: partial_rotary_factor = {share} is not supported for this model; it has "
+            "to be 1.0"
+        )
     if rope_type not in rope_types:
         raise UserError(
             f"{source}: rope_type {rope_type!r} is not supported; supported are "
@@ -213,7 +217,8 @@ def read_rope(
     optional = {"factor", "attention_factor"} if rope_type == "longrope" else set()
     if not needed <= set(parameters) <= needed | optional:
         raise UserError(
-            f"{source}: rope_type {rope_type!r} takes {sorted(needed)}, found {sorted(parameters)}"
+            f"{source}: rope_parameters of type {rope_type!r} has {sorted(parameters)}; it has to "
+            f"have {sorted(needed)}"
         )
     if rope_type == "longrope":
         parameters = _longrope(parameters, int(head_dim * share), hf_config, source)

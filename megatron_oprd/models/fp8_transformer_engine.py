@@ -70,8 +70,9 @@ def check_shapes(architecture: Architecture, parallel: ParallelConfig, recipe: s
     multiple = 32 if recipe == "mxfp8" else 16
     if recipe == "blockwise" and parallel.sequence_parallel and architecture.hidden_size % 128:
         raise UserError(
-            "teacher.fp8_recipe = blockwise with parallel.sequence_parallel needs a hidden size "
-            f"that is a multiple of 128; model.teacher's is {architecture.hidden_size}"
+            "teacher.fp8_recipe = blockwise with parallel.sequence_parallel = true needs a hidden "
+            f"size that is a multiple of 128, but model.teacher has {architecture.hidden_size}; "
+            "take another recipe"
         )
     tp = parallel.tensor_model_parallel_size
     heads = architecture.num_attention_heads
@@ -94,8 +95,8 @@ def check_shapes(architecture: Architecture, parallel: ParallelConfig, recipe: s
     for name, width in widths.items():
         if width % multiple:
             raise UserError(
-                f"teacher.fp8_recipe = {recipe} needs multiples of {multiple}, but of "
-                f"model.teacher {name} is {width}; take another recipe, or fewer ranks "
+                f"teacher.fp8_recipe = {recipe} needs multiples of {multiple}, but {name} of "
+                f"model.teacher is {width}; take another recipe, or fewer ranks "
                 "(parallel.tensor_model_parallel_size)"
             )
 

@@ -44,13 +44,16 @@ def check_divides(
         divided.append((ep, "experts", architecture.moe.num_experts))
     for size, what, count in divided:
         if count % size[1]:
-            raise UserError(f"{spelling(*size)} does not divide the {count} {what} of {model}")
+            raise UserError(
+                f"{spelling(*size)} does not divide the {count} {what} of {model}; give a divisor "
+                f"of {count}"
+            )
     groups, ranks = architecture.num_query_groups, layout.tensor_model_parallel_size
     # With more ranks than groups, ranks share a group: see `mapping.QKV`.
     if groups % ranks and ranks % groups:
         raise UserError(
-            f"{spelling(*tp)} neither divides the {groups} key/value heads of {model}, nor is a "
-            "multiple of them"
+            f"{spelling(*tp)} neither divides the {groups} key/value heads of {model} nor is a "
+            f"multiple of them; give a divisor or a multiple of {groups}"
         )
 
 

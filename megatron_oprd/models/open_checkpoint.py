@@ -71,8 +71,8 @@ def open_checkpoint(
         )
     if hf_config is not None:
         raise UserError(
-            f"{hf_setting} {hf_config} has no use: {path} is a Hugging Face folder, with a "
-            "configuration of its own."
+            f"{hf_setting} {hf_config} has no effect, because {path} is a Hugging Face folder "
+            "with a configuration of its own; leave it out."
         )
     checkpoint = HFCheckpoint(path)
     architecture = read_architecture(checkpoint)
@@ -93,8 +93,8 @@ def _open_megatron(folder: Path, hf_config: Path | None, hf_setting: str) -> Ope
         )
     if hf_config is not None and (folder / HF_FOLDER / CONFIG_FILE).is_file():
         raise UserError(
-            f"{hf_setting} {hf_config} has no use: checkpoint {folder} carries a configuration of "
-            f"its own ({HF_FOLDER}/{CONFIG_FILE})."
+            f"{hf_setting} {hf_config} has no effect, because checkpoint {folder} carries a "
+            f"configuration of its own ({HF_FOLDER}/{CONFIG_FILE}); leave it out."
         )
     hf = HFFolder(hf_config or folder / HF_FOLDER)
     architecture = read_architecture(hf)
@@ -110,8 +110,8 @@ def _open_megatron(folder: Path, hf_config: Path | None, hf_setting: str) -> Ope
         check_arguments(str(folder), where, arguments, architecture, str(hf.folder / CONFIG_FILE))
     elif hf_config is not None:
         logger.warning(
-            "checkpoint %s has no arguments of its own (%s, %s): that %s is its configuration is "
-            "taken for granted as far as names and shapes of tensors do not tell",
+            "checkpoint %s has no arguments of its own (%s, %s): only names and shapes of tensors "
+            "show that %s is its configuration",
             folder,
             COMMON_FILE,
             RUN_CONFIG_FILE,

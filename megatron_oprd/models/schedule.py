@@ -34,7 +34,7 @@ def run_schedule(
         micro_batch = next(data)
         read = begin(micro_batch)
         hidden = chunk(
-            read.tokens, read.position_ids, None, packed_seq_params=_packed_seq_params(read)
+            read.tokens, read.position_ids, None, packed_seq_params=packed_seq_params(read)
         )
         # Losses are attached at their layers, so the schedule's own loss is zero.
         return end(hidden, micro_batch, chunk), _no_loss_at_the_end
@@ -52,8 +52,11 @@ def run_schedule(
     )
 
 
-def _packed_seq_params(read: ModelInput) -> HostPackedSeqParams | None:
-    """The metadata of packed sequences for attention and rotary embedding."""
+def packed_seq_params(read: ModelInput) -> HostPackedSeqParams | None:
+    """Returns the metadata of packed sequences for attention and rotary embedding.
+
+    None if the sequences are padded.
+    """
     lengths = read.packed_lengths
     if lengths is None:
         return None

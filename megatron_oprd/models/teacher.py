@@ -95,12 +95,14 @@ def check_precision(
 
     Raises `UserError` if they do not fit. ``num_layers`` is the number of layers that are built.
     """
+    # Not in training/layout_checks.py: examples/fp8_report checks a teacher that has no run.
     at_start, at_end = teacher.num_layers_at_start_in_bf16, teacher.num_layers_at_end_in_bf16
     if teacher.precision == "fp8" and at_start + at_end >= num_layers:
         raise UserError(
             f"teacher.num_layers_at_start_in_bf16 = {at_start} and "
-            f"teacher.num_layers_at_end_in_bf16 = {at_end} leave none of the {num_layers} layers "
-            "up to the teacher's deepest mapped one for teacher.precision = fp8"
+            f"teacher.num_layers_at_end_in_bf16 = {at_end} leave no layer for teacher.precision = "
+            f"fp8, because the teacher runs {num_layers} layers, up to its deepest mapped one; "
+            "give smaller numbers"
         )
     if not uses_engine(teacher):
         return
@@ -116,9 +118,9 @@ def check_precision(
     if max(at_start, at_end) > most:
         raise UserError(
             f"teacher.num_layers_at_start_in_bf16 = {at_start} and "
-            f"teacher.num_layers_at_end_in_bf16 = {at_end}: with teacher.fp8_recipe = "
-            f"{teacher.fp8_recipe} megatron-core allows at most {most} each, the teacher's "
-            f"{num_layers} layers divided by the pipeline stages"
+            f"teacher.num_layers_at_end_in_bf16 = {at_end} are too many for teacher.fp8_recipe = "
+            f"{teacher.fp8_recipe}, with which megatron-core allows at most {most} each: the "
+            f"teacher's {num_layers} layers divided by the pipeline stages"
         )
 
 

@@ -66,8 +66,8 @@ def check_fits(
         advice = f"The nearest change that fits, in {needed:.1f} GB: {nearest}"
     owner = " (an engine's owner)" if fullest.owns_engine else ""
     raise UserError(
-        f"it does not fit: the {fullest.peak_phase} phase needs {fullest.peak_bytes / 1e9:.1f} GB "
-        f"on pipeline rank {fullest.pp_rank}{owner}, a GPU has "
+        f"the run does not fit: the {fullest.peak_phase} phase needs "
+        f"{fullest.peak_bytes / 1e9:.1f} GB on pipeline rank {fullest.pp_rank}{owner}, but a GPU has "
         f"{hardware.memory_gb:g} (--gpu-memory). {advice}"
     )
 

@@ -14,6 +14,7 @@ from megatron_oprd.planning.parameters import (
     gradient_bytes,
     has_output_loss,
     held_parameters,
+    kind_of,
     layer_of,
     optimizer_bytes,
 )
@@ -46,8 +47,12 @@ def teacher_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> TeacherB
     teacher, place = layout.config.teacher, ParallelLayout.of(layout.teacher.parallel)
     in_fp8 = layers_in_fp8(teacher, sum(layout.teacher.extent.layers_per_stage))
     weights = largest = 0
+    shapes: dict[str, tuple[int, ...]] = {}  # one per kind: layers and experts are alike
     for mapping in held_parameters(layout, layout.teacher, pp_rank):
-        shape = mapping.local_shape(mapping.split_at(place)[1])
+        kind = kind_of(mapping.megatron)
+        if kind not in shapes:
+            shapes[kind] = mapping.local_shape(mapping.split_at(place)[1])
+        shape = shapes[kind]
         is_linear = len(shape) == 2 and not mapping.is_replicated
         if is_linear and layer_of(mapping.megatron) in in_fp8:
             weights += _fp8_bytes(*shape, recipe=teacher.fp8_recipe)

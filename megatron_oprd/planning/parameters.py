@@ -1,5 +1,6 @@
 """Layers and parameters of each pipeline rank, counted from the table of weight mappings."""
 
+import functools
 import math
 import re
 from collections import Counter
@@ -47,6 +48,7 @@ def num_checkpoints(layout: RunLayout, stage: int) -> int:
     return -(-layers // number) if recompute.recompute_method == "uniform" else min(number, layers)
 
 
+@functools.cache
 def layer_of(parameter: str) -> int | None:
     """Layer of a parameter; None for embedding, final norm and LM head."""
     match = LAYER.match(parameter)
@@ -89,6 +91,12 @@ _FP32 = 4
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
+@functools.cache
+def kind_of(parameter: str) -> str:
+    """A parameter's name without the numbers of layer and expert; one kind has one shape."""
+    return _EXPERT.sub(".experts.", LAYER.sub("layer.", parameter))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
     """Numbers of parameters of one model on one rank; the student's projectors count."""
@@ -118,7 +126,7 @@ def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> Par
     counts: Counter[str] = Counter()
     for mapping in held_parameters(layout, model, pp_rank):
         name = mapping.megatron
-        kind = _EXPERT.sub(".experts.", LAYER.sub("layer.", name))
+        kind = kind_of(name)
         if kind not in sizes:
             sizes[kind] = math.prod(mapping.local_shape(mapping.split_at(place)[1]))
         counts["total"] += sizes[kind]

@@ -53,7 +53,8 @@ class Rollout:
     columns: tuple[tuple[str, Any], ...] = ()  # the prompt's, see `Prompt.columns`
     # Per teacher of the run, whether it teaches this rollout; None: all do.
     taught_by: tuple[bool, ...] | None = None
-    weights_version: int = 0  # the version passed to `RolloutEngine.load_weights`
+    # The version passed to `RolloutEngine.load_weights`; the oldest, if weights came in the middle.
+    weights_version: int = 0
     # Log-probability of each response token from the raw logits: before temperature, top-k and
     # top-p, over the whole vocabulary except padding ids. Equal to the sampling log-probabilities
     # only if all three are off. None if not requested. Excluded from comparison, because their
@@ -108,10 +109,14 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class OverlappingEngine(RolloutEngine, Protocol):
-    """An engine that generates in the background."""
+    """An engine that generates in the background.
+
+    An engine that swaps weights (`EngineKind.swaps_weights`) may be called in between, also with
+    `load_weights` and `start`. For other engines the next call after `start` must be `finish`.
+    """
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        """Starts `generate` in the background. The next call must be `finish`."""
+        """Starts `generate` in the background."""
 
     def finish(self) -> list[Rollout]:
-        """Waits for the rollouts and returns them as `generate` does."""
+        """Waits for the rollouts of the first `start` and returns them as `generate` does."""

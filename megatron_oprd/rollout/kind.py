@@ -40,6 +40,7 @@ class EngineKind(ABC):
         has_servers: Whether it can generate on a server.
         switches_rotary_factors: Whether a sequence that grows past longrope's original length gets
             other factors on the way, unlike in training.
+        overlaps: Whether it can generate while the trainer computes (`OverlappingEngine`).
         host_memory_setting: Setting with which the engine moves weights to the host's memory.
     """
 
@@ -52,6 +53,7 @@ class EngineKind(ABC):
     splits_models: ClassVar[bool] = False
     has_servers: ClassVar[bool] = False
     switches_rotary_factors: ClassVar[bool] = False
+    overlaps: ClassVar[bool] = False
     host_memory_setting: ClassVar[str] = ""
 
     def setting(self, name: str) -> str:
@@ -65,6 +67,10 @@ class EngineKind(ABC):
     def num_gpus(self, rollout: RolloutConfig) -> int:
         """GPUs that divide an engine's layers (the setting ``tensor_model_parallel_size``)."""
         return 1
+
+    def swaps_weights(self, rollout: RolloutConfig) -> bool:
+        """Whether new weights can reach responses that are under way."""
+        return False
 
     def max_model_len(self, rollout: RolloutConfig) -> int | None:
         """The setting ``max_model_len``; None: as long as the run needs."""

@@ -1,6 +1,7 @@
 """All rollout engines of a run, and recovery when one fails."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -91,7 +92,9 @@ class EnginePool:
         # Index of this rank's engine; None if it owns none.
         self._own = starter.owners.index(context.rank) if context.rank in starter.owners else None
         self._engine: RolloutEngine | None = None
-        self._under_way: tuple[RolloutEngine | None, Sequence[Prompt], SamplingParams] | None = None
+        self._under_way: deque[tuple[RolloutEngine | None, Sequence[Prompt], SamplingParams]] = (
+            deque()
+        )
         failures = self._told(self._server_failure())
         if not any(failures):
             failures = self._told(self._start())
@@ -137,21 +140,21 @@ class EnginePool:
         return self._run(lambda engine: engine.generate(prompts, sampling))
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        """Starts `generate` in the background (`OverlappingEngine`); call `finish` next."""
+        """Starts `generate` in the background; see `OverlappingEngine`."""
 
         def start(engine: RolloutEngine) -> None:
             assert isinstance(engine, OverlappingEngine)
             engine.start(prompts, sampling)
 
         self._run(start)
-        self._under_way = self._engine, prompts, sampling
+        self._under_way.append((self._engine, prompts, sampling))
 
     def finish(self, *, version: int) -> list[Rollout] | None:
-        """Waits for the rollouts of `start` and returns them as `generate` does."""
-        assert self._under_way is not None, "nothing was begun"
+        """Waits for the rollouts of the first `start` and returns them as `generate` does."""
+        assert self._under_way, "nothing was begun"
         # `version` belongs to the current weights, which an engine restarted below gets. They may
         # be newer than the weights that the rollouts were started with.
-        (started, prompts, sampling), self._under_way = self._under_way, None
+        started, prompts, sampling = self._under_way.popleft()
         self._version = version
 
         def finish(engine: RolloutEngine) -> list[Rollout]:

@@ -46,9 +46,9 @@ def describe(plan: RunPlan) -> str:
             f"student: {not_run} layers past the deepest tap and the LM head are frozen and not "
             f"run; teacher: {not_built} layers and the LM head are not built"
         )
-    if config.rollout.one_step_off_policy:
+    if ahead := config.rollout.max_staleness:
         lines.append(
-            "rollouts are drawn while the step before is computed, with weights one update behind"
+            f"rollout.max_staleness = {ahead}: rollouts may be of weights so many updates old"
         )
     if config.rollout.logprob_check_interval is not None:
         lines.append(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -62,7 +63,7 @@ class RunLayout:
         """Whether the student's states are projected by what trains with the student."""
         return self.config.bridge.trainable != "none"
 
-    @property
+    @cached_property
     def num_running_layers(self) -> int:
         """Student layers that run in training: up to the deepest tap, or to the LM head."""
         student = self.student.architecture
@@ -327,8 +328,8 @@ def _student_layers(
         layers = tuple(parallel.num_layers_per_stage)
         if sum(layers) != student.num_layers:
             raise UserError(
-                f"parallel.num_layers_per_stage = {list(layers)}: have to be the student's "
-                f"{student.num_layers} layers together, found {sum(layers)}"
+                f"parallel.num_layers_per_stage = {list(layers)} has {sum(layers)} layers "
+                f"together; the sum has to be {student.num_layers}, the student's layers"
             )
     starts = [sum(layers[:stage]) for stage in range(num_stages)]
     for rank in range(pp):

@@ -42,9 +42,9 @@ def check_recompute(config: RunConfig, layers_per_stage: Sequence[int]) -> None:
         return
     if any(layers % number for layers in layers_per_stage):
         raise UserError(
-            f"recompute.recompute_num_layers = {number} with recompute.recompute_method = uniform "
-            f"has to divide the layers of every stage, which are {list(layers_per_stage)}; give "
-            "1, another divisor of them, or recompute_method = block"
+            f"recompute.recompute_num_layers = {number} does not divide the layers of every "
+            f"stage, which are {list(layers_per_stage)}, as recompute.recompute_method = uniform "
+            "needs; give 1, another divisor of them, or recompute_method = block"
         )
 
 
@@ -80,14 +80,14 @@ def check_losses(
     weights = config.loss.layer_weights
     if weights is not None and len(weights) != len(pairs):
         raise UserError(
-            f"loss.layer_weights has {len(weights)} entries; taps.layers selects {len(pairs)} "
-            "layers, and each needs one"
+            f"loss.layer_weights has {len(weights)} entries, but taps.layers selects {len(pairs)} "
+            "layers; give one for each"
         )
     smallest = min(student.vocab_size, teacher.vocab_size)
     if config.output_loss.kind == "top_k" and config.output_loss.k > smallest:
         raise UserError(
             f"output_loss.k = {config.output_loss.k} is more than the {smallest} tokens of the "
-            "vocabulary"
+            "vocabulary; give at most that"
         )
 
 
@@ -101,9 +101,9 @@ def _check_experts(student: Architecture, teacher: Architecture, parallel: Paral
     tp = parallel.tensor_model_parallel_size
     if student.moe is not None and tp > 1 and not parallel.sequence_parallel:
         raise UserError(
-            f"parallel.tensor_model_parallel_size = {tp} without parallel.sequence_parallel: "
-            "model.student has a mixture of experts, which Megatron trains with sequence "
-            "parallelism only; set parallel.sequence_parallel = true"
+            f"parallel.tensor_model_parallel_size = {tp} needs parallel.sequence_parallel = true, "
+            "because model.student has a mixture of experts, which Megatron trains with sequence "
+            "parallelism only"
         )
 
 
@@ -114,9 +114,9 @@ def _check_sequence_length(setting: str, arch: Architecture, config: RunConfig) 
         prompt, prompt_setting = config.teacher_prompt.max_tokens, "teacher_prompt.max_tokens"
     if prompt + response > arch.max_position_embeddings:
         raise UserError(
-            f"{prompt_setting} = {prompt} and rollout.max_new_tokens = {response} make "
-            f"sequences of up to {prompt + response} tokens; {setting} was made for at most "
-            f"{arch.max_position_embeddings} (max_position_embeddings)"
+            f"{prompt_setting} = {prompt} and rollout.max_new_tokens = {response} make sequences "
+            f"of up to {prompt + response} tokens, but {setting} was made for at most "
+            f"{arch.max_position_embeddings} (max_position_embeddings); lower one of the two"
         )
     # Training uses the long factors for all sequences of such a run.
     original = arch.rope.original_max_position_embeddings
@@ -144,9 +144,9 @@ def _check_batch(config: RunConfig, dp_size: int) -> None:
         needed += f" of {parallel.pipeline_model_parallel_size} interleaved stages"
     if sequences % multiple:
         raise UserError(
-            f"rollout.prompts_per_step = {rollout.prompts_per_step} x rollout.samples_per_prompt = "
-            f"{rollout.samples_per_prompt} gives {sequences} sequences a step; {needed} need a "
-            f"multiple of {multiple}"
+            f"rollout.prompts_per_step = {rollout.prompts_per_step} x rollout.samples_per_prompt "
+            f"= {rollout.samples_per_prompt} gives {sequences} sequences a step, but {needed} "
+            f"need a multiple of {multiple}"
         )
 
 

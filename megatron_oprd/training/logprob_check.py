@@ -55,8 +55,8 @@ class LogprobCheck:
     """Compares the engine's log-probabilities of its rollouts with the student's.
 
     The whole student (layers past the deepest tap and the LM head included) runs forward once more,
-    with the weights before the update. With ``rollout.one_step_off_policy`` the engine's weights
-    are one update older, and that update is part of the difference.
+    with the weights before the update. With ``rollout.max_staleness`` the engine's weights may be
+    older, and the updates since are part of the difference.
     """
 
     def __init__(self, distiller: Distiller) -> None:
@@ -91,8 +91,8 @@ class LogprobCheck:
             reason = "Either it has other weights, or it computes otherwise"
             if any(rollout.weights_version != step for rollout in rollouts):
                 reason = (
-                    "The rollouts are from weights one update behind "
-                    "(rollout.one_step_off_policy), and the update is part of the difference"
+                    "The rollouts are of older weights (rollout.max_staleness), and the updates "
+                    "since are part of the difference"
                 )
             logger.warning(
                 "step %d: the rollout engine's log-probabilities differ from the student's by %.3g "

@@ -306,13 +306,17 @@ def _extra_teacher_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
 
 def _rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Any]:
     lengths = [len(rollout.response_ids) for rollout in rollouts]
+    staleness = [step - rollout.weights_version for rollout in rollouts]
     return {
         "response_length_mean": sum(lengths) / len(lengths),
         "response_length_max": max(lengths),
         "finished_share": sum(rollout.finished for rollout in rollouts) / len(rollouts),
         "paired_share": _paired_share(rollouts),
-        # Updates between the rollout's weights and those that are trained on it.
-        "rollout_staleness": step - min(rollout.weights_version for rollout in rollouts),
+        # Updates between the oldest weights of a rollout and those that are trained on it.
+        "rollout_staleness": max(staleness),
+        "rollout_staleness_counts": {
+            str(age): staleness.count(age) for age in sorted(set(staleness))
+        },
         "num_tokens": sum(lengths) + sum(len(rollout.prompt_ids) for rollout in rollouts),
     }
 

@@ -278,19 +278,19 @@ def _check_max_model_len(config: RunConfig, student: Architecture) -> None:
     found = kind.max_model_len(config.rollout)
     if found is not None and limit is not None and found > limit:
         raise UserError(
-            f"{kind.setting('max_model_len')} = {found}: model.student has max_position_embeddings "
-            f"= {limit}; give at most that"
+            f"{kind.setting('max_model_len')} = {found} is more than model.student's "
+            f"max_position_embeddings = {limit}; give at most that"
         )
 
 
 def _check_widths(student: Architecture, teacher: Architecture) -> None:
     if student.hidden_size != teacher.hidden_size:
         raise UserError(
-            f"model.student is {student.hidden_size} wide, model.teacher {teacher.hidden_size}: "
-            "hidden states can only be compared directly at equal width. Models of other widths "
-            "are matched through a bridge (OPRD-Bridge, frozen projectors): build one with "
+            f"model.student is {student.hidden_size} wide and model.teacher "
+            f"{teacher.hidden_size}, but hidden states can be compared directly only at equal "
+            "width. For other widths build a bridge (OPRD-Bridge, frozen projectors) with "
             "torchrun ... -m megatron_oprd.build_bridge --config bridge.yaml, and give its folder "
-            "as bridge.path. Or train projectors with the student: bridge.trainable"
+            "as bridge.path; or train projectors with the student (bridge.trainable)"
         )
 
 
@@ -299,9 +299,9 @@ def _bridge_rank(config: RunConfig, bridge: BridgeSource) -> int:
     rank = bridge.rank if settings.rank is None else settings.rank
     if not 2 <= rank <= bridge.rank:
         raise UserError(
-            f"bridge.rank = {settings.rank}: bridge.path = {settings.path} has {bridge.rank} "
-            f"directions, of which 2 to {bridge.rank} can be used; one alone is, as a unit vector, "
-            "only a sign"
+            f"bridge.rank = {settings.rank} is not between 2 and {bridge.rank}, the directions of "
+            f"bridge.path = {settings.path} (of a single direction a unit vector keeps only the "
+            "sign); give a rank between them"
         )
     return rank
 
@@ -341,8 +341,9 @@ def _check_output_dir(config: RunConfig) -> None:
         Path(config.output_dir).exists()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"output_dir = {config.output_dir}: {existing} is no folder that can be written to "
-            f"({error.strerror if isinstance(error, OSError) else error})"
+            f"output_dir = {config.output_dir} cannot be written, because {existing} is not a "
+            "folder that can be written to "
+            f"({error.strerror if isinstance(error, OSError) else error}); give another output_dir"
         ) from error
     # A student that exists may be this run's own; resume.check_export decides once the run is
     # known.
@@ -351,7 +352,7 @@ def _check_output_dir(config: RunConfig) -> None:
         model = Path(getattr(config.model, name))
         if export_folder(config).resolve() in (model.resolve(), *model.resolve().parents):
             raise UserError(
-                f"output_dir = {config.output_dir}: the student would be written to "
+                f"output_dir = {config.output_dir} would have the student in "
                 f"{export_folder(config)}, which is or holds model.{name} = {model}; give another "
                 "output_dir"
             )

@@ -55,12 +55,13 @@ def _check_columns(config: RunConfig, prompts: Sequence[Prompt]) -> None:
             column = next(iter(teacher.when))
             values = sorted({str(dict(prompt.columns)[column]) for prompt in prompts})
             raise UserError(
-                f"{name}.when = {teacher.when}: none of the {len(prompts)} prompts is so; "
-                f"{column} has {', '.join(values[:10])}{', ...' if len(values) > 10 else ''}"
+                f"{name}.when = {teacher.when} fits none of the {len(prompts)} prompts; their "
+                f"column {column} has "
+                f"{', '.join(values[:10])}{', ...' if len(values) > 10 else ''}"
             )
     if not_taught := taught.count(False):
         logger.warning(
-            "%d of %d prompts have no teacher: the columns of `when` fit none",
+            "%d of %d prompts have no teacher, because no teacher's `when` fits their columns",
             not_taught,
             len(prompts),
         )

@@ -136,9 +136,9 @@ def _check_fast(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBa
     for model, tokenizer in (("student", student), ("teacher", teacher)):
         if not tokenizer.is_fast:
             raise UserError(
-                f"teacher_prompt.tokenizer = own: the tokenizer of model.{model} is no fast one "
-                "(of the tokenizers library), which knows where in a text its tokens end; convert "
-                "it to a tokenizer.json"
+                f"model.{model}'s tokenizer is not a fast tokenizer, which "
+                "teacher_prompt.tokenizer = own needs for character offsets; convert it to a "
+                "tokenizer.json"
             )
 
 
@@ -159,8 +159,8 @@ def _warn_of_turns(
     for model, one in (("student", tokenizer), *([("teacher", of_teacher)] if reads_own else [])):
         if asks_the_clock(one):
             logger.warning(
-                "the chat template of model.%s prints a date in a format that is computed, so that "
-                "it cannot be kept: a resume on another day will be refused",
+                "the chat template of model.%s prints the date in a format that cannot be "
+                "recorded, so a resume on another day will be refused",
                 model,
             )
     read = thinking(of_teacher if reads_own else tokenizer, chat)
@@ -189,8 +189,8 @@ def _warn_of_turns(
         and turn_end(of_teacher, chat) is None
     ):
         logger.warning(
-            "which token ends a turn of model.teacher (%s) cannot be told from its chat template, "
-            "so that the ends of the student's turns are compared with nothing",
+            "the chat template of model.teacher (%s) does not show which token ends its turn, so "
+            "the ends of the student's turns are not supervised",
             teacher_folder,
         )
 
@@ -202,6 +202,6 @@ def _check_vocabulary(
     highest = max(tokenizer.get_vocab().values())
     if highest >= architecture.vocab_size:
         raise UserError(
-            f"{setting} has an embedding of {architecture.vocab_size} rows; the tokenizer has ids "
-            f"up to {highest}, so it needs at least {highest + 1}"
+            f"{setting} has an embedding of {architecture.vocab_size} rows, but the tokenizer has "
+            f"ids up to {highest}; it needs at least {highest + 1} rows"
         )

@@ -81,8 +81,8 @@ def checkpoint_to_resume(
         return None
     if config.checkpoint.resume == "never":
         raise UserError(
-            f"output_dir = {config.output_dir} has checkpoints (newest: {checkpoints[-1].name}) "
-            "and checkpoint.resume = never; give another folder, or resume = auto"
+            f"output_dir = {config.output_dir} has checkpoints (newest: {checkpoints[-1].name}), "
+            "but checkpoint.resume = never; give another output_dir, or checkpoint.resume = auto"
         )
     for checkpoint in reversed(checkpoints):
         if checkpoint in without:
@@ -196,8 +196,8 @@ def _check_same_run(plan: RunPlan, checkpoint: Path, manifest: Mapping[str, Any]
             )
     if config.train_iters < manifest["step"]:
         raise UserError(
-            f"train_iters = {config.train_iters}, but {checkpoint} is already of step "
-            f"{manifest['step']}; give at least as many, or another output_dir"
+            f"train_iters = {config.train_iters} is less than the {manifest['step']} steps of "
+            f"{checkpoint}; give at least as many, or another output_dir"
         )
 
 
@@ -211,8 +211,8 @@ def check_export(config: RunConfig, identity: RunIdentity | None) -> None:
         writer = manifest["run"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"output_dir = {config.output_dir}: the student would be written to {folder}, which is "
-            "there and is no student that a run has written; give another output_dir"
+            f"output_dir = {config.output_dir} would have the student in {folder}, which exists "
+            "and was not written by a run; give another output_dir"
         ) from None
     if identity is None or writer != identity.name:
         raise UserError(

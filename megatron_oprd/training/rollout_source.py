@@ -1,14 +1,16 @@
-"""The rollouts of each step, generated in the step or during the step before."""
+"""The rollouts of each step, generated in the step or before it."""
 
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.collect import collect, gather, share_of_engine
 from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.rollout.pool import EnginePool
+from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.prompts import sent_prompts_of_step
@@ -29,18 +31,23 @@ class StepRollouts:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ahead:
-    """Rollouts that are in progress, or done."""
+    """Rollouts of a later step that are in progress, or done."""
 
     step: int  # the step that they are for
-    weights_version: int  # of the weights that generate them
+    weights_version: int  # of the weights that they were begun with
     rollouts: list[Rollout] | None = None  # once they are done
 
 
 class RolloutSource:
     """Gets a step's rollouts from the engines. Every rank has to make every call.
 
-    With ``rollout.one_step_off_policy`` a step's rollouts are begun in the step before, as soon as
-    the engines have that step's weights, so they are one update behind when they are trained on.
+    With ``rollout.max_staleness`` = n rollouts are of weights at most n updates old:
+
+    - An engine that overlaps (`EngineKind.overlaps`) begins a step's rollouts up to n steps before,
+      as soon as it has that step's weights, and generates while steps are computed. If it swaps
+      weights, it gets new ones in the middle of responses; otherwise n is 1.
+    - Any other engine generates the rollouts of n + 1 steps at once.
+
     The first step and the step after each checkpoint have rollouts of their own weights, so that a
     resumed run repeats the interrupted one.
 
@@ -62,7 +69,10 @@ class RolloutSource:
         self._context = context
         self._engines = engines
         self._prompts = list(prompts)
-        self._ahead: _Ahead | None = None
+        kind, rollout = engine_kind(plan.config.rollout), plan.config.rollout
+        self._overlaps = kind.overlaps
+        self._swaps = kind.swaps_weights(rollout) and rollout.max_staleness > 1
+        self._ahead: deque[_Ahead] = deque()
         self._seconds_waited = 0.0
 
     def of_step(self, step: int) -> StepRollouts:
@@ -72,36 +82,35 @@ class RolloutSource:
             RuntimeError: A rollout comes from the wrong weights; on every rank.
             RolloutEngineError: An engine failed too often; on every rank.
         """
-        # The engines have to be idle before they get new weights.
-        self.finish(weights_version=step)
-        ahead, self._ahead = self._ahead, None
+        if not self._swaps:
+            # The engines have to be idle before they get new weights.
+            self.finish(weights_version=step)
         waited, self._seconds_waited = self._seconds_waited, 0.0
-        goes_ahead = self._goes_ahead(step)
+        is_fresh = not self._ahead
+        begun = self._steps_to_begin(step)
         started, sent = time.perf_counter(), 0
-        if ahead is None or goes_ahead:
-            # Needed to generate now, and to generate ahead. Otherwise the engines stay as they are.
+        if is_fresh or begun:
+            # Needed to generate now, or ahead. Otherwise the engines stay as they are.
             sent = self._engines.sync(version=step)
         synced = time.perf_counter()
-        if ahead is None:
-            rollouts = collect(
-                self._engines,
-                self._prompts_of(step),
-                sampling_of_step(step, self._plan.config),
-                weights_version=step,
-                context=self._context,
-                reader=self._plan.teachers[0].reader,
-            )
-        else:
-            assert ahead.step == step
-            assert ahead.rollouts is not None
-            rollouts = ahead.rollouts
-        if goes_ahead:
-            sampling = sampling_of_step(step + 1, self._plan.config)
-            share = share_of_engine(self._engines, self._prompts_of(step + 1), sampling)
-            self._engines.start(share, sampling)
-            self._ahead = _Ahead(step=step + 1, weights_version=step)
-        else:
-            self._engines.sleep()
+        rollouts = self._generate(step, weights_version=step) if is_fresh else None
+        for later in begun:
+            done = None
+            if self._overlaps:
+                sampling = sampling_of_step(later, self._plan.config)
+                share = share_of_engine(self._engines, self._prompts_of(later), sampling)
+                self._engines.start(share, sampling)
+            else:
+                done = self._generate(later, weights_version=step)
+            self._ahead.append(_Ahead(step=later, weights_version=step, rollouts=done))
+        if rollouts is None:
+            first = self._ahead.popleft()
+            assert first.step == step
+            rollouts = first.rollouts or self._wait(first, weights_version=step)
+        if is_fresh or begun:
+            in_progress = any(one.rollouts is None for one in self._ahead)
+            if not in_progress:
+                self._engines.sleep()
         return StepRollouts(
             rollouts=rollouts,
             weight_sync_bytes=sent,
@@ -115,33 +124,56 @@ class RolloutSource:
         ``weights_version`` is that of the student's weights: an engine that fails here is restarted
         with these, and repeats its share of the rollouts. Raises the errors of `of_step`.
         """
-        ahead = self._ahead
-        if ahead is None or ahead.rollouts is not None:
-            return
         started = time.perf_counter()
+        self._ahead = deque(
+            one
+            if one.rollouts is not None
+            else replace(one, rollouts=self._wait(one, weights_version=weights_version))
+            for one in self._ahead
+        )
+        self._seconds_waited += time.perf_counter() - started
+
+    def _generate(self, step: int, *, weights_version: int) -> list[Rollout]:
+        """A step's rollouts, generated now."""
+        return collect(
+            self._engines,
+            self._prompts_of(step),
+            sampling_of_step(step, self._plan.config),
+            weights_version=weights_version,
+            context=self._context,
+            reader=self._plan.teachers[0].reader,
+        )
+
+    def _wait(self, ahead: _Ahead, *, weights_version: int) -> list[Rollout]:
+        """The rollouts of the step that was begun first of those in progress."""
         generated = self._engines.finish(version=weights_version)
-        rollouts = gather(
+        return gather(
             self._engines,
             generated,
             self._prompts_of(ahead.step),
             sampling_of_step(ahead.step, self._plan.config),
-            # The second is for shares that were repeated after a failure.
-            weights_versions=(ahead.weights_version, weights_version),
+            # Newer ones are of shares that were repeated after a failure.
+            weights_versions=range(ahead.weights_version, weights_version + 1),
             context=self._context,
             reader=self._plan.teachers[0].reader,
-        )
-        self._seconds_waited += time.perf_counter() - started
-        self._ahead = _Ahead(
-            step=ahead.step, weights_version=ahead.weights_version, rollouts=rollouts
         )
 
     def _prompts_of(self, step: int) -> list[Prompt]:
         return sent_prompts_of_step(step, self._prompts, self._plan.config, self._context)
 
-    def _goes_ahead(self, step: int) -> bool:
-        """Whether the next step's rollouts are begun in this one."""
+    def _steps_to_begin(self, step: int) -> list[int]:
+        """The later steps whose rollouts are begun in this one."""
         config = self._plan.config
-        is_last = step + 1 == config.train_iters
-        is_ahead = config.rollout.one_step_off_policy and not is_last
-        # Not over a checkpoint: a resumed run could not repeat rollouts of older weights.
-        return is_ahead and not checkpoints.is_due(step + 1, config)
+        last = self._ahead[-1].step if self._ahead else step
+        if self._ahead and not self._overlaps:
+            return []  # the next group of steps comes when this one is used up
+        steps = []
+        for later in range(
+            step + 1, min(step + config.rollout.max_staleness + 1, config.train_iters)
+        ):
+            # Not over a checkpoint: a resumed run could not repeat rollouts of older weights.
+            if checkpoints.is_due(later, config):
+                break
+            if later > last:
+                steps.append(later)
+        return steps

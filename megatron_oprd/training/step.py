@@ -73,6 +73,7 @@ class Distiller:
         teachers: The teachers, ``model.teacher`` first.
         state: The student's chunks, its optimizer and schedule.
         refresh: Updates the teacher from the student; None for a fixed teacher.
+        head: The loss on distributions; None without it, and before the last stage.
     """
 
     def __init__(self, plan: RunPlan, context: ParallelContext) -> None:
@@ -116,9 +117,9 @@ class Distiller:
                 ema_decay=config.teacher.ema_decay,
             )
         # The taps sit on the unwrapped modules: DistributedDataParallel wraps them only at the end.
-        self._head: HeadTap | None = None
+        self.head: HeadTap | None = None
         if plan.layout.compares_outputs and student[-1].post_process:
-            self._head = HeadTap(
+            self.head = HeadTap(
                 config.output_loss,
                 student=student[-1],
                 teacher=teacher[-1],
@@ -131,7 +132,7 @@ class Distiller:
         for one in self.teachers:
             if one.plan.layout.config.teacher.offload == "cpu":
                 # The first one's head is used in the student's pass.
-                uses_head = self._head is not None and one is self.teachers[0]
+                uses_head = self.head is not None and one is self.teachers[0]
                 one.offload([head_weight(teacher[-1])] if uses_head else [])
         self.state = make_train_state(config, student_config, student)
         self.begin_step(0)
@@ -140,8 +141,8 @@ class Distiller:
         """Sets the losses' coefficients to those of a step, counted from 0 over the whole run."""
         for one in self.teachers:
             one.taps.coefficients = one.plan.layout.pair_coefficients(number)
-        if self._head is not None:
-            self._head.coefficient = coefficient_at(self.plan.config.output_loss, number)
+        if self.head is not None:
+            self.head.coefficient = coefficient_at(self.plan.config.output_loss, number)
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> StepBatches:
         """This replica's micro-batches of the global batch, grouped into one teacher pass each.
@@ -176,15 +177,15 @@ class Distiller:
     def teacher_pass(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Runs the teachers over a group of micro-batches and keeps the targets at the taps."""
         for one in self.teachers:
-            keeps_hidden = self._head is not None and one is self.teachers[0]
+            keeps_hidden = self.head is not None and one is self.teachers[0]
 
             # A default argument for `keeps`: a closure would see the value of the last teacher.
             def end(
                 hidden: Tensor, micro_batch: MicroBatch, chunk: Any, keeps: bool = keeps_hidden
             ) -> Tensor:
                 if keeps and chunk.post_process:
-                    assert self._head is not None
-                    self._head.collect(hidden, micro_batch)
+                    assert self.head is not None
+                    self.head.collect(hidden, micro_batch)
                 return hidden
 
             one.run(micro_batches, end)
@@ -195,7 +196,7 @@ class Distiller:
         Gradients accumulate over groups; with the last group they are reduced over the replicas.
         """
         config = self._student_config
-        if self._head is not None:
+        if self.head is not None:
             # With overlap_param_gather, Megatron waits for a module's parameters in its forward
             # pre-hook. The head's weight is read directly, without calling the module.
             self.state.gather_parameters()
@@ -224,7 +225,7 @@ class Distiller:
         """
         parts = [torch.stack(one.end_step()) for one in self.teachers]  # [2, pairs] of each
         metrics = torch.cat(parts, dim=1)
-        output_loss = metrics.new_zeros(()) if self._head is None else self._head.end_step()
+        output_loss = metrics.new_zeros(()) if self.head is None else self.head.end_step()
         if self.context.tp_rank != 0:
             # These ranks compared the same positions as tensor rank 0, and the sum below would
             # count them again. Under sequence parallelism hidden states are sharded, and each rank
@@ -361,8 +362,8 @@ class Distiller:
         return micro_batch.input
 
     def _end_student(self, hidden: Tensor, micro_batch: MicroBatch, chunk: Any) -> Tensor:
-        if self._head is not None and get_attr_wrapped_model(chunk, "post_process"):
-            return self._head.attach(hidden, micro_batch)
+        if self.head is not None and get_attr_wrapped_model(chunk, "post_process"):
+            return self.head.attach(hidden, micro_batch)
         return hidden
 
 

@@ -34,14 +34,14 @@ def check_tensors(table: Iterable[Mapping], source: WeightSource, *, tied: bool)
     for name, shape in expected.items():
         if source.shape(name) != shape:
             raise UserError(
-                f"{source.folder}: {name} has shape {list(source.shape(name))}; its "
+                f"{source.folder}: {name} has shape {list(source.shape(name))}, but its "
                 f"configuration says {list(shape)}"
             )
         if source.dtype(name) not in _WEIGHT_DTYPES:
             raise UserError(
                 f"{source.folder}: {name} is {dtype_name(source.dtype(name))}; weights have to be "
-                "float32, bfloat16, float16 or float64. Quantised ones have to be dequantised "
-                "first, with their scales"
+                "float32, bfloat16, float16 or float64. Dequantise quantised weights first, with "
+                "their scales"
             )
 
 
@@ -51,8 +51,8 @@ def refuse_differences(folder: str, *, expected: Iterable[str], found: Iterable[
     missing, left_over = sorted(wanted - there), sorted(there - wanted)
     if missing or left_over:
         raise UserError(
-            f"{folder}: its tensors are not those of its configuration; "
-            f"missing: {_some(missing)}; left over: {_some(left_over)}"
+            f"{folder} does not have the tensors of its configuration; missing: {_some(missing)}; "
+            f"left over: {_some(left_over)}"
         )
 
 
@@ -72,7 +72,8 @@ def check_tied_head(source: WeightSource) -> None:
         same = torch.equal(embedding, head)
     if not same:
         raise UserError(
-            f"{source.folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
+            f"{source.folder} has tie_word_embeddings = true, but its {HEAD} differs from "
+            f"{EMBEDDING}; make them equal, or set tie_word_embeddings = false"
         )
 
 

@@ -91,7 +91,7 @@ def write_hf_folder(
         shards = content.shards()
         records = _write_shards(folder.path, out, content, shards, next_tensor, shown=show_progress)
         if (left_over := next(stream, None)) is not None:
-            raise ValueError(f"the stream has {left_over[0]} behind the last tensor")
+            raise ValueError(f"the stream has {left_over[0]} after the last tensor")
         _finish(folder, content, shards, records)
     return out
 

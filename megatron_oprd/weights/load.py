@@ -59,7 +59,7 @@ def load_weights(
         expected = mapping.local_shape(size)
         assert parameter.shape == expected, f"{name}: {tuple(parameter.shape)} != {expected}"
         pieces = mapping.pieces(rank, size)
-        fill = partial(_fill, pieces=pieces, checkpoint=checkpoint)
+        fill = partial(fill_parameter, pieces=pieces, checkpoint=checkpoint)
         # One such parameter after the other, so that only one is in memory as it was read.
         if stores is not None and name in stores:
             stores[name](mapping, pieces, fill)
@@ -67,7 +67,11 @@ def load_weights(
             fill(parameter.data)
 
 
-def _fill(target: Tensor, *, pieces: Sequence[Piece], checkpoint: WeightSource) -> None:
+def fill_parameter(target: Tensor, *, pieces: Sequence[Piece], checkpoint: WeightSource) -> None:
+    """Reads ``pieces`` into a rank's parameter; padding becomes zero.
+
+    Raises `UserError` if values are NaN or infinite.
+    """
     for piece in pieces:
         part = target[piece.local_index]
         if piece.hf is None:

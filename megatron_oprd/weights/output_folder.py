@@ -65,7 +65,7 @@ def check_output_folder(
 
 def _check_place(out: Path, target: Path, *, force: bool, required_bytes: int | None) -> None:
     if target.exists() and not target.is_dir():
-        raise UserError(f"output folder {out}: a file has this name; give a folder to create.")
+        raise UserError(f"output folder {out} is a file; give a folder to create.")
     if target.is_dir() and any(target.iterdir()):
         if not force:
             raise UserError(
@@ -87,7 +87,8 @@ def _check_place(out: Path, target: Path, *, force: bool, required_bytes: int | 
         place = place.parent
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise UserError(
-            f"output folder {out}: {place} is no folder that can be written to; give another place."
+            f"output folder {out} cannot be written, because {place} is not a folder that can be "
+            "written to; give another place."
         )
     if required_bytes is not None:
         available = shutil.disk_usage(place).free + sum(map(bytes_on_disk, _left_over(target)))

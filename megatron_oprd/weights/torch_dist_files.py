@@ -277,8 +277,8 @@ def check_format(folder: Path) -> None:
     found = _other_format(folder)
     if found is not None:
         raise UserError(
-            f"checkpoint {folder}: {found}; only the format torch_dist can be read "
-            "(Megatron-LM: --ckpt-format torch_dist)."
+            f"checkpoint {folder} cannot be read: {found}; only the format torch_dist is "
+            "supported (Megatron-LM: --ckpt-format torch_dist)."
         )
 
 

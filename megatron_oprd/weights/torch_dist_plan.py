@@ -136,8 +136,8 @@ def stage_of_layers(layers: int, stages: int) -> list[int]:
     """The pipeline stage of each layer; `UserError` if there are more stages than layers."""
     if stages > layers:
         raise UserError(
-            f"--pipeline-model-parallel-size {stages}: the model has {layers} layers; give at "
-            "most that many."
+            f"--pipeline-model-parallel-size {stages} is more than the model's {layers} layers; "
+            "give at most that many."
         )
     # The first stages take the remainder, one layer each.
     share, rest = divmod(layers, stages)

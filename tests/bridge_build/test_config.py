@@ -27,10 +27,13 @@ def test_example_of_the_demo() -> None:
         ("fit.ranks=[]", r"fit\.ranks is empty"),
         ("fit.ranks=[4,0]", r"fit\.ranks = \[4, 0\]"),
         ("fit.num_prompts=2001", r"2001 is not a multiple of rollout\.prompts_per_step = 80"),
-        ("fit.ridge=0", r"fit\.ridge = 0\.0: has to be above 0"),
+        ("fit.ridge=0", r"fit\.ridge = 0\.0 .*has to be above 0"),
         ("fit.held_out_share=1", r"fit\.held_out_share = 1\.0"),
         ("fit.max_rows=0", r"fit\.max_rows = 0"),
-        ("fit.max_rows=20000000", r"fit\.max_rows = 20000000: .* 1 to 16777216"),
+        ("fit.max_rows=20000000", r"fit\.max_rows = 20000000 .* 1 to 16777216"),
+        ("fit.epochs=3", r"fit\.epochs = 3 .*fit\.method = least_squares; use gradient"),
+        ("fit.lr=0.1", r"fit\.lr = 0\.1 .*fit\.method = least_squares; use gradient"),
+        ("fit.batch_rows=8", r"fit\.batch_rows = 8 .*fit\.method = least_squares; use gradient"),
         ("fit.rank=4", r"unknown setting 'fit\.rank'; the nearest is 'fit\.ranks'"),
         ("optimizer.lr=1", r"unknown setting 'optimizer'"),
         ("batch.sequence_packing=true", r"batch\.sequence_packing"),
@@ -41,3 +44,10 @@ def test_example_of_the_demo() -> None:
 def test_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_build_config(EXAMPLE, [override])
+
+
+def test_settings_of_the_other_method() -> None:
+    gradient = ["fit.method=gradient", "fit.epochs=3", "fit.lr=0.1", "fit.batch_rows=8"]
+    assert load_build_config(EXAMPLE, gradient).fit.epochs == 3
+    with pytest.raises(UserError, match=r"fit\.ridge = 0\.1 .*fit\.method = gradient; use least_"):
+        load_build_config(EXAMPLE, [*gradient, "fit.ridge=0.1"])

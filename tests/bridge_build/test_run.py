@@ -23,7 +23,14 @@ SP = "parallel.sequence_parallel=true"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 CP2 = "parallel.context_parallel_size=2"
-GRADIENT = ["fit.method=gradient", "fit.max_rows=150", "fit.epochs=3", "fit.batch_rows=32"]
+NO_RIDGE = "fit.ridge=1e-6"  # the default: the setting is of the other method
+GRADIENT = [
+    "fit.method=gradient",
+    "fit.max_rows=150",
+    "fit.epochs=3",
+    "fit.batch_rows=32",
+    NO_RIDGE,
+]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "mbs1": (1, ["batch.micro_batch_size=1", "teacher.offload=cpu"]),
     "tp2": (2, [TP2]),

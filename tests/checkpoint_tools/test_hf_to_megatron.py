@@ -77,7 +77,7 @@ def test_sizes_that_are_none(model: Path, tmp_path: Path, value: str) -> None:
         ("--tensor-model-parallel-size=3", "^--tensor-model-.* 3 does not divide the 4 attention"),
         ("--expert-model-parallel-size=3", "^--expert-model-.* 3 does not divide the 8 experts of"),
         ("--expert-tensor-parallel-size=5", "^--expert-tensor-.* 5 does not divide the 24 feed-"),
-        ("--pipeline-model-parallel-size=5", "-parallel-size 5: the model has 4 layers"),
+        ("--pipeline-model-parallel-size=5", "-parallel-size 5 .* 4 layers"),
     ],
 )
 def test_a_layout_that_does_not_fit(model: Path, tmp_path: Path, option: str, message: str) -> None:
@@ -137,7 +137,7 @@ def test_a_model_that_is_not_whole(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing: model\.layers\.2\.mlp\.experts\.5\.up_proj"):
         run("--hf", folder, "--out", tmp_path / "m", "--dry-run")
     other = copy_with_config(model, tmp_path / "other", hidden_act="gelu")
-    with pytest.raises(UserError, match="hidden_act = 'gelu' changes the model's numbers"):
+    with pytest.raises(UserError, match="hidden_act = 'gelu'"):
         run("--hf", other, "--out", tmp_path / "m")
     (tmp_path / "pickled").mkdir()
     shutil.copy(model / "config.json", tmp_path / "pickled")

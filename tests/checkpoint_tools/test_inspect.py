@@ -68,12 +68,14 @@ def test_a_model_of_another_family(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_what_cannot_be_read(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         main([str(tmp_path / "none")])
-    with pytest.raises(UserError, match="5: the model has 4 layers"):
+    with pytest.raises(UserError, match=r"5 .* 4 layers"):
         main([str(folders / "hf"), "--pipeline-model-parallel-size", "5"])
     virtual = ["--pipeline-model-parallel-size", "2", "--virtual-pipeline-model-parallel-size", "3"]
-    with pytest.raises(UserError, match=r"-size 2 x --virtual-.* 3: .*hf has 4 layers; give sizes"):
+    with pytest.raises(
+        UserError, match=r"-size 2 x --virtual-.* 3 .* 4 layers of .*hf; give sizes"
+    ):
         main([str(folders / "hf"), *virtual])
-    with pytest.raises(UserError, match=r"--json .*none/file: there is no folder .*none; make it"):
+    with pytest.raises(UserError, match=r"--json .*none/file .*none does not exist; make it"):
         main([str(tmp_path / "none"), "--json", str(tmp_path / "none/file")])
 
 

@@ -115,7 +115,7 @@ def test_a_damaged_file_is_named(converted: Path, tmp_path: Path) -> None:
 
 def test_a_second_configuration_is_refused(converted: Path, tmp_path: Path) -> None:
     assert hf_to_megatron(["--hf", str(converted / "hf"), "--out", str(tmp_path / "m")]) == 0
-    with pytest.raises(UserError, match=r"has no use.*carries a configuration of its own"):
+    with pytest.raises(UserError, match=r"--hf-config.*carries a configuration of its own"):
         open_checkpoint(tmp_path / "m", hf_config=converted / "hf")
 
 

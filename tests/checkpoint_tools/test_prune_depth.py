@@ -79,8 +79,17 @@ def test_evenly_spaced_layers() -> None:
             evenly_spaced_layers(5, keep)
 
 
-@pytest.mark.parametrize("build", [qwen3, qwen3_moe])
-@pytest.mark.parametrize("keep", [[0, 2, 4, 5], [3], list(range(LAYERS))])
+@pytest.mark.parametrize(
+    ("build", "keep"),
+    [
+        (qwen3, [0, 2, 4, 5]),
+        (qwen3, [3]),
+        (qwen3, list(range(LAYERS))),
+        (qwen3_moe, [0, 2, 4, 5]),
+        pytest.param(qwen3_moe, [3], marks=pytest.mark.slow),
+        pytest.param(qwen3_moe, list(range(LAYERS)), marks=pytest.mark.slow),
+    ],
+)
 def test_equals_the_model_with_layers_taken_out(
     tmp_path: Path, build: Callable[[], PreTrainedModel], keep: list[int]
 ) -> None:
@@ -181,10 +190,10 @@ def test_configs_it_cannot_translate(
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ("0,1,6", r"--keep 0,1,6: the model has no layer 6; its layers are 0\.\.5"),
-        ("0,-1", r"--keep 0,-1: the model has no layer -1"),
-        ("0,2,2", r"--keep 0,2,2: give every layer once, in ascending order"),
-        ("2,0", r"--keep 2,0: give every layer once, in ascending order"),
+        ("0,1,6", r"--keep 0,1,6 has layer 6.*; its layers are 0\.\.5"),
+        ("0,-1", r"--keep 0,-1 has layer -1"),
+        ("0,2,2", r"--keep 0,2,2 .*ascending order"),
+        ("2,0", r"--keep 2,0 .*ascending order"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
@@ -207,7 +216,7 @@ def test_wrong_keep(
 
 
 def test_empty_keep(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no layers given"):
+    with pytest.raises(UserError, match=r"--keep .*at least one"):
         prune_depth(saved(tmp_path / "hf"), tmp_path / "out", [], force=False)
 
 

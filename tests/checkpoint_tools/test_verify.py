@@ -215,8 +215,8 @@ def test_tokens(folders: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[[1, 97]]", r"token ids must be 0 to 96, .*; found 1 to 97"),
-        ("[[-1, 5]]", r"found -1 to 5"),
+        ("[[1, 97]]", r"token ids from 1 to 97; .* 0 to 96"),
+        ("[[-1, 5]]", r"token ids from -1 to 5; .* 0 to 96"),
         ('[["a"]]', r"must hold lists of token ids"),
         ("[[]]", r"must hold lists of token ids"),
         ("{}", r"must hold lists of token ids"),

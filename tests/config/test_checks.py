@@ -178,7 +178,7 @@ def another(found: Found) -> Any:
 
 @pytest.mark.parametrize(("key", "value"), numbers(outside))
 def test_out_of_range(key: str, value: Any) -> None:
-    with pytest.raises(UserError, match=f"^{re.escape(f'{key} = {value}')}: .*has to be "):
+    with pytest.raises(UserError, match=f"^{re.escape(f'{key} = {value}')} .*has to be "):
         check({key: value})
 
 
@@ -223,7 +223,7 @@ def test_with_effect(key: str) -> None:
 
 
 def test_the_way_out_is_named(tmp_path: Path) -> None:
-    assert refused(tmp_path, SERVER).endswith("rollout.engine = hf; use vllm")
+    assert refused(tmp_path, SERVER).endswith("rollout.engine = hf; use vllm there")
     assert "leave it out" in refused(tmp_path, VLLM, START, "rollout.vllm.sleep_level=1")
     assert "vllm serve" in refused(tmp_path, VLLM, SERVER, "rollout.vllm.sleep_level=1")
     assert "use last_k or first_k" in refused(tmp_path, "taps.k=3")
@@ -252,13 +252,13 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
         (["loss.coefficient_points=[[0,1,2]]"], ["pairs [step, factor]"]),
         (["loss.coefficient_points=[[0.5,1]]"], ["coefficient_points = [[0.5, 1.0]]"]),
         (["output_loss.kind=jsd", "output_loss.coefficient_points=[[0,-1]]"], ["at least 0"]),
-        (["loss.coefficient_points=[[0,.nan]]"], ["[[0.0, nan]]: each has to be finite"]),
-        (["taps.layers=last_n"], ["taps.layers = last_n needs taps.n"]),
+        (["loss.coefficient_points=[[0,.nan]]"], ["[[0.0, nan]]", "finite"]),
+        (["taps.layers=last_n"], ["taps.layers = last_n", "taps.n"]),
         (
             ["extra_teachers=[{model: a, n: 2}]"],
             ["extra_teachers[0].layers = all", "extra_teachers[0].n = 2", "last_n needs n"],
         ),
-        (["rollout.stop=[x,'']"], ["rollout.stop has an empty text"]),
+        (["rollout.stop=[x,'']"], ["rollout.stop = ['x', '']"]),
         (
             ["taps.positions=last_k"],
             ["taps.positions = last_k", "taps.k"],
@@ -283,14 +283,14 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
         ),
         (
             [OWN_PROMPT, "teacher_prompt.template='{prompt} {solution}'"],
-            ["teacher_prompt.template = '{prompt} {solution}'", "no template: 'solution'"],
+            ["teacher_prompt.template = '{prompt} {solution}'", "('solution')"],
         ),
         (
             [OWN_PROMPT, "teacher_prompt.template='{prompt}'"],
             ["teacher_prompt.template = '{prompt}'", "{privileged}"],
         ),
         ([OWN_PROMPT, "data.long_prompts=cut"], ["data.long_prompts = cut", "teacher_prompt"]),
-        ([OWN_PROMPT, "extra_teachers=[{model: m}]"], ["extra_teachers with teacher_prompt"]),
+        ([OWN_PROMPT, "extra_teachers=[{model: m}]"], ["extra_teachers", "teacher_prompt"]),
         (["taps.layers=none"], ["taps.layers = none", "output_loss.kind = none"]),
         (["bridge.path=b"], ["loss.normalize = none", "bridge.path = b"]),
         (

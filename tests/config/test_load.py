@@ -121,12 +121,12 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, key: str, nearest: str) -
         ("model.params_dtype=fp16", r"'fp16'.*'fp32', 'bf16'.*setting model\.params_dtype"),
         ("data.prompts=p.jsonl", r"data\.prompts = p\.jsonl has to be a list"),
         ("parallel.num_layers_per_stage=4", r"parallel\.num_layers_per_stage = 4 has to be a list"),
-        ("model=s", "setting 'model': expected a group of settings, found 's'"),
-        ("optimizer=null", "setting 'optimizer': expected a group of settings, found None"),
+        ("model=s", "setting 'model' is 's'"),
+        ("optimizer=null", "setting 'optimizer' is None"),
         ("model.student.path=s", r"setting model\.student"),
         ("data.prompts.first=p", r"override 'data\.prompts\.first=p': "),
         ("optimizer.lr=[", r"override 'optimizer\.lr=\[': .*did not find expected"),
-        ("optimizer.lr", r"override 'optimizer\.lr': expected key=value"),
+        ("optimizer.lr", r"override 'optimizer\.lr'.* key=value"),
     ],
 )
 def test_values_of_the_wrong_type(tmp_path: Path, override: str, message: str) -> None:
@@ -138,22 +138,22 @@ def test_values_of_the_wrong_type(tmp_path: Path, override: str, message: str) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a: b: c", r"cannot be read: mapping values are not allowed .* line 1, column 5"),
+        (b"a: b: c", r"cannot be read .*mapping values are not allowed .* line 1, column 5"),
         (b"seed: 1\nseed: 2", "found duplicate key seed"),
-        (b"\xff\xfe\x00", "cannot be read: 'utf-8' codec"),
-        (b"- 1", r"expected settings \(key: value\)"),
+        (b"\xff\xfe\x00", "cannot be read .*'utf-8' codec"),
+        (b"- 1", "key: value"),
         (b"5", "cannot be read"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "run.yaml").write_bytes(content)
-    with pytest.raises(UserError, match=rf"--config .*run\.yaml: .*{message}") as error:
+    with pytest.raises(UserError, match=rf"--config .*run\.yaml.* {message}") as error:
         load_config(tmp_path / "run.yaml")
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--config .*none\.yaml: cannot be read"):
+    with pytest.raises(UserError, match=r"--config .*none\.yaml cannot be read"):
         load_config(tmp_path / "none.yaml")
 
 

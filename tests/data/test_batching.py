@@ -86,7 +86,7 @@ def test_sequences_that_cannot_be_dealt_out_evenly(
     count: int, num_replicas: int, multiple: int
 ) -> None:
     needed = num_replicas * multiple
-    with pytest.raises(ValueError, match=f"{count} sequences; .* need a multiple of {needed}"):
+    with pytest.raises(ValueError, match=f"{count} sequences .* need a multiple of {needed}"):
         packed([7] * count, num_replicas=num_replicas, multiple=multiple)
 
 

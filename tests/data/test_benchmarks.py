@@ -76,7 +76,7 @@ def test_an_instruction_is_put_behind_the_problem(tmp_path: Path) -> None:
         ([row("a", "1"), row("b", " ")], r"reward_model.ground_truth of .*line 2 is ' '"),
         (
             [{"prompt": "a", "reward_model": "1"}],
-            r"reward_model.ground_truth', but .*line 1 has no fields there: '1'",
+            r"reward_model.ground_truth', but .*line 1 has '1' there",
         ),
         ([{**row("a", "1"), "prompt": 5}], "--data: 'prompt' of .*line 1 is '5'"),
         ([row("a", "1"), row("a", "2")], "every row of"),
@@ -95,7 +95,7 @@ def test_files_that_are_no_benchmarks(tmp_path: Path) -> None:
     for files, message in (
         ([tmp_path / "none.parquet"], "--data: .*none.parquet does not exist"),
         ([tmp_path / "broken.parquet"], "cannot read .*broken.parquet"),
-        ([one, two], "two files are called 'a'"),
+        ([one, two], "two files called 'a'"),
         ([], "names no file"),
     ):
         with pytest.raises(UserError, match=message):

@@ -138,7 +138,7 @@ def test_eos_of_config_json_where_the_other_file_names_none(tmp_path: Path) -> N
 @pytest.mark.parametrize("wrong", [97, -1, 10**9])
 def test_eos_ids_that_are_no_tokens(tmp_path: Path, wrong: int) -> None:
     edit_json(tmp_path / "generation_config.json", eos_token_id=[1, wrong])
-    with pytest.raises(UserError, match=rf"generation_config.json .*{wrong} is no token.* 0 to 96"):
+    with pytest.raises(UserError, match=rf"generation_config.json .*{wrong} is not .* 0 to 96"):
         eos_token_ids(tmp_path, tiny_tokenizer())
     edit_json(tmp_path / "generation_config.json", eos_token_id=True)
     with pytest.raises(UserError, match="it must be a token id"):

@@ -103,11 +103,11 @@ def test_a_bridge_of_other_models_is_refused(
 
 
 def test_what_is_no_bridge_is_refused(pair: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no manifest\.json"):
+    with pytest.raises(UserError, match=r"nothing has no manifest\.json"):
         open_bridge(tmp_path / "nothing")
     save_random_bridge(tmp_path / "bridge", pair)
     (tmp_path / "bridge" / "manifest.json").write_text('{"kind": "model"}')
-    with pytest.raises(UserError, match="not that of a bridge"):
+    with pytest.raises(UserError, match=r"manifest\.json that is not a bridge's"):
         BridgeFolder(tmp_path / "bridge")
 
 

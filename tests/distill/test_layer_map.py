@@ -69,14 +69,14 @@ def test_the_last_n_layers() -> None:
     assert select_layers("last_n", 6, n=2) == [4, 5]
     assert select_layers("last_n", 6, n=1) == select_layers("last", 6)
     assert select_layers("last_n", 6, n=6) == select_layers("all", 6)
-    with pytest.raises(UserError, match=r"taps\.n = 7: the student has 6 layers"):
+    with pytest.raises(UserError, match=r"taps\.n = 7 .* 6 layers"):
         select_layers("last_n", 6, n=7)
 
 
 @pytest.mark.parametrize(
     ("layers", "num_layers", "message"),
     [
-        ("odd", 1, "selects none of 1 layers"),
+        ("odd", 1, "taps.layers = odd .* 1 layers"),
         ([1, 6], 6, "has 6; the student's layers are 0 to 5"),
         ([-1, 2], 6, "has -1; the student's layers are 0 to 5"),
     ],

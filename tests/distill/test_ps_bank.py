@@ -87,7 +87,7 @@ def test_another_run_is_refused(tmp_path: Path, run: dict[str, Any], message: st
         (bank(projector_type="mlp"), "projector_type = 'mlp'"),
         (bank(subspace_mode="direct"), "subspace_mode = 'direct'"),
         (bank(frozen_pt_means={}), "KeyError: 's0_t0'"),
-        (bank(rank=5), "pair s0_t0 has 4 and 4 rows, rank is 5"),
+        (bank(rank=5), "4 and 4 rows for pair s0_t0, but rank 5"),
         ([1], "holds no dictionary"),
         (LayerPair(0, 0), "cannot read"),
     ],

@@ -160,8 +160,8 @@ def test_other_settings_or_another_model_are_not_mixed_in(
     run(monkeypatch, root, tmp_path, f"--model m={root}/student", "few")
     before = (tmp_path / "samples" / "m" / "few.jsonl").read_bytes()
     for options, message in (
-        (f"m={root}/student --temperature 0.5", r"temperature = 0\.7, this evaluation has 0\.5"),
-        (f"m={root}/student --n 2", "samples_per_prompt = 3, this evaluation has 2"),
+        (f"m={root}/student --temperature 0.5", r"temperature = 0\.7, .* 0\.5"),
+        (f"m={root}/student --n 2", "samples_per_prompt = 3, .* 2"),
         (f"m={root}/student --limit 1", "samples with problems = "),
         (f"m={root}/teacher", "samples with weights = "),
     ):
@@ -169,10 +169,10 @@ def test_other_settings_or_another_model_are_not_mixed_in(
             run(monkeypatch, root, tmp_path, f"--model {options}", "few")
     assert (tmp_path / "samples" / "m" / "few.jsonl").read_bytes() == before
     (tmp_path / "samples" / "m" / "few.jsonl").write_text('{"a": 1}\n' * 6)
-    with pytest.raises(UserError, match=r"line 1 of .* is no sample"):
+    with pytest.raises(UserError, match=r"line 1 of .* is not a sample"):
         run(monkeypatch, root, tmp_path, f"--model m={root}/student", "few")
     (tmp_path / "samples" / "m" / "few.settings.json").unlink()
-    with pytest.raises(UserError, match="which says what of, is missing"):
+    with pytest.raises(UserError, match=r"few\.settings\.json, .* is missing"):
         run(monkeypatch, root, tmp_path, f"--model m={root}/student", "few")
 
 
@@ -180,14 +180,14 @@ def test_other_settings_or_another_model_are_not_mixed_in(
     ("options", "message"),
     [
         ("--model {root}/nowhere", "nowhere"),
-        ("--model {root}/student x=1 {root}/student", "two models are called 'student'"),
+        ("--model {root}/student x=1 {root}/student", "--model .*'student'"),
         ("--model {root}/student --max-new-tokens 250", "give at most 24"),
         ("--model {root}/student --top-p 1.5", r"--top-p 1\.5"),
         ("--model {root}/student --temperature nan", "--temperature nan"),
         ("--model {root}/student --top-k -1", "--top-k -1"),
         ("--model {root}/student --stop ''", "--stop has an empty text"),
-        ("--model {root}/student --teacher {root}/teacher", "--teacher has no use without"),
-        ("--teacher {root}/teacher --student {root}/student", "has no use without --model"),
+        ("--model {root}/student --teacher {root}/teacher", "--teacher has no effect without"),
+        ("--teacher {root}/teacher --student {root}/student", "has no effect without --model"),
     ],
 )
 def test_mistakes(

@@ -148,7 +148,7 @@ def test_changes_for_the_worse_are_called_worse(
     [
         ("{root}/nowhere", "cannot read .*nowhere/config.json: No such file"),
         ("{root}/padded", "has vocab_size 104, --teacher .* has 97"),
-        ("{root}/short short={root}/teacher", "two students are called 'short'; give NAME="),
+        ("{root}/short short={root}/teacher", "--student .*'short'.* NAME="),
     ],
 )
 def test_mistakes(

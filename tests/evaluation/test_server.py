@@ -49,8 +49,8 @@ def test_each_model_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--server-url http://127.0.0.1:1", "--server-url has no use with --engine hf; give vllm"),
-        ("--engine vllm --server-url localhost:1", "--server-url = localhost:1: has to be as in"),
+        ("--server-url http://127.0.0.1:1", "--server-url .* --engine hf; .*vllm"),
+        ("--engine vllm --server-url localhost:1", "--server-url = localhost:1 "),
     ],
 )
 def test_what_does_not_fit(

@@ -1,5 +1,6 @@
 """A vLLM server without a model: answers over HTTP, and takes weights as its workers do."""
 
+import functools
 import json
 import threading
 from collections.abc import Callable
@@ -81,7 +82,9 @@ class FakeServer:
 
         self._http = Server(address, Handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        # The interval bounds how long `close` takes.
+        serve = functools.partial(self._http.serve_forever, poll_interval=0.02)
+        threading.Thread(target=serve, daemon=True).start()
 
     def close(self) -> None:
         self._http.shutdown()

@@ -105,9 +105,9 @@ def test_a_32b_teacher_fits() -> None:
 @pytest.mark.parametrize(
     ("recipe", "changes", "tp", "message"),
     [
-        ("blockwise", {"hidden_size": 5128}, 1, r"multiples of 16, .* hidden_size is 5128"),
-        ("mxfp8", {"hidden_size": 5136}, 1, r"multiples of 32, .* hidden_size is 5136"),
-        ("tensorwise", {"ffn_hidden_size": 25600 + 64}, 8, r"width on each rank is 3208"),
+        ("blockwise", {"hidden_size": 5128}, 1, "hidden_size .* is 5128"),
+        ("mxfp8", {"hidden_size": 5136}, 1, "hidden_size .* is 5136"),
+        ("tensorwise", {"ffn_hidden_size": 25600 + 64}, 8, "width on each rank .* is 3208"),
         ("tensorwise", {"head_dim": 8, "num_attention_heads": 8}, 8, r"heads' width .* is 8;"),
         ("blockwise", {"moe": (64, 1000)}, 1, r"each expert's feed-forward width .* is 1000"),
     ],
@@ -138,7 +138,7 @@ def test_shapes(recipe: str, changes: dict, tp: int, message: str) -> None:
         (
             {"num_layers_at_start_in_bf16": 60, "num_layers_at_end_in_bf16": 4},
             {},
-            r"leave none of the 64 layers",
+            r"leave no layer .* 64 layers",
         ),
     ],
 )
@@ -146,7 +146,7 @@ def test_combinations(fields: dict, settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(dataclasses.replace(BLOCKWISE, **fields), **settings)
     local = dataclasses.replace(BLOCKWISE, fp8_recipe="per_channel", **fields)
-    if "leave none" in message:
+    if "leave no layer" in message:
         with pytest.raises(UserError, match=message):
             check(local, **settings)
     else:

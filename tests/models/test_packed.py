@@ -8,7 +8,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_oprd.data.batching import collate
 from megatron_oprd.models.layers import HostPackedSeqParams, ScaledDotProductAttention
-from megatron_oprd.models.schedule import _packed_seq_params
+from megatron_oprd.models.schedule import packed_seq_params
 
 
 def test_lengths_and_ends() -> None:
@@ -19,7 +19,7 @@ def test_lengths_and_ends() -> None:
         pad_to_multiple_of=4,
         device=torch.device("cpu"),
     )
-    found = _packed_seq_params(whole.input)
+    found = packed_seq_params(whole.input)
     assert found is not None
     assert (found.lengths, found.qkv_format) == ((4, 2, 2), "thd")
     assert found.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]

@@ -84,11 +84,17 @@ def read(root: Path, model: str) -> tuple[Architecture, list[Mapping]]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with every layout's ranks."""
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the ranks of the layouts that this run selected."""
     root = tmp_path_factory.mktemp("real")
+    selected = {
+        item.callspec.params.get("name")
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and "built" in item.fixturenames
+    }
     cases = []
-    for name, layout in LAYOUTS.items():
+    for name in LAYOUTS.keys() & selected:
+        layout = LAYOUTS[name]
         architecture, _ = read(root, layout.model)
         parallel: dict[str, Any] = {
             "tensor_model_parallel_size": layout.tp,
@@ -119,7 +125,14 @@ def stage_of(parameter: str, layers: Sequence[int]) -> int:
     return next(stage for stage, end in enumerate(ends) if int(layer[1]) < end)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    # The families of the nightly ones are there in another size.
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("qwen3_32b", "qwen3_4b")))
+        for name in LAYOUTS
+    ],
+)
 def test_every_rank_has_the_parameters_of_the_table(built: Path, tmp_path: Path, name: str) -> None:
     layout = LAYOUTS[name]
     _, table = read(tmp_path, layout.model)

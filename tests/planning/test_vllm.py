@@ -96,7 +96,7 @@ def test_a_cache_of_given_size(qwen: Callable[..., RunConfig]) -> None:
         (["rollout.vllm.sleep_level=0"], True, 0),
         (["rollout.vllm.sleep_level=1"], False, WEIGHTS),
         (["rollout.vllm.sleep_level=2"], False, 0),
-        (["rollout.one_step_off_policy=true"], True, 0),
+        (["rollout.max_staleness=1"], True, 0),
     ],
 )
 def test_asleep(

@@ -41,6 +41,7 @@ CONFIGS = {
     "qwen3-moe": tiny_config("qwen3_moe"),
     "phi3": Phi3Config(**COMMON, intermediate_size=64, num_attention_heads=4, eos_token_id=EOS_ID),
 }  # fmt: skip
+IN_BF16 = ("llama", "qwen3-moe")  # the others nightly
 PROMPTS = [
     Prompt(index=index, token_ids=ids)
     for index, ids in [(3, (7, 8, 9, 10, 11, 12)), (0, (20,)), (8, (5, 30, 31)), (5, (40, 41, 5))]
@@ -87,8 +88,16 @@ SMALL_PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in CONFIGS),
+        *(
+            pytest.param(name, torch.bfloat16, marks=[pytest.mark.slow] * (name not in IN_BF16))
+            for name in CONFIGS
+        ),
+    ],
+)
 def test_logits_and_greedy_tokens_equal_from_pretrained(
     tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
@@ -152,7 +161,7 @@ def test_rollouts_do_not_depend_on_the_batch(small_vocabulary: Path) -> None:
     ]
     expected = by_key(rollouts)
     assert len({r.response_ids for r in rollouts}) > 9
-    for max_batch_size in (1, 2, 5, 100):
+    for max_batch_size in (1, 5, 100):
         other = engine_with_weights(small_vocabulary, max_batch_size=max_batch_size)
         assert other.generate(SMALL_PROMPTS, params) == rollouts
         assert by_key(other.generate(SMALL_PROMPTS[::-1], params)) == expected
@@ -360,7 +369,7 @@ def test_stop_texts_end_a_response_with_the_token_that_completes_one(
     small_vocabulary: Path,
 ) -> None:
     """The same response as without them, up to the first place where one of the texts is whole."""
-    free = sampling(samples_per_prompt=16, max_new_tokens=24)
+    free = sampling(samples_per_prompt=8, max_new_tokens=24)
     for eos, pad in (([], PAD_ID), ([EOS_ID], EOS_ID)):
         engine = engine_with_weights(
             small_vocabulary, eos_token_ids=eos, pad_token_id=pad, decode=letters

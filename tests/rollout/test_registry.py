@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_oprd import evaluate
 from megatron_oprd.config.checks import check_values
-from megatron_oprd.config.engines import OVERLAPPING, EngineName
+from megatron_oprd.config.engines import EngineName
 from megatron_oprd.config.engines.checks import ENGINE_CHECKS
 from megatron_oprd.config.load import load_config
 from megatron_oprd.config.schema import RolloutConfig, RunConfig
@@ -72,7 +72,7 @@ def test_no_other_file_names_an_engine() -> None:
 
 def test_settings_and_engines_have_the_same_names() -> None:
     assert get_args(EngineName) == tuple(ENGINES)
-    assert {*OVERLAPPING, *ENGINE_CHECKS} <= ENGINES.keys()
+    assert ENGINE_CHECKS.keys() <= ENGINES.keys()
     keys = {found.key for found in settings_of(RunConfig())}
     for name, kind in ENGINES.items():
         assert kind.name == name
@@ -252,7 +252,7 @@ def test_an_evaluation_with_another_engine(
     assert len((tmp_path / "out/samples/model/sums.jsonl").read_text().splitlines()) == 6
     for options, message in (
         ("--temperature 1.6", "Toy takes at most 1.5"),
-        ("--server-url http://127.0.0.1:1", "--server-url has no use with --engine toy; give vllm"),
+        ("--server-url http://127.0.0.1:1", "--server-url .* --engine toy; .*vllm"),
         ("--tensor-model-parallel-size 2", "parallel-size 2 needs --engine vllm without"),
     ):
         with pytest.raises(UserError, match=message):

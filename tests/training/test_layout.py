@@ -58,7 +58,7 @@ def test_heads_that_divide(tmp_path: Path, tp: int, groups: int) -> None:
 @pytest.mark.parametrize(
     ("tp", "groups", "message"),
     [
-        (2, 3, "2 neither divides the 3 key/value heads of model.student, nor is a multiple"),
+        (2, 3, "2 neither divides the 3 key/value heads of model.student nor is a multiple"),
         (6, 4, "6 neither divides the 4 key/value heads"),
         (8, 3, "8 does not divide the 12 attention heads"),
     ],

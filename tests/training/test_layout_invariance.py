@@ -366,20 +366,43 @@ TWO_STEPS = {("llama_tied_deeper", "default"), ("moe", "default")} | {
 }
 
 
+FURTHER: set[tuple[str, ...]] = {
+    *(
+        (method, layout)
+        for method in ("even_last_k_sequence_mean", "token_pre_norm")
+        for layout in ("tp2_sp_full", "dp2_pp2")
+    ),
+    *((method, "tp2_pp2") for method in ("sampled_token", "forward_kl", "top_k_union")),
+    *((method, "tp2") for method in FP8),
+    (FP8[0], "tp4_sp"),
+    (EARLY, "pp2_vpp2"),
+    ("shallow_first_teacher", "pp2"),
+    ("qwen3_other_vocabulary", "reverse_kl", "tp2_pp2"),
+    ("moe", "reverse_kl", "ep2_pp2"),
+    ("moe_teacher", "other_tokens_sequence_mean", "tp2_sp_etp1_ep2"),
+    ("bridge", "other_tokens_sequence_mean", "tp2_sp_pp2_full"),
+    *(("bridge", "default", layout) for layout in ("target_groups", "pp2_full_block")),
+}
 # Left to the nightly run: the pairs that go through the same layouts as llama_tied_deeper, without
 # its second step, and most layouts of some settings (the main run has those that differ most).
-NIGHTLY = {case for case in [*DEFAULTS, *OTHERS] if case[0] != "llama_tied_deeper"} | {
-    case
-    for case in CASES
-    if (
-        case[1] in ("jsd", "other_prompt", "other_tokens", SEVERAL, *PROJECTOR_METHODS)
-        and case[2] not in ("tp2_sp_full", "pp2_vpp2_target_groups", "cp2_tp2_sp")
-    )
-    or (
-        case[1] in ("crossfade", "ride", "other_precision", "top_k_reference")
-        and case[2] != "pp2_vpp2_target_groups"
-    )
-}
+NIGHTLY = (
+    {case for case in [*DEFAULTS, *OTHERS] if case[0] != "llama_tied_deeper"}
+    | {
+        case
+        for case in CASES
+        if (
+            case[1] in ("top_k", "jsd", "other_prompt", "other_tokens", SEVERAL, *PROJECTOR_METHODS)
+            and case[2] not in ("tp2_sp_full", "pp2_vpp2_target_groups", "cp2_tp2_sp")
+        )
+        or (
+            case[1] in ("crossfade", "ride", "other_precision")
+            and case[2] != "pp2_vpp2_target_groups"
+        )
+        # Further layouts of what the main run has in layouts of the same kinds.
+        or case[1:] in FURTHER
+        or case in FURTHER
+    }
+)
 COUNTED = ("llama_tied_deeper", "default")
 Case = tuple[str, str, str]
 

@@ -89,11 +89,11 @@ def test_final_norms(
         ([TP2], 3, r"3 processes .*tensor_model_parallel_size = 2 x .* = 1; .* multiple of 2"),
         ([TP2, PP2], 2, r"2 processes .* start a multiple of 4"),
         ([TP3], 3, r"tensor_model_parallel_size = 3 .* 4 attention heads of model\.student"),
-        ([PP5], 5, r"5 pipeline stages .*pipeline_model_parallel_size.* student's 4 layers"),
+        ([PP5], 5, r"pipeline_model_parallel_size .* 5 pipeline stages.* 4 layers"),
         (
             [PP2, "parallel.num_layers_per_stage=[1,2]"],
             2,
-            r"num_layers_per_stage = \[1, 2\]: .* student's 4 layers .* found 3",
+            r"num_layers_per_stage = \[1, 2\] has 3 .* 4",
         ),
         (
             ["rollout.prompts_per_step=3", "rollout.samples_per_prompt=1"],
@@ -103,7 +103,7 @@ def test_final_norms(
         (
             ["rollout.prompts_per_step=1", "rollout.samples_per_prompt=1"],
             2,
-            r"gives 1 sequences a step; 2 data-parallel replicas need a multiple of 2",
+            r"gives 1 sequences .* 2 data-parallel replicas need a multiple of 2",
         ),
         (
             [PP2, VPP2, "rollout.prompts_per_step=3"],
@@ -126,7 +126,7 @@ def test_final_norms(
         (
             ["data.max_prompt_tokens=250", "rollout.max_new_tokens=7"],
             1,
-            r"data\.max_prompt_tokens = 250 and rollout\.max_new_tokens = 7 .* 257 tokens; "
+            r"data\.max_prompt_tokens = 250 and rollout\.max_new_tokens = 7 .* 257 tokens, .*"
             r"model\.student .* 256 \(max_position_embeddings\)",
         ),
         (["data.prompts=[none.jsonl]"], 1, r"data\.prompts: none\.jsonl does not exist"),
@@ -177,7 +177,11 @@ SP = "parallel.sequence_parallel=true"
             r"expert_model_parallel_size = 3 does not divide the 8 experts of model\.student",
         ),
         ([ETP16], 16, r"expert_tensor_parallel_size = 16 .* 24 feed-forward width of each expert"),
-        ([TP2], 2, r"without parallel\.sequence_parallel: model\.student has a mixture of experts"),
+        (
+            [TP2],
+            2,
+            r"parallel\.sequence_parallel = true, because model\.student has a mixture of experts",
+        ),
     ],
 )
 def test_refusals_of_experts(
@@ -208,7 +212,7 @@ def test_layouts_of_experts_that_are_allowed(pair: Path, moe_pair: Path) -> None
 
 def test_unequal_width_names_the_bridge(pair: Path, tmp_path: Path) -> None:
     wide = changed(pair, tmp_path, "teacher", hidden_size=64)
-    with pytest.raises(UserError, match=r"student is 32 wide, model\.teacher 64: .*OPRD-Bridge"):
+    with pytest.raises(UserError, match=r"student is 32 wide .*model\.teacher 64, .*OPRD-Bridge"):
         plan(pair, wide)
 
 
@@ -219,12 +223,12 @@ def test_a_bridge_allows_unequal_width(pair: Path, tmp_path: Path) -> None:
     wider = save_pair(tmp_path / "pair", "llama", teacher_fields={"hidden_size": 48})
     save_random_bridge(tmp_path / "bridge", wider, rank=6)
     bridge = f"bridge.path={tmp_path / 'bridge'}"
-    with pytest.raises(UserError, match=r"student is 32 wide, model\.teacher 48"):
+    with pytest.raises(UserError, match=r"student is 32 wide .*model\.teacher 48"):
         plan(wider)
     assert plan(wider, bridge, L2).layout.bridge_rank == 6
     with pytest.raises(UserError, match=r"as teacher, of num_layers = 4; .* has 7"):
         plan(pair, bridge, L2)
-    with pytest.raises(UserError, match=r"bridge\.rank = 7: .* has 6 directions"):
+    with pytest.raises(UserError, match=r"bridge\.rank = 7 .* 2 and 6"):
         plan(wider, bridge, L2, "bridge.rank=7")
 
 
@@ -260,13 +264,13 @@ def test_both_models_are_checked(pair: Path, tmp_path: Path, which: str) -> None
     with pytest.raises(UserError, match=rf"= 2 .* 63 feed-forward width of model\.{which}"):
         plan(pair, narrow, TP2, world_size=2)
     short = changed(pair, tmp_path / "short", which, max_position_embeddings=64)
-    with pytest.raises(UserError, match=rf"76 tokens; model\.{which} was made for at most 64"):
+    with pytest.raises(UserError, match=rf"76 tokens, .*model\.{which} .* 64"):
         plan(pair, short)
     shallow = changed(pair, tmp_path / "shallow", which, num_hidden_layers=3)
-    with pytest.raises(UserError, match=rf"shallow/{which}: .*left over: model\.layers\.3\."):
+    with pytest.raises(UserError, match=rf"shallow/{which} .*left over: model\.layers\.3\."):
         plan(pair, shallow)
     refused = changed(pair, tmp_path / "act", which, hidden_act="gelu")
-    with pytest.raises(UserError, match=rf"act/{which}/config\.json: hidden_act = 'gelu'"):
+    with pytest.raises(UserError, match=rf"act/{which}/config\.json .*hidden_act = 'gelu'"):
         plan(pair, refused)
 
 
@@ -337,7 +341,7 @@ def test_pipeline_rank_that_trains_nothing(pair: Path) -> None:
 
 def test_output_dir_below_a_file(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"output_dir = .*file is no folder"):
+    with pytest.raises(UserError, match=r"output_dir = .*file/run .*file is not a folder"):
         plan(pair, f"output_dir={tmp_path / 'file' / 'run'}")
 
 

@@ -34,9 +34,9 @@ OWN = "teacher_prompt.tokenizer=own"
             "model.student .* ends with '', that of model.teacher with '<think>",
         ),
         (THINKS, TURNS, ["teacher_prompt.suffix=<think>", OWN], None),
-        (TURNS, NO_END, [OWN], "which token ends a turn of model.teacher"),
+        (TURNS, NO_END, [OWN], "chat template of model.teacher .* ends its turn"),
         (TURNS, NO_END, [], None),
-        (COMPUTED_DATE, TURNS, [], "model.student prints a date in a format that is computed"),
+        (COMPUTED_DATE, TURNS, [], "model.student prints the date"),
         (LITERAL_DATE, TURNS, [], None),
     ],
 )

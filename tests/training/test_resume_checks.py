@@ -104,7 +104,7 @@ def test_what_may_not_change(pair: Path, tmp_path: Path, override: str) -> None:
 
 def test_fewer_steps_than_are_done(pair: Path, tmp_path: Path) -> None:
     checkpoint(pair, tmp_path)
-    with pytest.raises(UserError, match=r"train_iters = 3, but .* is already of step 4"):
+    with pytest.raises(UserError, match=r"train_iters = 3 .* 4 steps"):
         checkpoint_to_resume(plan(pair, tmp_path, "train_iters=3"))
 
 

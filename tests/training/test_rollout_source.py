@@ -15,7 +15,7 @@ from tests.helpers.ranks import run_ranks
 AHEAD = [
     *(
         "rollout.engine=vllm",
-        "rollout.one_step_off_policy=true",
+        "rollout.max_staleness=1",
         "rollout.vllm.timeout_minutes=0.5",
     ),
     *("train_iters=5", "checkpoint.save_interval=3", "optimizer.lr=0.01"),

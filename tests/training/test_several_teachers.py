@@ -232,11 +232,11 @@ def test_the_plan_says_who_teaches_what(results: Path) -> None:
         (["teacher.prompt_share=0.5"], r"teacher\.prompt_share = 0\.5 has no effect without"),
         (
             ["extra_teachers=[{model: a, prompt_share: 0.6}]", "teacher.prompt_share=0.5"],
-            r"\[0\.5, 0\.6\]: have to be at most 1 together",
+            r"\[0\.5, 0\.6\].* at most 1",
         ),
         (
             ["extra_teachers=[{model: a, prompt_share: 0.3}]", "teacher.prompt_share=0.5"],
-            r"leave 0\.2 of the prompts to no teacher",
+            r"leaves 0\.2 of the prompts",
         ),
         (
             ["extra_teachers=[{model: OTHER, layers: [1], coefficient: -0.5}]"],
@@ -248,11 +248,11 @@ def test_the_plan_says_who_teaches_what(results: Path) -> None:
         ),
         (
             ["extra_teachers=[{model: a, coefficient: -1, prompt_share: 0.5}]"],
-            r"extra_teachers\[0\]\.prompt_share: .* without a minimum",
+            r"extra_teachers\[0\]\.prompt_share, .* without a minimum",
         ),
         (
             ["extra_teachers=[{model: a, coefficient: -1, bridge: b}]"],
-            r"extra_teachers\[0\]\.bridge = b: .* compared directly",
+            r"extra_teachers\[0\]\.bridge = b, .* compared directly",
         ),
         (["ride.base=b"], r"no effect with ride\.lambda = 1"),
         (["ride.lambda=2"], r"ride\.lambda = 2\.0 has no effect without ride\.base"),
@@ -260,9 +260,9 @@ def test_the_plan_says_who_teaches_what(results: Path) -> None:
         (["ride.base=b", "ride.lambda=2", "teacher.refresh_interval=1"], "needs a fixed model"),
         (
             ["extra_teachers=[{model: a, when: {c: x}, prompt_share: 0.5}]"],
-            r"extra_teachers\[0\]\.when = .* leave one out",
+            r"extra_teachers\[0\]\.when = .* leave one of the two out",
         ),
-        (["extra_teachers=[{model: a, when: {c: []}}]"], "column 'c' needs a text or number"),
+        (["extra_teachers=[{model: a, when: {c: []}}]"], "column 'c' .* text, a number"),
         (["extra_teachers=[{model: a, weight: 1}]"], r"Key 'weight' not in 'ExtraTeacherConfig'"),
         (["extra_teachers=[{layers: all}]"], r"extra_teachers\[0\]\.model is not set"),
     ],

@@ -25,6 +25,7 @@ from megatron_oprd.rollout.vllm.client import ServerClient, check_server
 from megatron_oprd.rollout.vllm.launch import ServerProcess
 from megatron_oprd.rollout.vllm.memory import num_blocks
 from megatron_oprd.rollout.vllm.messages import EXTENSION
+from megatron_oprd.rollout.vllm.secret import VARIABLE
 from megatron_oprd.rollout.vllm.servers import VLLMServersEngine
 from megatron_oprd.weights.hf_files import HFFolder
 from tests.helpers.tiny import EOS_ID, save_tiny_model
@@ -246,6 +247,7 @@ def test_two_workers_of_a_server_of_our_own(
 ) -> None:
     """Each worker takes its part of the weights; nothing is left of the server at its end."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv(VARIABLE, "s3cret")
     settings: dict[str, Any] = {**SETTINGS, "tensor_model_parallel_size": 2, "start_servers": 1}
     server = ServerProcess(
         folder,
@@ -268,5 +270,9 @@ def test_two_workers_of_a_server_of_our_own(
         assert {rollout.weights_version for rollout in new} == {2}
         workers = ServerClient(server.url).workers("oprd_describe")
         assert len(workers) == 2
+        monkeypatch.delenv(VARIABLE)
+        for path in ("/weight_info", "/collective_rpc"):
+            with pytest.raises(RolloutEngineError, match="with 401"):
+                ServerClient(server.url).call(path)
     with pytest.raises(RolloutEngineError, match="refused"):
         ServerClient(server.url).call("/health")

@@ -30,7 +30,7 @@ GREEDY = ["rollout.temperature=0", "optimizer.lr=0.01"]
 CASES = {
     "hf": (2, ["train_iters=2", *GREEDY]),
     "tp2_sp": (2, [*VLLM, *GREEDY, *TP2_SP]),
-    "ahead": (2, [*VLLM, *GREEDY, *TP2_SP, "rollout.one_step_off_policy=true"]),
+    "ahead": (2, [*VLLM, *GREEDY, *TP2_SP, "rollout.max_staleness=1"]),
     "dp2_killed": (2, VLLM),
     # The untied LM head is frozen too.
     "frozen": (2, [*VLLM, *GREEDY, *PP2, "train_iters=3", "taps.layers=[0,1]"]),

@@ -161,7 +161,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: st
     [
         ([], r"has an end where 0 should be"),
         ([("0", torch.zeros(2))] * 2, r"has 0 where 1 should be"),
-        ([*TENSORS.items(), ("5", torch.zeros(1))], r"has 5 behind the last tensor"),
+        ([*TENSORS.items(), ("5", torch.zeros(1))], r"has 5 after the last tensor"),
         (
             [("0", torch.zeros(3)), *list(TENSORS.items())[1:]],
             r"tensor 0 is \[3\] of torch.float32; .* was to get \[2\]",

@@ -169,5 +169,5 @@ def test_a_stage_reads_its_layers_only(loaded: Path) -> None:
 def test_a_tied_head_that_is_stored_has_to_equal_the_embedding(loaded: Path) -> None:
     assert [one["error"] for one in result(loaded, "equal")] == [None, None]
     for one in result(loaded, "unequal"):
-        assert "unequal/student: tie_word_embeddings is true" in one["error"]
+        assert "unequal/student has tie_word_embeddings = true" in one["error"]
         assert f"{HEAD} differs from {EMBEDDING}" in one["error"]

@@ -202,4 +202,6 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float) -> N
     (mapping,) = [one for one in opened.table if UP in one.hf]
     pieces = mapping.pieces(0, 1)
     with pytest.raises(UserError, match=f"model: 1 values of {UP} are NaN or infinite"):
-        load._fill(torch.empty(mapping.local_shape(1)), pieces=pieces, checkpoint=opened.source)
+        load.fill_parameter(
+            torch.empty(mapping.local_shape(1)), pieces=pieces, checkpoint=opened.source
+        )

@@ -161,9 +161,9 @@ def test_places_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         UserError, match=r"has neither .* config.json nor .*, so it is no checkpoint"
     ):
         check_output_folder(tmp_path, force=True)
-    with pytest.raises(UserError, match=r"a file has this name"):
+    with pytest.raises(UserError, match=r"is a file"):
         check_output_folder(thesis, force=True)
-    with pytest.raises(UserError, match=r"thesis.tex is no folder that can be written to"):
+    with pytest.raises(UserError, match=r"thesis.tex is not a folder that can be written to"):
         check_output_folder(thesis / "out", force=False)
     check_output_folder(tmp_path / "new" / "deep", force=False)
 
@@ -176,7 +176,7 @@ def test_places_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_read_only_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A read-only file system answers so to everybody, and permissions do not stop root.
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(UserError, match=rf"{tmp_path} is no folder that can be written to"):
+    with pytest.raises(UserError, match=rf"{tmp_path} is not a folder that can be written to"):
         check_output_folder(tmp_path / "deep" / "out", force=False)
     with pytest.raises(UserError, match="cannot write /proc/out: "):
         OutputFolder(Path("/proc/out"), force=False).__enter__()

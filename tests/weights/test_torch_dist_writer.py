@@ -107,7 +107,7 @@ def test_the_manifest_has_the_checksum_of_every_chunk(model: Path, tmp_path: Pat
     name = "decoder.layers.mlp.linear_fc1.weight[2,96,0]"
     assert manifest["checksums_xxh3_128"][name] == xxhash.xxh3_128_hexdigest(up_of_rank_1)
     assert len(manifest["checksums_xxh3_128"]) == sum(
-        len(stored.chunks) for stored in files._stored.values()
+        len(files.chunks(name)) for name in files.names()
     )
 
 

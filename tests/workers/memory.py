@@ -163,9 +163,9 @@ def run(case: dict[str, Any], directory: Path) -> None:
         )
         with of_teacher:
             distiller.teacher_pass(group)
-        targets = [target for target, _ in distiller.teachers[0].taps._targets.values()]
-        if distiller._head is not None:
-            targets += distiller._head._targets.values()
+        targets = distiller.teachers[0].taps.targets
+        if distiller.head is not None:
+            targets += distiller.head.targets
         target_bytes = _bytes(targets)
         state.clear_gradients()
         known = [

@@ -10,8 +10,6 @@ from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.config.setting import group, setting, when
 
 EngineName = Literal["hf", "vllm"]
-# Engines that can generate while the trainer computes (`rollout.engine.OverlappingEngine`).
-OVERLAPPING: tuple[EngineName, ...] = ("vllm",)
 
 
 @dataclass(kw_only=True)

@@ -31,8 +31,8 @@ class Family:
         """Refuses a configuration that this family's model would not compute exactly."""
         if raw.get("model_type") != self.model_type:
             raise UserError(
-                f"{source}: model_type = {raw.get('model_type')!r}; {self.name} has "
-                f"{self.model_type!r}"
+                f"{source}: model_type = {raw.get('model_type')!r} does not fit {self.name}, "
+                f"whose model_type is {self.model_type!r}"
             )
         check_fields(raw, required=self.fields, source=source)
 

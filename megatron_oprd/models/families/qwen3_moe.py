@@ -66,13 +66,13 @@ def _mixture_of_experts(config: Any, source: str) -> MixtureOfExperts:
     experts, chosen = config.num_experts, config.num_experts_per_tok
     if experts is None or chosen is None:
         raise UserError(
-            f"{source}: num_experts = {experts} with num_experts_per_tok = {chosen}; both have to "
-            "be numbers (a null num_local_experts counts before num_experts: remove it)"
+            f"{source} has num_experts = {experts} and num_experts_per_tok = {chosen}; both have "
+            "to be numbers (a null num_local_experts counts before num_experts: remove it)"
         )
     if not 1 <= chosen <= experts:
         raise UserError(
-            f"{source}: num_experts_per_tok = {chosen} with {experts} experts (num_experts or "
-            "num_local_experts)"
+            f"{source}: num_experts_per_tok = {chosen} is not between 1 and the {experts} experts "
+            "(num_experts or num_local_experts)"
         )
     if chosen == 1 and config.norm_topk_prob:
         raise UserError(

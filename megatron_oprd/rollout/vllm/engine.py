@@ -179,8 +179,7 @@ class VLLMEngine:
         """Waits for the rollouts of `start`; result and errors as in `generate`."""
         assert self._under_way is not None, "nothing was begun"
         (prompts, sampling), self._under_way = self._under_way, None
-        version, responses = self._receive()
-        return rollouts_of(prompts, sampling, responses, version=version, decode=self._decode)
+        return rollouts_of(prompts, sampling, self._receive(), decode=self._decode)
 
     def sleep(self) -> None:
         """Frees device memory according to ``sleep_level``, until the next `load_weights`."""

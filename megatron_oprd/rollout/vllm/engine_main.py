@@ -88,10 +88,8 @@ class Engine:
         self._version = version
         return answers[0]["checksums"]
 
-    def generate(
-        self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> tuple[int, list[Response]]:
-        """Returns the version of the weights and the responses, in the order of ``requests``."""
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Response]:
+        """Returns the responses, in the order of ``requests``."""
         from vllm import SamplingParams as VLLMSamplingParams
 
         if self._version is None:
@@ -116,9 +114,10 @@ class Engine:
                     token_ids=tokens,
                     logprobs=_of_sampled(tokens, completion.logprobs),
                     finished=completion.finish_reason == "stop",
+                    version=self._version,
                 )
             )
-        return self._version, responses
+        return responses
 
     def sleep(self) -> None:
         """Frees memory according to ``sleep_level``, until the next `load_weights`."""

@@ -32,6 +32,7 @@ class VLLMKind(EngineKind):
     has_processes = True
     splits_models = True
     has_servers = True
+    overlaps = True
     host_memory_setting = "rollout.vllm.sleep_level = 1"
 
     def place(self, rollout: RolloutConfig) -> Place:
@@ -41,6 +42,10 @@ class VLLMKind(EngineKind):
     def num_gpus(self, rollout: RolloutConfig) -> int:
         """Layers and experts are divided as Megatron does it, so the same sizes have to divide."""
         return rollout.vllm.tensor_model_parallel_size
+
+    def swaps_weights(self, rollout: RolloutConfig) -> bool:
+        """Servers can pause."""
+        return rollout.vllm.uses_server
 
     def max_model_len(self, rollout: RolloutConfig) -> int | None:
         """The setting."""

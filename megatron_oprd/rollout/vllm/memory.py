@@ -45,9 +45,8 @@ def vllm_bytes(rollout: RolloutConfig, load: EngineLoad) -> EngineBytes:
         workspace=workspace,
         context=CONTEXT_BYTES,
         bucket=vllm.sync_bucket_mb * 10**6,
-        # One step off-policy, it generates during the teacher's and student's passes and cannot
-        # sleep.
-        sleeps=vllm.sleep_level > 0 and not rollout.one_step_off_policy,
+        # One step ahead, it generates during the teacher's and student's passes and cannot sleep.
+        sleeps=vllm.sleep_level > 0 and not rollout.max_staleness,
         host_bytes=weights * size if vllm.sleep_level == 1 else 0,
         num_tokens=usable * BLOCK_TOKENS,
         max_model_len=max_model_len,
@@ -104,7 +103,7 @@ def memory_changes(vllm: VLLMConfig) -> MemoryChanges:
         sizes = [("rollout.vllm.gpu_memory_utilization", share) for share in shares]
     return MemoryChanges(
         cheap=[("rollout.vllm.sleep_level", 2)],
-        costly=[[*sizes], [("rollout.one_step_off_policy", False)]],
+        costly=[[*sizes], [("rollout.max_staleness", 0)]],
     )
 
 

@@ -63,6 +63,7 @@ class Response:
     # Raw: before temperature, top-k and top-p; None if not requested.
     logprobs: tuple[float, ...] | None
     finished: bool  # ended by one of stop_token_ids
+    version: int  # of the weights; the oldest, if weights came in the middle
 
 
 def requests_of(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Request]:
@@ -79,7 +80,6 @@ def rollouts_of(
     sampling: SamplingParams,
     responses: Sequence[Response],
     *,
-    version: int,
     decode: Callable[[Sequence[int]], str] | None,
 ) -> list[Rollout]:
     """Converts responses to rollouts, cutting each after its stop text.
@@ -103,7 +103,7 @@ def rollouts_of(
                 prompt_ids=prompt.token_ids,
                 response_ids=response.token_ids[:length],
                 finished=response.finished or length is not None,
-                weights_version=version,
+                weights_version=response.version,
                 logprobs=None if response.logprobs is None else response.logprobs[:length],
             )
         )

@@ -1,5 +1,6 @@
 """One vLLM server: its responses, its weights and their version."""
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Collection
@@ -83,8 +84,18 @@ class VLLMServer:
         label = f"{self._owner.name}#{version}"
         self._client.call("/update_weight_version", {"new_version": label}, seconds=self._part)
 
-    def respond(self, request: Request, sampling: SamplingParams, *, version: int) -> Response:
-        """Requests a response of the weights of ``version``."""
+    def pause(self) -> None:
+        """Holds responses that are under way."""
+        self._client.call("/pause?mode=keep", {}, seconds=self._part)
+
+    def resume(self) -> None:
+        """Lets them go on, with the weights that there are now."""
+        self._client.call("/resume", {}, seconds=self._part)
+
+    def respond(
+        self, request: Request, sampling: SamplingParams, *, version: int, swaps: bool
+    ) -> Response:
+        """Requests a response of the weights of ``version``, or also newer ones if ``swaps``."""
         body = {
             "token_ids": list(request.prompt_ids),
             "sampling_params": sampling_fields(
@@ -98,7 +109,7 @@ class VLLMServer:
                 f"the vLLM server at {self.url} ended a response: {choice['finish_reason']}"
             )
         found = {self._version_of(span["version"]) for span in choice["weight_versions"]}
-        if found != {version}:
+        if min(found) < version or (not swaps and max(found) > version):
             raise WrongWeightsError(
                 f"a response of the vLLM server at {self.url} comes from weights of versions "
                 f"{sorted(found)}, asked for were those of version {version}"
@@ -108,6 +119,7 @@ class VLLMServer:
             token_ids=tuple(choice["token_ids"]),
             logprobs=logprobs and tuple(one["logprob"] for one in logprobs["content"]),
             finished=choice["finish_reason"] == "stop",
+            version=min(found),
         )
 
     def receive(
@@ -157,9 +169,11 @@ class ServerSync:
         error: Why the server did not take the weights; None as long as it does.
     """
 
-    def __init__(self, server: VLLMServer, *, config: VLLMConfig) -> None:
+    def __init__(self, server: VLLMServer, *, pauses: bool, config: VLLMConfig) -> None:
+        """With ``pauses`` responses are under way, which get the new weights in the middle."""
         self.server = server
         self.error: Exception | None = None
+        self._pauses = pauses
         self._config = config
         self._workers: TrainerSocket | None = None
         self._loaded: Future | None = None
@@ -167,6 +181,8 @@ class ServerSync:
     def start(self, options: dict[str, Any], *, dtype: torch.dtype) -> None:
         """Asks the server's workers to connect, and waits for them."""
         try:
+            if self._pauses:
+                self.server.pause()
             # Responses sampled from partly loaded weights must not carry a valid version.
             self.server.set_version(_UNFINISHED)
             num_workers = self.server.mask()  # again: the server may have restarted
@@ -214,9 +230,12 @@ class ServerSync:
                 self._fail(error)
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections, and lets responses go on: without valid weights, they fail."""
         if self._workers is not None:
             self._workers.__exit__(None, None, None)
+        if self._pauses:
+            with contextlib.suppress(RolloutEngineError):
+                self.server.resume()
 
     def _fail(self, error: Exception) -> None:
         # The server's error, if there is one, explains a broken connection.

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,7 @@ Result = TypeVar("Result")
 # Default of concurrent requests to a server: vLLM's default batch on large GPUs.
 _REQUESTS = 1024
 
-_UnderWay = tuple[Sequence[Prompt], SamplingParams, int, ThreadPoolExecutor, Iterator[Response]]
+_UnderWay = tuple[Sequence[Prompt], SamplingParams, ThreadPoolExecutor, Iterator[Response]]
 
 
 class VLLMServersEngine:
@@ -54,6 +55,7 @@ class VLLMServersEngine:
         decode: Callable[[Sequence[int]], str] | None = None,
         max_batch_size: int | None = None,  # concurrent requests of this engine
         owner: str,  # label of the run's weights: equal on all ranks, different in every run
+        swaps: bool = False,  # whether responses may get new weights in the middle
         config: VLLMConfig,
     ) -> None:
         """Waits for the servers and masks ids that the tokenizer does not know.
@@ -69,7 +71,8 @@ class VLLMServersEngine:
         meaningless = set(range(self._check.vocab_size)) - set(known_ids)
         of_run = Owner(name=owner, stop_ids=eos_token_ids, meaningless_ids=meaningless)
         self._servers = [VLLMServer(url, owner=of_run, config=config) for url in config.servers]
-        self._under_way: _UnderWay | None = None
+        self._swaps = swaps
+        self._under_way: deque[_UnderWay] = deque()
         self._sent_version: str | None = None
         self._on_each(self._servers, VLLMServer.join)
 
@@ -105,7 +108,8 @@ class VLLMServersEngine:
             "left_out": self._check.left_out_shapes(left_out),
         }
         up = [server for server in self._servers if server.is_up()]
-        syncs = [ServerSync(server, config=self._config) for server in up]
+        pauses = bool(self._under_way)
+        syncs = [ServerSync(server, pauses=pauses, config=self._config) for server in up]
         if not syncs:
             raise self._not_taken(version, "no server is up")
         with ExitStack() as stack, ThreadPoolExecutor(len(syncs)) as pool:
@@ -139,24 +143,27 @@ class VLLMServersEngine:
         return self.finish()
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        """Starts `generate` in the background. The next call must be `finish`."""
+        """Starts `generate` in the background; see `OverlappingEngine`."""
         requests = requests_of(prompts, sampling)
         version, servers = self._with_weights()
         router = _Router(servers)
         pool = ThreadPoolExecutor(self._at_once)
-        answers = pool.map(lambda one: _respond(router, one, sampling, version), requests)
-        self._under_way = prompts, sampling, version, pool, answers
+        answers = pool.map(
+            lambda one: _respond(router, one, sampling, version=version, swaps=self._swaps),
+            requests,
+        )
+        self._under_way.append((prompts, sampling, pool, answers))
 
     def finish(self) -> list[Rollout]:
-        """Waits for the rollouts of `start`; result and errors as in `generate`."""
-        assert self._under_way is not None, "nothing was begun"
-        (prompts, sampling, version, pool, coming), self._under_way = self._under_way, None
+        """Waits for the rollouts of the first `start`; result and errors as in `generate`."""
+        assert self._under_way, "nothing was begun"
+        prompts, sampling, pool, coming = self._under_way.popleft()
         try:
             responses = list(coming)
         finally:
             # After an error, do not wait for the other requests.
             pool.shutdown(wait=False, cancel_futures=True)
-        return rollouts_of(prompts, sampling, responses, version=version, decode=self._decode)
+        return rollouts_of(prompts, sampling, responses, decode=self._decode)
 
     def _with_weights(self) -> tuple[int, list[VLLMServer]]:
         """The newest version of the run's weights, and the servers that have it."""
@@ -207,8 +214,8 @@ class VLLMServersEngine:
 
     def close(self) -> None:
         """Cancels requests that have not started; the servers keep running."""
-        if self._under_way is not None:
-            (*_, pool, _), self._under_way = self._under_way, None
+        while self._under_way:
+            *_, pool, _ = self._under_way.popleft()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -247,12 +254,14 @@ class _Router:
             _say_left_out(server, error)
 
 
-def _respond(router: _Router, request: Request, sampling: SamplingParams, version: int) -> Response:
+def _respond(
+    router: _Router, request: Request, sampling: SamplingParams, *, version: int, swaps: bool
+) -> Response:
     """One response, from the first server that gives it."""
     while True:
         with router.server(len(request.prompt_ids) + sampling.max_new_tokens) as server:
             try:
-                return server.respond(request, sampling, version=version)
+                return server.respond(request, sampling, version=version, swaps=swaps)
             except WrongWeightsError:
                 raise
             except RolloutEngineError as error:

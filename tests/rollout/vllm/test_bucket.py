@@ -67,6 +67,7 @@ def test_a_lost_filling_is_noticed() -> None:
     sender.close()
 
 
+@pytest.mark.ranks
 def test_another_process() -> None:
     check_other_process(CPU, CPU)
 

@@ -39,7 +39,7 @@ def test_sequences_longer_than_the_model(pair: Path, monkeypatch: pytest.MonkeyP
     overrides = ["rollout.engine=vllm", "rollout.vllm.max_model_len=256"]
     make_plan(config_of(pair, overrides), world_size=1)
     overrides[1] = "rollout.vllm.max_model_len=257"
-    with pytest.raises(UserError, match=r"max_model_len = 257: .* max_position_embeddings = 256"):
+    with pytest.raises(UserError, match=r"max_model_len = 257 .* max_position_embeddings = 256"):
         make_plan(config_of(pair, overrides), world_size=1)
 
 
