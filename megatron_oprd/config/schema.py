@@ -562,10 +562,11 @@ class RolloutConfig(EngineConfig):
         ),
     )
     """Most updates between the weights that generate a rollout and those that are trained on it; 0
-    is on-policy. With 1 or more, ``vllm`` generates while steps are computed: on the trainer's GPUs
-    one step ahead at most, and without sleep; on servers so many steps ahead, and new weights reach
-    responses in the middle. ``hf`` generates the rollouts of so many steps and one at once. The
-    first step and the step after each checkpoint have rollouts of their own weights."""
+    is on-policy. With 1 or more, an engine in processes of its own generates while steps are
+    computed: on the trainer's GPUs one step ahead at most, and without sleep; on servers so many
+    steps ahead, and new weights reach responses in the middle. An engine in the trainer's process
+    generates the rollouts of so many steps and one at once. The first step and the step after each
+    checkpoint have rollouts of their own weights."""
 
     logprob_check_interval: int | None = setting(None, ge=1)
     """Steps between two comparisons of the engine's log-probabilities with the student's; the first

@@ -67,8 +67,8 @@ def check_fits(
     owner = " (an engine's owner)" if fullest.owns_engine else ""
     raise UserError(
         f"the run does not fit: the {fullest.peak_phase} phase needs "
-        f"{fullest.peak_bytes / 1e9:.1f} GB on pipeline rank {fullest.pp_rank}{owner}, but a GPU has "
-        f"{hardware.memory_gb:g} (--gpu-memory). {advice}"
+        f"{fullest.peak_bytes / 1e9:.1f} GB on pipeline rank {fullest.pp_rank}{owner}, "
+        f"but a GPU has {hardware.memory_gb:g} (--gpu-memory). {advice}"
     )
 
 

@@ -89,8 +89,8 @@ class RolloutSource:
         is_fresh = not self._ahead
         begun = self._steps_to_begin(step)
         started, sent = time.perf_counter(), 0
-        if is_fresh or begun:
-            # Needed to generate now, or ahead. Otherwise the engines stay as they are.
+        if uses_weights := is_fresh or begun or (self._swaps and self._is_generating):
+            # To generate now, or ahead, or in the middle. Otherwise the engines stay as they are.
             sent = self._engines.sync(version=step)
         synced = time.perf_counter()
         rollouts = self._generate(step, weights_version=step) if is_fresh else None
@@ -106,17 +106,21 @@ class RolloutSource:
         if rollouts is None:
             first = self._ahead.popleft()
             assert first.step == step
-            rollouts = first.rollouts or self._wait(first, weights_version=step)
-        if is_fresh or begun:
-            in_progress = any(one.rollouts is None for one in self._ahead)
-            if not in_progress:
-                self._engines.sleep()
+            rollouts = first.rollouts
+            if rollouts is None:
+                rollouts = self._wait(first, weights_version=step)
+        if uses_weights and not self._is_generating:
+            self._engines.sleep()
         return StepRollouts(
             rollouts=rollouts,
             weight_sync_bytes=sent,
             seconds_weight_sync=synced - started,
             seconds_rollout=waited + time.perf_counter() - synced,
         )
+
+    @property
+    def _is_generating(self) -> bool:
+        return any(one.rollouts is None for one in self._ahead)
 
     def finish(self, *, weights_version: int) -> None:
         """Waits for rollouts in progress and keeps them, so that the engines can do something else.

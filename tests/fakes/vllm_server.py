@@ -28,6 +28,7 @@ class FakeServer:
         masked: The ids that it never samples.
         instead: Path -> in place of answering: returns (status, body), or None to answer.
         num_syncs: How often it was sent weights.
+        pauses, resumes: How often it was asked to.
         before_receiving: Called in place of receiving weights, if set; returns the answer.
         finish_reason: Of its responses.
         secret: Which requests have to know, if set.
@@ -50,6 +51,7 @@ class FakeServer:
         self.masked: list[int] = []
         self.instead: dict[str, Callable[[], tuple[int, bytes] | None]] = {}
         self.num_syncs = 0
+        self.pauses = self.resumes = 0
         self.before_receiving: Callable[[], Any] | None = None
         self.finish_reason = "length"
         self.secret: str | None = None
@@ -97,6 +99,10 @@ class FakeServer:
             return {"weight_version": self.label}
         if path == "/update_weight_version":
             self.label = body["new_version"]
+        elif path == "/pause":
+            self.pauses += 1
+        elif path == "/resume":
+            self.resumes += 1
         elif path == "/collective_rpc":
             return {"results": [getattr(self, body["method"])(*body["args"])] * self.num_workers}
         elif path == "/inference/v1/generate":

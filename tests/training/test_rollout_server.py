@@ -1,5 +1,6 @@
 """Two replicas with rollouts from servers, stand-ins, that are started again or go away."""
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from itertools import count
@@ -25,6 +26,8 @@ CASES = {
     "gone": ["rollout.vllm.max_restarts=1", "rollout.vllm.sync_timeout_minutes=0.02"],
     # Two servers; one ends with its sixth request, in the first or the second step.
     "one_of_two": [],
+    # Three steps ahead; the second server's responses take longer than a step.
+    "ahead": ["rollout.max_staleness=3", "train_iters=6", "checkpoint.save_interval=5"],
 }
 FAILING = 10  # the request that fails; a server alone gets it in the second of two steps
 
@@ -52,9 +55,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         disturb(servers["started_again"], "started_again")
         disturb(servers["gone"], "gone")
         disturb(servers["one_of_two"], "gone", failing=6)
+        slow = stack.enter_context(closing(FakeServer({})))
+        slow.instead[GENERATE] = lambda: time.sleep(0.5)
         second = stack.enter_context(closing(FakeServer({})))
         urls = {name: server.url for name, server in servers.items()}
         urls["one_of_two"] += f",{second.url}"
+        urls["ahead"] += f",{slow.url}"
         cases = [
             {
                 "name": name,
@@ -103,3 +109,17 @@ def test_one_of_two_servers_goes_away(servers: dict[str, Any]) -> None:
     assert server.num_syncs == 2
     assert server.label == "default"
     assert any("is left out until the next sync" in one for one in result["warnings"])
+
+
+def test_several_steps_ahead(servers: dict[str, Any]) -> None:
+    """Weights come while responses are under way; no rollout is older than allowed."""
+    server, result = servers["ahead"]
+    assert result["stopped"] == ""
+    assert server.num_syncs == 6
+    # A checkpoint is written after step 4, so that step 5 has rollouts of its own weights.
+    for step, rollouts in enumerate(result["rollouts"]):
+        begun = max(0, step - 3) if step < 5 else 5
+        assert {one.weights_version for one in rollouts} <= set(range(begun, step + 1))
+        assert len(rollouts) == 8
+    assert any(one.weights_version < 4 for one in result["rollouts"][4])
+    assert server.pauses == server.resumes > 0

@@ -1,4 +1,4 @@
-"""Rollouts one step ahead, with a stand-in for vLLM in a process of its own."""
+"""Rollouts ahead of their step: with a stand-in for vLLM in a process of its own, and with hf."""
 
 import json
 from pathlib import Path
@@ -21,6 +21,8 @@ AHEAD = [
     *("train_iters=5", "checkpoint.save_interval=3", "optimizer.lr=0.01"),
 ]
 TP2 = [*AHEAD, "parallel.tensor_model_parallel_size=2"]
+# Three steps at once; a checkpoint after step 3.
+GROUPED = ["rollout.max_staleness=2", "train_iters=6", "checkpoint.save_interval=4"]
 NEVER_AGAIN = ["rollout.vllm.max_restarts=0"]
 # Name -> (settings, faults, folder). Of one engine's calls the second is for step 1, begun in step
 # 0; the fourth is for step 3, the fifth for step 4.
@@ -34,6 +36,8 @@ CASES: dict[str, tuple[list[str], list[str], str]] = {
     "drawn_again": (TP2, [], "lost"),
     "evaluated": (TP2, [], "evaluated"),
     "dp2_fails": (AHEAD, ["1.generate.2.kill"], "dp2_fails"),
+    "grouped": ([*GROUPED, "parallel.tensor_model_parallel_size=2"], [], "grouped"),
+    "grouped_dp2": (GROUPED, [], "grouped_dp2"),
 }
 
 
@@ -123,7 +127,7 @@ def test_a_large_difference_of_log_probabilities_is_explained(root: Path) -> Non
     """The stand-in's are all -1."""
     warnings = torch.load(root / "evaluated.pt", weights_only=False)["warnings"]
     differ = [one for one in warnings if "log-probabilities differ" in one]
-    assert ["one update behind" in one for one in differ] == [False, True, True, False, True]
+    assert ["max_staleness" in one for one in differ] == [False, True, True, False, True]
 
 
 def test_an_engine_that_is_lost_on_the_way_repeats_with_its_new_weights(root: Path) -> None:
@@ -136,3 +140,17 @@ def test_an_engine_that_is_lost_on_the_way_repeats_with_its_new_weights(root: Pa
     assert all(one in expected[1] for one in kept)
     assert [one["rollout_engine_restarts"] for one in records(root, "dp2_fails")] == [0, 1, 0, 0, 0]
     assert [one["rollout_staleness"] for one in records(root, "dp2_fails")] == [0, 1, 1, 0, 1]
+
+
+def test_an_engine_in_the_trainers_process_generates_for_several_steps_at_once(root: Path) -> None:
+    """Not past a checkpoint; the layout changes nothing; weights are sent for each group."""
+    found = rollouts(root, "grouped")
+    assert [versions(of_step) for of_step in found] == [{0}, {0}, {0}, {3}, {4}, {4}]
+    assert [[one.prompt_index for one in of_step] for of_step in found[:3]] != [
+        [one.prompt_index for one in found[0]]
+    ] * 3
+    assert rollouts(root, "grouped_dp2")[:3] == found[:3]
+    metrics = records(root, "grouped")
+    assert [one["rollout_staleness"] for one in metrics] == [0, 1, 2, 0, 0, 1]
+    assert metrics[2]["rollout_staleness_counts"] == {"2": 8}
+    assert [one["weight_sync_gb"] > 0 for one in metrics] == [True, False, False, True, True, False]

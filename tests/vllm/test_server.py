@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Collection, Iterator
 from contextlib import closing
@@ -35,6 +36,7 @@ from tests.vllm.engines import (
     check_greedy,
     check_partial_sync,
     check_same_as_hf,
+    logits_of,
     others,
     prompt,
     sampling,
@@ -100,7 +102,12 @@ def url(folder: Path) -> Iterator[str]:
 
 
 def start(
-    url: str, folder: Path, *, owner: str = "runs/a", interval: int | None = 1
+    url: str,
+    folder: Path,
+    *,
+    owner: str = "runs/a",
+    interval: int | None = 1,
+    swaps: bool = False,
 ) -> VLLMServersEngine:
     return VLLMServersEngine(
         folder,
@@ -108,6 +115,7 @@ def start(
         eos_token_ids=[EOS_ID],
         known_ids=KNOWN,
         owner=owner,
+        swaps=swaps,
         config=VLLMConfig(servers=[url], check_weights_interval=interval, timeout_minutes=5),
     )
 
@@ -224,6 +232,38 @@ def test_check_finds_what_was_changed_on_the_way(
     monkeypatch.setattr(engine._check, "passing", changing)
     with pytest.raises(WrongWeightsError, match=rf"in 1 of \d+ tensors, the first '{changed}'"):
         engine.load_weights(weights.items())
+
+
+def test_weights_in_the_middle_of_responses(url: str, folder: Path, weights: Weights) -> None:
+    """They are held, go on with the new weights, and carry the version of the old ones."""
+    engine = start(url, folder, swaps=True)
+    engine.load_weights(weights.items(), version=1)
+    changed = others(weights, 7)
+    changed["model.embed_tokens.weight"][list(MEANINGLESS)] = 0.0
+    long = sampling(max_new_tokens=230, logprobs=False)
+    engine.start(PROMPTS[:2], long)
+    time.sleep(1)
+    # A second call behind the first, as for the step after it.
+    engine.start(PROMPTS[2:3], sampling(logprobs=False))
+    engine.load_weights(changed.items(), version=2)
+    rollouts, later = engine.finish(), engine.finish()
+    assert {one.weights_version for one in rollouts} == {1}
+    assert len(later) == 1
+    for rollout in rollouts:
+        chosen = torch.tensor(rollout.response_ids)
+        first, second = (
+            _most_likely(logits_of(folder, of, rollout)) == chosen for of in (weights, changed)
+        )
+        # Tokens of the old weights, then of the new ones, which see the old ones' tokens.
+        swapped = int(first.int().cumprod(0).sum())
+        assert 0 < swapped < len(chosen)
+        assert any(bool(second[k:].all()) for k in range(1, swapped + 1))
+    assert {one.weights_version for one in engine.generate(PROMPTS, sampling())} == {2}
+
+
+def _most_likely(logits: Tensor) -> Tensor:
+    logits[:, list(MEANINGLESS)] = -torch.inf
+    return logits.argmax(-1)
 
 
 def test_weights_that_do_not_come(
