@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from methods import BY_KEY
 from processes import log_to
-from task import MAX_NEW_TOKENS, Problem, is_correct, read_problems
+from task import Problem, is_correct, max_new_tokens, read_problems
 
 from megatron_oprd.data.prompts import prompt_indices
 
@@ -152,6 +152,7 @@ def curve_of(out: Path, problems: Sequence[Problem]) -> Curve:
 def configuration(run: Run, *, models: Path, out: Path, budget: Budget) -> dict[str, Any]:
     """The run's configuration file."""
     student = str(models / "student")
+    longest = max_new_tokens(read_problems(models / "test.jsonl"))
     config: dict[str, Any] = {
         "output_dir": str(out),
         "train_iters": budget.steps,
@@ -168,7 +169,7 @@ def configuration(run: Run, *, models: Path, out: Path, budget: Budget) -> dict[
         "rollout": {
             "prompts_per_step": run.responses,
             "samples_per_prompt": 1,
-            "max_new_tokens": MAX_NEW_TOKENS,
+            "max_new_tokens": longest,
             "temperature": 1.0,
         },
         "optimizer": {
@@ -186,7 +187,7 @@ def configuration(run: Run, *, models: Path, out: Path, budget: Budget) -> dict[
             "data": [str(models / "test.jsonl")],
             "limit": budget.curve_problems,
             "n": 1,
-            "max_new_tokens": MAX_NEW_TOKENS,
+            "max_new_tokens": longest,
             "temperature": 0.0,
             "top_p": 1.0,
         }

@@ -125,6 +125,7 @@ def make_teacher(out: Path, settings: Settings) -> None:
     if out.exists():
         return
     split = make_split(
+        settings.task,
         num_train=settings.num_train,
         num_validation=settings.num_validation,
         num_test=settings.num_test,
