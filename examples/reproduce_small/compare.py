@@ -50,6 +50,12 @@ def main() -> int:
             f"{arguments.models} first"
         )
     plan = PLANS[arguments.plan]
+    found = json.loads((arguments.models / MODELS_RECORD).read_text())["settings"]["task"]
+    if found != plan.task:
+        raise UserError(
+            f"--plan {arguments.plan} compares on {plan.task}, and --models {arguments.models} are "
+            f"of {found}; make others with pretrain.py --task {plan.task}"
+        )
     if arguments.seeds is not None:
         cells = [dataclasses.replace(cell, seeds=arguments.seeds) for cell in plan.cells]
         plan = dataclasses.replace(plan, cells=cells)

@@ -63,11 +63,13 @@ class Plan:
         budget: What every run gets.
         num_sampled: Test problems that are answered by sampling, for cosine and KL.
         cells: In the order in which they run.
+        task: Of the models, one of `task.TASKS`.
     """
 
     budget: Budget
     num_sampled: int
     cells: Sequence[Cell]
+    task: str = "sums"
 
 
 _ALL = tuple(method.key for method in METHODS)
@@ -99,8 +101,8 @@ PLANS = {
             Cell(pair=RL, responses=64, methods=_MAIN, seeds=3, rates=_RATES[:3]),
         ),
     ),
-    # On models of the task ``chains``.
     "chains": Plan(
+        task="chains",
         budget=Budget(steps=100, interval=25, curve_problems=200),
         num_sampled=200,
         cells=(

@@ -31,13 +31,17 @@ def example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(_EXAMPLE))
 
 
-def _start(script: str, *arguments: str) -> str:
-    done = subprocess.run(
+def _run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, str(_EXAMPLE / script), *arguments],
         env=os.environ | {"COLUMNS": "140", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)},
         capture_output=True,
         text=True,
     )
+
+
+def _start(script: str, *arguments: str) -> str:
+    done = _run(script, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -93,6 +97,18 @@ def test_a_plan_is_run_measured_and_resumed(tmp_path: Path) -> None:
     assert "wrote" in again
     assert not results[0].exists()
     assert all(path.stat().st_mtime_ns == written[path] for path in results[1:])
+
+
+@slow
+def test_the_models_have_to_be_of_the_plans_task(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    _start("pretrain.py", "--small", "--task", "chains", "--out", str(models))
+    assert not (models / "rl").exists()
+    arguments = ("--plan", "small", "--models", str(models), "--out", str(tmp_path / "out"))
+    refused = _run("compare.py", *arguments)
+    assert refused.returncode == 2
+    assert "--plan small compares on sums" in refused.stderr
+    assert "pretrain.py --task sums" in refused.stderr
 
 
 @slow
