@@ -6,6 +6,7 @@
 # make mutation    breaks the code in 84 places, one after another: tests have to notice (an hour)
 # make reproduce-small    compares the main methods on a task that a small model learns on the CPU
 # make reproduce-small-widths    a wider teacher through a bridge, on the same task
+# make reproduce-small-chains    responses of 109 tokens: which positions are compared
 # make reproduce-small-full    compares all methods there, with learning-rate sweep and three seeds
 # make bridge-real    distils SmolLM2-135M into smaller students, also with other tokenizers
 # All but test-vllm install into .venv on first use. PYTHON chooses the interpreter (3.11 or newer).
@@ -23,8 +24,8 @@ TEACHER := $(SMOLLM2)/SmolLM2-135M-Instruct
 # Python sources of Transformer Engine, with which a test compares names; nothing is installed.
 ENGINE := .cache/transformer_engine/transformer_engine-2.11.0-py3-none-any.whl
 
-.PHONY: demo reproduce-small reproduce-small-widths reproduce-small-full bridge-real test \
-	test-fast test-nightly test-vllm mutation lint format install clean help transformer-engine
+.PHONY: demo reproduce-small reproduce-small-widths reproduce-small-chains reproduce-small-full \
+	bridge-real test test-fast test-nightly test-vllm mutation lint format install clean help transformer-engine
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -78,6 +79,9 @@ demo: $(DEMO)/student/config.json
 $(REPRODUCTION)/models/pretrain.json: | $(INSTALLED)
 	OMP_NUM_THREADS=2 $(BIN)/python examples/reproduce_small/pretrain.py --out $(@D)
 
+$(REPRODUCTION)/chains_models/pretrain.json: | $(INSTALLED)
+	OMP_NUM_THREADS=2 $(BIN)/python examples/reproduce_small/pretrain.py --task chains --out $(@D)
+
 reproduce-small: $(REPRODUCTION)/models/pretrain.json
 	OMP_NUM_THREADS=1 $(BIN)/python examples/reproduce_small/compare.py \
 		--models $(REPRODUCTION)/models --out $(REPRODUCTION)/comparison
@@ -85,6 +89,10 @@ reproduce-small: $(REPRODUCTION)/models/pretrain.json
 reproduce-small-widths: $(REPRODUCTION)/models/pretrain.json
 	OMP_NUM_THREADS=1 $(BIN)/python examples/reproduce_small/widths.py \
 		--models $(REPRODUCTION)/models --out $(REPRODUCTION)/widths
+
+reproduce-small-chains: $(REPRODUCTION)/chains_models/pretrain.json
+	OMP_NUM_THREADS=1 $(BIN)/python examples/reproduce_small/compare.py --plan chains \
+		--models $(REPRODUCTION)/chains_models --out $(REPRODUCTION)/chains
 
 reproduce-small-full: $(REPRODUCTION)/models/pretrain.json
 	OMP_NUM_THREADS=1 $(BIN)/python examples/reproduce_small/compare.py --plan full \

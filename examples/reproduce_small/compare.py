@@ -13,16 +13,16 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from measures import Measures, measure
 from plan import PLANS, Plan
 from pretrain import MODELS_RECORD
+from processes import in_processes
 from report import report
 from results import NEAR_TEACHER, Comparison, Reference, Result
 from rich.console import Console
-from runs import Curve, Run, train
+from runs import Run, train
 from task import Problem, accuracy, read_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,6 +50,12 @@ def main() -> int:
             f"{arguments.models} first"
         )
     plan = PLANS[arguments.plan]
+    found = json.loads((arguments.models / MODELS_RECORD).read_text())["settings"]["task"]
+    if found != plan.task:
+        raise UserError(
+            f"--plan {arguments.plan} compares on {plan.task}, and --models {arguments.models} are "
+            f"of {found}; make others with pretrain.py --task {plan.task}"
+        )
     if arguments.seeds is not None:
         cells = [dataclasses.replace(cell, seeds=arguments.seeds) for cell in plan.cells]
         plan = dataclasses.replace(plan, cells=cells)
@@ -112,20 +118,21 @@ class Comparer:
         missing = [run for run in runs if run not in there]
         if not self._jobs:
             return
-        with ThreadPoolExecutor(self._jobs) as pool:
-            for run, curve in zip(missing, pool.map(self._train, missing), strict=True):
-                # Here and not in the pool: responses are drawn from a generator that threads share.
-                result = Result(run=run, curve=curve, measures=self._measure(run))
-                result.write(self._folder(run) / _RESULT)
-                print(
-                    f"{run.name}  accuracy {result.measures.accuracy:.3f}  "
-                    f"KL {result.measures.kl:.3f}",
-                    flush=True,
-                )
-                yield result
+        for result in in_processes(self._run, missing, jobs=self._jobs):
+            print(
+                f"{result.run.name}  accuracy {result.measures.accuracy:.3f}  "
+                f"KL {result.measures.kl:.3f}",
+                flush=True,
+            )
+            yield result
 
-    def _train(self, run: Run) -> Curve:
-        return train(run, models=self._models, out=self._folder(run), budget=self._plan.budget)
+    def _run(self, run: Run) -> Result:
+        """Trains and measures, in a process of its own."""
+        folder = self._folder(run)
+        curve = train(run, models=self._models, out=folder, budget=self._plan.budget)
+        result = Result(run=run, curve=curve, measures=self._measure(run))
+        result.write(folder / _RESULT)
+        return result
 
     def _refuse_other_runs(self) -> None:
         """Runs that are there are kept, so they have to be this comparison's."""

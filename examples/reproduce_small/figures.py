@@ -7,19 +7,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from measures import Measures
-from methods import METHODS
+from methods import BY_KEY
 from plan import PAIRS, Cell
 from results import NEAR_TEACHER, Comparison, MethodResult
 
 # Okabe and Ito's colours, told apart by colour-blind readers; then again with another line.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LINES = ("-", "--")
+_LINES = ("-", "--", "-.")
 _STYLES = {
-    method.key: {
+    key: {
         "color": _COLOURS[i % len(_COLOURS)],
         "linestyle": _LINES[i // len(_COLOURS)],
     }
-    for i, method in enumerate(METHODS)
+    for i, key in enumerate(BY_KEY)
 }
 
 

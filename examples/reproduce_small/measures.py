@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from task import Problem, encode_prompts, respond, solved
+from task import Problem, encode_prompts, max_new_tokens, respond, solved
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -50,9 +50,12 @@ def measure(
         for folder in (student, teacher)
     ]
     prompts = encode_prompts(problems, tokenizer)
-    greedy = respond(models[0], tokenizer, prompts, do_sample=False)
+    longest = max_new_tokens(problems)
+    greedy = respond(models[0], tokenizer, prompts, max_new_tokens=longest, do_sample=False)
     torch.manual_seed(_SEED)
-    sampled = respond(models[0], tokenizer, prompts[:num_sampled], do_sample=True)
+    sampled = respond(
+        models[0], tokenizer, prompts[:num_sampled], max_new_tokens=longest, do_sample=True
+    )
     tokens = torch.cat([prompts[:num_sampled], sampled], 1)
     (states, logits), (teacher_states, teacher_logits) = (
         _predicting(model, tokens, num_prompt_tokens=prompts.shape[1]) for model in models

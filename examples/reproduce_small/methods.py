@@ -19,6 +19,7 @@ class Method:
         lr_of: Another method, whose learning rate this one takes; it is not swept then.
         switch: Share of the steps after which the loss on distributions takes the place of the loss
             on hidden states; None: there is no switch.
+        fade: Share of the steps that it takes for this; 0: it does so at once.
         ride: Strength of the extrapolation from the student to the teacher; None: there is none.
     """
 
@@ -28,18 +29,21 @@ class Method:
     lr: float = 0.0
     lr_of: str | None = None
     switch: float | None = None
+    fade: float = 0.0
     ride: float | None = None
 
     def settings_of_run(self, *, steps: int, student: str) -> dict[str, dict[str, Any]]:
         """The settings of a run of this length that starts from this folder."""
         settings = {group: dict(values) for group, values in self.settings.items()}
         if self.switch is not None:
-            at = round(self.switch * steps)
+            # The last step of hidden states alone, and the first one without them.
+            begin = round(self.switch * steps) - 1
+            end = begin + max(1, round(self.fade * steps))
             for group, factors in (("loss", (1, 0)), ("output_loss", (0, 1))):
-                settings.setdefault(group, {}).update(
-                    coefficient_points=[[0, factors[0]], [at, factors[1]]],
-                    coefficient_schedule="piecewise",
-                )
+                settings.setdefault(group, {})["coefficient_points"] = [
+                    [begin, factors[0]],
+                    [end, factors[1]],
+                ]
         if self.ride is not None:
             settings["ride"] = {"base": student, "lambda": self.ride}
         return settings
@@ -101,7 +105,28 @@ METHODS = (
         lr_of="top16",
     ),
 )
-BY_KEY = {method.key: method for method in METHODS}
+
+# What long responses are for; the others' learning rates.
+ON_CHAINS = (
+    *(
+        Method(
+            name=f"OPRD, {where} {k} tokens",
+            key=f"oprd_{where}_{k}",
+            settings={"taps": {"positions": f"{where}_k", "k": k}},
+            lr_of="oprd",
+        )
+        for where, k in (("last", 32), ("last", 8), ("first", 32))
+    ),
+    Method(
+        name="OPRD, then top-16",
+        key="oprd_then_top16",
+        settings=_TOP_16,
+        switch=0.25,
+        fade=0.05,
+        lr_of="oprd",
+    ),
+)
+BY_KEY = {method.key: method for method in (*METHODS, *ON_CHAINS)}
 
 
 def chosen_lr(method: Method, chosen: Mapping[str, float] | None = None) -> float:

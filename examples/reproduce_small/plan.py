@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from methods import BY_KEY, METHODS, Method, chosen_lr
+from methods import BY_KEY, METHODS, ON_CHAINS, Method, chosen_lr
 from runs import Budget, Run
 
 EARLY, RL = "early", "rl"
@@ -63,11 +63,13 @@ class Plan:
         budget: What every run gets.
         num_sampled: Test problems that are answered by sampling, for cosine and KL.
         cells: In the order in which they run.
+        task: Of the models, one of `task.TASKS`.
     """
 
     budget: Budget
     num_sampled: int
     cells: Sequence[Cell]
+    task: str = "sums"
 
 
 _ALL = tuple(method.key for method in METHODS)
@@ -97,6 +99,20 @@ PLANS = {
             Cell(pair=EARLY, responses=16, methods=_PAIR, seeds=3, rates=_RATES[:3]),
             Cell(pair=RL, responses=4, methods=_MAIN, seeds=3, rates=_RATES[:3]),
             Cell(pair=RL, responses=64, methods=_MAIN, seeds=3, rates=_RATES[:3]),
+        ),
+    ),
+    "chains": Plan(
+        task="chains",
+        budget=Budget(steps=100, interval=25, curve_problems=200),
+        num_sampled=200,
+        cells=(
+            Cell(
+                pair=EARLY,
+                responses=16,
+                methods=("oprd", "top16", *(method.key for method in ON_CHAINS)),
+                seeds=1,
+                rates=(3e-4, 1e-3),
+            ),
         ),
     ),
     # For the tests: too short to tell methods apart.

@@ -1,9 +1,10 @@
 """Makes the two pairs: one student, and two teachers.
 
-python examples/reproduce_small/pretrain.py --out runs/reproduce_small/models [--small]
+python examples/reproduce_small/pretrain.py --out runs/reproduce_small/models [--task chains]
 
 The student is a checkpoint of a pretraining from scratch. The teacher ``early`` is the end of that
-pretraining, and the teacher ``rl`` is made from the student by reinforcement learning.
+pretraining, and the teacher ``rl`` is made from the student by reinforcement learning. The task
+``chains`` has no teacher ``rl``.
 
 It writes ``student``, ``early`` and ``rl`` (Hugging Face folders with tokenizer), ``train.jsonl``,
 ``validation.jsonl`` and ``test.jsonl`` (problems that no part shares) and ``pretrain.json``.
@@ -14,13 +15,13 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from reinforce import Reinforcement, reinforce
-from task import Problem, Split, accuracy, make_split, make_tokenizer, write_problems
+from task import TASKS, Problem, Split, accuracy, make_split, make_tokenizer, write_problems
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,6 +36,7 @@ class Settings:
     """How the models are made.
 
     Attributes:
+        task: One of `task.TASKS`.
         layers: Layers of all models.
         hidden_size: Their width; the feed-forward width is three times that.
         heads: Attention heads.
@@ -48,9 +50,10 @@ class Settings:
         num_validation: Problems that choose.
         num_test: Problems that are reported.
         seed: Seed of weights and of the order of problems.
-        rl: How the teacher ``rl`` is made.
+        rl: How the teacher ``rl`` is made; None: there is none.
     """
 
+    task: str = "sums"
     layers: int = 3
     hidden_size: int = 64
     heads: int = 4
@@ -63,8 +66,20 @@ class Settings:
     num_validation: int = 1000
     num_test: int = 4000
     seed: int = 0
-    rl: Reinforcement = field(default_factory=Reinforcement)
+    rl: Reinforcement | None = field(default_factory=Reinforcement)
 
+
+CHAINS = Settings(
+    task="chains",
+    steps=600,
+    batch_size=32,
+    lr=3e-3,
+    interval=20,
+    num_train=20_000,
+    num_validation=200,
+    num_test=1000,
+    rl=None,
+)
 
 # Learns nothing worth measuring; it is for the tests.
 SMALL = Settings(
@@ -86,19 +101,24 @@ def main() -> int:
     """Parses the command line, trains and writes everything."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the models")
+    parser.add_argument("--task", choices=list(TASKS), default="sums", help="see task.py")
     parser.add_argument("--small", action="store_true", help="seconds, for the tests")
     arguments = parser.parse_args()
-    pretrain(arguments.out, SMALL if arguments.small else Settings())
+    settings = {"sums": Settings(), "chains": CHAINS}[arguments.task]
+    if arguments.small:
+        settings = replace(SMALL, task=settings.task, rl=settings.rl and SMALL.rl)
+    pretrain(arguments.out, settings)
     return 0
 
 
 def pretrain(out: Path, settings: Settings) -> None:
-    """Writes the three models, the problems and ``pretrain.json``.
+    """Writes the models, the problems and ``pretrain.json``.
 
     Raises:
         UserError: No checkpoint before the last one is good enough for a student.
     """
     split = make_split(
+        settings.task,
         num_train=settings.num_train,
         num_validation=settings.num_validation,
         num_test=settings.num_test,
@@ -119,9 +139,11 @@ def pretrain(out: Path, settings: Settings) -> None:
             "the validation problems; give the pretraining more steps"
         )
     save(model, tokenizer, out / "early")
-    model = LlamaForCausalLM.from_pretrained(out / "student", local_files_only=True)
-    rl_curve = reinforce(model, tokenizer, split, settings.rl)
-    save(model, tokenizer, out / "rl")
+    rl_curve = []
+    if settings.rl is not None:
+        model = LlamaForCausalLM.from_pretrained(out / "student", local_files_only=True)
+        rl_curve = reinforce(model, tokenizer, split, settings.rl)
+        save(model, tokenizer, out / "rl")
     record = {
         "settings": asdict(settings),
         "num_parameters": sum(p.numel() for p in model.parameters()),
@@ -131,7 +153,7 @@ def pretrain(out: Path, settings: Settings) -> None:
         "seconds": time.perf_counter() - started,
     }
     (out / MODELS_RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    print(f"student after {student} steps of {settings.steps}, two teachers: {out}")
+    print(f"student after {student} steps of {settings.steps}, and its teachers: {out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +218,7 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llam
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from task import Split, accuracy, encode_prompts, respond, solved
+from task import Split, accuracy, encode_prompts, max_new_tokens, respond, solved
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -46,12 +46,13 @@ def reinforce(
     torch.manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
     all_prompts = encode_prompts(split.train, tokenizer)
+    longest = max_new_tokens(split.train)
     curve = []
     for step in range(1, settings.steps + 1):
         drawn = torch.randint(len(split.train), (settings.prompts_per_step,))
         drawn = drawn.repeat_interleave(settings.group)
         prompts = all_prompts[drawn]
-        responses = respond(model, tokenizer, prompts, do_sample=True)
+        responses = respond(model, tokenizer, prompts, max_new_tokens=longest, do_sample=True)
         rewards = solved(responses, tokenizer, [split.train[i] for i in drawn.tolist()])
         advantages = _advantages(rewards, settings.group)
         # A group of equal rewards teaches nothing.

@@ -9,7 +9,7 @@ from statistics import mean, variance
 from typing import Any
 
 from measures import Measures
-from methods import METHODS
+from methods import BY_KEY
 from plan import Cell, Plan
 from runs import Curve, Run
 
@@ -121,7 +121,7 @@ class Comparison:
     def methods_of(self, cell: Cell) -> list[MethodResult]:
         """The methods with reported runs in a cell, in the table's order."""
         found = []
-        for method in METHODS:
+        for method in BY_KEY.values():
             runs = [
                 result
                 for result in self._of(cell)

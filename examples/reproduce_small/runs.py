@@ -1,8 +1,8 @@
-"""Starts `megatron_oprd.train` for one run, and reads what it left behind."""
+"""Runs `megatron_oprd.train` for one run, and reads what it left behind."""
 
+import importlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,12 @@ from typing import Any
 
 import yaml
 from methods import BY_KEY
-from task import MAX_NEW_TOKENS, Problem, is_correct, read_problems
+from processes import log_to
+from task import Problem, is_correct, max_new_tokens, read_problems
+
+from megatron_oprd.data.prompts import prompt_indices
+
+_PROMPTS = "prompts.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,34 +84,50 @@ class Curve:
 
 
 def train(run: Run, *, models: Path, out: Path, budget: Budget) -> Curve:
-    """Trains the student in a process of its own.
+    """Trains the student; see `start`.
 
     Args:
         run: The run.
         models: What pretrain.py wrote.
         out: Folder of the run; what it holds of an earlier one is removed.
         budget: What every run gets.
-
-    Raises:
-        subprocess.CalledProcessError: The run failed; its output is in ``out/log``.
     """
     config = configuration(run, models=models, out=out, budget=budget)
-    start("train", config, out)
+    start("train", config, out, prompts=prompts_of(run, models=models, budget=budget))
     return curve_of(out, read_problems(models / "test.jsonl")[: budget.curve_problems])
 
 
-def start(command: str, config: Mapping[str, Any], out: Path) -> None:
-    """Runs a command of the program on a configuration, in a process of its own.
+def prompts_of(run: Run, *, models: Path, budget: Budget) -> list[str]:
+    """The prompts of all steps in their order, as lines of JSON.
 
-    What an earlier run left in ``out`` is removed. Raises `subprocess.CalledProcessError` if the
-    command failed; its output is in ``out/log``.
+    They are the run's own file: tokenizing all problems takes as long as the steps.
+    """
+    lines = (models / "train.jsonl").read_text().splitlines()
+    order = prompt_indices(
+        0,
+        num_prompts=len(lines),
+        prompts_per_step=budget.steps * run.responses,
+        seed=run.seed,
+    )
+    return [lines[i] for i in order]
+
+
+def start(command: str, config: Mapping[str, Any], out: Path, *, prompts: Sequence[str]) -> None:
+    """Runs a command of the program on a configuration, in this process.
+
+    ``prompts`` become the file that the configuration names.
+
+    Call it once in a process: process groups and the like are global. What an earlier run left in
+    ``out`` is removed, and all later output of the process goes to ``out/log``.
     """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    (out / _PROMPTS).write_text("".join(f"{line}\n" for line in prompts))
     (out / "run.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    arguments = [sys.executable, "-m", f"megatron_oprd.{command}", "--config", out / "run.yaml"]
-    with (out / "log").open("w") as log:
-        subprocess.run(arguments, check=True, stdout=log, stderr=log)
+    log_to(out / "log")
+    sys.argv = [command, "--config", str(out / "run.yaml")]
+    code = importlib.import_module(f"megatron_oprd.{command}").main()
+    assert code == 0, f"{out} ended with exit code {code}"
 
 
 def metrics_of(out: Path) -> list[dict[str, Any]]:
@@ -131,6 +152,7 @@ def curve_of(out: Path, problems: Sequence[Problem]) -> Curve:
 def configuration(run: Run, *, models: Path, out: Path, budget: Budget) -> dict[str, Any]:
     """The run's configuration file."""
     student = str(models / "student")
+    longest = max_new_tokens(read_problems(models / "test.jsonl"))
     config: dict[str, Any] = {
         "output_dir": str(out),
         "train_iters": budget.steps,
@@ -143,11 +165,11 @@ def configuration(run: Run, *, models: Path, out: Path, budget: Budget) -> dict[
             # Rows of padding would be more than the tokens.
             "make_vocab_size_divisible_by": 1,
         },
-        "data": {"prompts": [str(models / "train.jsonl")], "max_prompt_tokens": 16},
+        "data": {"prompts": [str(out / _PROMPTS)], "shuffle": False, "max_prompt_tokens": 16},
         "rollout": {
             "prompts_per_step": run.responses,
             "samples_per_prompt": 1,
-            "max_new_tokens": MAX_NEW_TOKENS,
+            "max_new_tokens": longest,
             "temperature": 1.0,
         },
         "optimizer": {
@@ -165,7 +187,7 @@ def configuration(run: Run, *, models: Path, out: Path, budget: Budget) -> dict[
             "data": [str(models / "test.jsonl")],
             "limit": budget.curve_problems,
             "n": 1,
-            "max_new_tokens": MAX_NEW_TOKENS,
+            "max_new_tokens": longest,
             "temperature": 0.0,
             "top_p": 1.0,
         }

@@ -11,15 +11,15 @@ end.
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pretrain import SMALL, Settings, from_scratch, save
+from processes import in_processes
 from rich.console import Console
 from rich.table import Table
-from runs import Budget, Run, configuration, curve_of, metrics_of, start
+from runs import Budget, Run, configuration, curve_of, metrics_of, prompts_of, start
 from task import make_split, make_tokenizer, read_problems
 
 from megatron_oprd.errors import run_entry_point
@@ -102,10 +102,18 @@ def main() -> int:
     settings = SMALL if arguments.small else Settings()
     wide = dataclasses.replace(settings, hidden_size=settings.hidden_size * 3 // 2)
     make_teacher(arguments.out / "teacher", wide)
-    build_bridge(arguments.models, arguments.out, budget, prompts=32 if arguments.small else 1024)
-    outcomes = list(
-        run_all(arguments.models, arguments.out, budget, rates=rates, jobs=arguments.jobs)
-    )
+    here = {"models": arguments.models, "budget": budget}
+    fit = partial(build_bridge, prompts=32 if arguments.small else 1024, **here)
+    list(in_processes(fit, [arguments.out], jobs=1))
+    names = methods(budget.steps, arguments.out)
+    outcomes = []
+    for outcome in in_processes(
+        partial(distil, out=arguments.out, **here),
+        [(name, lr) for name in names for lr in rates],
+        jobs=arguments.jobs,
+    ):
+        print(f"{outcome.method}  lr {outcome.lr:g}  accuracy {outcome.final:.3f}", flush=True)
+        outcomes.append(outcome)
     content = {"runs": [dataclasses.asdict(one) for one in outcomes]}
     (arguments.out / "widths.json").write_text(json.dumps(content, indent=2) + "\n")
     Console().print(table(outcomes))
@@ -117,6 +125,7 @@ def make_teacher(out: Path, settings: Settings) -> None:
     if out.exists():
         return
     split = make_split(
+        settings.task,
         num_train=settings.num_train,
         num_validation=settings.num_validation,
         num_test=settings.num_test,
@@ -128,49 +137,46 @@ def make_teacher(out: Path, settings: Settings) -> None:
     save(reached.model, tokenizer, out)
 
 
-def build_bridge(models: Path, out: Path, budget: Budget, *, prompts: int) -> None:
-    """Fits the projectors between the student and the teacher."""
-    run = _configuration(models, out, out / "bridge", budget, lr=0.0)
-    shared = {name: run[name] for name in ("model", "data", "rollout", "seed")}
+def build_bridge(out: Path, *, models: Path, budget: Budget, prompts: int) -> None:
+    """Fits the projectors between the student and the teacher, in this process."""
+    run = _run(lr=0.0)
+    config = _configuration(run, models, out, out / "bridge", budget)
+    shared = {name: config[name] for name in ("model", "data", "rollout", "seed")}
     per_step = {"prompts_per_step": 32, "samples_per_prompt": 4}
-    config = shared | {
+    fit = shared | {
         "output_dir": str(out / "bridge" / "projectors"),
-        "rollout": run["rollout"] | per_step,
+        "rollout": config["rollout"] | per_step,
         "fit": {"ranks": [8, _RANK], "num_prompts": prompts},
     }
-    start("build_bridge", config, out / "bridge")
+    lines = (models / "train.jsonl").read_text().splitlines()
+    start("build_bridge", fit, out / "bridge", prompts=lines[:prompts])
 
 
-def run_all(
-    models: Path, out: Path, budget: Budget, *, rates: tuple[float, ...], jobs: int
-) -> Iterator[Outcome]:
-    """Runs every method at every learning rate."""
-    problems = read_problems(models / "test.jsonl")[: budget.curve_problems]
-    settings = methods(budget.steps, out / "bridge" / "projectors")
+def distil(task: tuple[str, float], *, models: Path, out: Path, budget: Budget) -> Outcome:
+    """Runs one method at one learning rate, in this process."""
+    name, lr = task
+    folder = out / "runs" / f"{name.replace(' ', '_').replace(',', '')}_lr{lr:g}"
+    run = _run(lr=lr)
+    config = _configuration(run, models, out, folder, budget)
+    config |= methods(budget.steps, out / "bridge" / "projectors")[name]
+    start("train", config, folder, prompts=prompts_of(run, models=models, budget=budget))
+    curve = curve_of(folder, read_problems(models / "test.jsonl")[: budget.curve_problems])
+    cosine = {one["step"] + 1: one["cosine"] for one in metrics_of(folder)}
+    return Outcome(
+        method=name,
+        lr=lr,
+        accuracy=curve.accuracy,
+        cosine={step: cosine[step] for step in curve.accuracy},
+    )
 
-    def run(task: tuple[str, float]) -> Outcome:
-        name, lr = task
-        folder = out / "runs" / f"{name.replace(' ', '_').replace(',', '')}_lr{lr:g}"
-        start("train", _configuration(models, out, folder, budget, lr=lr) | settings[name], folder)
-        curve = curve_of(folder, problems)
-        cosine = {one["step"] + 1: one["cosine"] for one in metrics_of(folder)}
-        outcome = Outcome(
-            method=name,
-            lr=lr,
-            accuracy=curve.accuracy,
-            cosine={step: cosine[step] for step in curve.accuracy},
-        )
-        print(f"{name}  lr {lr:g}  accuracy {outcome.final:.3f}", flush=True)
-        return outcome
 
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(run, [(name, lr) for name in settings for lr in rates])
+def _run(*, lr: float) -> Run:
+    return Run(pair="early", method="oprd", responses=_RESPONSES, lr=lr, seed=1)
 
 
 def _configuration(
-    models: Path, out: Path, folder: Path, budget: Budget, *, lr: float
+    run: Run, models: Path, out: Path, folder: Path, budget: Budget
 ) -> dict[str, Any]:
-    run = Run(pair="early", method="oprd", responses=_RESPONSES, lr=lr, seed=1)
     config = configuration(run, models=models, out=folder, budget=budget)
     return config | {"model": config["model"] | {"teacher": str(out / "teacher")}}
 

@@ -482,6 +482,9 @@ class BridgeConfig:
     hidden_size: int | None = setting(None, ge=1, only_with=when("bridge.trainable", "mlp"))
     """Inner width of ``mlp``; by default the teacher's hidden size."""
 
+    lr_mult: float = setting(1.0, gt=0, only_with=when("bridge.trainable", "linear", "mlp"))
+    """The projectors' learning rate, as a multiple of the student's in every step."""
+
 
 @dataclass(kw_only=True)
 class DataConfig:

@@ -3,15 +3,34 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
+from typing_extensions import override
 
 from megatron_oprd.config.schema import RunConfig
+from megatron_oprd.weights.megatron_keys import PROJECTORS
+
+_FACTOR = "lr_mult"  # of a parameter group; Megatron gives every group one of 1
+
+
+class _Scheduler(OptimizerParamScheduler):
+    """Megatron's schedule, times the factor of the parameter group."""
+
+    @override
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        return super().get_lr(param_group) * param_group[_FACTOR]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,23 +109,25 @@ def make_train_state(
         # stages.
         no_sync = [chunk.no_sync for chunk in wrapped]
         transformer_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=options.lr,
-            min_lr=options.min_lr,
-            weight_decay=options.weight_decay,
-            adam_beta1=options.adam_beta1,
-            adam_beta2=options.adam_beta2,
-            adam_eps=options.adam_eps,
-            clip_grad=options.clip_grad,
-            bf16=config.model.params_dtype == "bf16",
-            params_dtype=transformer_config.params_dtype,
-            use_distributed_optimizer=options.use_distributed_optimizer,
-            overlap_param_gather=options.overlap_param_gather,
-        ),
-        wrapped,
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=config.model.params_dtype == "bf16",
+        params_dtype=transformer_config.params_dtype,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_param_gather=options.overlap_param_gather,
     )
+    # Groups of parameters whose settings differ; by themselves biases have no weight decay.
+    groups = get_standard_config_overrides(optimizer_config)
+    if config.bridge.trainable != "none":
+        groups[ParamKey(name=f"*{PROJECTORS}.*")] = {_FACTOR: config.bridge.lr_mult}
+    optimizer = get_megatron_optimizer(optimizer_config, wrapped, config_overrides=groups)
     _allocate_adam_states(optimizer)
     state = TrainState(
         chunks=wrapped,
@@ -151,7 +172,7 @@ def _make_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optimize
     options = config.optimizer
     length = config.decay_iters
     warmup = min(round(options.lr_warmup_fraction * length), length - 1)
-    return OptimizerParamScheduler(
+    return _Scheduler(
         optimizer,
         # The first step has the first nonzero learning rate of the warm-up.
         init_lr=options.lr / (warmup + 1),

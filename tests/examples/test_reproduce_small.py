@@ -31,13 +31,17 @@ def example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(_EXAMPLE))
 
 
-def _start(script: str, *arguments: str) -> str:
-    done = subprocess.run(
+def _run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, str(_EXAMPLE / script), *arguments],
         env=os.environ | {"COLUMNS": "140", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)},
         capture_output=True,
         text=True,
     )
+
+
+def _start(script: str, *arguments: str) -> str:
+    done = _run(script, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -96,6 +100,18 @@ def test_a_plan_is_run_measured_and_resumed(tmp_path: Path) -> None:
 
 
 @slow
+def test_the_models_have_to_be_of_the_plans_task(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    _start("pretrain.py", "--small", "--task", "chains", "--out", str(models))
+    assert not (models / "rl").exists()
+    arguments = ("--plan", "small", "--models", str(models), "--out", str(tmp_path / "out"))
+    refused = _run("compare.py", *arguments)
+    assert refused.returncode == 2
+    assert "--plan small compares on sums" in refused.stderr
+    assert "pretrain.py --task sums" in refused.stderr
+
+
+@slow
 def test_a_wider_teacher(tmp_path: Path) -> None:
     models, out = tmp_path / "models", tmp_path / "widths"
     _start("pretrain.py", "--small", "--out", str(models))
@@ -114,7 +130,8 @@ def _name(run: dict[str, Any]) -> str:
 
 def test_every_method_has_a_valid_configuration(example: None, tmp_path: Path) -> None:
     runs, plan = importlib.import_module("runs"), importlib.import_module("plan")
-    methods = importlib.import_module("methods")
+    methods, task = importlib.import_module("methods"), importlib.import_module("task")
+    task.write_problems(tmp_path / "models" / "test.jsonl", [task.addition(500, 600)])
     seen = set()
     for one in plan.PLANS.values():
         for cell in one.cells:
@@ -141,7 +158,7 @@ def test_measures_compare_a_student_with_its_teacher(example: None, tmp_path: Pa
         model = LlamaForCausalLM(pretrain.model_config(pretrain.SMALL, tokenizer))
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    problems = [task.Problem(left=left, right=456) for left in range(100, 120)]
+    problems = [task.addition(left, 456) for left in range(580, 600)]
     student, teacher = tmp_path / "student", tmp_path / "teacher"
     itself = measures.measure(student, student, problems, num_sampled=16)
     assert itself.cosine == pytest.approx(1)
@@ -150,7 +167,7 @@ def test_measures_compare_a_student_with_its_teacher(example: None, tmp_path: Pa
     other = measures.measure(student, teacher, problems, num_sampled=16)
     assert other.cosine < 0.9
     assert other.kl > 0.001
-    assert len(other.kl_by_position) == task.MAX_NEW_TOKENS
+    assert len(other.kl_by_position) == len("6301=1036") + 1
 
 
 @pytest.mark.parametrize(
@@ -170,6 +187,16 @@ def test_the_answer_is_what_stands_behind_the_last_equals_sign(
     response: str, right: bool, example: None
 ) -> None:
     task = importlib.import_module("task")
-    problem = task.Problem(left=123, right=456)
+    problem = task.addition(123, 456)
     assert (problem.prompt, problem.response) == ("123+456:", "975=579")
     assert task.is_correct(response, problem.answer) == right
+
+
+def test_a_chain_sums_the_last_two_digits(example: None) -> None:
+    task = importlib.import_module("task")
+    problem = task.chain(123, 456)
+    assert problem.prompt == "1234+5+6"
+    # 5+6, 6+1, 1+7, 7+8, 8+5, 5+3 ...
+    assert problem.response.startswith("=1b7c8d5e3f8g1")
+    assert problem.response == "=" + problem.answer
+    assert task.max_new_tokens([problem]) == 2 * 52 + 1

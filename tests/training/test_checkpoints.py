@@ -24,7 +24,7 @@ OUTPUT = ["output_loss.kind=reverse_kl"]
 EP2 = ["parallel.expert_model_parallel_size=2"]
 BF16 = ["model.params_dtype=bf16"]
 THREES = ["rollout.prompts_per_step=12", "rollout.samples_per_prompt=1"]
-PROJECTOR = ["bridge.trainable=mlp", "bridge.hidden_size=20"]
+PROJECTOR = ["bridge.trainable=mlp", "bridge.hidden_size=20", "bridge.lr_mult=3"]
 ETP1 = ["parallel.expert_tensor_parallel_size=1"]
 
 # name: (ranks, overrides); each saves after one step and goes on for another.

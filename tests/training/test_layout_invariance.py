@@ -229,6 +229,7 @@ PROJECTOR_METHODS = {
     "trainable_mlp": [
         "bridge.trainable=mlp",
         "bridge.hidden_size=20",
+        "bridge.lr_mult=3",
         "taps.layers=[1,3]",
         "output_loss.kind=top_k",
     ],

@@ -42,7 +42,8 @@ class Step:
     response, ``shift`` from a token's own position. ``layer_weights`` are factors on the layers'
     losses; ``output`` is the output-space loss with its factor, over all response tokens.
     ``reading`` is what the teacher reads: a kind of `fixed_teacher_sequences`. ``projector`` are
-    the widths of projectors that train, each with a GELU to the next.
+    the widths of projectors that train, each with a GELU to the next, ``lr_mult`` their learning
+    rate in units of the student's.
     """
 
     pair: str
@@ -59,6 +60,7 @@ class Step:
     output: tuple[OutputLossConfig, float] | None = None
     reading: str | None = None
     projector: tuple[int, ...] = ()
+    lr_mult: float = 1.0
 
 
 UNIT = ["loss.normalize=l2", "loss.coefficient=100"]
@@ -210,12 +212,14 @@ STEPS = {
         overrides=[
             "bridge.trainable=mlp",
             "bridge.hidden_size=20",
+            "bridge.lr_mult=3",
             "taps.layers=even",
             "loss.aggregation=sequence_mean",
         ],
         matches=((0, 0), (2, 2)),
         sequence_mean=True,
         projector=(32, 20, 32),
+        lr_mult=3.0,
     ),
     # LastOPD's recipe, in the middle of its crossfade.
     "mlp_projector_and_outputs": Step(
@@ -417,16 +421,17 @@ def test_equals_plain_pytorch(results: Path, name: str) -> None:
         assert_close_relative(gradient, of_projectors[name_of_one].grad, 5e-5, what=name_of_one)
     trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
     assert 0 < len(trained) <= len(parameters)
+    groups = [
+        {
+            "params": [one for one in part if (one.dim() > 1) == is_matrix],
+            "lr": lr,
+            "weight_decay": 0.1 if is_matrix else 0.0,
+        }
+        for part, lr in ((trained, 1e-3), (of_projectors.values(), step.lr_mult * 1e-3))
+        for is_matrix in (True, False)
+    ]
     trained += of_projectors.values()
-
-    matrices = [parameter for parameter in trained if parameter.dim() > 1]
-    vectors = [parameter for parameter in trained if parameter.dim() == 1]
-    adamw = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=1e-3,
-        betas=(0.8, 0.95),
-        eps=1e-4,
-    )
+    adamw = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-4)
     norms = [torch.nn.utils.clip_grad_norm_(trained, 0.05)]
     adamw.step()
     adamw.zero_grad()
