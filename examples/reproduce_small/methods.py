@@ -126,7 +126,19 @@ ON_CHAINS = (
         lr_of="oprd",
     ),
 )
-BY_KEY = {method.key: method for method in (*METHODS, *ON_CHAINS)}
+# Rollouts of older weights (`rollout.max_staleness`): of the rollouts of n + 1 steps, which are
+# generated at once, the last are n updates old.
+STALE = tuple(
+    Method(
+        name=f"{name}, staleness up to {age}",
+        key=f"{key}_stale{age}",
+        settings={"rollout": {"max_staleness": age}} | settings,
+        lr_of=key,
+    )
+    for key, name, settings in (("oprd", "OPRD", {}), ("top1", "OPD top-1", _NO_TAPS | _TOP_1))
+    for age in (1, 4, 8)
+)
+BY_KEY = {method.key: method for method in (*METHODS, *ON_CHAINS, *STALE)}
 
 
 def chosen_lr(method: Method, chosen: Mapping[str, float] | None = None) -> float:

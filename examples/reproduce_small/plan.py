@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from methods import BY_KEY, METHODS, ON_CHAINS, Method, chosen_lr
+from methods import BY_KEY, METHODS, ON_CHAINS, STALE, Method, chosen_lr
 from runs import Budget, Run
 
 EARLY, RL = "early", "rl"
@@ -112,6 +112,18 @@ PLANS = {
                 methods=("oprd", "top16", *(method.key for method in ON_CHAINS)),
                 seeds=1,
                 rates=(3e-4, 1e-3),
+            ),
+        ),
+    ),
+    "staleness": Plan(
+        budget=_BUDGET,
+        num_sampled=400,
+        cells=(
+            Cell(
+                pair=RL,
+                responses=16,
+                methods=("oprd", "top1", *(method.key for method in STALE)),
+                seeds=2,
             ),
         ),
     ),

@@ -764,6 +764,10 @@ class RunConfig:
     tensorboard: bool = setting(True)
     """Whether metrics also go to TensorBoard."""
 
+    samples_interval: int | None = setting(None, ge=1)
+    """Steps between two tables of samples (four prompts with a response), in
+    ``<output_dir>/samples.jsonl`` and TensorBoard. By default there are none."""
+
     model: ModelConfig = group(ModelConfig)
     teacher: TeacherConfig = group(TeacherConfig)
     teacher_prompt: TeacherPromptConfig = group(TeacherPromptConfig)

@@ -1,6 +1,7 @@
 """All rollout engines of a run, and recovery when one fails."""
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,14 @@ class EngineStarter:
     revive_servers: Callable[[], None] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineWork:
+    """What an engine generated, and how long it took."""
+
+    tokens: int  # of responses
+    seconds: float  # wall-clock, of `EnginePool.generate` on its owner
+
+
 class EnginePool:
     """The rollout engines of a run, each controlled from the rank that owns it.
 
@@ -92,6 +101,7 @@ class EnginePool:
         # Index of this rank's engine; None if it owns none.
         self._own = starter.owners.index(context.rank) if context.rank in starter.owners else None
         self._engine: RolloutEngine | None = None
+        self._work = EngineWork(tokens=0, seconds=0.0)
         self._under_way: deque[tuple[RolloutEngine | None, Sequence[Prompt], SamplingParams]] = (
             deque()
         )
@@ -137,7 +147,22 @@ class EnginePool:
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout] | None:
         """Generates for this engine's ``prompts``; returns None on ranks without an engine."""
-        return self._run(lambda engine: engine.generate(prompts, sampling))
+
+        def generate(engine: RolloutEngine) -> list[Rollout]:
+            started = time.perf_counter()
+            rollouts = engine.generate(prompts, sampling)
+            self._work = EngineWork(
+                tokens=self._work.tokens + sum(len(one.response_ids) for one in rollouts),
+                seconds=self._work.seconds + time.perf_counter() - started,
+            )
+            return rollouts
+
+        return self._run(generate)
+
+    def take_work(self) -> list[EngineWork]:
+        """What each engine did in `generate` since the last call; collective."""
+        work, self._work = self._work, EngineWork(tokens=0, seconds=0.0)
+        return self._told(work)
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
         """Starts `generate` in the background; see `OverlappingEngine`."""

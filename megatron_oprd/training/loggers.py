@@ -1,13 +1,17 @@
 """Writes a run's metrics to a JSONL file, TensorBoard, and the terminal."""
 
+import dataclasses
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from megatron_oprd.training.samples import TextSample
 
 _WATCHED = ("loss", "cosine", "grad_norm", "tokens_per_second")
 
@@ -17,8 +21,8 @@ class Loggers:
 
     Args:
         output_dir: The run's folder, which gets ``metrics.jsonl`` and ``tensorboard/``.
-        first_step: Records of this step and later ones are removed from ``metrics.jsonl``; a
-            resumed run writes them again.
+        first_step: Records of this step and later ones are removed from ``metrics.jsonl`` and
+            ``samples.jsonl``; a resumed run writes them again.
         num_steps: Steps of the whole run.
         tensorboard: Whether to write TensorBoard's event files.
     """
@@ -28,7 +32,9 @@ class Loggers:
     ) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         path = output_dir / "metrics.jsonl"
-        _keep_records_before(path, first_step)
+        self._samples_path = output_dir / "samples.jsonl"
+        for file in (path, self._samples_path):
+            _keep_records_before(file, first_step)
         self._file = path.open("a", buffering=1)  # by line, so that a killed run loses none
         self._writer = (
             SummaryWriter(output_dir / "tensorboard", purge_step=first_step)
@@ -64,12 +70,32 @@ class Loggers:
             shown = "  ".join(f"{name} {value}" for name, value in watched.items())
             print(f"step {step}  {shown}", file=sys.stderr, flush=True)
 
+    def log_samples(self, step: int, samples: Sequence[TextSample]) -> None:
+        """Adds a step's samples to ``samples.jsonl`` and, as a table, to TensorBoard."""
+        with self._samples_path.open("a", encoding="utf-8") as file:
+            for sample in samples:
+                line = {"step": step, **dataclasses.asdict(sample)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if self._writer is not None:
+            rows = [
+                f"| {one.prompt_index} | {_cell(one.prompt)} | {_cell(one.response)} | "
+                f"{one.num_tokens}{'' if one.finished else ', cut'} |"
+                for one in samples
+            ]
+            table = ["| prompt | text | response | tokens |", "|---|---|---|---|", *rows]
+            self._writer.add_text("samples", "\n".join(table), step)
+
     def close(self) -> None:
         """Flushes and closes all destinations."""
         self._progress.close()
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _cell(text: str) -> str:
+    """Text in a cell of a Markdown table."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
 
 
 def _finite(value: Any) -> Any:

@@ -34,8 +34,9 @@ from megatron_oprd.training.resume import (
     resumable_checkpoint,
     with_schedule_of,
 )
-from megatron_oprd.training.rollout_source import RolloutSource
+from megatron_oprd.training.rollout_source import RolloutSource, StepRollouts
 from megatron_oprd.training.rollouts import compares_logprobs, open_engines
+from megatron_oprd.training.samples import samples_of
 from megatron_oprd.training.step import Distiller, StepResult
 from megatron_oprd.training.stopping import StopRequests
 from megatron_oprd.weights.casting import config_with_dtype
@@ -166,9 +167,7 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
                 **compared,
                 "skipped_steps": skipped_steps,
                 "unsupervised_steps": unsupervised_steps,
-                "weight_sync_gb": of_step.weight_sync_bytes / 1e9,
-                "seconds_weight_sync": of_step.seconds_weight_sync,
-                "seconds_rollout": of_step.seconds_rollout,
+                **_engine_metrics(of_step),
                 "peak_memory_gb": _peak_memory_gb(context),
             }
             metrics["seconds_step"] = seconds = time.perf_counter() - started
@@ -186,6 +185,8 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
                 metrics["rollout_engine_restarts"] = engines.take_restarts()
                 if loggers is not None:
                     loggers.log(metrics)
+                    if config.samples_interval and step % config.samples_interval == 0:
+                        loggers.log_samples(step, samples_of(rollouts, plan.tokenizer))
             if skipped_in_a_row == config.optimizer.max_skipped_in_a_row:
                 raise TrainingDivergedError(
                     f"steps {step + 1 - skipped_in_a_row} to {step} had a non-finite loss or "
@@ -318,6 +319,34 @@ def _rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Any]:
             str(age): staleness.count(age) for age in sorted(set(staleness))
         },
         "num_tokens": sum(lengths) + sum(len(rollout.prompt_ids) for rollout in rollouts),
+    }
+
+
+def _engine_metrics(of_step: StepRollouts) -> dict[str, Any]:
+    seconds = of_step.seconds_weight_sync
+    metrics: dict[str, Any] = {
+        "weight_sync_gb": of_step.weight_sync_bytes / 1e9,
+        "seconds_weight_sync": seconds,
+        "weight_sync_gb_per_second": (
+            of_step.weight_sync_bytes / 1e9 / seconds if of_step.weight_sync_bytes else None
+        ),
+        "seconds_rollout": of_step.seconds_rollout,
+        "rollout_tokens_per_second": None,
+        "rollout_idle_share": None,
+        "rollout_tokens_per_second_of_engine": {},
+    }
+    if not of_step.work:
+        return metrics
+    longest = max(one.seconds for one in of_step.work)
+    busy = sum(one.seconds for one in of_step.work) / len(of_step.work)
+    return metrics | {
+        "rollout_tokens_per_second": sum(one.tokens for one in of_step.work) / longest,
+        # Of the engines' time until the last one has finished.
+        "rollout_idle_share": 1 - busy / longest,
+        "rollout_tokens_per_second_of_engine": {
+            str(i): one.tokens / one.seconds if one.tokens else None
+            for i, one in enumerate(of_step.work)
+        },
     }
 
 

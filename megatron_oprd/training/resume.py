@@ -28,6 +28,7 @@ _MAY_CHANGE = (
     "output_dir",
     "train_iters",
     "tensorboard",
+    "samples_interval",
     "teacher.offload",
     "teacher.target_memory_gb",
     "parallel.",

@@ -9,7 +9,7 @@ from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.collect import collect, gather, share_of_engine
 from megatron_oprd.rollout.engine import Rollout
-from megatron_oprd.rollout.pool import EnginePool
+from megatron_oprd.rollout.pool import EnginePool, EngineWork
 from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.plan import RunPlan
@@ -27,6 +27,8 @@ class StepRollouts:
     # Generation, or the wait for rollouts that were begun before, including a wait by an
     # evaluation.
     seconds_rollout: float
+    # Of each engine; empty if the rollouts were generated in the background or in an earlier step.
+    work: tuple[EngineWork, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,11 @@ class RolloutSource:
             # To generate now, or ahead, or in the middle. Otherwise the engines stay as they are.
             sent = self._engines.sync(version=step)
         synced = time.perf_counter()
-        rollouts = self._generate(step, weights_version=step) if is_fresh else None
+        rollouts: list[Rollout] | None = None
+        work: tuple[EngineWork, ...] = ()
+        if is_fresh:
+            rollouts = self._generate(step, weights_version=step)
+            work = tuple(self._engines.take_work())
         for later in begun:
             done = None
             if self._overlaps:
@@ -116,6 +122,7 @@ class RolloutSource:
             weight_sync_bytes=sent,
             seconds_weight_sync=synced - started,
             seconds_rollout=waited + time.perf_counter() - synced,
+            work=work,
         )
 
     @property

@@ -13,7 +13,7 @@ from megatron_oprd.rollout.engine import (
     SamplingParams,
     WrongWeightsError,
 )
-from megatron_oprd.rollout.pool import EnginePool, EngineStarter
+from megatron_oprd.rollout.pool import EnginePool, EngineStarter, EngineWork
 
 SAMPLING = SamplingParams(max_new_tokens=1, seed=0)
 
@@ -149,6 +149,16 @@ def test_what_was_begun_is_repeated_with_the_weights_that_there_are(context: Any
         ["load 4", "start", "finish", "close"],
         ["load 5", "generate"],
     ]
+
+
+def test_work_of_each_engine(context: Any) -> None:
+    them = engines(Script("ok", "ok", "ok"), context)
+    them.sync()
+    them.generate([], SAMPLING)
+    (work,) = them.take_work()
+    assert work.tokens == 0
+    assert work.seconds > 0
+    assert them.take_work() == [EngineWork(tokens=0, seconds=0.0)]
 
 
 def test_the_limit_is_of_one_step(context: Any) -> None:

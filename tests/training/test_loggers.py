@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_oprd.training.loggers import Loggers
+from megatron_oprd.training.samples import TextSample
 
 
 def metrics(step: int, **changes: Any) -> dict[str, Any]:
@@ -104,3 +105,26 @@ def test_tensorboard(tmp_path: Path) -> None:
 
     write(tmp_path, [metrics(2, loss=9.0), metrics(3, loss=8.0)], first_step=2, tensorboard=True)
     assert scalars(tmp_path, "loss") == [(0, 0.5), (1, 1.5), (2, 9.0), (3, 8.0)]
+
+
+def test_samples(tmp_path: Path) -> None:
+    """A resumed run writes those of its steps again."""
+    sample = TextSample(
+        prompt_index=3,
+        prompt="a|b",
+        response="c\nd",
+        num_tokens=2,
+        finished=False,
+        weights_version=1,
+    )
+    for first_step in (0, 2):
+        loggers = Loggers(tmp_path, first_step=first_step, num_steps=4, tensorboard=True)
+        for step in range(first_step, 4, 2):
+            loggers.log_samples(step, [sample])
+        loggers.close()
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2]
+    assert lines[0]["prompt"] == "a|b"
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    text = events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| 3 | a\\|b | c<br>d | 2, cut |" in text
