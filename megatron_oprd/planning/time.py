@@ -10,7 +10,7 @@ weight sync, copies to and from the host, loading and logging.
 from dataclasses import dataclass
 
 from megatron_oprd.models.build import DTYPES
-from megatron_oprd.planning.engine import engine_bytes, responses_of_engine
+from megatron_oprd.planning.engine import engine_bytes, engine_of, responses_of_engine
 from megatron_oprd.planning.flops import decode_flops, prefill_flops, stage_flops
 from megatron_oprd.planning.parameters import (
     count_parameters,
@@ -105,6 +105,7 @@ def _rollout_seconds(
     # Work is counted per replica.
     share = responses / workload.num_sequences / engine.num_gpus
     flops = decode_flops(layout, workload) * share
-    # Bound by memory or by arithmetic, whichever is slower.
-    decode = max(reading, hardware.seconds_for_flops(flops))
+    launching = steps * engine_of(layout).seconds_of_token(layout.student.architecture.num_layers)
+    # Bound by memory, by arithmetic or by launches, whichever is slowest.
+    decode = max(reading, launching, hardware.seconds_for_flops(flops))
     return hardware.seconds_for_flops(prefill_flops(layout, workload) * share), decode

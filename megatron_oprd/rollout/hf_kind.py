@@ -111,6 +111,10 @@ class HFKind(EngineKind):
             read_cache=kv_cache,
         )
 
+    def seconds_of_token(self, num_layers: int) -> float:
+        """Launches from Python: 23 ms for 24 layers on an H100, measured with transformers 5."""
+        return 0.023 / 24 * num_layers
+
     def memory_changes(self, rollout: RolloutConfig) -> MemoryChanges:
         """Smaller batches."""
         size = rollout.max_batch_size or rollout.prompts_per_step * rollout.samples_per_prompt

@@ -189,8 +189,12 @@ def test_flops_and_times_by_hand(tmp_path: Path) -> None:
     assert found.stages[0].student == pytest.approx(4 * student + attention / 2, rel=1e-3)
     assert found.seconds.teacher == pytest.approx(teacher / 8 / (0.4 * 989e12), rel=1e-3)
     # Each of 8191 tokens reads 16 GB of weights and, on average, a cache of 5120 tokens.
+    # transformers launches the kernels of 32 layers from Python, which takes longer than to read.
     read = 2 * PUBLISHED["Llama-3.1-8B"] + 16 * 5120 * 128 * 1024 * 33 / 32
-    assert found.seconds.decode == pytest.approx(8191 * read / 3350e9, rel=1e-3)
+    assert read / 3350e9 < 0.01 < 0.023 / 24 * 32
+    assert found.seconds.decode == pytest.approx(8191 * 0.023 / 24 * 32, rel=1e-3)
+    with_vllm = work(memory(tmp_path, "llama", 64))
+    assert with_vllm.seconds.decode < found.seconds.decode / 4
 
 
 def test_pipeline_bubble(tmp_path: Path) -> None:

@@ -37,12 +37,14 @@ CASES = {
     # Two engines of two workers, and four engines.
     "pp2_dp2": (4, [*VLLM, *PP2, *SPLIT]),
     "tp2_sp_dp2": (4, [*VLLM, *TP2_SP]),
+    # Two servers, of which one is killed.
+    "servers": (2, [*VLLM, *GREEDY, *PP2, "rollout.vllm.start_servers=2"]),
 }
 
 # Runs that only slow tests look at.
-NIGHTLY = {"ahead", "dp2_killed", "pp2_dp2", "tp2_sp_dp2"}
-# The first rank's, before the second step's rollouts.
-KILLED = {"dp2_killed": {"kill_engine_before": 1}}
+NIGHTLY = {"ahead", "dp2_killed", "pp2_dp2", "tp2_sp_dp2", "servers"}
+# The first rank's engine, or the last server, before the second step's rollouts.
+KILLED = {"dp2_killed": {"kill_engine_before": 1}, "servers": {"kill_server_before": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def test_both_engines_follow_the_student(root: Path) -> None:
     "name",
     [
         pytest.param(name, marks=[pytest.mark.slow] * (name in NIGHTLY))
-        for name in ("tp2_sp", "dp2_killed", "frozen", "pp2_dp2", "tp2_sp_dp2")
+        for name in ("tp2_sp", "dp2_killed", "frozen", "pp2_dp2", "tp2_sp_dp2", "servers")
     ],
 )
 def test_log_probabilities_are_the_trainers(root: Path, name: str) -> None:
@@ -134,6 +136,16 @@ def test_what_is_frozen_is_sent_once(root: Path) -> None:
     first, *others = (one["weight_sync_gb"] for one in records(root, "frozen"))
     assert 0 < others[0] == others[1] < 0.7 * first
     assert len({tokens(of_step)[0] for of_step in rollouts_of(root, "frozen")}) > 1
+
+
+@pytest.mark.slow
+def test_one_of_two_servers_is_killed(root: Path) -> None:
+    """The run goes on with the other, and the rollouts are those of engines on the ranks."""
+    found = rollouts_of(root, "servers")
+    for ours, expected in zip(found, rollouts_of(root, "hf"), strict=True):
+        assert tokens(ours) == tokens(expected)
+    assert [one["rollout_engine_restarts"] for one in records(root, "servers")] == [0, 0]
+    assert any("is started again: it ended" in one for one in warnings_of(root, "servers"))
 
 
 @pytest.mark.slow

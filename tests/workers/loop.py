@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -32,6 +33,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
     faults: vLLM is the fake of tests/fakes/vllm, with these faults. No other case of the same ranks
     may have the real one.
     kill_engine_before: A step whose rollouts the first rank's vLLM process is killed before.
+    kill_server_before: The same of the last vLLM server that the run started.
     stale: Whether the hf engine keeps its first weights.
     all_weights: Whether the hf engine wants all weights each time.
     skip_steps: Numbers of steps that count as skipped.
@@ -46,6 +48,15 @@ def run(case: dict[str, Any], directory: Path) -> None:
         if case.get("kill_engine_before") == len(rollouts) and dist.get_rank() == 0:
             engine: Any = source._engines._engine
             os.kill(engine._process.pid, 9)
+        if case.get("kill_server_before") == len(rollouts) and dist.get_rank() == 0:
+            servers = [
+                process
+                for process in psutil.Process().children(recursive=True)
+                if any("vllm.entrypoints" in word for word in process.cmdline())
+                and "--port" in process.cmdline()
+                and "guard" not in " ".join(process.cmdline())
+            ]
+            max(servers, key=lambda process: process.pid).kill()
         found = of_step(source, step)
         rollouts.append(found.rollouts)
         return found
