@@ -1,5 +1,6 @@
 """A checkpoint of any layout goes on in any other."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +114,45 @@ LOADERS = {
     "odd_bf16_plain_from_dp3_B": (1, [*BF16, *PLAIN_OPTIMIZER], "odd_bf16_dp3_B"),
     "odd_bf16_tp2_sp_B_from_dp3_B": (2, [*TP2_SP, *BF16], "odd_bf16_dp3_B"),
 }
+# Cases that resemble others; `make test-nightly` runs them.
+NIGHTLY = {
+    *("dp2_from_plain", "one_from_vpp2", "vpp2_from_one", "dp2_from_one", "dp2_tp2_from_one"),
+    *("output_tied_vpp2", "output_tied_one_from_vpp2"),
+    *("moe_tp2_sp", "moe_one_from_ep2", "moe_ep2_from_one", "moe_ep2_pp2_from_tp2_sp"),
+    "projector_tp2_sp_from_dp2",
+    *("odd_tied_dp2_from_pp2", "odd_tied_one_from_dp3_B", "odd_tied_pp2_from_dp3_B"),
+    *("odd_tied_dp3_from_one", "odd_tied_dp4_B_from_pp2"),
+    *("odd_dp2_B_from_tp2_sp_B", "odd_one_from_dp2_vpp2_B", "odd_dp3_from_dp3_B"),
+    *("odd_tp2_sp_B_from_dp3_B", "odd_bf16_plain_from_dp3_B", "odd_bf16_tp2_sp_B_from_dp3_B"),
+}
 REFERENCE = {"shallow_from_shallow_pp2": "shallow", "shallow_pp2": "shallow", "shallow": "shallow"}
 for kind in ("moe", "output", "output_tied", "odd", "odd_tied", "odd_bf16", "projector"):
-    names = [name for name in (*SAVERS, *LOADERS) if name.startswith(f"{kind}_")]
-    REFERENCE |= dict.fromkeys(names, f"{kind}_one")
+    of_kind = [name for name in (*SAVERS, *LOADERS) if name.startswith(f"{kind}_")]
+    REFERENCE |= dict.fromkeys(of_kind, f"{kind}_one")
+
+
+def names(*kinds: Iterable[str]) -> list[Any]:
+    """The cases as parameters."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in NIGHTLY))
+        for kind in kinds
+        for name in kind
+    ]
+
+
+def needed(request: pytest.FixtureRequest) -> set[str]:
+    """The cases that the selected tests look at, those they load from and compare with."""
+    found = {"one"}
+    for item in request.session.items:
+        if item.path == request.path and hasattr(item, "callspec"):
+            found |= {value for value in item.callspec.params.values() if isinstance(value, str)}
+    found |= {LOADERS[name][2] for name in found if name in LOADERS}
+    return found | {REFERENCE.get(name, "one") for name in found}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    wanted = needed(request)
     root = tmp_path_factory.mktemp("checkpoints")
     dense = str(save_pair(root / "pair", "qwen3"))
     moe = str(save_pair(root / "moe_pair", "qwen3_moe"))
@@ -142,15 +174,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
 
     for ranks in (1, 2, 3, 4):
-        savers = [case(n, o, None, 2) for n, (r, o) in SAVERS.items() if r == ranks]
+        savers = [case(n, o, None, 2) for n, (r, o) in SAVERS.items() if r == ranks and n in wanted]
         run_ranks("checkpoint", savers, ranks, root)
     for ranks in (1, 2, 3, 4):
-        loaders = [case(n, o, s, 1) for n, (r, o, s) in LOADERS.items() if r == ranks]
+        loaders = [
+            case(n, o, s, 1) for n, (r, o, s) in LOADERS.items() if r == ranks and n in wanted
+        ]
         run_ranks("checkpoint", loaders, ranks, root)
     return root
 
 
-@pytest.mark.parametrize("name", [*SAVERS, *LOADERS])
+@pytest.mark.parametrize("name", names(SAVERS, LOADERS))
 def test_goes_on_as_if_never_stopped(results: Path, name: str) -> None:
     found = torch.load(results / f"{name}.pt")
     expected = torch.load(results / f"{REFERENCE.get(name, 'one')}.pt")
@@ -161,7 +195,7 @@ def test_goes_on_as_if_never_stopped(results: Path, name: str) -> None:
         assert_close_relative(found["weights"][key], tensor, 1e-5, what=key)
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", names(LOADERS))
 def test_states_are_those_that_were_saved(results: Path, name: str) -> None:
     """Main parameters and both moments, element by element: a layout only moves them."""
     found = torch.load(results / f"{name}.pt")["loaded"]
@@ -197,7 +231,7 @@ def test_second_step_changes_weights(results: Path) -> None:
     assert not torch.equal(after["model.norm.weight"], before.read("model.norm.weight"))
 
 
-@pytest.mark.parametrize("name", SAVERS)
+@pytest.mark.parametrize("name", names(SAVERS))
 def test_a_checkpoint_is_read_as_the_students_weights(results: Path, name: str) -> None:
     """Without a process group, from beside the optimizer's states."""
     opened = open_checkpoint(results / name)
