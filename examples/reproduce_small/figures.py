@@ -13,7 +13,7 @@ from results import NEAR_TEACHER, Comparison, MethodResult
 
 # Okabe and Ito's colours, told apart by colour-blind readers; then again with another line.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LINES = ("-", "--", "-.")
+_LINES = ("-", "--", "-.", ":")
 _STYLES = {
     key: {
         "color": _COLOURS[i % len(_COLOURS)],

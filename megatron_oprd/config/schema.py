@@ -552,7 +552,7 @@ class RolloutConfig(EngineConfig):
     """A response ends with any of these tokens, and with the model's own end-of-sequence tokens."""
 
     max_batch_size: int | None = setting(None, ge=1)
-    """Sequences that are generated at once; by default a replica's whole share, or as many as
+    """Sequences that an engine generates at once; by default its whole share, or as many as
     the engine chooses."""
 
     max_staleness: int = setting(

@@ -31,6 +31,7 @@ class FakeServer:
         pauses, resumes: How often it was asked to.
         before_receiving: Called in place of receiving weights, if set; returns the answer.
         finish_reason: Of its responses.
+        spans: Versions of a response's tokens, if it is not the label alone.
         secret: Which requests have to know, if set.
     """
 
@@ -55,6 +56,7 @@ class FakeServer:
         self.before_receiving: Callable[[], Any] | None = None
         self.finish_reason = "length"
         self.secret: str | None = None
+        self.spans: list[str] = []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -116,7 +118,7 @@ class FakeServer:
             "token_ids": tokens,
             "finish_reason": self.finish_reason,
             "logprobs": None if asked is None else {"content": [{"logprob": -0.5}] * len(tokens)},
-            "weight_versions": [{"version": self.label, "start": 0, "end": len(tokens)}],
+            "weight_versions": [{"version": one} for one in self.spans or [self.label]],
         }
 
     def tokens(self, body: dict[str, Any]) -> list[int]:

@@ -18,6 +18,6 @@ class EngineConfig:
 
     engine: EngineName = setting("hf")
     """``hf`` generates with transformers on the first rank of each data-parallel replica. ``vllm``
-    generates with vLLM in another process, on the same device or on a server."""
+    generates with vLLM in other processes, on all devices of the run or on servers."""
 
     vllm: VLLMConfig = group(VLLMConfig, only_with=when("rollout.engine", "vllm"))

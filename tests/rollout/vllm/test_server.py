@@ -404,3 +404,19 @@ def test_another_runs_weights_on_one_of_two(
     other.label = "runs/b#1"
     with pytest.raises(WrongWeightsError, match="weights of 'runs/b', not of 'runs/a'"):
         both.generate(PROMPTS, SAMPLING)
+
+
+def test_weights_in_the_middle_of_a_response(
+    server: FakeServer, folder: Path, weights: dict[str, Tensor]
+) -> None:
+    """Where it is allowed, a response has the version of its oldest token."""
+    swapping = engine(server, folder, swaps=True)
+    swapping.load_weights(weights.items(), version=1)
+    swapping.start(PROMPTS, SAMPLING)
+    swapping.load_weights(weights.items(), version=2)
+    assert server.pauses == server.resumes == 1
+    assert {rollout.weights_version for rollout in swapping.finish()} <= {1, 2}
+    server.label, server.spans = "runs/a#1", ["runs/a#1", "runs/a#2"]
+    assert {rollout.weights_version for rollout in swapping.generate(PROMPTS, SAMPLING)} == {1}
+    with pytest.raises(WrongWeightsError, match=r"versions \[1, 2\], asked for were .* version 1"):
+        engine(server, folder).generate(PROMPTS, SAMPLING)
