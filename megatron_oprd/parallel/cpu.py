@@ -144,6 +144,19 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Does nothing: CPU work is synchronous, and its peak memory cannot be reset."""
 
 
+@contextlib.contextmanager
+def left() -> Iterator[None]:
+    """Runs code that names no CUDA device without the redirection, which costs time per call."""
+    if _active is None:
+        yield
+        return
+    _active.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        _active.__enter__()
+
+
 def enter() -> None:
     """Lets megatron-core run on the CPU for the rest of the process. A second call does nothing.
 

@@ -25,6 +25,9 @@ class GumbelNoise(LogitsProcessor):
     argmax_v(logit_v + g_v) with independent Gumbel g_v is an exact sample of softmax(logits) (the
     Gumbel-max trick), so greedy decoding after this processor samples. Each call draws one value
     per vocabulary entry and row: token k of row i depends only on its logits, its seed and k.
+    One uniform number and the cumulative distribution would do, in a third of the time (5 against
+    15 ms for 8 rows of 49,152), but rounding of the logits moves all borders between tokens: with
+    it, responses depended on the batch (tests/rollout/test_hf.py).
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device):
