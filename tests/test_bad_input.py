@@ -155,6 +155,12 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] =
         1,
         ["teacher_prompt.privileged_key is 'solution'", "has only 'prompt'"],
     ),
+    "rollout function": (
+        nothing,
+        ["rollout.function=nowhere:to_be_found"],
+        1,
+        ["rollout.function = nowhere:to_be_found cannot be imported", "PYTHONPATH"],
+    ),
     "refresh of another model": (
         nothing,
         ["teacher.refresh_interval=1", "taps.layers=[0]", "taps.layer_map=[1]"],

@@ -134,7 +134,12 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
             of_step = sent_prompts_of_step(step, prompts, plan.config, context)
             sampling = sampling_of_step(step, plan.config)
             rollouts += collect(
-                engines, of_step, sampling, context=context, reader=plan.teachers[0].reader
+                engines,
+                of_step,
+                sampling,
+                context=context,
+                reader=plan.teachers[0].reader,
+                function=plan.function,
             )
             engines.take_restarts()  # they are limited for each round
     return rollouts

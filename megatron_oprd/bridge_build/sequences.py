@@ -97,6 +97,7 @@ def number_rows(
         k=taps.k,
         alignment=taps.alignment,
         aggregation="token_mean",
+        written=[one.written for one in rollouts],
     )
     weights = supervision.weights
     lengths = [len(one) for one in weights]

@@ -7,6 +7,7 @@ several settings. Checks that need the models' configurations are in `megatron_o
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -360,6 +361,12 @@ def _check_rollout(config: RunConfig) -> None:
         raise UserError(
             f"rollout.stop = {config.rollout.stop} has an empty text, which would end every "
             "response; remove it"
+        )
+    name = config.rollout.function
+    if name is not None and re.fullmatch(r"[\w.]+:[\w.]+", name) is None:
+        raise UserError(
+            f"rollout.function = {name} is not the name of a function; it has to be "
+            "package.module:name"
         )
 
 

@@ -30,6 +30,7 @@ _ALIASES = {
     "max_trajectory_age_steps": "rollout.max_staleness",
     "staleness_threshold": "rollout.max_staleness",
     "max_head_offpolicyness": "rollout.max_staleness",
+    "rollout_func": "rollout.function",
     "learning_rate": "optimizer.lr",
     "max_steps": "train_iters",
     "max_num_steps": "train_iters",

@@ -571,6 +571,15 @@ class RolloutConfig(EngineConfig):
     generates the rollouts of so many steps and one at once. The first step and the step after each
     checkpoint have rollouts of their own weights."""
 
+    function: str | None = setting(None)
+    """A function of your own that makes the responses with the run's engine, as
+    ``package.module:name``: several turns, tools, environments. Tokens that it inserts are not
+    supervised. ``megatron_oprd.rollout.function.RolloutFunction`` describes it. By default the
+    engine alone generates. Evaluations during the run never use it."""
+
+    function_columns: list[str] = setting([], only_with=when("rollout.function"))
+    """Columns of the prompt files that the function gets, such as the right answer."""
+
     logprob_check_interval: int | None = setting(None, ge=1)
     """Steps between two comparisons of the engine's log-probabilities with the student's; the first
     is in step 0. The rollouts' tokens are compared before the update, and the whole student runs
@@ -811,10 +820,14 @@ class RunConfig:
 
     @property
     def prompt_columns(self) -> list[str]:
-        """The columns of the prompt files that assign prompts to teachers or to steps."""
+        """The columns of the prompt files that the run needs, apart from prompts.
+
+        They assign prompts to teachers or to steps, or are passed to ``rollout.function``.
+        """
         columns = [column for teacher in self.teachers for column in teacher.when]
         if self.data.group_by is not None:
             columns.append(self.data.group_by)
+        columns += self.rollout.function_columns
         return list(dict.fromkeys(columns))
 
     @property

@@ -44,6 +44,10 @@ class Prompt:
     occurrence: int = 0
     # Which of the step's ``samples_per_prompt`` responses an engine is asked for; None: all.
     samples: tuple[int, ...] | None = None
+    # Which continuation of the same response this asks for (`megatron_oprd.rollout.function`), so
+    # that each has noise of its own.
+    turn: int = 0
+    max_new_tokens: int | None = None  # at most, of each response to it; None: the step's
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,7 @@ def supervise(
     alignment: Alignment,
     aggregation: Aggregation,
     is_taught: Sequence[bool] | None = None,
+    written: Sequence[Sequence[bool] | None] | None = None,
 ) -> Supervision:
     """Position weights, and the teacher's counterpart of each position.
 
@@ -88,6 +89,7 @@ def supervise(
         alignment=alignment,
         aggregation=aggregation,
         has_counterpart=has_counterpart,
+        written=written,
     )
     if counterparts is None:
         return Supervision(weights=weights, positions=None)
@@ -111,6 +113,7 @@ def position_weights(
     alignment: Alignment,
     aggregation: Aggregation,
     has_counterpart: Sequence[Sequence[bool]] | None = None,
+    written: Sequence[Sequence[bool] | None] | None = None,
 ) -> list[Tensor]:
     """The weight of every position of every sequence of the global batch.
 
@@ -128,6 +131,9 @@ def position_weights(
             ``sequence_mean`` by those of the sequence and by the number of sequences (eq. 6).
         has_counterpart: For each token of each response, whether the teacher's sequence has a
             counterpart; tokens without a counterpart are not supervised. None: all have.
+        written: For each token of each response, whether the student wrote it. Other tokens are
+            not supervised, and last_k and first_k do not count them. None, for a response or for
+            all: it wrote all.
 
     Returns:
         For each sequence [prompt + response], fp32. All weights together sum to 1, or are all 0 if
@@ -138,6 +144,9 @@ def position_weights(
     columns = torch.arange(max(response_lengths))
     # Computed in fp64; each weight is rounded to fp32 once, at the end.
     response_mask = (columns < torch.tensor(response_lengths)[:, None]).double()
+    for row, of_response in zip(response_mask, written or (), strict=written is not None):
+        if of_response is not None:
+            row[: len(of_response)] *= torch.tensor(of_response)
     mask = position_mask(response_mask, positions, k)
     if has_counterpart is not None:
         for row, of_response in zip(mask, has_counterpart, strict=True):

@@ -11,6 +11,7 @@ from megatron_oprd.data.teacher_sequences import TeacherReader
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.division import divide
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.rollout.function import UserFunction
 from megatron_oprd.rollout.pool import EnginePool
 
 
@@ -31,14 +32,17 @@ def collect(
     weights_version: int = 0,
     context: ParallelContext,
     reader: TeacherReader | None = None,  # None: the teacher reads the student's sequences
+    function: UserFunction | None = None,  # makes the responses with the engines; None: plain
 ) -> list[Rollout]:
     """Generates a step's responses and distributes them; arguments and result as in `gather`.
 
-    Raises RolloutEngineError on every rank if an engine failed too often.
+    Raises on every rank RolloutEngineError if an engine failed too often, and UserError if
+    ``function`` makes a mistake.
     """
+    share = share_of_engine(engines, prompts, sampling)
     return gather(
         engines,
-        engines.generate(share_of_engine(engines, prompts, sampling), sampling),
+        engines.generate(share, sampling, function=function),
         prompts,
         sampling,
         weights_versions=(weights_version,),

@@ -48,6 +48,11 @@ class Rollout:
     # Including the stop token, or the tokens of the stop text; never empty.
     response_ids: tuple[int, ...]
     finished: bool  # False: cut at max_new_tokens
+    # Of each response token, whether the student wrote it; only these are supervised. The others
+    # were inserted by a function (`megatron_oprd.rollout.function`). None: the student wrote all.
+    written: tuple[bool, ...] | None = None
+    # Numbers by name that such a function measured.
+    metrics: tuple[tuple[str, float], ...] = ()
     # What the teacher reads instead of the student's sequence.
     teacher: TeacherSequence | None = None
     columns: tuple[tuple[str, Any], ...] = ()  # the prompt's, see `Prompt.columns`
@@ -55,11 +60,16 @@ class Rollout:
     taught_by: tuple[bool, ...] | None = None
     # The version passed to `RolloutEngine.load_weights`; the oldest, if weights came in the middle.
     weights_version: int = 0
-    # Log-probability of each response token from the raw logits: before temperature, top-k and
-    # top-p, over the whole vocabulary except padding ids. Equal to the sampling log-probabilities
-    # only if all three are off. None if not requested. Excluded from comparison, because their
-    # rounding depends on the batch.
+    # Log-probability of each token that the student wrote, from the raw logits: before temperature,
+    # top-k and top-p, over the whole vocabulary except padding ids. Equal to the sampling
+    # log-probabilities only if all three are off. None if not requested. Excluded from comparison,
+    # because their rounding depends on the batch.
     logprobs: tuple[float, ...] | None = field(default=None, compare=False)
+
+    @property
+    def num_written(self) -> int:
+        """Response tokens that the student wrote."""
+        return len(self.response_ids) if self.written is None else sum(self.written)
 
 
 def teacher_sequences_of(rollouts: Sequence[Rollout]) -> list[TeacherSequence] | None:
@@ -97,7 +107,8 @@ class RolloutEngine(Protocol):
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Samples ``samples_per_prompt`` responses per prompt, ordered by prompt, then sample.
 
-        Of a prompt with `Prompt.samples` these responses alone.
+        Of a prompt with `Prompt.samples` these responses alone, and of one with
+        `Prompt.max_new_tokens` at most so many tokens.
         """
 
     def sleep(self) -> None:

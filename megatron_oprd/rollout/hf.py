@@ -17,7 +17,13 @@ from transformers.initialization import no_init_weights
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.parallel import cpu
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
-from megatron_oprd.rollout.sampling import StopTexts, logits_processors, samples_of, seed_of
+from megatron_oprd.rollout.sampling import (
+    StopTexts,
+    logits_processors,
+    max_new_tokens_of,
+    samples_of,
+    seed_of,
+)
 
 
 class HFEngine:
@@ -135,6 +141,7 @@ class HFEngine:
             input_ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             attention_mask[row, width - len(prompt.token_ids) :] = 1
         seeds = [seed_of(prompt, sample, sampling) for prompt, sample in requests]
+        limits = [max_new_tokens_of(prompt, sampling) for prompt, _ in requests]
         end_ids = self._eos_token_ids | set(sampling.stop_token_ids)
         stop_texts = None
         if sampling.stop:
@@ -156,7 +163,7 @@ class HFEngine:
                     do_sample=False,
                     num_beams=1,
                     use_cache=True,
-                    max_new_tokens=sampling.max_new_tokens,
+                    max_new_tokens=max(limits),
                     eos_token_id=sorted(end_ids) or None,
                     pad_token_id=self._pad_token_id,
                 ),
@@ -165,22 +172,25 @@ class HFEngine:
             )
         rollouts = []
         reported = None if logprobs is None else logprobs.rows()
-        for row, ((prompt, sample), response) in enumerate(
+        for row, ((prompt, sample), generated) in enumerate(
             zip(requests, sequences[:, width:].tolist(), strict=True)
         ):
+            response = generated[: limits[row]]
             length = next((i + 1 for i, token in enumerate(response) if token in end_ids), None)
-            if stop_texts is not None and (stopped := stop_texts.lengths[row]) is not None:
+            stopped = None if stop_texts is None else stop_texts.lengths[row]
+            if stopped is not None and stopped <= len(response):
                 # generate() pads after the stop, possibly with an end-of-sequence token.
                 length = stopped if length is None else min(length, stopped)
+            response = response[:length]
             rollouts.append(
                 Rollout(
                     prompt_index=prompt.index,
                     sample_index=sample,
                     prompt_ids=prompt.token_ids,
-                    response_ids=tuple(response[:length]),
+                    response_ids=tuple(response),
                     finished=length is not None,
                     weights_version=self._version,
-                    logprobs=None if reported is None else tuple(reported[row][:length]),
+                    logprobs=None if reported is None else tuple(reported[row][: len(response)]),
                 )
             )
         return rollouts

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.errors import UserError
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.engine import (
     OverlappingEngine,
@@ -21,6 +22,7 @@ from megatron_oprd.rollout.engine import (
     SamplingParams,
     WrongWeightsError,
 )
+from megatron_oprd.rollout.function import UserFunction
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class _Failure:
 
     message: str
     is_final: bool  # wrong weights: raised without a restart
+    is_users: bool = False  # of the user's function, not of the engine: a UserError
 
 
 class WeightStream(Protocol):
@@ -145,14 +148,26 @@ class EnginePool:
         self._recover(self._told(self._send_weights(take=take)))
         return self._bytes_sent
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout] | None:
-        """Generates for this engine's ``prompts``; returns None on ranks without an engine."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        function: UserFunction | None = None,  # makes the responses with the engine; None: plain
+    ) -> list[Rollout] | None:
+        """Generates for this engine's ``prompts``; returns None on ranks without an engine.
+
+        Raises UserError on every rank if ``function`` makes a mistake.
+        """
 
         def generate(engine: RolloutEngine) -> list[Rollout]:
             started = time.perf_counter()
-            rollouts = engine.generate(prompts, sampling)
+            if function is None:
+                rollouts = engine.generate(prompts, sampling)
+            else:
+                rollouts = function.generate(engine, prompts, sampling)
             self._work = EngineWork(
-                tokens=self._work.tokens + sum(len(one.response_ids) for one in rollouts),
+                tokens=self._work.tokens + sum(one.num_written for one in rollouts),
                 seconds=self._work.seconds + time.perf_counter() - started,
             )
             return rollouts
@@ -220,9 +235,14 @@ class EnginePool:
                     is_due = False
                 except RolloutEngineError as error:
                     failure = _failure(error)
+                except UserError as error:
+                    failure = _Failure(message=str(error), is_final=True, is_users=True)
             failures = self._told(failure)
             if not any(failures):
                 return result
+            for of_engine in failures:
+                if of_engine is not None and of_engine.is_users:
+                    raise UserError(of_engine.message)
             self._recover(failures)
 
     def _recover(self, failures: list[_Failure | None]) -> None:

@@ -92,9 +92,20 @@ def samples_of(prompt: Prompt, sampling: SamplingParams) -> Sequence[int]:
 
 
 def seed_of(prompt: Prompt, sample: int, sampling: SamplingParams) -> int:
-    """The seed of sample ``sample`` (from 0). A repeated prompt gets new seeds per occurrence."""
+    """The seed of sample ``sample`` (from 0).
+
+    A repeated prompt gets new seeds per occurrence, and a response that is continued per turn.
+    """
     number = prompt.occurrence * sampling.samples_per_prompt + sample
-    return sample_seed(sampling.seed, prompt.index, number)
+    seed = sample_seed(sampling.seed, prompt.index, number)
+    return sample_seed(seed, prompt.turn, 0) if prompt.turn else seed
+
+
+def max_new_tokens_of(prompt: Prompt, sampling: SamplingParams) -> int:
+    """The number of tokens that a response to a prompt is cut after."""
+    if prompt.max_new_tokens is None:
+        return sampling.max_new_tokens
+    return min(prompt.max_new_tokens, sampling.max_new_tokens)
 
 
 def logits_processors(

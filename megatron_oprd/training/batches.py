@@ -244,6 +244,7 @@ def _supervision(
         [len(rollout.response_ids) for rollout in rollouts],
         teacher_sequences,
         is_taught=[one.taught_by is None or one.taught_by[number] for one in rollouts],
+        written=[rollout.written for rollout in rollouts],
     )
     reading = None
     if teacher_sequences is not None:
@@ -263,6 +264,7 @@ def supervise_both(
     teacher_sequences: Sequence[TeacherSequence] | None = None,
     *,
     is_taught: Sequence[bool] | None = None,
+    written: Sequence[Sequence[bool] | None] | None = None,
 ) -> tuple[Supervision, Supervision | None]:
     """`supervise` under the run's settings, for hidden states and for the output-space loss.
 
@@ -281,6 +283,7 @@ def supervise_both(
             alignment=alignment,
             aggregation=config.loss.aggregation,
             is_taught=is_taught,
+            written=written,
         )
 
     states = of(taps.positions, taps.k, taps.alignment)

@@ -81,9 +81,13 @@ class LogprobCheck:
         started = time.perf_counter()
         of_engine = [rollout.logprobs for rollout in rollouts]
         assert all(one is not None for one in of_engine), "an engine reports no log-probabilities"
-        of_trainer = self.student_logprobs(rollouts)
+        # The engine has none of tokens that a function of the user's inserted.
+        written = [
+            is_so for one in rollouts for is_so in one.written or [True] * len(one.response_ids)
+        ]
+        of_trainer = self.student_logprobs(rollouts).cpu()[torch.tensor(written)]
         found = LogprobDifference.of(
-            torch.tensor([value for one in of_engine for value in one or ()]), of_trainer.cpu()
+            torch.tensor([value for one in of_engine for value in one or ()]), of_trainer
         )
         threshold = self._distiller.plan.config.rollout.logprob_warning_threshold
         # "not <=" and not ">", so that NaN warns too.

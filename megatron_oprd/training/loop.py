@@ -306,7 +306,7 @@ def _extra_teacher_metrics(result: StepResult, plan: RunPlan) -> dict[str, Any]:
 
 
 def _rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Any]:
-    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    lengths = [rollout.num_written for rollout in rollouts]
     staleness = [step - rollout.weights_version for rollout in rollouts]
     return {
         "response_length_mean": sum(lengths) / len(lengths),
@@ -318,8 +318,20 @@ def _rollout_metrics(rollouts: list[Rollout], step: int) -> dict[str, Any]:
         "rollout_staleness_counts": {
             str(age): staleness.count(age) for age in sorted(set(staleness))
         },
-        "num_tokens": sum(lengths) + sum(len(rollout.prompt_ids) for rollout in rollouts),
+        "num_tokens": sum(
+            len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts
+        ),
+        **_function_metrics(rollouts),
     }
+
+
+def _function_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+    """Means of what ``rollout.function`` measured, over the responses that have the number."""
+    found: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, value in rollout.metrics:
+            found.setdefault(f"function/{name}", []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _engine_metrics(of_step: StepRollouts) -> dict[str, Any]:
@@ -351,11 +363,16 @@ def _engine_metrics(of_step: StepRollouts) -> dict[str, Any]:
 
 
 def _paired_share(rollouts: list[Rollout]) -> float | None:
-    """The share of response tokens with a counterpart in the teacher's tokens."""
-    read = [rollout.teacher for rollout in rollouts if rollout.teacher is not None]
-    if not read:
+    """The share of the student's response tokens with a counterpart in the teacher's tokens."""
+    if all(rollout.teacher is None for rollout in rollouts):
         return None
-    return sum(len(one.pairs) for one in read) / sum(len(one.response_ids) for one in rollouts)
+    paired = sum(
+        one.written is None or one.written[of_student]
+        for one in rollouts
+        if one.teacher is not None
+        for of_student, _ in one.teacher.pairs
+    )
+    return paired / sum(one.num_written for one in rollouts)
 
 
 def _peak_memory_gb(context: ParallelContext) -> float:

@@ -24,6 +24,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.rollout.function import UserFunction
 from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.training.layout import (
     RunLayout,
@@ -71,6 +72,7 @@ class RunPlan:
     teachers: tuple[TeacherPlan, ...]  # ``model.teacher`` first
     tokenizer: PreTrainedTokenizerBase  # the student's
     benchmarks: list[Benchmark]  # of the evaluation during the run
+    function: UserFunction | None = None  # makes the rollouts; None: the engine alone
 
     @property
     def layout(self) -> RunLayout:
@@ -209,6 +211,7 @@ def check(models: OpenedModels, layouts: Sequence[RunLayout], *, builds_bridge: 
     """
     student = models.student
     _check_max_model_len(models.teachers[0].config, student.architecture)
+    _check_function(models.teachers[0].config)
     student.check_tensors()
     for number, (one, layout) in enumerate(zip(models.teachers, layouts, strict=True)):
         with _naming(number):
@@ -250,7 +253,9 @@ def read(models: OpenedModels, layouts: Sequence[RunLayout]) -> RunPlan:
             )
         )
     check_prompts(config, tokenizer, teachers[0].reader)
+    name = config.rollout.function
     return RunPlan(
+        function=None if name is None else UserFunction.load(name, tokenizer),
         student_checkpoint=source,
         teachers=tuple(teachers),
         tokenizer=tokenizer,
@@ -280,6 +285,19 @@ def _check_max_model_len(config: RunConfig, student: Architecture) -> None:
         raise UserError(
             f"{kind.setting('max_model_len')} = {found} is more than model.student's "
             f"max_position_embeddings = {limit}; give at most that"
+        )
+
+
+def _check_function(config: RunConfig) -> None:
+    rollout = config.rollout
+    if rollout.function is None or not rollout.max_staleness:
+        return
+    if engine_kind(rollout).overlaps:
+        raise UserError(
+            f"rollout.max_staleness = {rollout.max_staleness} cannot be combined with "
+            f"rollout.function = {rollout.function} and rollout.engine = {rollout.engine}, which "
+            "would generate while the trainer computes, where the function cannot run; set "
+            "rollout.max_staleness = 0"
         )
 
 

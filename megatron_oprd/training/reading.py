@@ -101,11 +101,11 @@ def check_prompts(
 
 def columns_with_settings(config: RunConfig) -> list[tuple[str, str]]:
     """The prompts' columns that the run needs, each with a setting that names it."""
-    grouped = config.data.group_by
-    return [
-        (column, "data.group_by" if column == grouped else "a teacher's `when`")
-        for column in config.prompt_columns
-    ]
+    named = dict.fromkeys(config.prompt_columns, "a teacher's `when`")
+    named |= dict.fromkeys(config.rollout.function_columns, "rollout.function_columns")
+    if config.data.group_by is not None:
+        named[config.data.group_by] = "data.group_by"
+    return list(named.items())
 
 
 def chat_format(config: RunConfig) -> ChatFormat:

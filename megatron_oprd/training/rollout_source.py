@@ -153,6 +153,7 @@ class RolloutSource:
             weights_version=weights_version,
             context=self._context,
             reader=self._plan.teachers[0].reader,
+            function=self._plan.function,
         )
 
     def _wait(self, ahead: _Ahead, *, weights_version: int) -> list[Rollout]:

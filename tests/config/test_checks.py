@@ -62,6 +62,7 @@ GIVEN: dict[str, Any] = {
     "teacher.when": {"source": "x"},
     "loss.coefficient_points": [[0.0, 1.0]],
     "output_loss.coefficient_points": [[0.0, 1.0]],
+    "rollout.function": "a:b",
     "rollout.logprob_check_interval": 1,
     "rollout.vllm.servers": ["http://10.0.0.1:8000"],
     "rollout.vllm.start_servers": 1,
@@ -171,7 +172,8 @@ def another(found: Found) -> Any:
     if get_origin(kind) is Literal:
         return next(value for value in get_args(kind) if value != found.default)
     values: dict[Any, tuple[Any, ...]] = {
-        bool: (True, False), int: (2, 1), float: (0.5, 0.25), list[int]: ([0],), str: ("x",),
+        bool: (True, False), int: (2, 1), float: (0.5, 0.25), str: ("x",),
+        list[int]: ([0],), list[str]: (["x"],),
     }  # fmt: skip
     return next(v for v in values[kind] if v != found.default and found.rules.admits(v))
 
@@ -259,6 +261,7 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
             ["extra_teachers[0].layers = all", "extra_teachers[0].n = 2", "last_n needs n"],
         ),
         (["rollout.stop=[x,'']"], ["rollout.stop = ['x', '']"]),
+        (["rollout.function=a.b"], ["rollout.function = a.b", "package.module:name"]),
         (
             ["taps.positions=last_k"],
             ["taps.positions = last_k", "taps.k"],

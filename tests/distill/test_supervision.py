@@ -3,7 +3,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_oprd.distill.positions import position_weights
+from megatron_oprd.config.schema import Alignment
+from megatron_oprd.data.teacher_sequences import TeacherSequence
+from megatron_oprd.distill.positions import position_weights, supervise
 from tests.helpers.closeness import assert_close_relative
 
 # Three sequences: 2 + 3, 1 + 1 and 3 + 4 tokens. Every weight times 24 is written out.
@@ -82,3 +84,70 @@ def test_responses_without_a_counterpart_count_for_nothing() -> None:
         alone = weights_of([1, 1], [2, 1], aggregation=aggregation)
         assert_close_relative(found[0], alone[0], 1e-6)
         assert_close_relative(found[2][:2], alone[1], 1e-6)
+
+
+# Which tokens of three responses the student wrote; None: all of them.
+WRITTEN = [[True, False, False, True, True], None, [False, True, False]]
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("alignment", ["token", "predictor"])
+@pytest.mark.parametrize(
+    ("positions", "k"), [("all", None), ("last", None), ("last_k", 2), ("first_k", 2)]
+)
+def test_tokens_that_the_student_did_not_write(
+    positions: str, k: int | None, alignment: str, aggregation: str
+) -> None:
+    """They have no weight, and last_k and first_k do not count them."""
+    chosen = {
+        # Of the tokens 0 3 4, 0 1 and 1.
+        ("all", None): [[0, 3, 4], [0, 1], [1]],
+        ("last", None): [[4], [1], [1]],
+        ("last_k", 2): [[3, 4], [0, 1], [1]],
+        ("first_k", 2): [[0, 3], [0, 1], [1]],
+    }[positions, k]
+    prompts, responses = [2, 1, 3], [5, 2, 3]
+    found = weights_of(
+        prompts,
+        responses,
+        positions=positions,
+        k=k,
+        alignment=alignment,
+        aggregation=aggregation,
+        written=WRITTEN,
+    )
+    count = sum(map(len, chosen))
+    for weights, prompt, response, tokens in zip(found, prompts, responses, chosen, strict=True):
+        expected = torch.zeros(prompt + response)
+        for token in tokens:
+            # A state is compared if the token after it, or its own token, was written.
+            place = prompt + token - (alignment == "predictor")
+            expected[place] = 1 / count if aggregation == "token_mean" else 1 / len(tokens) / 3
+        assert_close_relative(weights, expected, 1e-6)
+
+
+@pytest.mark.parametrize("alignment", ["token", "predictor"])
+def test_pairs_of_tokens_that_the_student_did_not_write(alignment: Alignment) -> None:
+    """A pair of inserted tokens still aligns the predictors of the token after it."""
+    other = TeacherSequence(
+        prompt_ids=(1, 2, 3, 4), response_ids=(5,) * 6, pairs=((0, 1), (2, 3), (3, 4))
+    )
+    found = supervise(
+        [2],
+        [5],
+        [other],
+        positions="all",
+        k=None,
+        alignment=alignment,
+        aggregation="token_mean",
+        written=[[True, False, False, True, True]],
+    )
+    assert found.positions is not None
+    expected = {
+        # Written tokens 0 and 3 with a counterpart; 4 has none.
+        "token": {2 + 0: 4 + 1, 2 + 3: 4 + 4},
+        # The states before tokens 0, 3 and 4, at the ends of the prompt and of tokens 2 and 3.
+        "predictor": {1: 3, 2 + 2: 4 + 3, 2 + 3: 4 + 4},
+    }[alignment]
+    assert found.positions[0].tolist() == [expected.get(place, -1) for place in range(7)]
+    assert found.weights[0].nonzero().flatten().tolist() == sorted(expected)

@@ -85,11 +85,33 @@ def fixed_rollouts(count: int = 8, vocab_size: int = 97) -> tuple[Tokens, Tokens
     return [tokens(3, 9) for _ in range(count)], [tokens(1, 20) for _ in range(count)]
 
 
+def fixed_written() -> list[list[bool]]:
+    """Which tokens of the responses of `fixed_rollouts` the student wrote, always the same.
+
+    Responses have gaps at the beginning, in the middle and at the end; of the longest two the
+    student wrote the first or the last token alone.
+    """
+    draw = random.Random(2)
+    _, responses = fixed_rollouts()
+    written = []
+    for response in responses:
+        of_response = [draw.random() < 0.6 for _ in response]
+        if not any(of_response):
+            of_response[draw.randrange(len(response))] = True
+        written.append(of_response)
+    in_order = sorted(range(len(responses)), key=lambda number: len(responses[number]))
+    for number, place in ((in_order[-1], 0), (in_order[-2], -1)):
+        written[number] = [False] * len(responses[number])
+        written[number][place] = True
+    return written
+
+
 def as_rollouts(
     prompts: Tokens,
     responses: Tokens,
     reading: Sequence[TeacherSequence] | None = None,
     taught_by: Sequence[Sequence[bool]] | None = None,
+    written: Sequence[Sequence[bool]] | None = None,
 ) -> list[Rollout]:
     """Rollouts of given tokens.
 
@@ -98,6 +120,7 @@ def as_rollouts(
         responses: Token ids of each response.
         reading: What the teacher reads in place of each.
         taught_by: For each teacher, whether it teaches each rollout.
+        written: Of each response token, whether the student wrote it.
     """
     return [
         Rollout(
@@ -108,6 +131,7 @@ def as_rollouts(
             finished=True,
             teacher=None if reading is None else reading[number],
             taught_by=None if taught_by is None else tuple(one[number] for one in taught_by),
+            written=None if written is None else tuple(written[number]),
         )
         for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]

@@ -236,7 +236,15 @@ PROJECTOR_METHODS = {
 }
 METHODS |= PROJECTOR_METHODS
 TAUGHT_BY = {SEVERAL: [[True] * 8, [False, True] * 4, [True, False] * 4]}
+# Responses that the student wrote in part: counted from the end, and for a teacher that reads other
+# tokens.
+GAP_METHODS = {
+    "gaps": [OUTPUT + "top_k", "output_loss.k=5", "taps.positions=last_k", "taps.k=3"],
+    "gaps_other_tokens": ["loss.aggregation=sequence_mean"],
+}
+METHODS |= GAP_METHODS
 READINGS = {name: name.removesuffix("_sequence_mean") for name in READING_METHODS}
+READINGS["gaps_other_tokens"] = "other_tokens"
 # The layouts in which the last stage, its head and the positions differ most.
 OUTPUT_LAYOUTS = (
     "packed",
@@ -308,6 +316,14 @@ CASES = [
     ),
     *(("llama_tied_deeper", SEVERAL, layout) for layout in OUTPUT_LAYOUTS[:-2]),
     *(
+        ("llama_tied_deeper", "gaps", layout)
+        for layout in ("packed", "tp2_sp_full", "pp2_vpp2_target_groups", "cp2_tp2_sp", "dp2_pp2")
+    ),
+    *(
+        ("qwen3_equal", "gaps_other_tokens", layout)
+        for layout in ("tp2_sp_packed", "pp2_vpp2_target_groups", "cp2_tp2_sp")
+    ),
+    *(
         ("llama_tied_deeper", method, layout)
         for method in ("ride", "other_precision")
         for layout in ("tp2_sp_full", "pp2_vpp2_target_groups")
@@ -378,6 +394,8 @@ FURTHER: set[tuple[str, ...]] = {
     (FP8[0], "tp4_sp"),
     (EARLY, "pp2_vpp2"),
     ("shallow_first_teacher", "pp2"),
+    *(("gaps", layout) for layout in ("pp2_vpp2_target_groups", "dp2_pp2")),
+    *(("gaps_other_tokens", layout) for layout in ("tp2_sp_packed", "cp2_tp2_sp")),
     ("qwen3_other_vocabulary", "reverse_kl", "tp2_pp2"),
     ("moe", "reverse_kl", "ep2_pp2"),
     ("moe_teacher", "other_tokens_sequence_mean", "tp2_sp_etp1_ep2"),
@@ -430,6 +448,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
                 "overrides": [*LINEAR_UPDATES, *_with_folders(METHODS[method], root)],
                 "reading": READINGS.get(method),
                 "taught_by": TAUGHT_BY.get(method),
+                "gaps": method in GAP_METHODS,
                 "one_step": (pair, method) not in TWO_STEPS,
             }
         )
@@ -442,6 +461,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
                 "overrides": [*LINEAR_UPDATES, *_with_folders(METHODS[method], root), *overrides],
                 "reading": READINGS.get(method),
                 "taught_by": TAUGHT_BY.get(method),
+                "gaps": method in GAP_METHODS,
                 "logprobs": method in LOGPROB_METHODS,
                 "one_step": (pair, method) not in TWO_STEPS,
             }

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_oprd.config.schema import OutputLossConfig
 from tests.distill.test_output_space import formula
 from tests.helpers.closeness import assert_close_relative
-from tests.helpers.pairs import fixed_rollouts, fixed_teacher_sequences, save_pair
+from tests.helpers.pairs import fixed_rollouts, fixed_teacher_sequences, fixed_written, save_pair
 from tests.helpers.ranks import run_ranks
 
 PAIRS: dict[str, dict[str, Any]] = {
@@ -42,6 +42,8 @@ class Step:
     response, ``shift`` from a token's own position. ``layer_weights`` are factors on the layers'
     losses; ``output`` is the output-space loss with its factor, over all response tokens.
     ``reading`` is what the teacher reads: a kind of `fixed_teacher_sequences`. ``projector`` are
+    the widths of projectors that train, each with a GELU to the next. With ``gaps`` the student
+    wrote `fixed_written` alone.
     the widths of projectors that train, each with a GELU to the next, ``lr_mult`` their learning
     rate in units of the student's.
     """
@@ -60,6 +62,7 @@ class Step:
     output: tuple[OutputLossConfig, float] | None = None
     reading: str | None = None
     projector: tuple[int, ...] = ()
+    gaps: bool = False
     lr_mult: float = 1.0
 
 
@@ -194,6 +197,43 @@ STEPS = {
         shift=0,
         reading="other_tokens",
     ),
+    "gaps": Step(pair="llama_tied", gaps=True),
+    "gaps_token_last_k_sequence_mean": Step(
+        pair="llama",
+        overrides=[
+            "taps.alignment=token",
+            "taps.positions=last_k",
+            "taps.k=3",
+            "loss.aggregation=sequence_mean",
+        ],
+        last=3,
+        shift=0,
+        sequence_mean=True,
+        gaps=True,
+    ),
+    "gaps_first_k_and_outputs": Step(
+        pair="qwen2_deeper",
+        overrides=["taps.positions=first_k", "taps.k=2", "output_loss.kind=sampled_token"],
+        matches=((0, 0), (1, 2), (2, 4), (3, 6)),
+        first=2,
+        output=(OutputLossConfig(kind="sampled_token"), 1.0),
+        gaps=True,
+    ),
+    "gaps_other_prompt": Step(
+        pair="llama",
+        overrides=["output_loss.kind=forward_kl"],
+        output=(OutputLossConfig(kind="forward_kl"), 1.0),
+        reading="other_prompt",
+        gaps=True,
+    ),
+    "gaps_other_tokens": Step(pair="llama", reading="other_tokens", gaps=True),
+    "gaps_other_tokens_token": Step(
+        pair="llama_tied",
+        overrides=["taps.alignment=token"],
+        shift=0,
+        reading="other_tokens",
+        gaps=True,
+    ),
     "projector_of_equal_widths": Step(
         pair="llama",
         overrides=["bridge.trainable=linear", "recompute.recompute_granularity=selective"],
@@ -271,6 +311,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "pair": str(root / step.pair),
             "overrides": [*step.overrides, *ADAMW],
             "reading": step.reading,
+            "gaps": step.gaps,
         }
         for name, step in STEPS.items()
     ]
@@ -292,9 +333,12 @@ def _output_loss(
     teacher: Any,
     prompts: tuple[list[int], list[int]],
     response: list[int],
+    written: list[bool],
     settings: OutputLossConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Summed over a response behind the models' prompts: the loss, and what is differentiated."""
+    """Summed over what the student wrote behind the models' prompts: the loss, and what is
+    differentiated.
+    """
     prompt, teacher_prompt = prompts
     tokens = torch.tensor([prompt + response])
     predicting = slice(len(prompt) - 1, -1)
@@ -304,7 +348,7 @@ def _output_loss(
     value, surrogate = formula(
         student(tokens).logits[0, predicting], of_teacher, torch.tensor(response), settings
     )
-    return value.sum().detach(), surrogate.sum()
+    return value[written].sum().detach(), surrogate[written].sum()
 
 
 def _hidden_states(model: Any, tokens: list[int], *, pre_norm: bool) -> list[Tensor]:
@@ -327,9 +371,12 @@ def _forward_backward(
     Returns loss and cosine of each matched pair, and the output-space loss.
     """
     prompts, responses = fixed_rollouts()
+    written = fixed_written() if step.gaps else [[True] * len(one) for one in responses]
     chosen = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        positions = [len(prompt) + step.shift + number for number in range(len(response))]
+    for prompt, own in zip(prompts, written, strict=True):
+        positions = [
+            len(prompt) + step.shift + number for number, is_own in enumerate(own) if is_own
+        ]
         positions = positions[: step.first] if step.first else positions
         positions = positions[-step.last :] if step.last else positions
         chosen.append([(position, position) for position in positions])
@@ -344,12 +391,13 @@ def _forward_backward(
             if step.shift:  # tokens that start together: behind a pair, or behind the prompts
                 ends = [(-1, -1), *pairs]
                 pairs = [(s, t) for s, t in ends if s + 1 < len(responses[number])]
+            pairs = [(s, t) for s, t in pairs if written[number][s - step.shift]]
             starts = len(prompt), len(one.prompt_ids)
             chosen[number] = [(starts[0] + s, starts[1] + t) for s, t in pairs]
     num_chosen = sum(len(positions) for positions in chosen)
     loss, cosine = torch.zeros(len(step.matches)), torch.zeros(len(step.matches))
     output_loss, total = torch.zeros(()), torch.zeros(())
-    num_tokens = sum(map(len, responses))
+    num_tokens = sum(map(sum, written))
     for number_of_sequence, pairs in enumerate(chosen):
         prompt, response = prompts[number_of_sequence], responses[number_of_sequence]
         positions = [position for position, _ in pairs]
@@ -370,8 +418,9 @@ def _forward_backward(
         if step.output is not None:
             settings, coefficient = step.output
             both = prompt, teacher_prompts[number_of_sequence]
-            value, surrogate = _output_loss(student, teacher, both, response, settings)
-            of_all = len(response) * len(prompts) if step.sequence_mean else num_tokens
+            own = written[number_of_sequence]
+            value, surrogate = _output_loss(student, teacher, both, response, own, settings)
+            of_all = sum(own) * len(prompts) if step.sequence_mean else num_tokens
             output_loss += value / of_all
             total = total + coefficient * surrogate / of_all
     if step.matches:

@@ -87,6 +87,7 @@ def test_what_may_change(pair: Path, tmp_path: Path, override: str) -> None:
     [
         "optimizer.lr=0.01",
         "optimizer.lr_decay_iters=300",
+        "rollout.function=tests.helpers.rollout_functions:plain",
         "taps.layers=even",
         "loss.normalize=l2",
         "model.params_dtype=bf16",

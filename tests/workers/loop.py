@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_oprd.data.teacher_sequences import TeacherReader, TeacherSequence
+from megatron_oprd.errors import UserError
 from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.rollout.engine import RolloutEngineError
 from megatron_oprd.rollout.hf import HFEngine
@@ -100,7 +101,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         plan = make_plan(config, world_size=dist.get_world_size())
         try:
             loop.train(plan, context)
-        except (loop.TrainingDivergedError, RolloutEngineError) as error:
+        except (loop.TrainingDivergedError, RolloutEngineError, UserError) as error:
             stopped = str(error)
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (rollouts, stopped))

@@ -14,7 +14,13 @@ from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
 from tests.helpers import projectors
-from tests.helpers.pairs import as_rollouts, config_of, fixed_rollouts, fixed_teacher_sequences
+from tests.helpers.pairs import (
+    as_rollouts,
+    config_of,
+    fixed_rollouts,
+    fixed_teacher_sequences,
+    fixed_written,
+)
 
 
 def gradient(parameter: torch.nn.Parameter) -> Tensor:
@@ -32,7 +38,8 @@ def _same_everywhere(value: Tensor) -> Tensor:
 
 def run(case: dict[str, Any], directory: Path) -> None:
     """Runs one case: {name, pair, overrides, reading: None or a kind of other sequences,
-    taught_by: None or whether each teacher teaches each sequence, logprobs: whether the student's
+    taught_by: None or whether each teacher teaches each sequence, gaps: whether the student wrote
+    some of the response tokens only, logprobs: whether the student's
     log-probabilities are taken, before the first step and after the last, one_step: whether there
     is no second step}.
     """
@@ -45,7 +52,12 @@ def run(case: dict[str, Any], directory: Path) -> None:
         if case.get("reading"):
             reading = fixed_teacher_sequences(case["reading"])
 
-        rollouts = as_rollouts(*fixed_rollouts(), reading, case.get("taught_by"))
+        rollouts = as_rollouts(
+            *fixed_rollouts(),
+            reading,
+            case.get("taught_by"),
+            fixed_written() if case.get("gaps") else None,
+        )
         logprobs = []
         if case.get("logprobs"):
             taps_logprobs.CHUNK_TOKENS = 7  # several chunks of a micro-batch's tokens

@@ -9,7 +9,7 @@ import torch
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
-from megatron_oprd.rollout.sampling import samples_of, seed_of, stopped_length
+from megatron_oprd.rollout.sampling import max_new_tokens_of, samples_of, seed_of, stopped_length
 from megatron_oprd.rollout.vllm.bucket import BucketHandle
 
 # Worker extension class (a server's --worker-extension-cls).
@@ -36,6 +36,7 @@ class Request:
 
     prompt_ids: tuple[int, ...]
     seed: int  # the sample's own seed (`seed_of`)
+    max_new_tokens: int | None = None  # fewer than the step's, if it has a limit of its own
 
 
 def sampling_fields(
@@ -46,7 +47,7 @@ def sampling_fields(
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
-        "max_tokens": sampling.max_new_tokens,
+        "max_tokens": request.max_new_tokens or sampling.max_new_tokens,
         "seed": request.seed,
         "stop_token_ids": [*stop_token_ids, *sampling.stop_token_ids],
         "logprobs": 0 if sampling.logprobs else None,  # 0: only the sampled token's
@@ -69,7 +70,11 @@ class Response:
 def requests_of(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Request]:
     """One request per sample, ordered by prompt, then sample, each with its own seed."""
     return [
-        Request(prompt_ids=prompt.token_ids, seed=seed_of(prompt, sample, sampling))
+        Request(
+            prompt_ids=prompt.token_ids,
+            seed=seed_of(prompt, sample, sampling),
+            max_new_tokens=max_new_tokens_of(prompt, sampling),
+        )
         for prompt in prompts
         for sample in samples_of(prompt, sampling)
     ]
