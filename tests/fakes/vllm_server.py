@@ -53,6 +53,7 @@ class FakeServer:
         self.instead: dict[str, Callable[[], tuple[int, bytes] | None]] = {}
         self.num_syncs = 0
         self.pauses = self.resumes = 0
+        self._gate = threading.Condition()
         self.before_receiving: Callable[[], Any] | None = None
         self.finish_reason = "length"
         self.secret: str | None = None
@@ -102,9 +103,12 @@ class FakeServer:
         if path == "/update_weight_version":
             self.label = body["new_version"]
         elif path == "/pause":
-            self.pauses += 1
+            with self._gate:
+                self.pauses += 1
         elif path == "/resume":
-            self.resumes += 1
+            with self._gate:
+                self.resumes += 1
+                self._gate.notify_all()
         elif path == "/collective_rpc":
             return {"results": [getattr(self, body["method"])(*body["args"])] * self.num_workers}
         elif path == "/inference/v1/generate":
@@ -114,11 +118,14 @@ class FakeServer:
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
         asked = body["sampling_params"].get("logprobs")
         tokens = self.tokens(body)
+        with self._gate:
+            self._gate.wait_for(lambda: self.pauses <= self.resumes)
+            label = self.label
         return {
             "token_ids": tokens,
             "finish_reason": self.finish_reason,
             "logprobs": None if asked is None else {"content": [{"logprob": -0.5}] * len(tokens)},
-            "weight_versions": [{"version": one} for one in self.spans or [self.label]],
+            "weight_versions": [{"version": one} for one in self.spans or [label]],
         }
 
     def tokens(self, body: dict[str, Any]) -> list[int]:
