@@ -68,7 +68,7 @@ def unsupported_field(pair: Path) -> None:
 
 def unsupported_rope(pair: Path) -> None:
     change_teacher(
-        pair, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+        pair, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     )
 
 
@@ -204,7 +204,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] =
         1,
         ["bridge.path = b", "no manifest.json", "megatron_oprd.build_bridge"],
     ),
-    "rope": (unsupported_rope, [], 1, ["pair/teacher/config.json", "'linear'"]),
+    "rope": (unsupported_rope, [], 1, ["pair/teacher/config.json", "'dynamic'"]),
     "checkpoint": (
         checkpoint_of_another_model,
         [],

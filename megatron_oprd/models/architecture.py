@@ -91,20 +91,25 @@ class Rope:
     """Rotary position embedding; fields that a rope type does not use are None."""
 
     theta: float  # base of the frequencies
-    rope_type: str = "default"  # "default", "llama3" or "longrope"
+    rope_type: str = "default"  # "default", "linear", "llama3", "yarn" or "longrope"
     partial_rotary_factor: float = 1.0  # rotating share of a head's dimensions, from the first
-    # The next three are llama3's.
-    factor: float | None = None
+    factor: float | None = None  # linear, llama3 and yarn: divisor of (slow) frequencies
+    # llama3 only.
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
-    # llama3 and longrope: training length in tokens, before the extension.
+    # llama3, yarn and longrope: training length in tokens, before the extension.
     original_max_position_embeddings: int | None = None
+    # yarn only: turns over the training length, above which a frequency is kept and below which it
+    # is divided by `factor`; then whether the dimensions with these many turns are rounded outwards
+    # to whole ones.
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    truncate: bool | None = None
     # longrope only: divisors of the frequencies for runs whose longest sequence is within
-    # original_max_position_embeddings, and for runs with longer ones; then a factor on cosine and
-    # sine.
+    # original_max_position_embeddings, and for runs with longer ones.
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
-    attention_factor: float = 1.0
+    attention_factor: float = 1.0  # yarn and longrope: factor on cosine and sine
 
     def rotary_dim(self, head_dim: int) -> int:
         """The number of dimensions of a head that rotate."""
@@ -140,6 +145,12 @@ class Architecture:
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
     moe: MixtureOfExperts | None = None  # replaces the gated MLP; None: dense
+    # Latest positions that a token attends to, itself included, and for each layer whether it has
+    # this window. None and () without one that is shorter than max_position_embeddings.
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    # For each layer whether its queries and keys are rotated; () where all are.
+    rotated_layers: tuple[bool, ...] = ()
 
     def padded_vocab_size(self, multiple: int) -> int:
         """The vocabulary rounded up to ``multiple`` rows."""
@@ -171,11 +182,24 @@ def check_fields(
             )
 
 
-_ROPE_FIELDS = {
+# The rope types of all classes but Phi-3's.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_FIELDS: dict[str, set[str]] = {
     "default": set(),
+    "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "original_max_position_embeddings"},
     "longrope": {"short_factor", "long_factor", "original_max_position_embeddings"},
 }
+# Fields with a default. Of longrope's, the two lengths imply `factor`.
+_OPTIONAL_ROPE_FIELDS: dict[str, set[str]] = {
+    "yarn": {
+        "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+    },
+    "longrope": {"factor", "attention_factor"},
+}  # fmt: skip
+# Written into published configurations, and read neither by transformers nor by vLLM.
+_UNREAD_ROPE_FIELDS = {"yarn": {"attn_factor", "finetuned"}}
 
 
 def read_rope(
@@ -207,22 +231,57 @@ def read_rope(
             f"{source}: partial_rotary_factor = {share} is not supported for this model; it has "
             "to be 1.0"
         )
+    if rope_type == "dynamic":
+        raise UserError(
+            f"{source}: rope_type 'dynamic' is not supported: it changes all rotations with the "
+            "sequence's length, in transformers past max_position_embeddings = "
+            f"{hf_config.max_position_embeddings}, in vLLM always, so that rollouts would not be "
+            "the trained model's. Without it (rope_scaling: null) transformers computes the same "
+            "numbers up to that length"
+        )
     if rope_type not in rope_types:
         raise UserError(
             f"{source}: rope_type {rope_type!r} is not supported; supported are "
             f"{' and '.join(repr(name) for name in rope_types)}"
         )
-    needed = _ROPE_FIELDS[rope_type]
-    # The two lengths imply `factor`, and `attention_factor` has a default.
-    optional = {"factor", "attention_factor"} if rope_type == "longrope" else set()
+    needed, optional = _ROPE_FIELDS[rope_type], _OPTIONAL_ROPE_FIELDS.get(rope_type, set())
+    for name in _UNREAD_ROPE_FIELDS.get(rope_type, set()):
+        parameters.pop(name, None)
     if not needed <= set(parameters) <= needed | optional:
         raise UserError(
             f"{source}: rope_parameters of type {rope_type!r} has {sorted(parameters)}; it has to "
             f"have {sorted(needed)}"
+            + (f" and may have {sorted(optional)}" if rope_type == "yarn" else "")
         )
     if rope_type == "longrope":
         parameters = _longrope(parameters, int(head_dim * share), hf_config, source)
+    if rope_type == "yarn":
+        parameters = _yarn(parameters)
     return Rope(theta=theta, rope_type=rope_type, partial_rotary_factor=share, **parameters)
+
+
+def _yarn(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Reads `Rope`'s yarn fields (https://arxiv.org/abs/2309.00071), as transformers does."""
+    factor = parameters["factor"]
+    mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    attention_factor = parameters.get("attention_factor")
+
+    def stretch(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if attention_factor is None:
+        # One of the two alone counts for nothing.
+        attention_factor = stretch(1)
+        if mscale and mscale_all_dim:
+            attention_factor = stretch(mscale) / stretch(mscale_all_dim)
+    return {
+        "factor": factor,
+        "original_max_position_embeddings": parameters["original_max_position_embeddings"],
+        "attention_factor": float(attention_factor),
+        "beta_fast": parameters.get("beta_fast") or 32,
+        "beta_slow": parameters.get("beta_slow") or 1,
+        "truncate": parameters.get("truncate", True),
+    }
 
 
 def _longrope(

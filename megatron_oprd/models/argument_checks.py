@@ -20,14 +20,12 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "layernorm_zero_centered_gamma": (False,),
     "add_bias_linear": (False,),
     "normalization": ("RMSNorm",),
-    "position_embedding_type": ("rope",),
+    "position_embedding_type": ("rope", "yarn"),
     "swiglu": (True,),
     "gated_linear_unit": (True,),
     "squared_relu": (False,),
     "quick_geglu": (False,),
     "openai_gelu": (False,),
-    "rotary_seq_len_interpolation_factor": (1,),
-    "seq_len_interpolation_factor": (1,),
     "qk_l2_norm": (False,),
     "softmax_type": ("vanilla",),
     "attention_output_gate": (False,),
@@ -39,7 +37,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 # Supported only if absent or None.
 _ABSENT = (
-    "window_attn_skip_freq", "linear_attention_freq", "experimental_attention_variant",
+    "linear_attention_freq", "experimental_attention_variant",
     "activation_func_clamp_value", "hybrid_override_pattern",
     "hybrid_layer_pattern", "heterogeneous_layers_config_path",
     "heterogeneous_layers_config_encoded_json",
@@ -103,15 +101,12 @@ def _of_other_kinds(a: Mapping[str, Any], b: Architecture) -> Iterator[str]:
     if isinstance(function, str) and function.rpartition(".")[2].lower() not in ("silu", "swish"):
         yield "activation_func"
     window = a.get("window_size")
-    # -1 is unlimited; 0 to the right is causal.
-    if window is not None and tuple(window) not in ((-1, -1), (-1, 0)):
+    # 0 to the right is causal; otherwise nothing, which the causal mask limits to this.
+    if window is not None and tuple(window)[1] not in (-1, 0):
         yield "window_size"
     scale = a.get("softmax_scale")
     if scale is not None and not math.isclose(scale, b.head_dim**-0.5, rel_tol=1e-6):
         yield "softmax_scale"
-    without_rope = a.get("no_rope_freq")
-    if any(without_rope) if isinstance(without_rope, list) else without_rope:
-        yield "no_rope_freq"
 
 
 def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str, bool]]:
@@ -132,9 +127,33 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
         "share_embeddings_and_output_weights": ("tie_word_embeddings", b.tied),
         "use_rope_scaling": ("llama3 rope scaling", b.rope.rope_type == "llama3"),
         "rope_scaling": ("llama3 rope scaling", b.rope.rope_type == "llama3"),
+        "position_embedding_type": (
+            "rope_type",
+            "yarn" if b.rope.rope_type == "yarn" else "rope",
+        ),
+        **dict.fromkeys(
+            ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor"),
+            ("linear rope factor", b.rope.factor if b.rope.rope_type == "linear" else 1),
+        ),
         "num_experts": ("experts", None if b.moe is None else b.moe.num_experts),
         "num_moe_experts": ("experts", None if b.moe is None else b.moe.num_experts),
     }
+    if "window_size" in a:
+        # Megatron counts the positions to the left of a token; -1 is unlimited, as is None.
+        left, _ = a["window_size"] or (-1, 0)
+        window = None if left == -1 else left + 1
+        layers = () if window is None else _windows(a)
+        yield (
+            "window_size",
+            f"sliding_window = {b.sliding_window} in layers {_numbers(b.sliding_layers)}",
+            (window, layers) == (b.sliding_window, b.sliding_layers),
+        )
+    if "no_rope_freq" in a:
+        every, count = a["no_rope_freq"], b.num_layers
+        if isinstance(every, int):
+            every = [int(number % every == 0) for number in range(1, count + 1)] if every else None
+        without = [int(not rotated) for rotated in b.rotated_layers] or [0] * count
+        yield "no_rope_freq", f"layers without rope = {without}", (every or [0] * count) == without
     if grouped:
         expected["num_query_groups"] = ("num_key_value_heads", b.num_query_groups)
     if b.moe is None:
@@ -144,6 +163,15 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
             "moe_router_topk": ("num_experts_per_tok", b.moe.num_experts_per_token),
             "moe_ffn_hidden_size": ("moe_intermediate_size", b.moe.ffn_hidden_size),
             "moe_router_pre_softmax": ("norm_topk_prob = false", not b.moe.norm_topk_prob),
+        }
+    if b.rope.rope_type == "yarn":
+        original = b.rope.original_max_position_embeddings
+        expected |= {
+            "yarn_rotary_scaling_factor": ("rope factor", b.rope.factor),
+            "yarn_original_max_position_embeddings": ("original_max_position_embeddings", original),
+            "yarn_beta_fast": ("beta_fast", b.rope.beta_fast),
+            "yarn_beta_slow": ("beta_slow", b.rope.beta_slow),
+            "yarn_correction_range_round_to_int": ("truncate", b.rope.truncate),
         }
     if a.get("use_rope_scaling") or a.get("rope_scaling"):
         expected["rope_scaling_factor"] = ("rope factor", b.rope.factor)
@@ -157,6 +185,20 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
     if a.get(scaled) and b.rope.rope_type == "llama3":
         for name, value in _LLAMA3.items():
             yield scaled, f"{name} = {getattr(b.rope, name)}", _same(getattr(b.rope, name), value)
+
+
+def _windows(a: Mapping[str, Any]) -> tuple[bool, ...] | None:
+    """Whether each layer has the window, as Megatron reads ``window_attn_skip_freq``."""
+    every, layers = a.get("window_attn_skip_freq"), a.get("num_layers")
+    if isinstance(every, list):
+        return tuple(bool(slides) for slides in every)
+    if not isinstance(layers, int):
+        return None
+    return tuple(not every or number % every != 0 for number in range(1, layers + 1))
+
+
+def _numbers(layers: tuple[bool, ...]) -> list[int]:
+    return [number for number, slides in enumerate(layers) if slides]
 
 
 def _same(found: Any, value: Any) -> bool:

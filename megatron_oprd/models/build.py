@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_oprd.config.schema import ModelConfig, ParallelConfig, RecomputeConfig
+from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts
 from megatron_oprd.models.fp8 import with_fp8_linears
 from megatron_oprd.models.fp8_codes import WeightFormat
@@ -89,6 +90,7 @@ def transformer_config(
     are Megatron's settings of FP8 with Transformer Engine.
     """
     a, pp = architecture, parallel.pipeline_model_parallel_size
+    num_layers = sum(extent.layers_per_stage)
     vpp = parallel.virtual_pipeline_model_parallel_size
     dtype = DTYPES[model.params_dtype]
     # megatron-core's pipeline layout: the modules of each stage, in order.
@@ -96,7 +98,7 @@ def transformer_config(
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return RotaryTransformerConfig(
-        num_layers=sum(extent.layers_per_stage),
+        num_layers=num_layers,
         hidden_size=a.hidden_size,
         ffn_hidden_size=a.ffn_hidden_size,
         num_attention_heads=a.num_attention_heads,
@@ -111,6 +113,11 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=a.qkv_bias,
         qk_layernorm=a.qk_norm,
+        # Positions to the left of a token and to its right; then, by layer, whether it counts.
+        window_size=None if a.sliding_window is None else (a.sliding_window - 1, 0),
+        window_attn_skip_freq=[int(slides) for slides in a.sliding_layers[:num_layers]] or None,
+        # By layer, whether it goes without rotation.
+        no_rope_freq=[int(not rotated) for rotated in a.rotated_layers[:num_layers]] or None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -177,7 +184,12 @@ def build_model(
             (`megatron_oprd.models.rotary`).
         fp8: Layers with FP8 weights, which only loading fills. Requires a context without
             Transformer Engine.
+
+    Raises:
+        UserError: A sliding window under context parallelism, with Transformer Engine.
     """
+    if architecture.sliding_window is not None and context.transformer_engine:
+        _check_window(config, architecture)
     vpp = config.virtual_pipeline_model_parallel_size
     norm = final_norm_class(transformer_engine=context.transformer_engine)
     stages = len(extent.layers_per_stage)
@@ -229,6 +241,16 @@ def build_model(
                 model.output_layer = _frozen_head(config, context, padded_vocab_size)
         chunks.append(model)
     return chunks
+
+
+def _check_window(config: TransformerConfig, architecture: Architecture) -> None:
+    if config.context_parallel_size > 1:
+        raise UserError(
+            f"parallel.context_parallel_size = {config.context_parallel_size}, but a "
+            f"{architecture.family} has a sliding window of {architecture.sliding_window} "
+            "positions, which Transformer Engine's attention does not keep where keys pass from "
+            "rank to rank; give 1, and tensor or pipeline parallelism instead"
+        )
 
 
 def _moe_options(

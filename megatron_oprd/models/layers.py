@@ -26,6 +26,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_oprd.models.rotary import RotaryTransformerConfig
@@ -87,8 +88,10 @@ class PackedSelfAttention(SelfAttention):
         if packed_seq_params is not None:
             assert isinstance(packed_seq_params, HostPackedSeqParams)
             assert rotary_pos_emb is not None
-            # [longest, 1, 1, dim] --> [s, 1, 1, dim]
-            self._frequencies = rotary_pos_emb[packed_seq_params.positions]
+            without = self.config.no_rope_freq
+            if not (without and without[self.layer_number - 1]):
+                # [longest, 1, 1, dim] --> [s, 1, 1, dim]
+                self._frequencies = rotary_pos_emb[packed_seq_params.positions]
             rotary_pos_emb = None  # keeps Megatron from rotating again
         try:
             return super().forward(
@@ -135,7 +138,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class ScaledDotProductAttention(MegatronModule):
-    """Causal attention through torch, for right-padded or packed sequences.
+    """Causal attention through torch, for right-padded or packed sequences, also in a window.
 
     No padding mask is needed: real tokens never see the padding after them, and outputs at padding
     are not used. Packed sequences are attended one by one, at their own lengths.
@@ -157,6 +160,13 @@ class ScaledDotProductAttention(MegatronModule):
         assert attn_mask_type == AttnMaskType.causal
         assert config.attention_dropout == 0.0
         self.softmax_scale = softmax_scale
+        # Latest positions that a token attends to, itself included; None: all.
+        self.window: int | None = None
+        if is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        ):
+            assert config.window_size is not None
+            self.window = config.window_size[0] + 1
 
     def forward(
         self,
@@ -180,9 +190,25 @@ class ScaledDotProductAttention(MegatronModule):
         return self._attend(query, key, value)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        mask = None
         if self.cp_group.size() > 1:
             key, value, mask = self._gather(key, value)
+            return self._attend_to(query, key, value, mask)
+        length, window = query.shape[0], self.window
+        if window is None or length <= window:
+            return self._attend_to(query, key, value, None)
+        # In blocks of one window's length, because a mask of [s, s] would grow with s squared. The
+        # keys of a block begin at the first that its first token attends to.
+        positions = torch.arange(length, device=query.device)
+        parts = []
+        for start in range(0, length, window):
+            rows = slice(start, min(start + window, length))
+            seen = slice(max(0, start - window + 1), rows.stop)
+            mask = self._mask(positions[rows], positions[seen])
+            parts.append(self._attend_to(query[rows], key[seen], value[seen], mask))
+        return torch.cat(parts)
+
+    def _attend_to(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attends where the mask [queries, keys] is true; without one to all earlier positions."""
         # [s, b, n, d] --> [b, n, s, d]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
@@ -197,8 +223,13 @@ class ScaledDotProductAttention(MegatronModule):
         # [b, n, s, d] --> [s, b, n * d]
         return out.permute(2, 0, 1, 3).flatten(2)
 
+    def _mask(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether a token attends to another, by their positions: [queries, keys]."""
+        behind = queries[:, None] - keys
+        return behind >= 0 if self.window is None else (behind >= 0) & (behind < self.window)
+
     def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gathers keys and values over the context-parallel ranks; builds this rank's causal mask.
+        """Gathers keys and values over the context-parallel ranks; builds this rank's mask.
 
         [s/cp, b, groups, dim] --> [s, b, groups, dim], in the ranks' order; mask [s/cp, s].
         """
@@ -213,7 +244,7 @@ class ScaledDotProductAttention(MegatronModule):
         key, value = (
             gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value)
         )
-        return key, value, positions[rank][:, None] >= torch.cat(positions)
+        return key, value, self._mask(positions[rank], torch.cat(positions))
 
 
 def layer_spec(*, qk_norm: bool, num_experts: int | None, transformer_engine: bool) -> ModuleSpec:

@@ -2,7 +2,7 @@
 
 Megatron's rotary module computes cosine and sine from given frequencies, under sequence, pipeline
 and context parallelism alike, and rotates as many dimensions as there are frequencies for. So a
-rope type here consists of its frequencies, and of longrope's attention factor.
+rope type here consists of its frequencies, and of an attention factor (yarn's, longrope's).
 """
 
 import math
@@ -54,7 +54,38 @@ def inverse_frequencies(rope: Rope, *, head_dim: int, max_sequence_length: int) 
         factors = rope.long_factor if long else rope.short_factor
         return 1.0 / (torch.tensor(factors, dtype=torch.float32) * turns)
     frequencies = 1.0 / turns
+    if rope.rope_type == "linear":
+        assert rope.factor is not None
+        return frequencies / rope.factor
+    if rope.rope_type == "yarn":
+        return _yarn(turns, dim, rope)
     return _llama3(frequencies, rope) if rope.rope_type == "llama3" else frequencies
+
+
+def _yarn(turns: Tensor, dim: int, rope: Rope) -> Tensor:
+    """Divides slow frequencies by ``factor``, keeps fast ones, with a ramp over the pairs between.
+
+    A pair counts as fast that turns ``beta_fast`` times over the original length, and as slow if it
+    turns ``beta_slow`` times (https://arxiv.org/abs/2309.00071).
+    """
+    original, factor = rope.original_max_position_embeddings, rope.factor
+    assert original is not None
+    assert factor is not None
+
+    def pair_with(turns_in_all: float | None) -> float:
+        assert turns_in_all is not None
+        length_of_turn = original / (turns_in_all * 2 * math.pi)
+        return (dim * math.log(length_of_turn)) / (2 * math.log(rope.theta))
+
+    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    # As in transformers, which avoids a division by zero in this way.
+    high += 0.001 if low == high else 0
+    divided = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - divided
+    return (1.0 / (factor * turns)) * (1 - kept) + (1.0 / turns) * kept
 
 
 def _llama3(frequencies: Tensor, rope: Rope) -> Tensor:

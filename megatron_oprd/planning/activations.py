@@ -240,7 +240,8 @@ def _saved_by_attention(shape: LayerShape, recompute_attention: bool) -> int:
         saved += (2 * cp - 1) * shape.key_bytes
         saved -= 0 if a.qk_norm else shape.query_bytes + 2 * shape.key_bytes
         saved += shape.row_tokens * shape.row_tokens * cp  # the mask
-    if shape.is_packed and not shape.kernels.transformer_engine:
+    in_blocks = a.sliding_window is not None and cp == 1 and shape.row_tokens > a.sliding_window
+    if (shape.is_packed or in_blocks) and not shape.kernels.transformer_engine:
         saved += shape.query_bytes  # concatenated, for linear_proj
     if not recompute_attention:
         saved += shape.tokens * heads * _FP32  # log-sum-exp of each row

@@ -43,9 +43,17 @@ def linear_flops(a: Architecture) -> int:
 
 
 def attention_flops(a: Architecture, *, first: int, last: int) -> int:
-    """FLOPs of one layer's attention core, for tokens ``first`` to ``last`` - 1 of a sequence."""
+    """FLOPs of one layer's attention core, for tokens ``first`` to ``last`` - 1 of a sequence.
+
+    Where some layers have a sliding window, of the mean layer.
+    """
     # Pairs: token t (from 0) attends to t + 1 tokens.
     looks = (last * (last + 1) - first * (first + 1)) // 2
+    if a.sliding_window is not None:
+        # Of the tokens from the window's length on, each attends to t + 1 - window fewer.
+        hidden = [max(0, end - a.sliding_window) for end in (first, last)]
+        fewer = (hidden[1] * (hidden[1] + 1) - hidden[0] * (hidden[0] + 1)) // 2
+        looks -= fewer * sum(a.sliding_layers) // a.num_layers
     # Two products (scores, and their product with the values), two operations each.
     return 4 * a.num_attention_heads * a.head_dim * looks
 

@@ -163,6 +163,19 @@ def check_contents(checkpoint: Path, identity: RunIdentity, found: Mapping[str, 
             )
 
 
+def _as_written(value: Any) -> Any:
+    """A value of an architecture as JSON has it, without what is empty.
+
+    Fields that are newer than the checkpoint are empty where the older ones say everything.
+    """
+    if isinstance(value, dict):
+        written = {name: _as_written(one) for name, one in value.items()}
+        return {name: one for name, one in written.items() if one is not None}
+    if isinstance(value, list | tuple):
+        return [_as_written(one) for one in value] or None
+    return value
+
+
 def _check_same_run(plan: RunPlan, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
     config = plan.config
     layout = plan.layout
@@ -170,9 +183,8 @@ def _check_same_run(plan: RunPlan, checkpoint: Path, manifest: Mapping[str, Any]
         ("student", layout.student, plan.student_checkpoint),
         ("teacher", layout.teacher, plan.teachers[0].checkpoint),
     ):
-        ours = dataclasses.asdict(model.architecture)
-        for field, value in ours.items():
-            found = manifest[setting].get(field)
+        for field, ours in dataclasses.asdict(model.architecture).items():
+            found, value = _as_written(manifest[setting].get(field)), _as_written(ours)
             if found != value:
                 raise UserError(
                     f"{checkpoint} is of another model: {field} = {found!r}, but model.{setting} "

@@ -14,6 +14,8 @@ from megatron.core.enums import ModelType
 
 from checkpoint_tools.hf_to_megatron import main as hf_to_megatron
 from megatron_oprd.errors import UserError
+from megatron_oprd.models.argument_checks import check_arguments
+from megatron_oprd.models.families import FAMILIES
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from tests.helpers.tiny import save_tiny_model, tiny_config
 
@@ -77,7 +79,10 @@ def test_arguments_that_agree(converted: Path, tmp_path: Path, kind: str) -> Non
         ({"softmax_scale": 0.5}, "softmax_scale = 0.5, which is not supported"),
         ({"rotary_interleaved": True}, "rotary_interleaved = True, which is not supported"),
         ({"add_bias_linear": True}, "add_bias_linear = True, which is not supported"),
-        ({"window_size": [128, 0]}, "window_size = .*not supported"),
+        ({"position_embedding_type": "yarn"}, "rope_type = 'rope' where .*embedding_type = 'yarn'"),
+        ({"seq_len_interpolation_factor": 4}, "linear rope factor = 1 where .*factor = 4"),
+        ({"window_size": [128, 0]}, r"sliding_window = None in layers \[\] where .*window_size = "),
+        ({"window_size": [128, 64]}, "window_size = .*not supported"),
     ],
 )
 def test_contradictions_are_named(
@@ -125,3 +130,34 @@ def test_an_adapter_is_refused(converted: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps({"model": {}, "peft": {"dim": 8}}))
     with pytest.raises(UserError, match="adapter"):
         open_checkpoint(folder, hf_config=converted / "hf")
+
+
+WINDOW = {"window_size": [4, 0]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "agrees"),
+    [
+        (WINDOW | {"window_attn_skip_freq": 2}, True),  # every layer but each second one
+        (WINDOW | {"window_attn_skip_freq": [1, 0, 1, 0]}, True),
+        (WINDOW | {"window_attn_skip_freq": [0, 1, 0, 1]}, False),
+        (WINDOW | {"window_attn_skip_freq": None}, False),
+        ({"window_size": [5, 0], "window_attn_skip_freq": 2}, False),
+        ({"window_size": None}, False),
+        ({}, True),  # nothing is said
+    ],
+)
+def test_windows(arguments: dict[str, Any], agrees: bool) -> None:
+    """Megatron counts the positions before a token, transformers the token as well."""
+    config = tiny_config(
+        "qwen2",
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    architecture = FAMILIES["Qwen2ForCausalLM"].architecture(config, "config.json")
+    if agrees:
+        check_arguments("folder", "args", arguments | {"num_layers": 4}, architecture, "config")
+        return
+    with pytest.raises(UserError, match=r"sliding_window = 5 in layers \[0, 2\] .*window_size"):
+        check_arguments("folder", "args", arguments | {"num_layers": 4}, architecture, "config")

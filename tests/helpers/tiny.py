@@ -39,9 +39,9 @@ _CHARACTERS = (
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     """A config of ``family``, a transformers model_type: 4 layers, hidden size 32, 97 tokens.
 
-    4 query heads share 2 key-value heads. The head_dim of Mistral and Qwen3 is 16, which is not
-    hidden / heads. With a mixture of experts each token goes through 2 of 8.
-    The embeddings are not tied unless ``tie_word_embeddings=True``.
+    4 query heads share 2 key-value heads. The head_dim of Mistral, Qwen3 and Seed-OSS is 16, which
+    is not hidden / heads. SmolLM3's last layer is not rotated. With a mixture of experts each token
+    goes through 2 of 8. The embeddings are not tied unless ``tie_word_embeddings=True``.
     """
     fields: dict[str, Any] = {
         "vocab_size": 97,
@@ -56,7 +56,7 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,
     }
-    if family in ("mistral", "qwen3", "qwen3_moe"):
+    if family in ("mistral", "qwen3", "qwen3_moe", "seed_oss"):
         fields["head_dim"] = 16
     if family == "qwen3_moe":
         fields |= {

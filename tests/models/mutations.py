@@ -24,7 +24,8 @@ def mutate(
     Args:
         name: One of ``swapped_kv``, ``flat_qkv``, ``flat_qkv_bias``, ``swapped_gate_up``,
             ``permuted_experts``, ``shifted_embedding``, ``other_rope_theta``, ``unscaled_rope``,
-            ``full_rotary``, ``no_attention_factor``, or ``missing <norm>``.
+            ``full_rotary``, ``no_attention_factor``, ``longer_window``,
+            ``all_rotated``, or ``missing <norm>``.
         architecture: The model's.
         parameters: Its parameters under their layout-independent names.
         chunks: The model.
@@ -69,6 +70,12 @@ def mutate(
         for layer in chunks[0].decoder.layers:
             layer.self_attention._yarn_concentration_factor = 1.0  # megatron-core 0.19 keeps it
 
+    def longer_window() -> None:
+        chunks[0].decoder.layers[1].self_attention.core_attention.window += 1
+
+    def all_rotated() -> None:
+        chunks[0].config.no_rope_freq = None
+
     qkv = f"{LAYER}.self_attention.linear_qkv"
     mistakes: dict[str, Callable[[], Any]] = {
         "swapped_kv": lambda: change(f"{qkv}.weight", swapped_kv),
@@ -85,6 +92,8 @@ def mutate(
         ),
         "full_rotary": lambda: set_frequencies(architecture.head_dim),
         "no_attention_factor": no_attention_factor,
+        "longer_window": longer_window,
+        "all_rotated": all_rotated,
     }
     if name.startswith("missing "):
         change(name.removeprefix("missing "), torch.ones_like)

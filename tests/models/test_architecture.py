@@ -1,5 +1,6 @@
 """Rotary settings as configurations write them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,19 @@ def read(models: Path, tmp_path: Path, family: str, **changes: Any) -> Architect
 
 
 ROPES: list[tuple[dict[str, Any], str]] = [
-    ({"rope_type": "linear", "factor": 2.0}, "rope_type 'linear' is not supported"),
-    ({"rope_type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is not supported"),
+    ({"rope_type": "linear", "factor": 2.0, "beta_fast": 4}, "'linear' has .*beta_fast"),
     (
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-        "rope_type 'yarn' is not supported",
+        {"rope_type": "dynamic", "factor": 2.0},
+        "rope_type 'dynamic' is not supported: .* max_position_embeddings = 256, .*vLLM always",
+    ),
+    (
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "extrapolation_factor": 2.0,
+        },
+        r"'yarn' has .*extrapolation_factor.* and may have \['attention_factor', 'beta_fast'",
     ),
     (
         {
@@ -122,6 +131,56 @@ def test_longropes_attention_factor(
         original_max_position_embeddings=64,
     )
     assert found.rope.attention_factor == pytest.approx(attention_factor, rel=1e-12)
+
+
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+STRETCH = 0.1 * math.log(4) + 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"attention_factor": STRETCH}),
+        # Transformers does not read this one, which DeepSeek-R1-0528-Qwen3-8B has.
+        ({"attn_factor": 0.878}, {"attention_factor": STRETCH}),
+        (
+            {"attention_factor": 0.5, "mscale": 2.0, "mscale_all_dim": 1.0},
+            {"attention_factor": 0.5},
+        ),
+        (
+            {"mscale": 0.7, "mscale_all_dim": 1.4},
+            {"attention_factor": (0.07 * math.log(4) + 1) / (0.14 * math.log(4) + 1)},
+        ),
+        ({"mscale": 0.7}, {"attention_factor": STRETCH}),
+        ({"mscale": 0.7, "mscale_all_dim": 0.0}, {"attention_factor": STRETCH}),
+        ({"factor": 1.0}, {"attention_factor": 1.0, "factor": 1.0}),
+        (
+            {"beta_fast": 16, "beta_slow": 2, "truncate": False},
+            {"attention_factor": STRETCH, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+        ),
+    ],
+)
+def test_yarns_fields(
+    models: Path, tmp_path: Path, fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    found = read(models, tmp_path, "qwen3", rope_parameters=YARN | fields)
+    defaults = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    assert found.rope == Rope(
+        theta=1e4,
+        **{name: YARN[name] for name in YARN if name != "rope_theta"} | defaults | expected,
+    )
+
+
+def test_yarns_original_length_is_the_models_if_there_is_none(models: Path, tmp_path: Path) -> None:
+    """As in transformers; Qwen's model cards change max_position_embeddings as well."""
+    rope = {name: YARN[name] for name in YARN if name != "original_max_position_embeddings"}
+    found = read(models, tmp_path, "qwen3", rope_parameters=rope)
+    assert found.rope.original_max_position_embeddings == 256
 
 
 def test_a_model_that_was_not_extended_has_no_attention_factor(

@@ -115,6 +115,29 @@ PHI4_4 = PHI3_4 | {
     "max_position_embeddings": 16384, "original_max_position_embeddings": 16384,
     "rope_scaling": None, "rope_theta": 250000, "sliding_window": None,
 }  # fmt: skip
+SEED_OSS_4 = {
+    "architectures": ["SeedOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.1,
+    "attention_out_bias": False, "bos_token_id": 0, "eos_token_id": 2, "head_dim": 32,
+    "hidden_act": "silu", "hidden_size": 48, "initializer_range": 0.02, "intermediate_size": 80,
+    "max_position_embeddings": 524288, "mlp_bias": False, "model_type": "seed_oss",
+    "num_attention_heads": 6, "num_hidden_layers": 5, "num_key_value_heads": 2,
+    "pad_token_id": 1, "residual_dropout": 0.1, "rms_norm_eps": 1e-06,
+    "rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.55.0",
+    "use_cache": True, "vocab_size": 1001,
+}  # fmt: skip
+SMOLLM3_4 = {
+    "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": None, "eos_token_id": 128012, "hidden_act": "silu", "hidden_size": 48,
+    "initializer_range": 0.02, "intermediate_size": 80, "layer_types": ["full_attention"] * 5,
+    "max_position_embeddings": 65536, "max_window_layers": 28, "mlp_bias": False,
+    "model_type": "smollm3", "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0, 1],
+    "num_attention_heads": 6, "num_hidden_layers": 5, "num_key_value_heads": 2,
+    "pad_token_id": 128004, "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 5000000.0, "sliding_window": None, "torch_dtype": "bfloat16",
+    "transformers_version": "4.54.0.dev0", "use_cache": False, "use_sliding_window": False,
+    "vocab_size": 1001,
+}  # fmt: skip
 COMMON: dict[str, Any] = {
     "num_layers": 5, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 6,
     "num_query_groups": 2, "vocab_size": 1001,
@@ -190,6 +213,19 @@ WRITTEN_BY_4: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                       long_factor=(1.0, 2.0, 30.25), attention_factor=PHI3_ATTENTION_FACTOR),
          "qkv_bias": False, "qk_norm": False, "max_position_embeddings": 131072},
     ),
+    "seed_oss": (
+        SEED_OSS_4,
+        {"family": "SeedOssForCausalLM", "head_dim": 32, "layernorm_epsilon": 1e-6, "tied": False,
+         "rope": Rope(theta=1e7), "qkv_bias": True, "qk_norm": False,
+         "max_position_embeddings": 524288},
+    ),
+    # The class ties the head where the configuration does not say.
+    "smollm3": (
+        SMOLLM3_4,
+        {"family": "SmolLM3ForCausalLM", "head_dim": 8, "layernorm_epsilon": 1e-6, "tied": True,
+         "rope": Rope(theta=5e6), "qkv_bias": False, "qk_norm": False,
+         "max_position_embeddings": 65536, "rotated_layers": (True, True, True, False, True)},
+    ),
     "phi4": (
         PHI4_4,
         {"family": "Phi3ForCausalLM", "head_dim": 8, "layernorm_epsilon": 1e-5, "tied": False,
@@ -250,19 +286,26 @@ def test_configurations_of_transformers_5(models: Path, tmp_path: Path, name: st
         ("llama", {"partial_rotary_factor": 0.5}),
         ("llama", {"sliding_window": 8}),
         ("qwen2", {"hidden_act": "relu"}),
-        ("qwen2", {"use_sliding_window": True}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None}),
+        (
+            "qwen2",
+            {"sliding_window": 0, "use_sliding_window": True}
+            | {"max_window_layers": 0, "layer_types": None},
+        ),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"] * 2}),
         ("qwen2", {"use_mrope": True}),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
         ("qwen2", {"attention_bias": True}),
         ("qwen3", {"attention_bias": True}),
         ("qwen3", {"use_sliding_window": True}),
+        ("qwen3", {"layer_types": ["full_attention"] * 3}),
         ("qwen3", {"layer_types": ["sliding_attention"] * 4}),
         ("qwen3", {"mlp_bias": False}),
         ("qwen3", {"model_type": "mistral"}),
         ("qwen3", {"num_key_value_heads": 3}),
         ("qwen3", {"sliding_window_pattern": 2}),
         ("mistral", {"hidden_act": "gelu"}),
-        ("mistral", {"sliding_window": 255}),
+        ("mistral", {"sliding_window": 0}),
         ("mistral", {"attention_bias": True}),
         ("mistral", {"partial_rotary_factor": 0.5}),
         ("mistral", {"layer_types": ["sliding_attention"] * 4}),
@@ -276,7 +319,6 @@ def test_configurations_of_transformers_5(models: Path, tmp_path: Path, name: st
         ("phi3", {"lm_head_bias": True}),
         ("phi3", {"full_attn_mod": 2}),
         ("phi3", {"interpolate_factor": 2}),
-        ("phi3", {"sliding_window": 255}),
         ("phi3", {"layer_types": ["sliding_attention"] * 4}),
         ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3WithMemory"}}),
         ("phi3", {"auto_map": {"AutoModel": "modeling_phi3.Phi3Model"}}),
@@ -290,6 +332,15 @@ def test_configurations_of_transformers_5(models: Path, tmp_path: Path, name: st
         ("qwen3_moe", {"shared_expert_intermediate_size": 32}),
         ("qwen3_moe", {"n_group": 4}),
         ("qwen3", {"num_experts": 8}),
+        ("seed_oss", {"attention_bias": False}),
+        ("seed_oss", {"attention_out_bias": True}),
+        ("seed_oss", {"mlp_bias": True}),
+        ("smollm3", {"attention_bias": True}),
+        ("smollm3", {"mlp_bias": True}),
+        ("smollm3", {"use_sliding_window": True}),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 4}),
+        ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}),
         ("llama", {"hidden_size": "wide"}),
         ("llama", {"architectures": ["GemmaForCausalLM"]}),
         ("llama", {"architectures": ["LlamaForCausalLM", "LlamaModel"]}),
@@ -299,7 +350,7 @@ def test_configurations_of_transformers_5(models: Path, tmp_path: Path, name: st
 def test_a_refused_field_is_named(
     models: Path, tmp_path: Path, family: str, fields: dict[str, Any]
 ) -> None:
-    ((field, _),) = fields.items()
+    field = next(iter(fields))
     with pytest.raises(UserError, match=rf"changed/config\.json.*{field}") as error:
         read(models, tmp_path, family, **fields)
     assert "\n" not in str(error.value)
@@ -309,8 +360,45 @@ def test_the_class_has_a_sliding_window_where_the_file_has_none(
     models: Path, tmp_path: Path
 ) -> None:
     """Transformers' Mistral then slides over 4096 positions."""
-    with pytest.raises(UserError, match=r"sliding_window = 4096 .* max_position_embeddings = 8192"):
-        read(models, tmp_path, "mistral", drop=["sliding_window"], max_position_embeddings=8192)
+    found = read(models, tmp_path, "mistral", drop=["sliding_window"], max_position_embeddings=8192)
+    assert (found.sliding_window, found.sliding_layers) == (4096, (True,) * 4)
+
+
+ON = {"use_sliding_window": True, "sliding_window": 255}
+OFF = {"use_sliding_window": False, "sliding_window": 255}
+ALL, NO_WINDOW = (255, (True,) * 4), (None, ())
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "expected"),
+    [
+        ("mistral", {"sliding_window": 255}, ALL),
+        ("mistral", {"sliding_window": 256}, NO_WINDOW),  # as long as the longest sequence
+        ("phi3", {"sliding_window": 255}, ALL),
+        ("qwen3_moe", ON, ALL),
+        ("qwen3_moe", OFF, NO_WINDOW),
+        ("qwen2", OFF, NO_WINDOW),
+        ("qwen2", ON | {"max_window_layers": 4, "layer_types": None}, NO_WINDOW),
+        (
+            "qwen2",
+            ON | {"max_window_layers": 3, "layer_types": None},
+            (255, (False, False, False, True)),
+        ),
+        # layer_types counts before max_window_layers.
+        (
+            "qwen3",
+            ON
+            | {"max_window_layers": 3}
+            | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+            (255, (True, False) * 2),
+        ),
+    ],
+)
+def test_windows(
+    models: Path, tmp_path: Path, family: str, fields: dict[str, Any], expected: Any
+) -> None:
+    found = read(models, tmp_path, family, **fields)
+    assert (found.sliding_window, found.sliding_layers) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=MODEL_TYPES)

@@ -8,13 +8,20 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megatron_oprd.errors import UserError
+from megatron_oprd.models.build import build_model
+from megatron_oprd.models.families import FAMILIES
 from megatron_oprd.models.layers import layer_spec
+from tests.helpers.tiny import tiny_config
 
 SOURCE = ast.parse(Path(transformer_engine.__file__).read_text())
 
@@ -63,3 +70,21 @@ def test_grouped_experts_number_their_matrices() -> None:
     source = inspect.getsource(TEGroupedMLP.sharded_state_dict)
     assert "{name}.weight{i}" in source
     assert "local_expert_indices_offset + i" in source
+
+
+def test_windows_are_refused_where_keys_pass_between_ranks() -> None:
+    """Transformer Engine has windows under other kinds of context parallelism only."""
+    architecture = FAMILIES["MistralForCausalLM"].architecture(
+        tiny_config("mistral", sliding_window=5), "config.json"
+    )
+    config: Any = SimpleNamespace(context_parallel_size=2)
+    context: Any = SimpleNamespace(transformer_engine=True)
+    with pytest.raises(UserError, match=r"context_parallel_size = 2, .*window of 5 pos.*; give 1"):
+        build_model(
+            architecture,
+            None,  # type: ignore[arg-type]
+            config,
+            context=context,
+            padded_vocab_size=97,
+            max_sequence_length=64,
+        )

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
@@ -28,10 +29,13 @@ def test_lengths_and_ends() -> None:
         assert (ends.tolist(), ends.dtype) == ([0, 4, 6, 8], torch.int32)
 
 
-def test_attention_asks_the_device_for_nothing() -> None:
+@pytest.mark.parametrize("window", [None, (1, 0)])
+def test_attention_asks_the_device_for_nothing(window: tuple[int, int] | None) -> None:
     """On the meta device there are no values: whoever asks for one gets an error."""
     groups: Any = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))
-    config: Any = SimpleNamespace(attention_dropout=0.0)
+    config: Any = SimpleNamespace(
+        attention_dropout=0.0, window_size=window, window_attn_skip_freq=None
+    )
     attention = ScaledDotProductAttention(
         config, 1, AttnMaskType.causal, "self", pg_collection=groups
     )

@@ -30,13 +30,17 @@ from tests.helpers.ranks import run_ranks
 CONFIGS = Path(__file__).parent / "configs"
 # Parameters as the models' pages state them; a tied head is not counted again.
 PARAMETERS = {
+    "DeepSeek-R1-0528-Qwen3-8B": 8_190_735_360,
     "DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
     "Llama-3.1-70B-Instruct": 70_553_706_496,
+    "Mistral-7B-v0.1": 7_241_732_096,
     "Phi-4-mini-reasoning": 3_836_021_760,
     "Qwen3-1.7B-Base": 1_720_574_976,
     "Qwen3-30B-A3B": 30_532_122_624,
     "Qwen3-32B": 32_762_123_264,
     "Qwen3-4B": 4_022_468_096,
+    "Seed-OSS-36B-Instruct": 36_151_104_512,
+    "SmolLM3-3B": 3_075_098_624,
 }
 WORLD_SIZE = 32
 MULTIPLE = 128
@@ -56,12 +60,17 @@ class Layout:
 LAYOUTS = {
     # 12 query heads do not divide into 8 ranks; 2 key/value heads are fewer than 4 ranks.
     "deepseek_1.5b": Layout(model="DeepSeek-R1-Distill-Qwen-1.5B", layers=(7,) * 4, tp=4),
+    # YaRN.
+    "deepseek_8b": Layout(model="DeepSeek-R1-0528-Qwen3-8B", layers=(9,) * 4),
     "llama_70b": Layout(model="Llama-3.1-70B-Instruct", layers=(20,) * 4),
+    "mistral_7b": Layout(model="Mistral-7B-v0.1", layers=(8,) * 4),
     "phi_4_mini": Layout(model="Phi-4-mini-reasoning", layers=(8,) * 4),
     # Uneven stages.
     "qwen3_1.7b": Layout(model="Qwen3-1.7B-Base", layers=(5, 9, 8, 6)),
     "qwen3_32b": Layout(model="Qwen3-32B", layers=(16,) * 4),
     "qwen3_4b": Layout(model="Qwen3-4B", layers=(9,) * 4),
+    "seed_oss_36b": Layout(model="Seed-OSS-36B-Instruct", layers=(16,) * 4),
+    "smollm3_3b": Layout(model="SmolLM3-3B", layers=(9,) * 4),
     # 4 key/value heads on 8 ranks.
     "qwen3_30b_a3b_ep8": Layout(model="Qwen3-30B-A3B", layers=(12,) * 4, ep=8, etp=1),
     "qwen3_30b_a3b_ep4_etp2": Layout(model="Qwen3-30B-A3B", layers=(12,) * 4, ep=4, etp=2),
@@ -129,7 +138,9 @@ def stage_of(parameter: str, layers: Sequence[int]) -> int:
     "name",
     # The families of the nightly ones are there in another size.
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("qwen3_32b", "qwen3_4b")))
+        pytest.param(
+            name, marks=[pytest.mark.slow] * (name in ("qwen3_32b", "qwen3_4b", "deepseek_8b"))
+        )
         for name in LAYOUTS
     ],
 )

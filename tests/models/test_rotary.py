@@ -39,18 +39,46 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.3],
     "long_factor": [1.2, 4.0, 20.0],
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("llama", {"head_dim": 64, "rope_parameters": {"rope_theta": 1e6}}),
     # Heads of other than hidden / heads dimensions.
     "default_qwen3": ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 7}}),
     "llama3": ("llama", {"head_dim": 64, "rope_parameters": LLAMA3}),
+    "linear": (
+        "mistral",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}},
+    ),
+    "yarn": ("qwen3", {"head_dim": 64, "rope_parameters": YARN}),
+    "yarn_attention_factor": ("qwen2", {"rope_parameters": YARN | {"attention_factor": 0.9}}),
+    "yarn_of_whole_fields": (
+        "qwen3",
+        {
+            "head_dim": 64,
+            "rope_parameters": YARN
+            | {"beta_fast": 8, "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 1.3}
+            | {"truncate": False},
+        },
+    ),
+    # Both ends of the ramp are one pair.
+    "yarn_without_ramp": ("llama", {"rope_parameters": YARN | {"beta_fast": 1, "beta_slow": 1}}),
     "partial": ("phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
     "longrope": (
         "phi3",
         {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
     ),
 }
-REAL = ("Llama-3.1-70B-Instruct", "Phi-4-mini-reasoning", "Qwen3-32B")
+REAL = (
+    "DeepSeek-R1-0528-Qwen3-8B",
+    "Llama-3.1-70B-Instruct",
+    "Phi-4-mini-reasoning",
+    "Qwen3-32B",
+)
 
 
 def folder_of(name: str, root: Path) -> Path:
@@ -109,6 +137,20 @@ def test_llama3_by_its_formula(tmp_path: Path) -> None:
     # The slowest turn 1 / factor as fast, the fastest as without.
     ends = plain[[0, -1]] / torch.tensor([1.0, 32.0])
     torch.testing.assert_close(found[[0, -1]], ends, rtol=1e-5, atol=0)
+
+
+def test_yarn_by_its_formula(tmp_path: Path) -> None:
+    """DeepSeek-R1-0528-Qwen3-8B: 4 times as long, sines and cosines 0.1 ln 4 larger."""
+    architecture, _ = read("DeepSeek-R1-0528-Qwen3-8B", tmp_path)
+    assert architecture.rope.attention_factor == pytest.approx(1.1386294361119891)
+    plain = 1e6 ** (-torch.arange(64) / 64)
+    found = plain / frequencies(architecture, 64)
+    # Pair i turns 32768 plain[i] / 2 pi times: 32 times between pairs 23 and 24, once at 39.6.
+    torch.testing.assert_close(found[:24], torch.ones(24), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[40:], torch.full((24,), 4.0), rtol=1e-5, atol=0)
+    # Between them the part that is divided grows evenly, from pair 23 to pair 40.
+    divided = (found[24:40].reciprocal() - 1) / (1 / 4 - 1)
+    torch.testing.assert_close(divided, torch.arange(1, 17) / 17, rtol=1e-4, atol=0)
 
 
 def test_phi_4_mini_by_its_formula(tmp_path: Path) -> None:

@@ -33,15 +33,51 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.3],
     "long_factor": [1.2, 4.0, 20.0],
 }
+# Sequences are longer than this original length, or shorter.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "llama3_rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama_linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}},
+    ),
+    "qwen3_yarn": ("qwen3", {"rope_parameters": YARN}),
+    "qwen2_yarn": (
+        "qwen2",
+        {
+            "rope_parameters": YARN
+            | {"beta_fast": 4, "beta_slow": 0.5, "mscale": 2.0, "mscale_all_dim": 0.5}
+            | {"truncate": False},
+        },
+    ),
+    # The first two layers look at everything.
+    "qwen2_window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2},
+    ),
+    "qwen3_window": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "full")],
+            "rope_parameters": YARN | {"attention_factor": 0.9},
+        },
+    ),
     # Fewer key/value heads than tensor-parallel ranks.
     "llama_one_group": ("llama", {"num_key_value_heads": 1}),
     # A window as long as the longest sequence has no effect.
     "mistral": ("mistral", {"sliding_window": 256}),
+    "mistral_window": ("mistral", {"sliding_window": 5}),
     "phi3": ("phi3", {}),
+    "phi3_window": ("phi3", {"sliding_window": 6}),
     "phi3_short": (
         "phi3",
         {"rope_parameters": LONGROPE, "original_max_position_embeddings": MAX_SEQUENCE_LENGTH},
@@ -56,7 +92,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2": ("qwen2", {}),
     "qwen3_tied": ("qwen3", {"tie_word_embeddings": True}),
+    "seed_oss": ("seed_oss", {}),
+    # Layers 1 and 3 are not rotated.
+    "smollm3": (
+        "smollm3",
+        {"no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True, "rope_parameters": YARN},
+    ),
     "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe_window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}),
     "qwen3_moe_raw_tied": (
         "qwen3_moe",
         {"norm_topk_prob": False, "num_experts_per_tok": 3, "tie_word_embeddings": True},
@@ -88,8 +131,25 @@ MOE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp_pp2_etp1_ep2": (4, TP2 | SP | PP2 | ETP1 | EP2),
 }
 ALL_LAYOUTS = LAYOUTS | MOE_LAYOUTS
+# What differs does not depend on the layout, or on the layer's number only.
+FEW_LAYOUTS = {
+    **dict.fromkeys(
+        ("llama_linear", "qwen3_yarn", "qwen2_yarn", "mistral_window"), ("tp1", "tp2", "pp2")
+    ),
+    "phi3_window": ("tp1",),
+    "qwen2_window": ("tp1", "pp2_vpp2"),
+    "qwen3_window": ("tp2_sp", "pp2", "tp2_pp2"),
+    "seed_oss": ("tp1", "tp2_sp", "pp2"),
+    "smollm3": ("tp1", "tp2", "pp2", "pp2_vpp2"),
+}
 COMBINATIONS = [
-    *((model, layout) for model in MODELS if "moe" not in model for layout in LAYOUTS),
+    *(
+        (model, layout)
+        for model in MODELS
+        if "moe" not in model
+        for layout in FEW_LAYOUTS.get(model, LAYOUTS)
+    ),
+    ("qwen3_moe_window", "tp1"),
     *(("qwen3_moe", layout) for layout in ALL_LAYOUTS),
     *(("qwen3_moe_raw_tied", layout) for layout in ("tp1", "ep2_pp2", "tp2_sp_etp1_ep2")),
 ]
@@ -128,6 +188,14 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
     ("other_rope_theta", "llama"): (0, set()),
     ("other_rope_theta", "mistral"): (0, set()),
     ("unscaled_rope", "phi3_long_tied"): (0, set()),
+    ("longer_window", "mistral_window"): (1, set()),
+    ("longer_window", "qwen3_window"): (1, set()),
+    ("all_rotated", "smollm3"): (1, set()),
+    ("flat_qkv_bias", "seed_oss"): (1, {f"{ATTENTION}.{part}_proj.bias" for part in "qkv"}),
+    ("unscaled_rope", "llama_linear"): (0, set()),
+    ("unscaled_rope", "qwen3_yarn"): (0, set()),
+    ("no_attention_factor", "qwen3_yarn"): (0, set()),
+    ("no_attention_factor", "qwen2_yarn"): (0, set()),
     ("full_rotary", "phi3_short"): (0, set()),
     ("no_attention_factor", "phi3_short"): (0, set()),
     ("no_attention_factor", "phi3_long_tied"): (0, set()),
@@ -168,13 +236,18 @@ def _case(name: str, folder: Path, **settings: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the results of every case."""
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the results of the cases that this run selected."""
+    selected = {
+        tuple(item.callspec.params.values())
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    }
     root = tmp_path_factory.mktemp("parity")
     cases: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
     for number, (model, (family, fields)) in enumerate(MODELS.items()):
         save_tiny_model(root / model, tiny_config(family, **fields), seed=number)
-    for model, layout in COMBINATIONS:
+    for model, layout in [case for case in COMBINATIONS if case in selected]:
         ranks, parallel = ALL_LAYOUTS[layout]
         cases[ranks].append(_case(f"{model}.{layout}", root / model, parallel=parallel))
     cases[1].append(
@@ -184,7 +257,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             max_sequence_length=MAX_SEQUENCE_LENGTH + 1,
         )
     )
-    for mistake, model in MISTAKES:
+    for mistake, model in [case for case in MISTAKES if case in selected]:
         cases[1].append(_case(f"{model}.{mistake}", root / model, mutation=mistake))
     if SMOLLM2.is_dir():
         sequences = _smollm2_sequences()

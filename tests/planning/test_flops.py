@@ -1,6 +1,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from megatron_oprd.models.families import read_architecture
 from megatron_oprd.planning.flops import attention_flops, linear_flops
 from megatron_oprd.weights.hf_files import HFFolder
@@ -16,6 +18,20 @@ def test_causal_attention(tmp_path: Path) -> None:
     by_token = [2 * (2 * 3 * 5 * (position + 1)) for position in range(9)]
     assert attention_flops(a, first=0, last=9) == sum(by_token)
     assert attention_flops(a, first=4, last=9) == sum(by_token[4:])
+
+
+def test_attention_in_a_window(tmp_path: Path) -> None:
+    """A token meets at most as many keys as the window has, in every fourth layer here."""
+    a = replace(
+        read_architecture(HFFolder(model_folder(tmp_path, "Qwen3-4B"))),
+        num_attention_heads=3, head_dim=5, num_layers=8, sliding_window=4,
+        sliding_layers=(False, False, False, True) * 2,
+    )  # fmt: skip
+    for first in (0, 2, 6):
+        keys = sum(0.25 * min(t + 1, 4) + 0.75 * (t + 1) for t in range(first, 9))
+        of_key = 4 * 3 * 5
+        found = attention_flops(a, first=first, last=9)
+        assert found == pytest.approx(keys * of_key, abs=of_key)  # it counts whole keys
 
 
 def test_linear_layers(tmp_path: Path) -> None:

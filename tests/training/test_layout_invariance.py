@@ -115,6 +115,33 @@ PAIRS = {
 }
 # Two student layers share a teacher layer, so not every stage can end where it likes.
 SHALLOWER = {"llama_shallower": {"family": "llama", "teacher_layers": 3}}
+# Every layer of the student slides, and some of the teacher's; both have YaRN.
+WINDOWS = {
+    "windows": {
+        "family": "mistral",
+        "teacher_family": "qwen2",
+        "sliding_window": 5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 8,
+        },
+        "teacher_fields": {
+            "use_sliding_window": True,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+        },
+    },
+}
+# A student with layers that are not rotated.
+WITHOUT_ROPE = {
+    "without_rope": {
+        "family": "smollm3",
+        "teacher_family": "seed_oss",
+        "teacher_layers": 5,
+        "tied": True,
+    },
+}
 OTHER_VOCABULARY = {
     "qwen3_other_vocabulary": {"family": "qwen3", "teacher_layers": 5, "teacher_vocab_size": 150}
 }
@@ -278,6 +305,14 @@ CASES = [
     *OTHERS,
     *((pair, "default", layout) for pair in SHALLOWER for layout in ("pp2", "tp2_sp_pp2_full")),
     *(("llama_equal", EARLY, layout) for layout in ("pp2_vpp2", "pp2_vpp2_full", "tp2_sp_full")),
+    *(
+        ("windows", "default", layout)
+        for layout in ("tp2_sp_packed", "pp2_selective", "pp2_vpp2_full", "cp2_tp2_sp")
+    ),
+    *(
+        ("without_rope", "default", layout)
+        for layout in ("pp2_packed_full", "tp2_sp_full", "pp2_vpp2", "cp2")
+    ),
     *(("moe", "default", layout) for layout in ("mbs1", "tp2_sp", "pp2_vpp2", *MOE_LAYOUTS)),
     *(("moe_teacher", "default", layout) for layout in ("tp2", "ep2_pp2", "tp2_sp_etp1_ep2")),
     *(
@@ -401,6 +436,11 @@ FURTHER: set[tuple[str, ...]] = {
     ("moe_teacher", "other_tokens_sequence_mean", "tp2_sp_etp1_ep2"),
     ("bridge", "other_tokens_sequence_mean", "tp2_sp_pp2_full"),
     *(("bridge", "default", layout) for layout in ("target_groups", "pp2_full_block")),
+    *(
+        ("windows", "default", layout)
+        for layout in ("pp2_selective", "pp2_vpp2_full", "cp2_tp2_sp")
+    ),
+    *(("without_rope", "default", layout) for layout in ("tp2_sp_full", "pp2_vpp2", "cp2")),
 }
 # Left to the nightly run: the pairs that go through the same layouts as llama_tied_deeper, without
 # its second step, and most layouts of some settings (the main run has those that differ most).
@@ -433,7 +473,9 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     root = tmp_path_factory.mktemp("layouts")
     pairs = {
         name: str(save_pair(root / name, **settings))  # type: ignore[arg-type]
-        for name, settings in (PAIRS | SHALLOWER | OTHER_VOCABULARY | MOE_PAIRS | WIDER).items()
+        for name, settings in (
+            PAIRS | SHALLOWER | WINDOWS | WITHOUT_ROPE | OTHER_VOCABULARY | MOE_PAIRS | WIDER
+        ).items()
     }
     for name in WIDER:
         save_random_bridge(root / f"{name}.bridge", root / name)

@@ -52,6 +52,37 @@ def test_goes_on_with_the_same_settings(pair: Path, tmp_path: Path) -> None:
     assert checkpoint_to_resume(plan(pair, tmp_path)) == folder
 
 
+def test_goes_on_after_an_update_with_further_fields(pair: Path, tmp_path: Path) -> None:
+    """A checkpoint lacks the fields of architectures that are newer than itself."""
+    folder = checkpoint(pair, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for model in (manifest["student"], manifest["teacher"]):
+        for field in ("sliding_window", "sliding_layers", "rotated_layers"):
+            del model[field]
+        del model["rope"]["beta_fast"], model["rope"]["truncate"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint_to_resume(plan(pair, tmp_path)) == folder
+
+
+def test_models_with_lists_of_layers(tmp_path: Path) -> None:
+    """They go on, and a model whose layers slide differently is another one."""
+    kinds = [["full_attention", "sliding_attention"] * 2, ["sliding_attention"] * 4]
+    pairs = [
+        save_pair(
+            tmp_path / str(number),
+            "qwen3",
+            use_sliding_window=True,
+            sliding_window=5,
+            layer_types=layer_types,
+        )
+        for number, layer_types in enumerate(kinds)
+    ]
+    folder = checkpoint(pairs[0], tmp_path / "run")
+    assert checkpoint_to_resume(plan(pairs[0], tmp_path / "run")) == folder
+    with pytest.raises(UserError, match=r"sliding_layers = \[False, True, .* has \[True, True"):
+        checkpoint_to_resume(plan(pairs[1], tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     "override",
     [

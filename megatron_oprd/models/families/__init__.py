@@ -7,13 +7,23 @@ from transformers import AutoConfig
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
-from megatron_oprd.models.families import llama, mistral, phi3, qwen2, qwen3, qwen3_moe
+from megatron_oprd.models.families import (
+    llama,
+    mistral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    seed_oss,
+    smollm3,
+)
 from megatron_oprd.models.families.decoder import Family
 from megatron_oprd.weights.hf_files import HFFolder
 from megatron_oprd.weights.mapping import Mapping
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (llama, mistral, phi3, qwen2, qwen3, qwen3_moe)
+    module.FAMILY.name: module.FAMILY
+    for module in (llama, mistral, phi3, qwen2, qwen3, qwen3_moe, seed_oss, smollm3)
 }
 
 

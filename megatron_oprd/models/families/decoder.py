@@ -57,6 +57,9 @@ def equals(wanted: Any) -> Check:
     return lambda value: value == wanted
 
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
 def full_attention_only(layer_types: list[str] | None) -> bool:
     """Whether no layer uses a sliding window."""
     return not layer_types or set(layer_types) == {"full_attention"}
@@ -111,16 +114,38 @@ def read_shared(config: Any, source: str) -> dict[str, Any]:
     }
 
 
-def refuse_short_window(config: Any, source: str) -> None:
-    """Refuses a sliding window that has an effect, in classes where every layer slides."""
+def read_windows(config: Any, source: str, *, by_layer: bool) -> dict[str, Any]:
+    """Reads the arguments of `Architecture` on sliding windows.
+
+    A window that is too long to have an effect is none. ``by_layer``: the model's class reads
+    ``layer_types``; in other classes every layer slides.
+
+    Raises:
+        UserError: The fields contradict each other.
+    """
     window = config.sliding_window
-    if window is not None and window < config.max_position_embeddings:
-        raise UserError(
-            f"{source}: sliding_window = {window} (as written, or the default of "
-            f"{config.model_type}) is shorter than max_position_embeddings = "
-            f"{config.max_position_embeddings}. Sliding windows are not supported; "
-            "sliding_window has to be null, or too long to have an effect"
-        )
+    if by_layer:
+        kinds = config.layer_types
+        if len(kinds) != config.num_hidden_layers or not set(kinds) <= set(LAYER_TYPES):
+            raise UserError(
+                f"{source}: layer_types = {kinds} has to have {config.num_hidden_layers} entries "
+                f"(num_hidden_layers) of {' and '.join(LAYER_TYPES)}"
+            )
+        sliding = tuple(kind == "sliding_attention" for kind in kinds)
+        if any(sliding) and window is None:
+            raise UserError(
+                f"{source}: layer_types has sliding_attention, but no window is set; give "
+                "sliding_window, and use_sliding_window = true"
+            )
+    else:
+        sliding = (True,) * config.num_hidden_layers
+    if getattr(config, "use_sliding_window", False) and window is None:
+        raise UserError(f"{source}: use_sliding_window = true needs a sliding_window, found null")
+    if window is None or window >= config.max_position_embeddings or not any(sliding):
+        return {}
+    if window < 1:
+        raise UserError(f"{source}: sliding_window = {window} has to be at least 1")
+    return {"sliding_window": window, "sliding_layers": sliding}
 
 
 def each_layer(a: Architecture, mappings: Sequence[Mapping]) -> list[Mapping]:

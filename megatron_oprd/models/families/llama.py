@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_oprd.models.architecture import Architecture, read_rope
+from megatron_oprd.models.architecture import ROPE_TYPES, Architecture, read_rope
 from megatron_oprd.models.families.decoder import (
     SHARED_FIELDS,
     Check,
@@ -33,9 +33,7 @@ def architecture(config: Any, source: str) -> Architecture:
     return Architecture(
         family=NAME,
         **shared,
-        rope=read_rope(
-            config, source, head_dim=shared["head_dim"], rope_types=("default", "llama3")
-        ),
+        rope=read_rope(config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES),
     )
 
 

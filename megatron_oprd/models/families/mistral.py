@@ -1,11 +1,12 @@
 """Mistral 7B, Nemo, Small, and other models of the same class.
 
-Differs from Llama in ``sliding_window``, which the class sets where a configuration does not.
+Differs from Llama in ``sliding_window``, which the class sets where a configuration does not, and
+which every layer has.
 """
 
 from typing import Any
 
-from megatron_oprd.models.architecture import Architecture, read_rope
+from megatron_oprd.models.architecture import ROPE_TYPES, Architecture, read_rope
 from megatron_oprd.models.families.decoder import (
     SHARED_FIELDS,
     Check,
@@ -14,7 +15,7 @@ from megatron_oprd.models.families.decoder import (
     each_layer,
     equals,
     read_shared,
-    refuse_short_window,
+    read_windows,
 )
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
 
@@ -25,7 +26,7 @@ FIELDS: dict[str, Check] = {
     # Only other tools write these two.
     "qkv_bias": equals(False),
     "use_qk_norm": equals(False),
-    # `architecture` compares it with the longest sequence.
+    # `architecture` reads it: every layer has the window.
     "sliding_window": anything,
 }
 
@@ -33,13 +34,11 @@ FIELDS: dict[str, Check] = {
 def architecture(config: Any, source: str) -> Architecture:
     """Translates a transformers configuration object."""
     shared = read_shared(config, source)
-    refuse_short_window(config, source)
     return Architecture(
         family=NAME,
         **shared,
-        rope=read_rope(
-            config, source, head_dim=shared["head_dim"], rope_types=("default", "llama3")
-        ),
+        **read_windows(config, source, by_layer=False),
+        rope=read_rope(config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES),
     )
 
 

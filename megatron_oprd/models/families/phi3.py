@@ -15,7 +15,7 @@ from megatron_oprd.models.families.decoder import (
     equals,
     off,
     read_shared,
-    refuse_short_window,
+    read_windows,
 )
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
 
@@ -50,7 +50,7 @@ FIELDS: dict[str, Check] = {
     # Transformers puts these two among the rotary settings.
     "original_max_position_embeddings": anything,
     "partial_rotary_factor": anything,
-    # `architecture` compares it with the longest sequence.
+    # `architecture` reads it: every layer has the window.
     "sliding_window": anything,
 }
 
@@ -58,10 +58,10 @@ FIELDS: dict[str, Check] = {
 def architecture(config: Any, source: str) -> Architecture:
     """Translates a transformers configuration object."""
     shared = read_shared(config, source)
-    refuse_short_window(config, source)
     return Architecture(
         family=NAME,
         **shared,
+        **read_windows(config, source, by_layer=False),
         rope=read_rope(
             config,
             source,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_oprd.models.architecture import Architecture, read_rope
+from megatron_oprd.models.architecture import ROPE_TYPES, Architecture, read_rope
 from megatron_oprd.models.families.decoder import (
     SHARED_FIELDS,
     Check,
@@ -12,6 +12,7 @@ from megatron_oprd.models.families.decoder import (
     equals,
     off,
     read_shared,
+    read_windows,
 )
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
 
@@ -24,9 +25,11 @@ FIELDS: dict[str, Check] = {
     # Only other tools write these two.
     "qkv_bias": equals(False),
     "use_qk_norm": equals(True),
-    # With it, some layers attend to the last sliding_window positions only.
-    "use_sliding_window": off,
-    "sliding_window": anything,  # has no effect while use_sliding_window is off
+    # `architecture` reads these. transformers makes layer_types of max_window_layers where a
+    # configuration has none.
+    "layer_types": anything,
+    "sliding_window": anything,
+    "use_sliding_window": anything,
 }
 
 
@@ -36,9 +39,8 @@ def architecture(config: Any, source: str) -> Architecture:
     return Architecture(
         family=NAME,
         **shared,
-        rope=read_rope(
-            config, source, head_dim=shared["head_dim"], rope_types=("default", "llama3")
-        ),
+        **read_windows(config, source, by_layer=True),
+        rope=read_rope(config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES),
         qk_norm=True,
     )
 

@@ -7,7 +7,12 @@ transformers 5 ``num_local_experts``; in both the checkpoint's tensors are one f
 from typing import Any
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, read_rope
+from megatron_oprd.models.architecture import (
+    ROPE_TYPES,
+    Architecture,
+    MixtureOfExperts,
+    read_rope,
+)
 from megatron_oprd.models.families.decoder import (
     SHARED_FIELDS,
     Check,
@@ -18,6 +23,7 @@ from megatron_oprd.models.families.decoder import (
     equals,
     off,
     read_shared,
+    read_windows,
 )
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
 
@@ -30,9 +36,9 @@ FIELDS: dict[str, Check] = {
     # Only other tools write these two.
     "qkv_bias": equals(False),
     "use_qk_norm": equals(True),
-    # With it, some layers attend to the last sliding_window positions only.
-    "use_sliding_window": off,
-    "sliding_window": anything,  # has no effect while use_sliding_window is off
+    # `architecture` reads these: with use_sliding_window every layer has the window.
+    "sliding_window": anything,
+    "use_sliding_window": anything,
     # Other values give some layers a dense MLP.
     "decoder_sparse_step": equals(1),
     "mlp_only_layers": off,
@@ -54,9 +60,8 @@ def architecture(config: Any, source: str) -> Architecture:
     return Architecture(
         family=NAME,
         **shared,
-        rope=read_rope(
-            config, source, head_dim=shared["head_dim"], rope_types=("default", "llama3")
-        ),
+        **read_windows(config, source, by_layer=False),
+        rope=read_rope(config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES),
         qk_norm=True,
         moe=_mixture_of_experts(config, source),
     )

@@ -1,0 +1,123 @@
+"""SmolLM3. Differs from Llama in layers whose queries and keys are not rotated."""
+
+from typing import Any
+
+from megatron_oprd.errors import UserError
+from megatron_oprd.models.architecture import ROPE_TYPES, Architecture, read_rope
+from megatron_oprd.models.families.decoder import (
+    SHARED_FIELDS,
+    Check,
+    Family,
+    anything,
+    each_layer,
+    equals,
+    off,
+    read_shared,
+)
+from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
+
+NAME = "SmolLM3ForCausalLM"
+
+FIELDS: dict[str, Check] = {
+    **SHARED_FIELDS,
+    # The table has no biases.
+    "attention_bias": off,
+    "mlp_bias": off,
+    # Only other tools write these two.
+    "qkv_bias": equals(False),
+    "use_qk_norm": equals(False),
+    # With it, layers without rotation slide. No model is published with it.
+    "use_sliding_window": off,
+    "sliding_window": anything,  # has no effect while use_sliding_window is off
+    # `architecture` reads the first; transformers makes it of the second where there is none.
+    "no_rope_layers": anything,
+    "no_rope_layer_interval": anything,
+}
+
+
+def architecture(config: Any, source: str) -> Architecture:
+    """Translates a transformers configuration object."""
+    shared = read_shared(config, source)
+    return Architecture(
+        family=NAME,
+        **shared,
+        rope=read_rope(config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES),
+        rotated_layers=_rotated_layers(config, source),
+    )
+
+
+def _rotated_layers(config: Any, source: str) -> tuple[bool, ...]:
+    # The name says the contrary: 1 is a layer with rotation.
+    layers, count = config.no_rope_layers, config.num_hidden_layers
+    if len(layers) != count or not set(layers) <= {0, 1}:
+        raise UserError(
+            f"{source}: no_rope_layers = {layers} has to have {count} entries (num_hidden_layers), "
+            "1 for a layer with rope and 0 for one without"
+        )
+    return () if all(layers) else tuple(bool(rotated) for rotated in layers)
+
+
+def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
+    """The table: Megatron's parameters, and the tensors on disk that each is made of."""
+    hidden, ffn, vocab = a.hidden_size, a.ffn_hidden_size, a.vocab_size
+    heads, groups, head_dim = a.num_attention_heads, a.num_query_groups, a.head_dim
+    embedding = Vocabulary(
+        megatron="embedding.word_embeddings.weight",
+        hf={"model.embed_tokens.weight": (vocab, hidden)},
+        padded_vocab_size=padded_vocab_size,
+    )
+    layer: list[Mapping] = [
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
+            hf={"model.layers.{layer}.input_layernorm.weight": (hidden,)},
+        ),
+        QKV(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.weight",
+            hf={
+                "model.layers.{layer}.self_attn.q_proj.weight": (heads * head_dim, hidden),
+                "model.layers.{layer}.self_attn.k_proj.weight": (groups * head_dim, hidden),
+                "model.layers.{layer}.self_attn.v_proj.weight": (groups * head_dim, hidden),
+            },
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+        ),
+        RowSplit(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.weight",
+            hf={"model.layers.{layer}.self_attn.o_proj.weight": (hidden, heads * head_dim)},
+        ),
+        GatedMLP(
+            megatron="decoder.layers.{layer}.mlp.linear_fc1.weight",
+            hf={
+                "model.layers.{layer}.mlp.gate_proj.weight": (ffn, hidden),
+                "model.layers.{layer}.mlp.up_proj.weight": (ffn, hidden),
+            },
+        ),
+        RowSplit(
+            megatron="decoder.layers.{layer}.mlp.linear_fc2.weight",
+            hf={"model.layers.{layer}.mlp.down_proj.weight": (hidden, ffn)},
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+            hf={"model.layers.{layer}.post_attention_layernorm.weight": (hidden,)},
+        ),
+    ]
+    final_norm = Copy(
+        megatron="decoder.final_layernorm.weight",
+        hf={"model.norm.weight": (hidden,)},
+    )
+    head = Vocabulary(
+        megatron="output_layer.weight",
+        hf={"lm_head.weight": (vocab, hidden)},
+        padded_vocab_size=padded_vocab_size,
+    )
+    return [embedding, *each_layer(a, layer), final_norm, *([] if a.tied else [head])]
+
+
+FAMILY = Family(
+    name=NAME,
+    model_type="smollm3",
+    fields=FIELDS,
+    architecture=architecture,
+    mappings=mappings,
+)
