@@ -38,7 +38,8 @@ _SAME = (
     "norm_topk_prob",
     *("rope_type", "rope_theta", "partial_rotary_factor", "factor"),
     *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    *("short_factor", "long_factor"),
+    *("short_factor", "long_factor", "attention_factor", "mscale", "mscale_all_dim"),
+    *("beta_fast", "beta_slow", "truncate", "no_rope_layers"),
     *("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"),
 )
 _SECONDS_TO_ANSWER = 30

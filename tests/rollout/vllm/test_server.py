@@ -118,6 +118,18 @@ def test_another_model(
         check(server.url, folder)
 
 
+def test_other_yarn(server: FakeServer, tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0}
+    yarn["original_max_position_embeddings"] = 64
+    config = tiny_config("qwen3", rope_parameters=yarn)
+    config.save_pretrained(tmp_path)
+    server.config = json.loads(config.to_json_string(use_diff=False))
+    check(server.url, tmp_path)
+    server.config["rope_parameters"]["beta_fast"] = 16.0
+    with pytest.raises(UserError, match=r"has beta_fast = 16\.0, .* has 32\.0"):
+        check(server.url, tmp_path)
+
+
 @pytest.mark.parametrize("factors", ["short_factor", "long_factor"])
 def test_other_rope_factors(server: FakeServer, tmp_path: Path, factors: str) -> None:
     config = tiny_config("phi3", rope_parameters=LONGROPE)
