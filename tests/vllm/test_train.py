@@ -145,7 +145,7 @@ def test_one_of_two_servers_is_killed(root: Path) -> None:
     for ours, expected in zip(found, rollouts_of(root, "hf"), strict=True):
         assert tokens(ours) == tokens(expected)
     assert [one["rollout_engine_restarts"] for one in records(root, "servers")] == [0, 0]
-    assert any("is started again: it ended" in one for one in warnings_of(root, "servers"))
+    assert any("is left out until the next sync" in one for one in warnings_of(root, "servers"))
 
 
 @pytest.mark.slow
