@@ -198,7 +198,7 @@ _OPTIONAL_ROPE_FIELDS: dict[str, set[str]] = {
     },
     "longrope": {"factor", "attention_factor"},
 }  # fmt: skip
-# Written into published configurations, and read neither by transformers nor by vLLM.
+# Written into published configurations, and read neither by transformers nor by rollout engines.
 _UNREAD_ROPE_FIELDS = {"yarn": {"attn_factor", "finetuned"}}
 
 
@@ -235,9 +235,9 @@ def read_rope(
         raise UserError(
             f"{source}: rope_type 'dynamic' is not supported: it changes all rotations with the "
             "sequence's length, in transformers past max_position_embeddings = "
-            f"{hf_config.max_position_embeddings}, in vLLM always, so that rollouts would not be "
-            "the trained model's. Without it (rope_scaling: null) transformers computes the same "
-            "numbers up to that length"
+            f"{hf_config.max_position_embeddings}, in other engines always, so that rollouts would "
+            "not be the trained model's. Without it (rope_scaling: null) transformers computes the "
+            "same numbers up to that length"
         )
     if rope_type not in rope_types:
         raise UserError(

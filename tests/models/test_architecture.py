@@ -39,7 +39,7 @@ ROPES: list[tuple[dict[str, Any], str]] = [
     ({"rope_type": "linear", "factor": 2.0, "beta_fast": 4}, "'linear' has .*beta_fast"),
     (
         {"rope_type": "dynamic", "factor": 2.0},
-        "rope_type 'dynamic' is not supported: .* max_position_embeddings = 256, .*vLLM always",
+        "rope_type 'dynamic' is not supported: .*_embeddings = 256, in other engines always",
     ),
     (
         {
