@@ -137,7 +137,6 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
                 engines,
                 of_step,
                 sampling,
-                context=context,
                 reader=plan.teachers[0].reader,
                 function=plan.function,
             )

@@ -2,13 +2,9 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
-
-import torch.distributed as dist
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.data.teacher_sequences import TeacherReader
-from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.division import divide
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
 from megatron_oprd.rollout.function import UserFunction
@@ -30,7 +26,6 @@ def collect(
     sampling: SamplingParams,
     *,
     weights_version: int = 0,
-    context: ParallelContext,
     reader: TeacherReader | None = None,  # None: the teacher reads the student's sequences
     function: UserFunction | None = None,  # makes the responses with the engines; None: plain
 ) -> list[Rollout]:
@@ -46,7 +41,6 @@ def collect(
         prompts,
         sampling,
         weights_versions=(weights_version,),
-        context=context,
         reader=reader,
     )
 
@@ -58,18 +52,18 @@ def gather(
     sampling: SamplingParams,
     *,
     weights_versions: Collection[int],
-    context: ParallelContext,
     reader: TeacherReader | None = None,  # None: the teacher reads the student's sequences
 ) -> list[Rollout]:
     """Collects the rollouts of all engines on every rank, ordered by prompt, then by sample.
 
-    Communicates on ``context.control``. Raises RuntimeError on every rank if a rollout was sampled
-    with a version of the weights outside ``weights_versions``.
+    Collective over all ranks (`EnginePool.told`). Raises RuntimeError on every rank if a rollout
+    was sampled with a version of the weights outside ``weights_versions``.
     """
+    divided = divide(prompts, sampling, num_engines=engines.size)
     # Owners add what comes from prompts before the exchange, which divides the work of `reader`.
     if generated is not None:
-        own = share_of_engine(engines, prompts, sampling)
-        repeated = [prompt for prompt in own for _ in prompt.samples or ()]
+        assert engines.own is not None
+        repeated = [prompt for prompt in divided[engines.own] for _ in prompt.samples or ()]
         generated = [
             replace(
                 rollout,
@@ -78,14 +72,12 @@ def gather(
             )
             for prompt, rollout in zip(repeated, generated, strict=True)
         ]
-    shares: list[Any] = [None] * context.control.size()
-    dist.all_gather_object(shares, generated, group=context.control)
     # A prompt can come more than once, but no (prompt, occurrence, sample).
     of_request: dict[tuple[int, int, int], Rollout] = {}
-    divided = divide(prompts, sampling, num_engines=engines.size)
-    for owner, share in zip(engines.owners, divided, strict=True):
+    for share, found in zip(divided, engines.told(generated), strict=True):
+        assert found is not None
         requests = [(p.index, p.occurrence, sample) for p in share for sample in p.samples or ()]
-        of_request.update(zip(requests, shares[owner], strict=True))
+        of_request.update(zip(requests, found, strict=True))
     rollouts = [
         of_request[prompt.index, prompt.occurrence, sample]
         for prompt in prompts

@@ -108,9 +108,9 @@ class EnginePool:
         self._under_way: deque[tuple[RolloutEngine | None, Sequence[Prompt], SamplingParams]] = (
             deque()
         )
-        failures = self._told(self._server_failure())
+        failures = self.told(self._server_failure())
         if not any(failures):
-            failures = self._told(self._start())
+            failures = self.told(self._start())
         for number, failure in enumerate(failures):
             if failure is not None:
                 self.close()
@@ -123,11 +123,6 @@ class EnginePool:
     def size(self) -> int:
         """The number of engines."""
         return len(self._starter.owners)
-
-    @property
-    def owners(self) -> Sequence[int]:
-        """Global rank of each engine's owner."""
-        return self._starter.owners
 
     @property
     def own(self) -> int | None:
@@ -145,7 +140,7 @@ class EnginePool:
         if self._starter.revive_servers is not None:
             self._starter.revive_servers()
         take = not self._starter.is_shared or self._own == 0
-        self._recover(self._told(self._send_weights(take=take)))
+        self._recover(self.told(self._send_weights(take=take)))
         return self._bytes_sent
 
     def generate(
@@ -177,7 +172,7 @@ class EnginePool:
     def take_work(self) -> list[EngineWork]:
         """What each engine did in `generate` since the last call; collective."""
         work, self._work = self._work, EngineWork(tokens=0, seconds=0.0)
-        return self._told(work)
+        return self.told(work)
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
         """Starts `generate` in the background; see `OverlappingEngine`."""
@@ -237,7 +232,7 @@ class EnginePool:
                     failure = _failure(error)
                 except UserError as error:
                     failure = _Failure(message=str(error), is_final=True, is_users=True)
-            failures = self._told(failure)
+            failures = self.told(failure)
             if not any(failures):
                 return result
             for of_engine in failures:
@@ -252,7 +247,7 @@ class EnginePool:
             has_failed = self._own is not None and failures[self._own] is not None
             # A shared server gets weights from the first owner, whoever noticed the failure.
             take = self._own == 0 if self._starter.is_shared else has_failed
-            while any(of_server := self._told(self._server_failure())):
+            while any(of_server := self.told(self._server_failure())):
                 self._count(of_server)
             failure = None
             if has_failed:
@@ -260,9 +255,9 @@ class EnginePool:
                 failure = self._start()
             # Starting takes long: ranks wait for it on the control group, whose timeout allows for
             # that, not in a collective of the weight stream.
-            failures = self._told(failure)
+            failures = self.told(failure)
             if not any(failures):
-                failures = self._told(self._send_weights(take=take))
+                failures = self.told(self._send_weights(take=take))
 
     def _count(self, failures: list[_Failure | None]) -> None:
         for number, failure in enumerate(failures):
@@ -303,7 +298,7 @@ class EnginePool:
         _give_up_device_memory()
         # All engines receive the full stream even if some need less, because all ranks drive it
         # together.
-        sends_all = not self._frozen or any(self._told(take and self._needs_all_weights()))
+        sends_all = not self._frozen or any(self.told(take and self._needs_all_weights()))
         takes = take and self._engine is not None
         stream, failure = self._stream(trainable_only=not sends_all, wanted=takes), None
         if takes:
@@ -336,7 +331,7 @@ class EnginePool:
                 self._bytes_sent += tensor.nbytes
                 yield name, tensor
 
-    def _told(self, value: Result) -> list[Result]:
+    def told(self, value: Result) -> list[Result]:
         """Gathers the values of all engines' owners on every rank."""
         everyone: list[Any] = [None] * self._context.control.size()
         dist.all_gather_object(everyone, value, group=self._context.control)

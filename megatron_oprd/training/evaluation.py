@@ -97,7 +97,6 @@ class BenchmarkEvaluator:
                     seed=config.seed,
                 ),
                 weights_version=weights_version,
-                context=context,
             )
             if context.rank == 0:
                 graded = grade_rollouts(rollouts, benchmark, self._plan.tokenizer, grader)

@@ -151,7 +151,6 @@ class RolloutSource:
             self._prompts_of(step),
             sampling_of_step(step, self._plan.config),
             weights_version=weights_version,
-            context=self._context,
             reader=self._plan.teachers[0].reader,
             function=self._plan.function,
         )
@@ -166,7 +165,6 @@ class RolloutSource:
             sampling_of_step(ahead.step, self._plan.config),
             # Newer ones are of shares that were repeated after a failure.
             weights_versions=range(ahead.weights_version, weights_version + 1),
-            context=self._context,
             reader=self._plan.teachers[0].reader,
         )
 

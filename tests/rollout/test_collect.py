@@ -37,10 +37,10 @@ def engines(versions: list[int], context: Any) -> EnginePool:
 
 def test_versions(context: Any) -> None:
     sampling = SamplingParams(max_new_tokens=1, seed=0)
-    found = collect(engines([7, 7], context), PROMPTS, sampling, weights_version=7, context=context)
+    found = collect(engines([7, 7], context), PROMPTS, sampling, weights_version=7)
     assert [rollout.prompt_index for rollout in found] == [4, 2]
     with pytest.raises(RuntimeError, match=r"prompt 2 comes from weights of version 6, .* 7"):
-        collect(engines([7, 6], context), PROMPTS, sampling, weights_version=7, context=context)
+        collect(engines([7, 6], context), PROMPTS, sampling, weights_version=7)
 
 
 def test_versions_of_rollouts_that_were_begun_before(context: Any) -> None:
@@ -50,7 +50,7 @@ def test_versions_of_rollouts_that_were_begun_before(context: Any) -> None:
     def gathered(versions: list[int]) -> list[Rollout]:
         them = engines(versions, context)
         generated = them.generate(PROMPTS, sampling)
-        return gather(them, generated, PROMPTS, sampling, weights_versions=(6, 7), context=context)
+        return gather(them, generated, PROMPTS, sampling, weights_versions=(6, 7))
 
     assert [rollout.weights_version for rollout in gathered([6, 7])] == [6, 7]
     with pytest.raises(RuntimeError, match=r"prompt 4 comes from weights of version 5, .* 6 or 7"):
