@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_oprd.config.aliases import ALIASES
 from megatron_oprd.config.checks import check_values
 from megatron_oprd.config.ride import with_base_as_teacher
 from megatron_oprd.config.schema import RunConfig
@@ -23,56 +24,6 @@ from megatron_oprd.config.setting import spelled
 from megatron_oprd.errors import UserError
 
 Settings = TypeVar("Settings")
-
-# What TRL, verl and NeMo-RL call the settings that have another name here.
-_ALIASES = {
-    "one_step_off_policy": "rollout.max_staleness",
-    "max_trajectory_age_steps": "rollout.max_staleness",
-    "staleness_threshold": "rollout.max_staleness",
-    "max_head_offpolicyness": "rollout.max_staleness",
-    "rollout_func": "rollout.function",
-    "learning_rate": "optimizer.lr",
-    "max_steps": "train_iters",
-    "max_num_steps": "train_iters",
-    "total_training_steps": "train_iters",
-    "num_train_steps": "train_iters",
-    "max_completion_length": "rollout.max_new_tokens",
-    "max_response_length": "rollout.max_new_tokens",
-    "response_length": "rollout.max_new_tokens",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "num_generations": "rollout.samples_per_prompt",
-    "num_generations_per_prompt": "rollout.samples_per_prompt",
-    "num_prompts_per_step": "rollout.prompts_per_step",
-    "train_batch_size": "rollout.prompts_per_step",
-    "per_device_train_batch_size": "batch.micro_batch_size",
-    "ppo_micro_batch_size_per_gpu": "batch.micro_batch_size",
-    "train_micro_batch_size": "batch.micro_batch_size",
-    "ppo_max_token_len_per_gpu": "batch.max_tokens",
-    "use_remove_padding": "batch.sequence_packing",
-    "teacher_model_name_or_path": "model.teacher",
-    "teacher_model_path": "model.teacher",
-    "model_name_or_path": "model.student",
-    "train_files": "data.prompts",
-    "dataset_name": "data.prompts",
-    "warmup_ratio": "optimizer.lr_warmup_fraction",
-    "lr_warmup_steps_ratio": "optimizer.lr_warmup_fraction",
-    "lr_scheduler_type": "optimizer.lr_decay_style",
-    "max_grad_norm": "optimizer.clip_grad",
-    "grad_clip": "optimizer.clip_grad",
-    "save_steps": "checkpoint.save_interval",
-    "save_freq": "checkpoint.save_interval",
-    "save_period": "checkpoint.save_interval",
-    "save_total_limit": "checkpoint.keep",
-    "eval_steps": "evaluation.interval",
-    "test_freq": "evaluation.interval",
-    "tensor_parallel_size": "parallel.tensor_model_parallel_size",
-    "pipeline_parallel_size": "parallel.pipeline_model_parallel_size",
-    "expert_parallel_size": "parallel.expert_model_parallel_size",
-    "bf16": "model.params_dtype",
-    "default_local_dir": "output_dir",
-    "checkpoint_dir": "output_dir",
-    "gradient_checkpointing": "recompute.recompute_granularity",
-}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -109,7 +60,7 @@ def load_settings(path: Path, overrides: Sequence[str], schema: type[Settings]) 
                 f"override {override!r} has no =; it has to be key=value, as in optimizer.lr=1e-5"
             )
         try:
-            given = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
+            given.merge_with(OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, TypeError, yaml.YAMLError) as error:
             raise UserError(f"override {override!r}: {_one_line(error)}") from error
     origins = _origins(overrides)
@@ -204,11 +155,11 @@ def _check_keys(given: Any, schema: type, prefix: str, *, root: type) -> None:
     for key, value in given.items():
         full = f"{prefix}{key}"
         if key not in hints:
-            all_keys = _all_keys(root)
-            meant = _ALIASES.get(str(key))
-            if meant in all_keys:
+            known = all_keys(root)
+            meant = ALIASES.get(str(key))
+            if meant in known:
                 raise UserError(f"unknown setting {full!r}; here it is called {meant!r}")
-            elsewhere = [k for k in all_keys if k.rsplit(".", 1)[-1] == str(key)]
+            elsewhere = [k for k in known if k.rsplit(".", 1)[-1] == str(key)]
             near = difflib.get_close_matches(str(key), map(spelled, hints), n=1, cutoff=0.0)
             nearest = elsewhere[0] if elsewhere else f"{prefix}{near[0]}"
             raise UserError(f"unknown setting {full!r}; the nearest is {nearest!r}")
@@ -216,12 +167,13 @@ def _check_keys(given: Any, schema: type, prefix: str, *, root: type) -> None:
             _check_keys(value, hints[key], prefix=f"{full}.", root=root)
 
 
-def _all_keys(schema: type, prefix: str = "") -> list[str]:
+def all_keys(schema: type, prefix: str = "") -> list[str]:
+    """The dotted names of all settings of a dataclass."""
     keys = []
     for name, hint in get_type_hints(schema).items():
         if is_dataclass(hint):
             assert isinstance(hint, type)
-            keys += _all_keys(hint, f"{prefix}{name}.")
+            keys += all_keys(hint, f"{prefix}{name}.")
         else:
             keys.append(f"{prefix}{spelled(name)}")
     return keys

@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _active: "_CudaNamesOnCpu | None" = None
+# Methods of tensors that name a CUDA device by themselves or by a positional argument.
+_NAMING_CUDA = {torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.type, torch.Tensor.to}
 
 
 def hide_kernel_packages() -> None:
@@ -35,14 +37,17 @@ class _CudaNamesOnCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # The distributed optimizer compares this string with 'torch.cuda.*Tensor'.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
+        # Called for every operation, so what most of them need comes first.
+        if func in _NAMING_CUDA:
+            if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+                return args[0]
+            if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+                # The distributed optimizer compares this string with 'torch.cuda.*Tensor'.
+                return func(*args).replace("torch.", "torch.cuda.", 1)
+            if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+                args = (args[0], _CPU, *args[2:])
+        if not kwargs:
+            return func(*args)
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
         if kwargs.get("pin_memory"):

@@ -55,7 +55,7 @@ class HFEngine:
         model.tie_weights()  # no_init_weights skips tying, too
         # generate() reads defaults from here for fields that its explicit config leaves unset.
         model.generation_config = GenerationConfig()
-        self._model: PreTrainedModel = model.eval().requires_grad_(False)
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
         self._device = device
         self._eos_token_ids = frozenset(eos_token_ids)
         self._pad_token_id = pad_token_id
@@ -85,7 +85,7 @@ class HFEngine:
             "weights are left out that are not there"
         )
         self._version = None  # a partial load is not a usable model
-        destinations = checkpoint_tensors(self._model.state_dict())
+        destinations = checkpoint_tensors(self.model.state_dict())
         shapes = {name: tuple(tensor.shape) for name, tensor in destinations.items()}
         delivered: dict[int, str] = {}  # data pointer -> name; tied weights share the pointer
         for name, tensor in known_weights(stream, shapes):
@@ -155,7 +155,7 @@ class HFEngine:
         # Megatron's stand-in for a GPU would look at every operation: 13 of 160 ms of a token (24
         # layers, 8 sequences, one core).
         with cpu.left():
-            sequences = self._model.generate(
+            sequences = self.model.generate(
                 input_ids.to(self._device),
                 attention_mask=attention_mask.to(self._device),
                 generation_config=GenerationConfig(

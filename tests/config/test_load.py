@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_oprd.config import load as config_load
-from megatron_oprd.config.load import dump_config, load_config
+from megatron_oprd.config.aliases import ALIASES
+from megatron_oprd.config.load import all_keys, dump_config, load_config
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
 
@@ -195,6 +195,6 @@ def test_errors_of_the_file_name_the_file(tmp_path: Path) -> None:
 
 
 def test_every_alias_is_of_a_setting() -> None:
-    known = set(config_load._all_keys(RunConfig))
-    assert set(config_load._ALIASES.values()) <= known
-    assert not set(config_load._ALIASES) & {key.rsplit(".", 1)[-1] for key in known}
+    known = set(all_keys(RunConfig))
+    assert set(ALIASES.values()) <= known
+    assert not set(ALIASES) & {key.rsplit(".", 1)[-1] for key in known}

@@ -41,6 +41,9 @@ class Sources:
         """Whether there is a file below transformer_engine/."""
         return f"transformer_engine/{path}" in self._archive.namelist()
 
+    def close(self) -> None:
+        self._archive.close()
+
     def module(self, path: str) -> ast.Module:
         """The syntax tree of a file below transformer_engine/."""
         return ast.parse(self._archive.read(f"transformer_engine/{path}"))
@@ -50,7 +53,7 @@ class Sources:
 def engine(request: pytest.FixtureRequest) -> Iterator[Sources]:
     sources = Sources(request.param)
     yield sources
-    sources._archive.close()
+    sources.close()
 
 
 def definition(tree: ast.AST, name: str) -> ast.FunctionDef | ast.ClassDef:

@@ -106,7 +106,7 @@ def test_logits_and_greedy_tokens_equal_from_pretrained(
     tokens = torch.tensor([[5, 9, 33, 96, 12, 40]])
     with torch.no_grad():
         tolerance = 1e-5 if dtype == torch.float32 else 2**-5
-        assert_close_relative(engine._model(tokens).logits, model(tokens).logits, tolerance)
+        assert_close_relative(engine.model(tokens).logits, model(tokens).logits, tolerance)
     if dtype != torch.float32:
         return
     rollouts = engine.generate(PROMPTS, sampling(temperature=0))
@@ -205,7 +205,7 @@ def test_without_eos_tokens_nothing_ends_a_response(small_vocabulary: Path) -> N
 def test_generation_caches_and_stops_when_every_response_has_ended(small_vocabulary: Path) -> None:
     engine = engine_with_weights(small_vocabulary)
     widths: list[int] = []
-    engine._model.register_forward_pre_hook(
+    engine.model.register_forward_pre_hook(
         lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     rollouts = engine.generate(SMALL_PROMPTS, sampling(max_new_tokens=200))
