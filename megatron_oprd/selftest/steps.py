@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.config.load import load_config
-from megatron_oprd.config.schema import RunConfig
+from megatron_oprd.config.schema import RunConfig, TeacherConfig
+from megatron_oprd.errors import UserError
+from megatron_oprd.models.fp8_transformer_engine import RECIPES, check_available
 from megatron_oprd.parallel.context import ParallelContext, parallel_run
 from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.selftest.cases import CaseFailedError, CaseSkippedError, Place
@@ -32,6 +34,7 @@ def run(arguments: dict[str, Any], place: Place) -> str:
         [*_LINEAR_UPDATES, *arguments["overrides"]],
     )
     with parallel_run(config.parallel, seed=config.seed) as context:
+        _check_recipe(config.teacher, context)
         found = _two_steps(config, context)
         is_first = context.rank == 0
     if not is_first:
@@ -44,6 +47,15 @@ def run(arguments: dict[str, Any], place: Place) -> str:
     if not expected.exists():
         raise CaseSkippedError(f"{arguments['compared_with']} on one rank has failed")
     return _compare(found, torch.load(expected), arguments["tolerances"])
+
+
+def _check_recipe(teacher: TeacherConfig, context: ParallelContext) -> None:
+    """Raises `CaseSkippedError` if this machine does not have the FP8 recipe of the teacher."""
+    if teacher.precision == "fp8" and teacher.fp8_recipe in RECIPES:
+        try:
+            check_available(teacher.fp8_recipe, transformer_engine=context.transformer_engine)
+        except UserError as reason:
+            raise CaseSkippedError(str(reason)) from reason
 
 
 def rollouts(count: int = 8, *, longest: int = 24, seed: int = 0) -> list[Rollout]:
