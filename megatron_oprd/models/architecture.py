@@ -93,6 +93,8 @@ class Rope:
     theta: float  # base of the frequencies
     rope_type: str = "default"  # "default", "linear", "llama3", "yarn" or "longrope"
     partial_rotary_factor: float = 1.0  # rotating share of a head's dimensions, from the first
+    # Whether neighbours are the two dimensions of a pair; otherwise each is in one half.
+    interleaved: bool = False
     factor: float | None = None  # linear, llama3 and yarn: divisor of (slow) frequencies
     # llama3 only.
     low_freq_factor: float | None = None
@@ -128,7 +130,7 @@ class MixtureOfExperts:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and gated SiLU."""
+    """A decoder with RMSNorm, rotary positions, grouped-query attention and gated SiLU."""
 
     family: str  # the Hugging Face class in `architectures`
     num_layers: int
@@ -144,6 +146,8 @@ class Architecture:
     max_position_embeddings: int  # tokens
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
+    qk_norm_over_all_heads: bool = False  # with qk_norm: one norm of all heads together
+    pre_norms: bool = True  # RMSNorm of the inputs of attention and MLP
     moe: MixtureOfExperts | None = None  # replaces the gated MLP; None: dense
     # Latest positions that a token attends to, itself included, and for each layer whether it has
     # this window. None and () without one that is shorter than max_position_embeddings.
@@ -151,6 +155,11 @@ class Architecture:
     sliding_layers: tuple[bool, ...] = ()
     # For each layer whether its queries and keys are rotated; () where all are.
     rotated_layers: tuple[bool, ...] = ()
+    softmax_scale: float | None = None  # on attention's scores; None: 1 / sqrt(head_dim)
+    embedding_multiplier: float = 1.0  # on the embedding's output
+    residual_multiplier: float = 1.0  # on outputs of attention and MLP, before they are added
+    logits_divisor: float = 1.0  # of the LM head's output
+    post_norms: bool = False  # RMSNorm of the outputs of attention and MLP, before they are added
 
     def padded_vocab_size(self, multiple: int) -> int:
         """The vocabulary rounded up to ``multiple`` rows."""
@@ -209,6 +218,7 @@ def read_rope(
     head_dim: int,
     rope_types: tuple[str, ...],  # computed alike by the model's class and this package
     partial: bool = False,  # the model's class can rotate a part of each head
+    interleaved: bool = False,  # the model's class pairs neighbours
 ) -> Rope:
     """Reads the rotary settings of a transformers configuration object.
 
@@ -257,7 +267,13 @@ def read_rope(
         parameters = _longrope(parameters, int(head_dim * share), hf_config, source)
     if rope_type == "yarn":
         parameters = _yarn(parameters)
-    return Rope(theta=theta, rope_type=rope_type, partial_rotary_factor=share, **parameters)
+    return Rope(
+        theta=theta,
+        rope_type=rope_type,
+        partial_rotary_factor=share,
+        interleaved=interleaved,
+        **parameters,
+    )
 
 
 def _yarn(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from megatron_oprd.models.architecture import Architecture
 # The supported values of arguments without a counterpart in `Architecture`. An absent argument or
 # None passes.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "rotary_interleaved": (False,),
     "apply_layernorm_1p": (False,),
     "layernorm_zero_centered_gamma": (False,),
     "add_bias_linear": (False,),
@@ -78,7 +77,7 @@ def check_arguments(
     if unlike := [*unlike, *_of_other_kinds(arguments, architecture)]:
         name = unlike[0]
         raise UserError(
-            f"checkpoint {folder}: its {where} says {name} = {arguments[name]!r}, which is not "
+            f"checkpoint {folder}: its {where} says {name} = {arguments.get(name)!r}, which is not "
             "supported here"
         )
     wrong = [
@@ -100,12 +99,16 @@ def _of_other_kinds(a: Mapping[str, Any], b: Architecture) -> Iterator[str]:
         function = function.get("_target_")
     if isinstance(function, str) and function.rpartition(".")[2].lower() not in ("silu", "swish"):
         yield "activation_func"
+    if bool(a.get("rotary_interleaved")) != b.rope.interleaved:
+        yield "rotary_interleaved"
     window = a.get("window_size")
     # 0 to the right is causal; otherwise nothing, which the causal mask limits to this.
     if window is not None and tuple(window)[1] not in (-1, 0):
         yield "window_size"
     scale = a.get("softmax_scale")
-    if scale is not None and not math.isclose(scale, b.head_dim**-0.5, rel_tol=1e-6):
+    ours = b.head_dim**-0.5 if b.softmax_scale is None else b.softmax_scale
+    # None is Megatron's default; a checkpoint need not say anything.
+    if not math.isclose(b.head_dim**-0.5 if scale is None else scale, ours, rel_tol=1e-6):
         yield "softmax_scale"
 
 

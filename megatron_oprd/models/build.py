@@ -19,6 +19,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts
 from megatron_oprd.models.fp8 import with_fp8_linears
 from megatron_oprd.models.fp8_codes import WeightFormat
+from megatron_oprd.models.layer_variants import with_variants
 from megatron_oprd.models.layers import final_norm_class, layer_spec
 from megatron_oprd.models.rotary import RotaryTransformerConfig, set_frequencies
 from megatron_oprd.parallel.context import ParallelContext
@@ -27,7 +28,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class HiddenStatesModel(GPTModel):
-    """A GPT model whose forward pass returns the last hidden states, with or without LM head."""
+    """A GPT model whose forward pass returns the last hidden states, with or without LM head.
+
+    Attributes:
+        embedding_multiplier: Factor on the embedding's output.
+        logits_divisor: What the LM head's output is divided by, wherever it is computed.
+    """
+
+    embedding_multiplier = 1.0
+    logits_divisor = 1.0
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        decoder_input, *others = super()._preprocess(*args, **kwargs)
+        # Later stages have no embedding: their input comes from the stage before.
+        if decoder_input is not None and self.embedding_multiplier != 1.0:
+            decoder_input = decoder_input * self.embedding_multiplier
+        return decoder_input, *others
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
@@ -113,6 +129,8 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=a.qkv_bias,
         qk_layernorm=a.qk_norm,
+        softmax_scale=a.softmax_scale,
+        rotary_interleaved=a.rope.interleaved,
         # Positions to the left of a token and to its right; then, by layer, whether it counts.
         window_size=None if a.sliding_window is None else (a.sliding_window - 1, 0),
         window_attn_skip_freq=[int(slides) for slides in a.sliding_layers[:num_layers]] or None,
@@ -201,6 +219,13 @@ def build_model(
             num_experts=None if architecture.moe is None else architecture.moe.num_experts,
             transformer_engine=context.transformer_engine,
         )
+        spec = with_variants(
+            spec,
+            architecture,
+            config,
+            tp_group=context.groups.tp,
+            transformer_engine=context.transformer_engine,
+        )
         layers = extent.layers_of_stage(stage)
         specs = [spec] * len(layers)
         if fp8 is not None:
@@ -223,6 +248,8 @@ def build_model(
             pg_collection=context.groups,
             vp_stage=chunk if vpp else None,
         )
+        model.embedding_multiplier = architecture.embedding_multiplier
+        model.logits_divisor = architecture.logits_divisor
         set_frequencies(
             model, architecture, max_sequence_length=max_sequence_length, device=context.device
         )

@@ -39,9 +39,10 @@ _CHARACTERS = (
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     """A config of ``family``, a transformers model_type: 4 layers, hidden size 32, 97 tokens.
 
-    4 query heads share 2 key-value heads. The head_dim of Mistral, Qwen3 and Seed-OSS is 16, which
-    is not hidden / heads. SmolLM3's last layer is not rotated. With a mixture of experts each token
-    goes through 2 of 8. The embeddings are not tied unless ``tie_word_embeddings=True``.
+    4 query heads share 2 key-value heads. The head_dim of EXAONE, GLM, Mistral, Qwen3 and Seed-OSS
+    is 16, which is not hidden / heads. The last layer of SmolLM3 and EXAONE is not rotated. With a
+    mixture of experts each token goes through 2 of 8. The embeddings are not tied unless
+    ``tie_word_embeddings=True``.
     """
     fields: dict[str, Any] = {
         "vocab_size": 97,
@@ -56,7 +57,7 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,
     }
-    if family in ("mistral", "qwen3", "qwen3_moe", "seed_oss"):
+    if family in ("exaone4", "glm4", "mistral", "qwen3", "qwen3_moe", "seed_oss"):
         fields["head_dim"] = 16
     if family == "qwen3_moe":
         fields |= {
@@ -64,6 +65,16 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 24,
             "norm_topk_prob": True,
+        }
+    if family == "exaone4":
+        fields["sliding_window"] = 7  # in three layers; the last has none, and is not rotated
+    if family == "granite":
+        # Neither 1 nor 1 / sqrt(head_dim).
+        fields |= {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 5.0,
         }
     if family == "mistral":
         fields["sliding_window"] = None  # the class's default is 4096

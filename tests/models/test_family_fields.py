@@ -33,6 +33,8 @@ NEUTRAL: dict[str, Any] = {
 }
 # In a family's class only.
 NEUTRAL_OF_FAMILY: dict[str, dict[str, Any]] = {
+    # While layer_types is written out.
+    "exaone4": {"sliding_window_pattern": 2},
     "llama": {"pretraining_tp": 2},
     # While the rotation is not extended.
     "phi3": {"original_max_position_embeddings": 8},

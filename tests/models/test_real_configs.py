@@ -32,8 +32,12 @@ CONFIGS = Path(__file__).parent / "configs"
 PARAMETERS = {
     "DeepSeek-R1-0528-Qwen3-8B": 8_190_735_360,
     "DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "EXAONE-4.0-32B": 32_003_216_384,
+    "GLM-4-32B-0414": 32_566_081_536,
     "Llama-3.1-70B-Instruct": 70_553_706_496,
     "Mistral-7B-v0.1": 7_241_732_096,
+    "OLMo-2-0325-32B-Instruct": 32_234_279_936,
+    "Phi-3-mini-4k-instruct": 3_821_079_552,
     "Phi-4-mini-reasoning": 3_836_021_760,
     "Qwen3-1.7B-Base": 1_720_574_976,
     "Qwen3-30B-A3B": 30_532_122_624,
@@ -41,6 +45,7 @@ PARAMETERS = {
     "Qwen3-4B": 4_022_468_096,
     "Seed-OSS-36B-Instruct": 36_151_104_512,
     "SmolLM3-3B": 3_075_098_624,
+    "granite-3.3-8b-instruct": 8_170_864_640,
 }
 WORLD_SIZE = 32
 MULTIPLE = 128
@@ -62,8 +67,14 @@ LAYOUTS = {
     "deepseek_1.5b": Layout(model="DeepSeek-R1-Distill-Qwen-1.5B", layers=(7,) * 4, tp=4),
     # YaRN.
     "deepseek_8b": Layout(model="DeepSeek-R1-0528-Qwen3-8B", layers=(9,) * 4),
+    "exaone_32b": Layout(model="EXAONE-4.0-32B", layers=(16,) * 4),
+    # 2 key/value heads on 8 ranks.
+    "glm4_32b": Layout(model="GLM-4-32B-0414", layers=(16, 15, 15, 15)),
+    "granite_8b": Layout(model="granite-3.3-8b-instruct", layers=(10,) * 4),
     "llama_70b": Layout(model="Llama-3.1-70B-Instruct", layers=(20,) * 4),
     "mistral_7b": Layout(model="Mistral-7B-v0.1", layers=(8,) * 4),
+    "olmo2_32b": Layout(model="OLMo-2-0325-32B-Instruct", layers=(16,) * 4),
+    "phi_3_mini": Layout(model="Phi-3-mini-4k-instruct", layers=(8,) * 4),
     "phi_4_mini": Layout(model="Phi-4-mini-reasoning", layers=(8,) * 4),
     # Uneven stages.
     "qwen3_1.7b": Layout(model="Qwen3-1.7B-Base", layers=(5, 9, 8, 6)),
@@ -75,6 +86,16 @@ LAYOUTS = {
     "qwen3_30b_a3b_ep8": Layout(model="Qwen3-30B-A3B", layers=(12,) * 4, ep=8, etp=1),
     "qwen3_30b_a3b_ep4_etp2": Layout(model="Qwen3-30B-A3B", layers=(12,) * 4, ep=4, etp=2),
 }
+
+
+NIGHTLY = (
+    "deepseek_8b",
+    "exaone_32b",
+    "granite_8b",
+    "phi_3_mini",
+    "qwen3_32b",
+    "qwen3_4b",
+)
 
 
 def folder(root: Path, model: str) -> Path:
@@ -136,13 +157,8 @@ def stage_of(parameter: str, layers: Sequence[int]) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    # The families of the nightly ones are there in another size.
-    [
-        pytest.param(
-            name, marks=[pytest.mark.slow] * (name in ("qwen3_32b", "qwen3_4b", "deepseek_8b"))
-        )
-        for name in LAYOUTS
-    ],
+    # The modules of the nightly ones are there in another size or family.
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in NIGHTLY)) for name in LAYOUTS],
 )
 def test_every_rank_has_the_parameters_of_the_table(built: Path, tmp_path: Path, name: str) -> None:
     layout = LAYOUTS[name]

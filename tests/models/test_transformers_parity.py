@@ -93,6 +93,29 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3_tied": ("qwen3", {"tie_word_embeddings": True}),
     "seed_oss": ("seed_oss", {}),
+    "granite": ("granite", {"num_key_value_heads": 1}),
+    "granite_tied": ("granite", {"tie_word_embeddings": True, "rope_parameters": YARN}),
+    "olmo2": ("olmo2", {"rope_parameters": YARN}),
+    # One key head for all ranks.
+    "olmo2_one_group": ("olmo2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "glm4": ("glm4", {"attention_bias": True}),
+    "glm4_yarn": (
+        "glm4",
+        {"attention_bias": False, "rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
+    ),
+    # The third layer looks at everything, and is not rotated.
+    "exaone4": (
+        "exaone4",
+        {
+            "sliding_window": 5,
+            "layer_types": [f"{k}_attention" for k in ("sliding", "sliding", "full", "sliding")],
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "exaone4_full": (
+        "exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+    ),
     # Layers 1 and 3 are not rotated.
     "smollm3": (
         "smollm3",
@@ -140,6 +163,14 @@ FEW_LAYOUTS = {
     "qwen2_window": ("tp1", "pp2_vpp2"),
     "qwen3_window": ("tp2_sp", "pp2", "tp2_pp2"),
     "seed_oss": ("tp1", "tp2_sp", "pp2"),
+    "granite": ("tp1", "tp2_sp", "pp2_vpp2"),
+    "granite_tied": ("tp1", "pp2"),
+    "olmo2": ("tp1", "tp2", "tp2_sp", "pp2_vpp2"),
+    "olmo2_one_group": ("tp1", "tp2_sp"),
+    "glm4": ("tp1", "tp2_sp", "pp2"),
+    "glm4_yarn": ("tp1", "tp2"),
+    "exaone4": ("tp1", "tp2_sp", "pp2_vpp2"),
+    "exaone4_full": ("tp1",),
     "smollm3": ("tp1", "tp2", "pp2", "pp2_vpp2"),
 }
 COMBINATIONS = [
@@ -208,6 +239,18 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
             for expert in range(8)
             for part in ("gate", "up", "down")
         },
+    ),
+    (f"missing {NORM}.self_attention.q_layernorm.weight", "olmo2"): (
+        1,
+        {f"{ATTENTION}.q_norm.weight"},
+    ),
+    (f"missing {NORM}.self_attention.linear_proj.post_layernorm.weight", "olmo2"): (
+        1,
+        {"model.layers.1.post_attention_layernorm.weight"},
+    ),
+    (f"missing {NORM}.mlp.linear_fc2.post_layernorm.weight", "glm4"): (
+        1,
+        {"model.layers.1.post_mlp_layernorm.weight"},
     ),
     (f"missing {NORM}.pre_mlp_layernorm.weight", "qwen3_moe"): (
         1,

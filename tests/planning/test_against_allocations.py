@@ -48,6 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS,
     "mistral": {"sliding_window": 20},
     "smollm3": {"teacher_family": "seed_oss", "tied": True},
+    "olmo2": {"teacher_family": "glm4"},
 }
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 SP2 = [*TP2, "parallel.sequence_parallel=true"]
@@ -83,6 +84,8 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "moe": ("qwen3_moe", 1, []),
     "mistral-window": ("mistral", 1, []),
     "smollm3": ("smollm3", 1, []),
+    "olmo2": ("olmo2", 1, []),
+    "olmo2-bf16-tp": ("olmo2", 2, [*BF16, *TP2]),
     "llama-output": ("llama", 1, OUTPUT),
     "qwen3-output-chunks": ("qwen3", 1, [*BF16, *OUTPUT, "output_loss.chunk_tokens=8"]),
     "qwen3-pp-output": ("qwen3", 2, [*PP2, *OUTPUT, "taps.layers=none"]),

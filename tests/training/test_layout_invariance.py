@@ -142,6 +142,14 @@ WITHOUT_ROPE = {
         "tied": True,
     },
 }
+# Norms behind attention and MLP, with and without norms before them; norms over all heads.
+POST_NORMS = {
+    "post_norms": {"family": "olmo2", "teacher_family": "glm4", "teacher_layers": 5},
+}
+# Factors on embeddings, scores, residuals and logits.
+MULTIPLIERS = {
+    "multipliers": {"family": "granite", "teacher_family": "exaone4", "tied": True},
+}
 OTHER_VOCABULARY = {
     "qwen3_other_vocabulary": {"family": "qwen3", "teacher_layers": 5, "teacher_vocab_size": 150}
 }
@@ -313,6 +321,12 @@ CASES = [
         ("without_rope", "default", layout)
         for layout in ("pp2_packed_full", "tp2_sp_full", "pp2_vpp2", "cp2")
     ),
+    *(
+        ("post_norms", "default", layout)
+        for layout in ("tp2", "tp2_sp_packed", "pp2_vpp2_full", "cp2", "tp4_sp")
+    ),
+    *(("multipliers", "reverse_kl", layout) for layout in ("tp2_sp_full", "pp2_vpp2")),
+    ("multipliers", "logprobs", "tp2"),
     *(("moe", "default", layout) for layout in ("mbs1", "tp2_sp", "pp2_vpp2", *MOE_LAYOUTS)),
     *(("moe_teacher", "default", layout) for layout in ("tp2", "ep2_pp2", "tp2_sp_etp1_ep2")),
     *(
@@ -441,6 +455,8 @@ FURTHER: set[tuple[str, ...]] = {
         for layout in ("pp2_selective", "pp2_vpp2_full", "cp2_tp2_sp")
     ),
     *(("without_rope", "default", layout) for layout in ("tp2_sp_full", "pp2_vpp2", "cp2")),
+    *(("post_norms", "default", layout) for layout in ("pp2_vpp2_full", "cp2", "tp4_sp")),
+    ("multipliers", "reverse_kl", "pp2_vpp2"),
 }
 # Left to the nightly run: the pairs that go through the same layouts as llama_tied_deeper, without
 # its second step, and most layouts of some settings (the main run has those that differ most).
@@ -474,7 +490,15 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     pairs = {
         name: str(save_pair(root / name, **settings))  # type: ignore[arg-type]
         for name, settings in (
-            PAIRS | SHALLOWER | WINDOWS | WITHOUT_ROPE | OTHER_VOCABULARY | MOE_PAIRS | WIDER
+            PAIRS
+            | SHALLOWER
+            | WINDOWS
+            | WITHOUT_ROPE
+            | POST_NORMS
+            | MULTIPLIERS
+            | OTHER_VOCABULARY
+            | MOE_PAIRS
+            | WIDER
         ).items()
     }
     for name in WIDER:

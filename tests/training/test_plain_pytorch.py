@@ -29,6 +29,8 @@ PAIRS: dict[str, dict[str, Any]] = {
         "tied": True,
         "teacher_fields": {"hidden_size": 48},
     },
+    "granite_tied": {"family": "granite", "teacher_family": "exaone4", "tied": True},
+    "olmo2": {"family": "olmo2", "teacher_family": "glm4"},
     "qwen3_moe": {"family": "qwen3_moe"},
     "qwen3_moe_raw": {"family": "qwen3_moe", "norm_topk_prob": False, "num_experts_per_tok": 3},
 }
@@ -70,6 +72,7 @@ UNIT = ["loss.normalize=l2", "loss.coefficient=100"]
 STEPS = {
     "default": Step(pair="llama"),
     "default_tied": Step(pair="llama_tied"),
+    "post_norms": Step(pair="olmo2"),
     "deeper": Step(pair="qwen2_deeper", matches=((0, 0), (1, 2), (2, 4), (3, 6))),
     "deeper_tied": Step(pair="qwen3_deeper_tied", matches=((0, 0), (1, 2), (2, 4), (3, 6))),
     "several_student_layers_to_one": Step(
@@ -148,6 +151,11 @@ STEPS = {
         pair="llama",
         overrides=["output_loss.kind=reverse_kl", "taps.layers=none"],
         matches=(),
+        output=(OutputLossConfig(kind="reverse_kl"), 1.0),
+    ),
+    "multipliers_and_outputs": Step(
+        pair="granite_tied",
+        overrides=["output_loss.kind=reverse_kl"],
         output=(OutputLossConfig(kind="reverse_kl"), 1.0),
     ),
     "outputs_and_states": Step(

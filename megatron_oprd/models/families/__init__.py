@@ -8,8 +8,12 @@ from transformers import AutoConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import (
+    exaone4,
+    glm4,
+    granite,
     llama,
     mistral,
+    olmo2,
     phi3,
     qwen2,
     qwen3,
@@ -23,7 +27,20 @@ from megatron_oprd.weights.mapping import Mapping
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
-    for module in (llama, mistral, phi3, qwen2, qwen3, qwen3_moe, seed_oss, smollm3)
+    for module in (
+        exaone4,
+        glm4,
+        granite,
+        llama,
+        mistral,
+        olmo2,
+        phi3,
+        qwen2,
+        qwen3,
+        qwen3_moe,
+        seed_oss,
+        smollm3,
+    )
 }
 
 
