@@ -42,10 +42,6 @@ _ABSENT = (
     "heterogeneous_layers_config_encoded_json",
 )  # fmt: skip
 _FIXED_MOE: dict[str, tuple[Any, ...]] = {
-    "moe_router_score_function": ("softmax",),
-    "moe_router_topk_scaling_factor": (1,),
-    "moe_router_enable_expert_bias": (False,),
-    "moe_shared_expert_intermediate_size": (0,),
     "moe_apply_probs_on_input": (False,),
 }
 _ABSENT_MOE = ("moe_router_num_groups", "moe_router_group_topk", "moe_latent_size")
@@ -81,7 +77,7 @@ def check_arguments(
             "supported here"
         )
     wrong = [
-        f"{ours} where its {where} says {name} = {arguments[name]!r}"
+        f"{ours} where its {where} says {name} = {arguments.get(name)!r}"
         for name, ours, agrees in _compared(arguments, architecture)
         if not agrees
     ]
@@ -165,8 +161,22 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
         expected |= {
             "moe_router_topk": ("num_experts_per_tok", b.moe.num_experts_per_token),
             "moe_ffn_hidden_size": ("moe_intermediate_size", b.moe.ffn_hidden_size),
+            "moe_router_score_function": (
+                "scores of the router",
+                "sigmoid" if b.moe.sigmoid_router else "softmax",
+            ),
+            "moe_router_enable_expert_bias": ("bias of the router", b.moe.sigmoid_router),
+            "moe_router_topk_scaling_factor": (
+                "routed_scaling_factor",
+                b.moe.routed_scaling_factor,
+            ),
+            "moe_shared_expert_gate": ("gate of the shared expert", b.moe.shared_expert_gate),
             "moe_router_pre_softmax": ("norm_topk_prob = false", not b.moe.norm_topk_prob),
         }
+        shared = "moe_shared_expert_intermediate_size"
+        width = b.moe.shared_ffn_hidden_size
+        # Megatron-LM writes None for none, other tools 0.
+        yield shared, f"width of the shared expert = {width}", (a.get(shared) or None) == width
     if b.rope.rope_type == "yarn":
         original = b.rope.original_max_position_embeddings
         expected |= {

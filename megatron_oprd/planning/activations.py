@@ -218,9 +218,15 @@ def logprob_workspace(shape: LayerShape, rows: int, *, vocab_size: int) -> int:
 
 def forward_workspace(shape: LayerShape) -> int:
     """Bytes of a forward pass without saved activations, at the end of the gated MLP."""
-    is_dense = shape.architecture.moe is None
-    # With experts: their input and their output.
-    entered = shape.gathered_bytes if is_dense else 2 * shape.dispatched_bytes
+    a, moe = shape.architecture, shape.architecture.moe
+    if moe is None:
+        # Without a norm before it and without slices, the MLP's input is the residual.
+        is_residual = not a.pre_norms and not shape.parallel.sequence_parallel
+        entered = 0 if is_residual else shape.gathered_bytes
+    else:
+        # Input and output of the experts, and the output of the one for all tokens.
+        entered = 2 * shape.dispatched_bytes
+        entered += 0 if moe.shared_ffn_hidden_size is None else shape.hidden_bytes
     return _num_inner(shape) * shape.mlp_bytes + entered + 2 * shape.hidden_bytes
 
 
@@ -280,6 +286,12 @@ def _saved_by_mlp(shape: LayerShape) -> int:
         saved += tokens * (
             moe.num_experts * (shape.itemsize + 1) + k * (2 * _INT64 + shape.itemsize)
         )
+        if moe.shared_ffn_hidden_size is not None:
+            # linear_fc1's input is the router's. With a gate also its score and the output.
+            inner = shape.tokens * moe.shared_ffn_hidden_size // shape.tp * shape.itemsize
+            saved += (3 if shape.kernels.fused_swiglu else 5) * inner
+            if moe.shared_expert_gate:
+                saved += shape.hidden_bytes + 2 * tokens * shape.itemsize
     return saved
 
 

@@ -176,7 +176,11 @@ def _defaults(record: type) -> dict[str, Any]:
 def _architecture(written: Mapping[str, Any]) -> dict[str, Any]:
     """An architecture of a manifest; fields that are newer than it have their defaults."""
     whole = _defaults(Architecture) | dict(written)
-    for name, record in (("rope", Rope), ("moe", MixtureOfExperts)):
+    for name, record in (
+        ("rope", Rope),
+        ("sliding_rope", Rope),
+        ("moe", MixtureOfExperts),
+    ):
         if whole.get(name) is not None:
             whole[name] = _defaults(record) | whole[name]
     return {name: _as_written(value) for name, value in whole.items()}

@@ -49,6 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 20},
     "smollm3": {"teacher_family": "seed_oss", "tied": True},
     "olmo2": {"teacher_family": "glm4"},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 160},
 }
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 SP2 = [*TP2, "parallel.sequence_parallel=true"]
@@ -85,6 +86,8 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "mistral-window": ("mistral", 1, []),
     "smollm3": ("smollm3", 1, []),
     "olmo2": ("olmo2", 1, []),
+    "shared-expert": ("qwen2_moe", 1, []),
+    "shared-expert-sp": ("qwen2_moe", 2, SP2),
     "olmo2-bf16-tp": ("olmo2", 2, [*BF16, *TP2]),
     "llama-output": ("llama", 1, OUTPUT),
     "qwen3-output-chunks": ("qwen3", 1, [*BF16, *OUTPUT, "output_loss.chunk_tokens=8"]),

@@ -145,6 +145,8 @@ WITHOUT_ROPE = {
 # Norms behind attention and MLP, with and without norms before them; norms over all heads.
 POST_NORMS = {
     "post_norms": {"family": "olmo2", "teacher_family": "glm4", "teacher_layers": 5},
+    # Two rotations in each model.
+    "two_ropes": {"family": "olmo3"},
 }
 # Factors on embeddings, scores, residuals and logits.
 MULTIPLIERS = {
@@ -157,6 +159,11 @@ MOE_PAIRS = {
     "moe": {"family": "qwen3_moe", "teacher_layers": 6},
     "moe_teacher": {"family": "qwen3", "teacher_family": "qwen3_moe"},
     "moe_student": {"family": "qwen3_moe", "teacher_family": "qwen3", "tied": True},
+    # A first layer without experts, sigmoids and their bias in the router.
+    "sigmoid_router": {"family": "qwen2_moe", "teacher_family": "glm4_moe", "teacher_layers": 6},
+    "sigmoid_router_student": {"family": "glm4_moe", "teacher_family": "qwen3"},
+    # An expert for all tokens, with its gate.
+    "shared_expert": {"family": "qwen2_moe", "teacher_family": "mixtral"},
 }
 # A teacher wider and deeper than its student, through a bridge.
 WIDER = {
@@ -325,6 +332,7 @@ CASES = [
         ("post_norms", "default", layout)
         for layout in ("tp2", "tp2_sp_packed", "pp2_vpp2_full", "cp2", "tp4_sp")
     ),
+    *(("two_ropes", "default", layout) for layout in ("tp2_sp_packed", "pp2_vpp2_full", "cp2")),
     *(("multipliers", "reverse_kl", layout) for layout in ("tp2_sp_full", "pp2_vpp2")),
     ("multipliers", "logprobs", "tp2"),
     *(("moe", "default", layout) for layout in ("mbs1", "tp2_sp", "pp2_vpp2", *MOE_LAYOUTS)),
@@ -334,6 +342,12 @@ CASES = [
         for layout in ("dp2_teacher_ep2", "tp2_sp_pp2_teacher_etp1_ep2")
     ),
     *(("moe_student", "default", layout) for layout in ("tp2_sp_full", "ep2_pp2")),
+    ("sigmoid_router", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
+    *(("sigmoid_router_student", "default", layout) for layout in ("tp2_sp_etp1_ep2", "ep2_pp2")),
+    *(
+        ("shared_expert", "default", layout)
+        for layout in ("tp2_sp_etp1_ep2", "ep2_pp2_vpp2_full", "tp2_sp_ep2")
+    ),
     *(
         ("qwen3_deeper", method, layout)
         for method in FP8
@@ -456,7 +470,11 @@ FURTHER: set[tuple[str, ...]] = {
     ),
     *(("without_rope", "default", layout) for layout in ("tp2_sp_full", "pp2_vpp2", "cp2")),
     *(("post_norms", "default", layout) for layout in ("pp2_vpp2_full", "cp2", "tp4_sp")),
+    *(("two_ropes", "default", layout) for layout in ("pp2_vpp2_full", "cp2")),
     ("multipliers", "reverse_kl", "pp2_vpp2"),
+    *(("shared_expert", "default", layout) for layout in ("ep2_pp2_vpp2_full", "tp2_sp_ep2")),
+    ("sigmoid_router", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
+    ("sigmoid_router_student", "default", "ep2_pp2"),
 }
 # Left to the nightly run: the pairs that go through the same layouts as llama_tied_deeper, without
 # its second step, and most layouts of some settings (the main run has those that differ most).
@@ -587,7 +605,7 @@ def test_logprobs_are_those_of_transformers(
     ).eval()
     before = _logprobs(model)
     assert_close_relative(found["logprobs"][0], before, 1e-5)
-    destinations = checkpoint_tensors(model.state_dict())
+    destinations = checkpoint_tensors(model)
     for name, value in found["weights"].items():
         destinations[name].copy_(value)
     after = _logprobs(model)
