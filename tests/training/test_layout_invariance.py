@@ -354,6 +354,8 @@ CASES = [
         for layout in ("tp2", "tp2_sp_full", "pp2_vpp2_target_groups", "tp4_sp", "cp2_tp2_sp")
     ),
     *(("moe_teacher", FP8[0], layout) for layout in ("ep2_pp2", "tp2_sp_etp1_ep2")),
+    ("post_norms", FP8[0], "tp2_sp_full"),
+    ("sigmoid_router", FP8[0], "tp2_sp_etp1_ep2"),
     # Tied and untied heads, a teacher with another vocabulary, and a head beside experts.
     *(("llama_tied_deeper", "top_k", layout) for layout in OUTPUT_LAYOUTS),
     *(("qwen3_other_vocabulary", "jsd", layout) for layout in OUTPUT_LAYOUTS[:-2]),
@@ -475,6 +477,8 @@ FURTHER: set[tuple[str, ...]] = {
     *(("shared_expert", "default", layout) for layout in ("ep2_pp2_vpp2_full", "tp2_sp_ep2")),
     ("sigmoid_router", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
     ("sigmoid_router_student", "default", "ep2_pp2"),
+    ("post_norms", FP8[0], "tp2_sp_full"),
+    ("sigmoid_router", FP8[0], "tp2_sp_etp1_ep2"),
 }
 # Left to the nightly run: the pairs that go through the same layouts as llama_tied_deeper, without
 # its second step, and most layouts of some settings (the main run has those that differ most).
