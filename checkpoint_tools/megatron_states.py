@@ -191,7 +191,8 @@ def _logits(
         local = hidden.to(context.device) @ head.data.t()  # [length, padded vocabulary / tp]
         parts = [torch.empty_like(local) for _ in range(context.tp_size)]
         dist.all_gather(parts, local, group=context.groups.tp)
-        logits.append(torch.cat(parts, dim=1)[:, : architecture.vocab_size].cpu())
+        whole = torch.cat(parts, dim=1)[:, : architecture.vocab_size]
+        logits.append((whole / architecture.logits_divisor).cpu())
     return {"logits": logits}
 
 

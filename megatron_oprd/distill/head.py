@@ -101,6 +101,8 @@ class HeadTap:
         self.coefficient = 1.0
         self._student_head = head_weight(student)
         self._teacher_head = head_weight(teacher)
+        self._student_divisor = student.logits_divisor
+        self._teacher_divisor = teacher.logits_divisor
         self._tp_group = tp_group
         self._cp_group = cp_group if cp_group.size() > 1 else None
         self._sequence_parallel = sequence_parallel
@@ -191,15 +193,16 @@ class HeadTap:
         for chunk in torch.arange(len(rows), device=rows.device).split(self._settings.chunk_tokens):
             weights = positions.weights[chunk]
             distance = output_space_loss(
-                rows[chunk] @ student.t(),
-                targets[chunk] @ teacher.t(),
+                (rows[chunk] @ student.t()).div_(self._student_divisor),
+                (targets[chunk] @ teacher.t()).div_(self._teacher_divisor),
                 positions.labels[chunk],
                 self._shard,
                 self._settings,
             )
             self._loss += (weights * distance.value).sum()
             scaled = (weights * self.coefficient)[:, None] * distance.gradient
-            of_logits = scaled.to(rows.dtype)
+            # Of the head's output, before its division.
+            of_logits = scaled.div_(self._student_divisor).to(rows.dtype)
             of_rows[chunk] = of_logits @ student
             # Rows past `size` are vocabulary padding; their gradient stays 0.
             of_weight[:size] += of_logits.t() @ rows[chunk]
@@ -236,8 +239,10 @@ class ResponseLogprobs:
         is_meaningless: Tensor,  # [v], bool; columns left out of the distribution
         num_tokens: int,  # of the whole step
         sequence_parallel: bool,  # hidden states are sharded over shard.group
+        logits_divisor: float,  # of the head's output
     ) -> None:
         self._head = head
+        self._logits_divisor = logits_divisor
         self._shard = shard
         self._is_meaningless = is_meaningless
         self._sequence_parallel = sequence_parallel
@@ -261,7 +266,7 @@ class ResponseLogprobs:
         numbers, index = (numbers[index] - 1).to(hidden.device), index.to(hidden.device)
         rows, head = hidden.flatten(0, 1), self._head[: self._shard.size]
         for chunk in torch.arange(len(index), device=index.device).split(CHUNK_TOKENS):
-            logits = (rows[index[chunk]] @ head.t()).float()
+            logits = (rows[index[chunk]] @ head.t()).div_(self._logits_divisor).float()
             logits.masked_fill_(self._is_meaningless, -torch.inf)
             logprobs = gather(log_softmax(logits, self._shard), labels[chunk, None], self._shard)
             self._found[numbers[chunk]] = logprobs.squeeze(1)

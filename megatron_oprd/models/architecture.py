@@ -93,6 +93,8 @@ class Rope:
     theta: float  # base of the frequencies
     rope_type: str = "default"  # "default", "linear", "llama3", "yarn" or "longrope"
     partial_rotary_factor: float = 1.0  # rotating share of a head's dimensions, from the first
+    # Whether neighbours are the two dimensions of a pair; otherwise each is in one half.
+    interleaved: bool = False
     factor: float | None = None  # linear, llama3 and yarn: divisor of (slow) frequencies
     # llama3 only.
     low_freq_factor: float | None = None
@@ -118,22 +120,30 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureOfExperts:
-    """Gated MLPs in every layer, with a router that picks some for each token."""
+    """Gated MLPs with a router that picks some for each token."""
 
     num_experts: int  # per layer
     num_experts_per_token: int
     ffn_hidden_size: int  # of each expert
     norm_topk_prob: bool  # scales the chosen experts' probabilities to sum to one
+    # Of an expert that every token goes through, in addition; None: there is none.
+    shared_ffn_hidden_size: int | None = None
+    shared_expert_gate: bool = False  # scales its output with the sigmoid of a linear layer's
+    # Each expert's probability is a sigmoid in fp32 instead of a softmax over all, and a bias of
+    # each expert counts in the choice, not in the probability.
+    sigmoid_router: bool = False
+    routed_scaling_factor: float = 1.0  # on the chosen experts' probabilities
+    first_dense_layers: int = 0  # so many layers from the first have a gated MLP instead
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and gated SiLU."""
+    """A decoder with RMSNorm, rotary positions, grouped-query attention and gated SiLU."""
 
     family: str  # the Hugging Face class in `architectures`
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int  # of the gated MLP; without meaning if `moe` is set
+    ffn_hidden_size: int  # of the gated MLP; without meaning if all layers have experts
     num_attention_heads: int  # query heads
     num_query_groups: int  # key/value heads
     head_dim: int  # heads x head_dim need not equal hidden_size
@@ -144,13 +154,25 @@ class Architecture:
     max_position_embeddings: int  # tokens
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
-    moe: MixtureOfExperts | None = None  # replaces the gated MLP; None: dense
+    qk_norm_over_all_heads: bool = False  # with qk_norm: one norm of all heads together
+    pre_norms: bool = True  # RMSNorm of the inputs of attention and MLP
+    moe: MixtureOfExperts | None = None  # replaces the gated MLPs; None: dense
     # Latest positions that a token attends to, itself included, and for each layer whether it has
     # this window. None and () without one that is shorter than max_position_embeddings.
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
+    sliding_rope: Rope | None = None  # of layers with the window; None: `rope`, as of the others
     # For each layer whether its queries and keys are rotated; () where all are.
     rotated_layers: tuple[bool, ...] = ()
+    softmax_scale: float | None = None  # on attention's scores; None: 1 / sqrt(head_dim)
+    embedding_multiplier: float = 1.0  # on the embedding's output
+    residual_multiplier: float = 1.0  # on outputs of attention and MLP, before they are added
+    logits_divisor: float = 1.0  # of the LM head's output
+    post_norms: bool = False  # RMSNorm of the outputs of attention and MLP, before they are added
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, from 0, has experts in the place of its MLP."""
+        return self.moe is not None and layer >= self.moe.first_dense_layers
 
     def padded_vocab_size(self, multiple: int) -> int:
         """The vocabulary rounded up to ``multiple`` rows."""
@@ -209,14 +231,23 @@ def read_rope(
     head_dim: int,
     rope_types: tuple[str, ...],  # computed alike by the model's class and this package
     partial: bool = False,  # the model's class can rotate a part of each head
+    interleaved: bool = False,  # the model's class pairs neighbours
+    layer_type: str | None = None,  # the kind of layers to read, where kinds have their own
 ) -> Rope:
     """Reads the rotary settings of a transformers configuration object.
 
     Raises `UserError` if they are incomplete or not of a type in ``rope_types``.
     """
-    parameters = {
-        name: value for name, value in hf_config.rope_parameters.items() if value is not None
-    }
+    written = hf_config.rope_parameters
+    if layer_type is not None:
+        beside = [name for name, value in written.items() if not isinstance(value, dict)]
+        if beside:
+            raise UserError(
+                f"{source}: rope_parameters has {beside} beside the kinds of layers; each kind has "
+                "to have its own"
+            )
+        written = written[layer_type]
+    parameters = {name: value for name, value in written.items() if value is not None}
     rope_type = parameters.pop("rope_type", "default")
     parameters.pop("type", None)  # the old name of rope_type, which transformers fills from it
     if "rope_theta" not in parameters:
@@ -257,7 +288,13 @@ def read_rope(
         parameters = _longrope(parameters, int(head_dim * share), hf_config, source)
     if rope_type == "yarn":
         parameters = _yarn(parameters)
-    return Rope(theta=theta, rope_type=rope_type, partial_rotary_factor=share, **parameters)
+    return Rope(
+        theta=theta,
+        rope_type=rope_type,
+        partial_rotary_factor=share,
+        interleaved=interleaved,
+        **parameters,
+    )
 
 
 def _yarn(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from megatron_oprd.models.architecture import Architecture
 # The supported values of arguments without a counterpart in `Architecture`. An absent argument or
 # None passes.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "rotary_interleaved": (False,),
     "apply_layernorm_1p": (False,),
     "layernorm_zero_centered_gamma": (False,),
     "add_bias_linear": (False,),
@@ -43,10 +42,6 @@ _ABSENT = (
     "heterogeneous_layers_config_encoded_json",
 )  # fmt: skip
 _FIXED_MOE: dict[str, tuple[Any, ...]] = {
-    "moe_router_score_function": ("softmax",),
-    "moe_router_topk_scaling_factor": (1,),
-    "moe_router_enable_expert_bias": (False,),
-    "moe_shared_expert_intermediate_size": (0,),
     "moe_apply_probs_on_input": (False,),
 }
 _ABSENT_MOE = ("moe_router_num_groups", "moe_router_group_topk", "moe_latent_size")
@@ -78,11 +73,11 @@ def check_arguments(
     if unlike := [*unlike, *_of_other_kinds(arguments, architecture)]:
         name = unlike[0]
         raise UserError(
-            f"checkpoint {folder}: its {where} says {name} = {arguments[name]!r}, which is not "
+            f"checkpoint {folder}: its {where} says {name} = {arguments.get(name)!r}, which is not "
             "supported here"
         )
     wrong = [
-        f"{ours} where its {where} says {name} = {arguments[name]!r}"
+        f"{ours} where its {where} says {name} = {arguments.get(name)!r}"
         for name, ours, agrees in _compared(arguments, architecture)
         if not agrees
     ]
@@ -100,12 +95,16 @@ def _of_other_kinds(a: Mapping[str, Any], b: Architecture) -> Iterator[str]:
         function = function.get("_target_")
     if isinstance(function, str) and function.rpartition(".")[2].lower() not in ("silu", "swish"):
         yield "activation_func"
+    if bool(a.get("rotary_interleaved")) != b.rope.interleaved:
+        yield "rotary_interleaved"
     window = a.get("window_size")
     # 0 to the right is causal; otherwise nothing, which the causal mask limits to this.
     if window is not None and tuple(window)[1] not in (-1, 0):
         yield "window_size"
     scale = a.get("softmax_scale")
-    if scale is not None and not math.isclose(scale, b.head_dim**-0.5, rel_tol=1e-6):
+    ours = b.head_dim**-0.5 if b.softmax_scale is None else b.softmax_scale
+    # None is Megatron's default; a checkpoint need not say anything.
+    if not math.isclose(b.head_dim**-0.5 if scale is None else scale, ours, rel_tol=1e-6):
         yield "softmax_scale"
 
 
@@ -162,8 +161,22 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
         expected |= {
             "moe_router_topk": ("num_experts_per_tok", b.moe.num_experts_per_token),
             "moe_ffn_hidden_size": ("moe_intermediate_size", b.moe.ffn_hidden_size),
+            "moe_router_score_function": (
+                "scores of the router",
+                "sigmoid" if b.moe.sigmoid_router else "softmax",
+            ),
+            "moe_router_enable_expert_bias": ("bias of the router", b.moe.sigmoid_router),
+            "moe_router_topk_scaling_factor": (
+                "routed_scaling_factor",
+                b.moe.routed_scaling_factor,
+            ),
+            "moe_shared_expert_gate": ("gate of the shared expert", b.moe.shared_expert_gate),
             "moe_router_pre_softmax": ("norm_topk_prob = false", not b.moe.norm_topk_prob),
         }
+        shared = "moe_shared_expert_intermediate_size"
+        width = b.moe.shared_ffn_hidden_size
+        # Megatron-LM writes None for none, other tools 0.
+        yield shared, f"width of the shared expert = {width}", (a.get(shared) or None) == width
     if b.rope.rope_type == "yarn":
         original = b.rope.original_max_position_embeddings
         expected |= {

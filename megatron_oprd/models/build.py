@@ -19,6 +19,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts
 from megatron_oprd.models.fp8 import with_fp8_linears
 from megatron_oprd.models.fp8_codes import WeightFormat
+from megatron_oprd.models.layer_variants import with_variants
 from megatron_oprd.models.layers import final_norm_class, layer_spec
 from megatron_oprd.models.rotary import RotaryTransformerConfig, set_frequencies
 from megatron_oprd.parallel.context import ParallelContext
@@ -27,7 +28,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class HiddenStatesModel(GPTModel):
-    """A GPT model whose forward pass returns the last hidden states, with or without LM head."""
+    """A GPT model whose forward pass returns the last hidden states, with or without LM head.
+
+    Attributes:
+        embedding_multiplier: Factor on the embedding's output.
+        logits_divisor: What the LM head's output is divided by, wherever it is computed.
+    """
+
+    embedding_multiplier = 1.0
+    logits_divisor = 1.0
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        decoder_input, *others = super()._preprocess(*args, **kwargs)
+        # Later stages have no embedding: their input comes from the stage before.
+        if decoder_input is not None and self.embedding_multiplier != 1.0:
+            decoder_input = decoder_input * self.embedding_multiplier
+        return decoder_input, *others
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
@@ -107,12 +123,17 @@ def transformer_config(
         layernorm_epsilon=a.layernorm_epsilon,
         # `RotaryTransformerConfig` turns this into a plain factor on cosine and sine.
         yarn_mscale=a.rope.attention_factor - 1.0,
+        sliding_yarn_mscale=(
+            None if a.sliding_rope is None else a.sliding_rope.attention_factor - 1.0
+        ),
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=a.qkv_bias,
         qk_layernorm=a.qk_norm,
+        softmax_scale=a.softmax_scale,
+        rotary_interleaved=a.rope.interleaved,
         # Positions to the left of a token and to its right; then, by layer, whether it counts.
         window_size=None if a.sliding_window is None else (a.sliding_window - 1, 0),
         window_attn_skip_freq=[int(slides) for slides in a.sliding_layers[:num_layers]] or None,
@@ -190,22 +211,31 @@ def build_model(
     """
     if architecture.sliding_window is not None and context.transformer_engine:
         _check_window(config, architecture)
-    vpp = config.virtual_pipeline_model_parallel_size
+    vpp, moe = config.virtual_pipeline_model_parallel_size, architecture.moe
     norm = final_norm_class(transformer_engine=context.transformer_engine)
     stages = len(extent.layers_per_stage)
     chunks = []
     for chunk in range(vpp or 1):
         stage = chunk * context.pp_size + context.pp_rank
-        spec = layer_spec(
-            qk_norm=architecture.qk_norm,
-            num_experts=None if architecture.moe is None else architecture.moe.num_experts,
-            transformer_engine=context.transformer_engine,
-        )
         layers = extent.layers_of_stage(stage)
-        specs = [spec] * len(layers)
-        if fp8 is not None:
-            fp8_spec = with_fp8_linears(spec, fp8.weight_format)
-            specs = [fp8_spec if layer in fp8.layers else spec for layer in layers]
+        specs = []
+        for layer in layers:
+            spec = with_variants(
+                layer_spec(
+                    qk_norm=architecture.qk_norm,
+                    num_experts=moe.num_experts
+                    if moe and architecture.has_experts(layer)
+                    else None,
+                    transformer_engine=context.transformer_engine,
+                ),
+                architecture,
+                config,
+                tp_group=context.groups.tp,
+                transformer_engine=context.transformer_engine,
+            )
+            if fp8 is not None and layer in fp8.layers:
+                spec = with_fp8_linears(spec, fp8.weight_format)
+            specs.append(spec)
         is_last = stage == stages - 1
         model = HiddenStatesModel(
             config,
@@ -223,11 +253,12 @@ def build_model(
             pg_collection=context.groups,
             vp_stage=chunk if vpp else None,
         )
+        model.embedding_multiplier = architecture.embedding_multiplier
+        model.logits_divisor = architecture.logits_divisor
         set_frequencies(
             model, architecture, max_sequence_length=max_sequence_length, device=context.device
         )
-        if architecture.moe is not None:
-            _prepare_experts(model, context)
+        _prepare_experts(model, context)
         # Without post_process Megatron builds neither, so they are attached by hand.
         if not extent.uses_lm_head:
             if extent.final_norm and stage == extent.last_stage_with_layers:
@@ -261,12 +292,17 @@ def _moe_options(
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.num_experts_per_token,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": moe.shared_expert_gate,
         # A softmax over the chosen experts equals one over all experts, rescaled to sum to one.
         "moe_router_pre_softmax": not moe.norm_topk_prob,
-        "moe_router_score_function": "softmax",
-        # The weights' format, as in transformers and inference engines. Another one would now and
-        # then choose other experts than the rollouts did.
-        "moe_router_dtype": None,
+        "moe_router_score_function": "sigmoid" if moe.sigmoid_router else "softmax",
+        "moe_router_topk_scaling_factor": moe.routed_scaling_factor,
+        "moe_router_enable_expert_bias": moe.sigmoid_router,
+        "moe_router_bias_update_rate": 0.0,  # it balances a pre-training's load
+        # As in transformers and inference engines: the weights' format (None), or fp32. Another one
+        # would now and then choose other experts than the rollouts did.
+        "moe_router_dtype": "fp32" if moe.sigmoid_router else None,
         # Distillation adds no balancing loss and drops no token.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -279,8 +315,18 @@ def _moe_options(
 
 def _prepare_experts(model: GPTModel, context: ParallelContext) -> None:
     for layer in model.decoder.layers:
+        if not layer.is_moe_layer:
+            continue
         # Megatron builds the router on the CPU and moves it in its first forward pass.
-        layer.mlp.router.to(context.device)
+        router = layer.mlp.router
+        router.to(context.device)
+        if router.expert_bias is not None:
+            # Megatron's buffer, as a parameter that does not train: those are loaded and exported.
+            bias = router.expert_bias
+            del router.expert_bias
+            router.expert_bias = torch.nn.Parameter(bias, requires_grad=False)
+        if layer.mlp.shared_experts is not None:
+            layer.mlp.shared_experts.to(context.device)  # its gate, likewise
         for parameter in layer.mlp.experts.parameters():
             # Sums its gradients over the expert-data-parallel group. Megatron sets this only under
             # expert parallelism, but the two groups also differ where experts are split over fewer

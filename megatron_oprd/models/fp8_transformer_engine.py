@@ -85,13 +85,17 @@ def check_shapes(architecture: Architecture, parallel: ParallelConfig, recipe: s
         * architecture.head_dim
         // tp,
     }
-    if architecture.moe is None:
+    if not architecture.has_experts(0):
         widths["the feed-forward width on each rank"] = architecture.ffn_hidden_size // tp
-    else:
+    if architecture.moe is not None:
         etp = parallel.expert_tensor_size
         widths["each expert's feed-forward width on each rank"] = (
             architecture.moe.ffn_hidden_size // etp
         )
+        if architecture.moe.shared_ffn_hidden_size is not None:
+            widths["the shared expert's feed-forward width on each rank"] = (
+                architecture.moe.shared_ffn_hidden_size // tp
+            )
     for name, width in widths.items():
         if width % multiple:
             raise UserError(

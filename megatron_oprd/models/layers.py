@@ -6,6 +6,8 @@ through torch's scaled_dot_product_attention, which keeps no [b, heads, s, s] ma
 rotate packed sequences without synchronizing with the device.
 """
 
+import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +56,12 @@ class TappedTransformerLayer(TransformerLayer):
     tap: Tap | None = None
     runs: bool = True  # False past the deepest tap: the layer passes its input on
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Megatron adds outputs to residuals with gradients enabled in every pass. Norms that are
+        # part of the addition would keep their inputs where nobody wants a gradient.
+        self.bias_dropout_add_exec_handler = contextlib.nullcontext
+
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Runs the layer, then the tap."""
         if not self.runs:
@@ -77,6 +85,22 @@ class PackedSelfAttention(SelfAttention):
     # Set only during a forward pass of packed sequences.
     _frequencies: Tensor | None = None
 
+    def __init__(
+        self, config: RotaryTransformerConfig, submodules: Any, layer_number: int, **kwargs: Any
+    ) -> None:
+        # Where layers with a sliding window have a rotation of their own, whether this one has it.
+        self._kind: int | None = None
+        of_sliding = config.sliding_yarn_mscale
+        if of_sliding is not None:
+            slides = is_layer_window_attention(
+                config.window_size, config.window_attn_skip_freq, layer_number
+            )
+            self._kind = int(slides)
+            if slides:
+                config = copy.copy(config)
+                config.yarn_mscale = of_sliding
+        super().__init__(config, submodules, layer_number, **kwargs)
+
     def forward(
         self,
         *args: Any,
@@ -85,6 +109,9 @@ class PackedSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends; leaves the rotation of packed sequences to `get_query_key_value_tensors`."""
+        if self._kind is not None:
+            assert rotary_pos_emb is not None
+            rotary_pos_emb = rotary_pos_emb[self._kind]
         if packed_seq_params is not None:
             assert isinstance(packed_seq_params, HostPackedSeqParams)
             assert rotary_pos_emb is not None

@@ -34,14 +34,17 @@ def check_divides(
     """
     tp = "tensor_model_parallel_size", layout.tensor_model_parallel_size
     divided = [(tp, "attention heads", architecture.num_attention_heads)]
-    if architecture.moe is None:
+    if not architecture.has_experts(0):
         divided.append((tp, "feed-forward width", architecture.ffn_hidden_size))
-    else:
+    if architecture.moe is not None:
         etp = "expert_tensor_parallel_size", layout.expert_tensor_size
         ep = "expert_model_parallel_size", layout.expert_model_parallel_size
         width = architecture.moe.ffn_hidden_size
         divided.append((etp, "feed-forward width of each expert", width))
         divided.append((ep, "experts", architecture.moe.num_experts))
+        if architecture.moe.shared_ffn_hidden_size is not None:
+            shared = architecture.moe.shared_ffn_hidden_size
+            divided.append((tp, "feed-forward width of the shared expert", shared))
     for size, what, count in divided:
         if count % size[1]:
             raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.argument_checks import check_arguments
-from megatron_oprd.models.families import mapping_table, read_architecture
+from megatron_oprd.models.families import mapping_table, read_architecture, unread_tensors
 from megatron_oprd.weights.accounting import check_tensors, check_tied_head
 from megatron_oprd.weights.fused_experts import UnfusedExperts, has_fused_experts
 from megatron_oprd.weights.hf_files import CONFIG_FILE, HFCheckpoint, HFFolder
@@ -76,6 +76,7 @@ def open_checkpoint(
         )
     checkpoint = HFCheckpoint(path)
     architecture = read_architecture(checkpoint)
+    checkpoint.leave_out(unread_tensors(checkpoint))
     return OpenedCheckpoint(
         source=UnfusedExperts(checkpoint) if has_fused_experts(checkpoint) else checkpoint,
         architecture=architecture,

@@ -5,10 +5,13 @@ and context parallelism alike, and rotates as many dimensions as there are frequ
 rope type here consists of its frequencies, and of an attention factor (yarn's, longrope's).
 """
 
+import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -27,15 +30,46 @@ class RotaryTransformerConfig(TransformerConfig):
     yarn_mscale: float = 0.0
     yarn_rotary_scaling_factor: float = math.exp(10)
     yarn_mscale_all_dim: float = 0.0
+    # yarn_mscale of layers with a sliding window, which then have their own frequencies as well;
+    # None: all layers are alike.
+    sliding_yarn_mscale: float | None = None
+
+
+class RotaryByKind(torch.nn.Module):
+    """Megatron's rotary module twice: for layers without and with a sliding window.
+
+    transformers' OLMo-3 and Gemma 3 have a rotary embedding for each kind of layer.
+    """
+
+    def __init__(self, of_others: RotaryEmbedding, of_sliding: RotaryEmbedding) -> None:
+        super().__init__()
+        self.of_others, self.of_sliding = of_others, of_sliding
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Both embeddings, [2, s, 1, 1, dim]; `PackedSelfAttention` takes its layer's."""
+        return torch.stack([self.of_others(*args, **kwargs), self.of_sliding(*args, **kwargs)])
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
+        """The length that Megatron's model asks for, the same for both."""
+        return self.of_others.get_rotary_seq_len(*args, **kwargs)
 
 
 def set_frequencies(
     model: GPTModel, architecture: Architecture, *, max_sequence_length: int, device: torch.device
 ) -> None:
     """Sets a chunk's rotary frequencies, from `inverse_frequencies`."""
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(
-        architecture.rope, head_dim=architecture.head_dim, max_sequence_length=max_sequence_length
-    ).to(device)
+
+    def frequencies(rope: Rope) -> Tensor:
+        return inverse_frequencies(
+            rope, head_dim=architecture.head_dim, max_sequence_length=max_sequence_length
+        ).to(device)
+
+    model.rotary_pos_emb.inv_freq = frequencies(architecture.rope)
+    if architecture.sliding_rope is not None:
+        # A copy with frequencies of its own; it has no parameters.
+        of_sliding = copy.copy(model.rotary_pos_emb)
+        of_sliding.inv_freq = frequencies(architecture.sliding_rope)
+        model.rotary_pos_emb = RotaryByKind(model.rotary_pos_emb, of_sliding)
 
 
 def inverse_frequencies(rope: Rope, *, head_dim: int, max_sequence_length: int) -> Tensor:

@@ -218,16 +218,22 @@ def logprob_workspace(shape: LayerShape, rows: int, *, vocab_size: int) -> int:
 
 def forward_workspace(shape: LayerShape) -> int:
     """Bytes of a forward pass without saved activations, at the end of the gated MLP."""
-    is_dense = shape.architecture.moe is None
-    # With experts: their input and their output.
-    entered = shape.gathered_bytes if is_dense else 2 * shape.dispatched_bytes
+    a, moe = shape.architecture, shape.architecture.moe
+    if moe is None:
+        # Without a norm before it and without slices, the MLP's input is the residual.
+        is_residual = not a.pre_norms and not shape.parallel.sequence_parallel
+        entered = 0 if is_residual else shape.gathered_bytes
+    else:
+        # Input and output of the experts, and the output of the one for all tokens.
+        entered = 2 * shape.dispatched_bytes
+        entered += 0 if moe.shared_ffn_hidden_size is None else shape.hidden_bytes
     return _num_inner(shape) * shape.mlp_bytes + entered + 2 * shape.hidden_bytes
 
 
 def _saved_by_attention(shape: LayerShape, recompute_attention: bool) -> int:
     a = shape.architecture
     heads = a.num_attention_heads // shape.tp
-    saved = saved_by_norm(shape) + shape.hidden_bytes  # the norm, and linear_qkv's input
+    saved = _saved_by_norms(shape) + shape.hidden_bytes  # the norms, and linear_qkv's input
     # Query, key and value in one tensor, of which the values are a view; query and key after the
     # rotation; the attention's output, which is linear_proj's input.
     saved += (shape.query_bytes + 2 * shape.key_bytes) + (shape.query_bytes + shape.key_bytes)
@@ -245,7 +251,13 @@ def _saved_by_attention(shape: LayerShape, recompute_attention: bool) -> int:
         saved += shape.query_bytes  # concatenated, for linear_proj
     if not recompute_attention:
         saved += shape.tokens * heads * _FP32  # log-sum-exp of each row
-    if a.qk_norm:
+    if a.qk_norm and a.qk_norm_over_all_heads:
+        # Plain torch in fp32: the input, the normalised input, and two numbers for each token.
+        width = heads * a.head_dim + shape.groups * a.head_dim
+        saved += shape.tokens * (2 * width + 4) * _FP32
+        if shape.itemsize == _FP32:
+            saved -= shape.key_bytes  # the key norm's input is a view of the joint tensor
+    elif a.qk_norm:
         for count in (heads, shape.groups):
             saved += _norm(shape, vectors=shape.tokens * count, width=a.head_dim)
         if shape.kernels.fused_norm or shape.itemsize == _FP32:
@@ -255,9 +267,15 @@ def _saved_by_attention(shape: LayerShape, recompute_attention: bool) -> int:
     return saved
 
 
+def _saved_by_norms(shape: LayerShape) -> int:
+    """Bytes saved by the norms before and behind attention, or MLP."""
+    a = shape.architecture
+    return (a.pre_norms + a.post_norms) * saved_by_norm(shape)
+
+
 def _saved_by_mlp(shape: LayerShape) -> int:
-    # The norm, and the input of linear_fc1 or the router.
-    saved = saved_by_norm(shape) + shape.hidden_bytes
+    # The norms, and the input of linear_fc1 or the router.
+    saved = _saved_by_norms(shape) + shape.hidden_bytes
     saved += _num_inner(shape) * shape.mlp_bytes
     moe = shape.architecture.moe
     if moe is not None:
@@ -268,6 +286,12 @@ def _saved_by_mlp(shape: LayerShape) -> int:
         saved += tokens * (
             moe.num_experts * (shape.itemsize + 1) + k * (2 * _INT64 + shape.itemsize)
         )
+        if moe.shared_ffn_hidden_size is not None:
+            # linear_fc1's input is the router's. With a gate also its score and the output.
+            inner = shape.tokens * moe.shared_ffn_hidden_size // shape.tp * shape.itemsize
+            saved += (3 if shape.kernels.fused_swiglu else 5) * inner
+            if moe.shared_expert_gate:
+                saved += shape.hidden_bytes + 2 * tokens * shape.itemsize
     return saved
 
 

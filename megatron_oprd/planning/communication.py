@@ -88,7 +88,10 @@ def _teacher_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
     if has_output_loss(layout, pp_rank) and layout.config.parallel.sequence_parallel:
         # The hidden states, gathered for the LM head.
         steps += 1
-    return _ring(layout, steps * _whole_bytes(layout, layout.teacher, workload))
+    passes = _teacher_layers(layout, pp_rank)
+    return _ring(layout, steps * _whole_bytes(layout, layout.teacher, workload)) + _squares(
+        layout, layout.teacher, workload, passes
+    )
 
 
 def _student_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
@@ -113,12 +116,27 @@ def _student_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
         # Gradients of norms are all-reduced, as each rank has seen only its slice of the sequence.
         replicated = count_parameters(layout, layout.student, pp_rank).replicated
         sent += _ring(layout, 2 * replicated * _FP32)
-    return sent
+    elif layout.student.architecture.qk_norm:
+        # Without it only those of query and key heads.
+        a = layout.student.architecture
+        heads = a.num_attention_heads + a.num_query_groups if a.qk_norm_over_all_heads else 2
+        sent += _ring(layout, 2 * running * heads * a.head_dim * _FP32)
+    return sent + _squares(layout, layout.student, workload, 2 * running + recomputed)
 
 
 def _parallel_halves(model: ModelLayout) -> int:
-    """Tensor-parallel halves of a layer: attention, and an MLP without experts."""
-    return 2 if model.architecture.moe is None else 1
+    """Tensor-parallel halves of a layer: attention, and an MLP or an expert for all tokens."""
+    moe = model.architecture.moe
+    return 2 if moe is None or moe.shared_ffn_hidden_size is not None else 1
+
+
+def _squares(layout: RunLayout, model: ModelLayout, workload: Workload, passes: int) -> int:
+    """Bytes that a rank sends for norms over all heads, in so many passes through a layer."""
+    if not model.architecture.qk_norm_over_all_heads:
+        return 0
+    tokens = workload.tokens // layout.config.parallel.context_parallel_size
+    # Of queries and of keys a number for each token, summed over the ranks.
+    return _ring(layout, passes * 2 * 2 * tokens * _FP32)
 
 
 def _student_experts(layout: RunLayout, workload: Workload, pp_rank: int) -> int:

@@ -54,7 +54,9 @@ def engine_load(layout: RunLayout, workload: Workload, *, memory_gb: float) -> E
         if len(shape) == 2
     ]
     moe = a.moe
-    ffn = a.ffn_hidden_size if moe is None else moe.ffn_hidden_size * moe.num_experts_per_token
+    ffn = a.ffn_hidden_size
+    if moe is not None:
+        ffn = moe.ffn_hidden_size * moe.num_experts_per_token + (moe.shared_ffn_hidden_size or 0)
     return EngineLoad(
         itemsize=_itemsize(layout),
         num_weights=sum(_tensor_sizes(layout)),

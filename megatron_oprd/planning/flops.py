@@ -37,8 +37,9 @@ def linear_flops(a: Architecture) -> int:
     else:
         moe = a.moe
         mlp = 3 * a.hidden_size * moe.ffn_hidden_size * moe.num_experts_per_token
-        # The router.
-        mlp += a.hidden_size * moe.num_experts
+        mlp += 3 * a.hidden_size * (moe.shared_ffn_hidden_size or 0)
+        # The router, and the shared expert's gate.
+        mlp += a.hidden_size * (moe.num_experts + moe.shared_expert_gate)
     return 2 * (attention + mlp)
 
 

@@ -24,6 +24,7 @@ from megatron_oprd.rollout.sampling import (
     samples_of,
     seed_of,
 )
+from megatron_oprd.weights.fused_experts import published_name
 
 
 class HFEngine:
@@ -85,7 +86,7 @@ class HFEngine:
             "weights are left out that are not there"
         )
         self._version = None  # a partial load is not a usable model
-        destinations = checkpoint_tensors(self.model.state_dict())
+        destinations = checkpoint_tensors(self.model)
         shapes = {name: tuple(tensor.shape) for name, tensor in destinations.items()}
         delivered: dict[int, str] = {}  # data pointer -> name; tied weights share the pointer
         for name, tensor in known_weights(stream, shapes):
@@ -217,12 +218,13 @@ def known_weights(
         yield name, tensor
 
 
-def checkpoint_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Maps checkpoint names to a model's tensors, or to views of them.
 
     transformers 5 stores a layer's experts in two tensors, ``experts.gate_up_proj`` [e, 2f, h] and
     ``experts.down_proj`` [e, h, f]; checkpoints have three tensors per expert.
     """
+    state = model.state_dict()
     tensors = {}
     for name, tensor in state.items():
         prefix, _, fused = name.rpartition(".")
@@ -236,4 +238,5 @@ def checkpoint_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 tensors[f"{prefix}.{expert}.down_proj.weight"] = down
         else:
             tensors[name] = tensor
-    return tensors
+    model_type = model.config.model_type
+    return {published_name(name, model_type): tensor for name, tensor in tensors.items()}

@@ -133,6 +133,7 @@ class LogprobCheck:
             is_meaningless=self._is_meaningless,
             num_tokens=sum(len(rollout.response_ids) for rollout in rollouts),
             sequence_parallel=parallel.sequence_parallel,
+            logits_divisor=distiller.plan.layout.student.architecture.logits_divisor,
         )
         modules = state.modules
 

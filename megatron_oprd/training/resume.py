@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError, say
+from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, Rope
 from megatron_oprd.rollout.registry import ENGINES
 from megatron_oprd.training.checkpoint_files import broken_content, broken_size
 from megatron_oprd.training.checkpoints import (
@@ -163,11 +164,30 @@ def check_contents(checkpoint: Path, identity: RunIdentity, found: Mapping[str, 
             )
 
 
-def _as_written(value: Any) -> Any:
-    """A value of an architecture as JSON has it, without what is empty.
+def _defaults(record: type) -> dict[str, Any]:
+    """The defaults of a dataclass's fields that have one."""
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(record)
+        if field.default is not dataclasses.MISSING
+    }
 
-    Fields that are newer than the checkpoint are empty where the older ones say everything.
-    """
+
+def _architecture(written: Mapping[str, Any]) -> dict[str, Any]:
+    """An architecture of a manifest; fields that are newer than it have their defaults."""
+    whole = _defaults(Architecture) | dict(written)
+    for name, record in (
+        ("rope", Rope),
+        ("sliding_rope", Rope),
+        ("moe", MixtureOfExperts),
+    ):
+        if whole.get(name) is not None:
+            whole[name] = _defaults(record) | whole[name]
+    return {name: _as_written(value) for name, value in whole.items()}
+
+
+def _as_written(value: Any) -> Any:
+    """A value of an architecture as JSON has it, without what is empty."""
     if isinstance(value, dict):
         written = {name: _as_written(one) for name, one in value.items()}
         return {name: one for name, one in written.items() if one is not None}
@@ -183,8 +203,9 @@ def _check_same_run(plan: RunPlan, checkpoint: Path, manifest: Mapping[str, Any]
         ("student", layout.student, plan.student_checkpoint),
         ("teacher", layout.teacher, plan.teachers[0].checkpoint),
     ):
+        before = _architecture(manifest[setting])
         for field, ours in dataclasses.asdict(model.architecture).items():
-            found, value = _as_written(manifest[setting].get(field)), _as_written(ours)
+            found, value = before.get(field), _as_written(ours)
             if found != value:
                 raise UserError(
                     f"{checkpoint} is of another model: {field} = {found!r}, but model.{setting} "

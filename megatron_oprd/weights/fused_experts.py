@@ -2,7 +2,8 @@
 
 ``experts.gate_up_proj`` [e, 2 f, h] has each expert's gate rows and then its up rows,
 ``experts.down_proj`` [e, h, f] the down projections. Published checkpoints have three tensors per
-expert; models saved with ``save_original_format=False`` have these.
+expert; models saved with ``save_original_format=False`` have these. Then Mixtral's other names are
+transformers' as well.
 """
 
 import re
@@ -16,6 +17,23 @@ from megatron_oprd.weights.hf_files import HFCheckpoint
 
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
 _SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+# By model_type: parts of names in these models -> parts of names in published checkpoints, which
+# the mappings have. Mixtral has no other MLP.
+_PUBLISHED = {
+    "mixtral": {
+        ".mlp.": ".block_sparse_moe.",
+        ".gate_proj.": ".w1.",
+        ".down_proj.": ".w2.",
+        ".up_proj.": ".w3.",
+    }
+}
+
+
+def published_name(name: str, model_type: str) -> str:
+    """The name in published checkpoints of a tensor, or expert's matrix, of transformers' model."""
+    for own, published in _PUBLISHED.get(model_type, {}).items():
+        name = name.replace(own, published)
+    return name
 
 
 class UnfusedExperts:
@@ -23,18 +41,20 @@ class UnfusedExperts:
 
     def __init__(self, checkpoint: HFCheckpoint) -> None:
         self._checkpoint = checkpoint
-        self._names: list[str] = []
+        model_type = checkpoint.config.get("model_type", "")
+        names: list[str] = []
         for name in checkpoint.names():
             match = _FUSED.fullmatch(name)
             if match is None:
-                self._names.append(name)
+                names.append(name)
                 continue
             parts = ("gate", "up") if match[2] == "gate_up" else ("down",)
-            self._names += [
+            names += [
                 f"{match[1]}.{expert}.{part}_proj.weight"
                 for expert in range(checkpoint.shape(name)[0])
                 for part in parts
             ]
+        self._stored = {published_name(name, model_type): name for name in names}
 
     @property
     def folder(self) -> Path:
@@ -53,17 +73,17 @@ class UnfusedExperts:
 
     def names(self) -> list[str]:
         """The tensors' names, one for each matrix of each expert."""
-        return list(self._names)
+        return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
         place = self._place(name)
-        return self._checkpoint.shape(name) if place is None else place[2]
+        return self._checkpoint.shape(self._stored.get(name, name)) if place is None else place[2]
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor."""
         place = self._place(name)
-        return self._checkpoint.dtype(name if place is None else place[0])
+        return self._checkpoint.dtype(self._stored.get(name, name) if place is None else place[0])
 
     def num_bytes(self) -> int:
         """The bytes of all tensors together."""
@@ -77,7 +97,7 @@ class UnfusedExperts:
         """Reads a part of a tensor; the arguments are those of `WeightSource.read_slice`."""
         place = self._place(name)
         if place is None:
-            return self._checkpoint.read_slice(name, *slices, out=out)
+            return self._checkpoint.read_slice(self._stored.get(name, name), *slices, out=out)
         fused, (expert, first), (rows, _) = place
         # Bounds are resolved within the expert's rows before they are shifted into the stack.
         start, stop, _ = (slices[0] if slices else slice(None)).indices(rows)
@@ -100,7 +120,8 @@ class UnfusedExperts:
 
     def _place(self, name: str) -> tuple[str, tuple[int, int], tuple[int, int]] | None:
         """(stacked tensor, (expert, first row in it), shape); None for a tensor stored as is."""
-        match = _SINGLE.fullmatch(name)
+        # An unknown name stays as it is, for the checkpoint's own error.
+        match = _SINGLE.fullmatch(self._stored.get(name, name))
         if match is None:
             return None
         fused = f"{match[1]}.{'down' if match[3] == 'down' else 'gate_up'}_proj"

@@ -118,6 +118,12 @@ class HFCheckpoint(HFFolder):
         super().__init__(folder)
         self._files = _open_files(self.folder)  # by tensor
 
+    def leave_out(self, prefixes: tuple[str, ...]) -> None:
+        """Hides the tensors whose names begin with one of ``prefixes``."""
+        self._files = {
+            name: file for name, file in self._files.items() if not name.startswith(prefixes)
+        }
+
     def names(self) -> list[str]:
         """The tensors' names, in their order on disk."""
         return list(self._files)

@@ -36,12 +36,57 @@ _CHARACTERS = (
 )
 
 
+# Fields that a family has beside those of all, or with another value.
+_WIDE_HEADS = {"head_dim": 16}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_OF_FAMILY: dict[str, dict[str, Any]] = {
+    # The window is in three layers; the last has none, and is not rotated.
+    "exaone4": {**_WIDE_HEADS, "sliding_window": 7},
+    "glm4": _WIDE_HEADS,
+    # One layer without experts, then two shared experts in one MLP.
+    "glm4_moe": {
+        **_WIDE_HEADS,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+    },
+    # Neither 1 nor 1 / sqrt(head_dim).
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.25,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 5.0,
+    },
+    "mistral": {**_WIDE_HEADS, "sliding_window": None},  # the class's default is 4096
+    "mixtral": {**_WIDE_HEADS, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "olmo3": {
+        "sliding_window": 6,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "qwen2_moe": {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 40},
+    "qwen3": _WIDE_HEADS,
+    "qwen3_moe": {**_WIDE_HEADS, **_EXPERTS, "norm_topk_prob": True},
+    "seed_oss": _WIDE_HEADS,
+}
+
+
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     """A config of ``family``, a transformers model_type: 4 layers, hidden size 32, 97 tokens.
 
-    4 query heads share 2 key-value heads. The head_dim of Mistral, Qwen3 and Seed-OSS is 16, which
-    is not hidden / heads. SmolLM3's last layer is not rotated. With a mixture of experts each token
-    goes through 2 of 8. The embeddings are not tied unless ``tie_word_embeddings=True``.
+    4 query heads share 2 key-value heads. The head_dim of EXAONE, GLM, Mistral, Mixtral, Qwen3 and
+    Seed-OSS is 16, which is not hidden / heads. The last layer of SmolLM3 and EXAONE is not
+    rotated. With a mixture of experts each token goes through 2 of 8. The embeddings are not tied
+    unless ``tie_word_embeddings=True``.
     """
     fields: dict[str, Any] = {
         "vocab_size": 97,
@@ -56,19 +101,10 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,
     }
-    if family in ("mistral", "qwen3", "qwen3_moe", "seed_oss"):
-        fields["head_dim"] = 16
-    if family == "qwen3_moe":
-        fields |= {
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "norm_topk_prob": True,
-        }
-    if family == "mistral":
-        fields["sliding_window"] = None  # the class's default is 4096
     # Copied, because transformers completes the dictionaries it is given.
-    return AutoConfig.for_model(family, **copy.deepcopy(fields | overrides))
+    return AutoConfig.for_model(
+        family, **copy.deepcopy(fields | _OF_FAMILY.get(family, {}) | overrides)
+    )
 
 
 def tiny_tokenizer(
@@ -127,6 +163,10 @@ def save_tiny_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(random_weight(name, parameter.shape, generator))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                # Of the size of differences between sigmoids, so that it changes some choices.
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     model.save_pretrained(folder)
     tiny_tokenizer(config.vocab_size).save_pretrained(folder)

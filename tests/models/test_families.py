@@ -72,6 +72,42 @@ QWEN3_MOE_4 = {
     "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
     "vocab_size": 1001,
 }  # fmt: skip
+GLM4_MOE_4 = {
+    "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
+    "eos_token_id": [151329, 151336, 151338], "first_k_dense_replace": 1, "head_dim": 32,
+    "hidden_act": "silu", "hidden_size": 48, "initializer_range": 0.02, "intermediate_size": 80,
+    "max_position_embeddings": 131072, "model_type": "glm4_moe", "moe_intermediate_size": 24,
+    "n_group": 1, "n_routed_experts": 16, "n_shared_experts": 1, "norm_topk_prob": True,
+    "num_attention_heads": 6, "num_experts_per_tok": 8, "num_hidden_layers": 5,
+    "num_key_value_heads": 2, "num_nextn_predict_layers": 1, "pad_token_id": 329,
+    "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_scaling": None,
+    "rope_theta": 1000000, "routed_scaling_factor": 1.0, "tie_word_embeddings": False,
+    "topk_group": 1, "torch_dtype": "bfloat16", "transformers_version": "4.54.1",
+    "use_cache": True, "use_qk_norm": False, "vocab_size": 1001,
+}  # fmt: skip
+MIXTRAL_4 = {
+    "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 48, "initializer_range": 0.02,
+    "intermediate_size": 80, "max_position_embeddings": 32768, "model_type": "mixtral",
+    "num_attention_heads": 6, "num_experts_per_tok": 2, "num_hidden_layers": 5,
+    "num_key_value_heads": 2, "num_local_experts": 8, "output_router_logits": False,
+    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02,
+    "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 1001,
+}  # fmt: skip
+QWEN2_MOE_4 = {
+    "architectures": ["Qwen2MoeForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+    "decoder_sparse_step": 1, "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 48,
+    "initializer_range": 0.02, "intermediate_size": 80, "max_position_embeddings": 32768,
+    "max_window_layers": 28, "model_type": "qwen2_moe", "moe_intermediate_size": 24,
+    "norm_topk_prob": False, "num_attention_heads": 6, "num_experts": 16,
+    "num_experts_per_tok": 4, "num_hidden_layers": 5, "num_key_value_heads": 2,
+    "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 64,
+    "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 1001,
+}  # fmt: skip
 MISTRAL_4 = {
     "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
     "eos_token_id": 2, "head_dim": 32, "hidden_act": "silu", "hidden_size": 48,
@@ -138,6 +174,49 @@ SMOLLM3_4 = {
     "transformers_version": "4.54.0.dev0", "use_cache": False, "use_sliding_window": False,
     "vocab_size": 1001,
 }  # fmt: skip
+GRANITE_4 = LLAMA_4 | {
+    "architectures": ["GraniteForCausalLM"], "attention_multiplier": 0.0078125,
+    "embedding_multiplier": 12.0, "logits_scaling": 16.0, "model_type": "granite",
+    "residual_multiplier": 0.22, "rope_scaling": None, "rope_theta": 10000000.0,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+OLMO2_4 = {
+    name: value for name, value in LLAMA_4.items() if name not in ("mlp_bias", "head_dim")
+} | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "rope_scaling": None,
+     "tie_word_embeddings": False}  # fmt: skip
+OLMO3_4 = OLMO2_4 | {
+    "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": 4096,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"],
+    "rope_scaling": {
+        "attention_factor": 1.25, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+        "original_max_position_embeddings": 8192, "rope_type": "yarn",
+    },
+}  # fmt: skip
+GLM4_4 = {
+    "architectures": ["Glm4ForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
+    "eos_token_id": [151329, 151336, 151338], "head_dim": 16, "hidden_act": "silu",
+    "hidden_size": 48, "initializer_range": 0.02, "intermediate_size": 80,
+    "max_position_embeddings": 32768, "model_type": "glm4", "num_attention_heads": 6,
+    "num_hidden_layers": 5, "num_key_value_heads": 2, "pad_token_id": 151,
+    "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.52.0.dev0", "use_cache": True, "vocab_size": 1001,
+}  # fmt: skip
+EXAONE4_4 = {
+    "architectures": ["Exaone4ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 361, "head_dim": 16, "hidden_act": "silu", "hidden_size": 48,
+    "initializer_range": 0.02, "intermediate_size": 80,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"],
+    "max_position_embeddings": 131072, "model_type": "exaone4", "num_attention_heads": 6,
+    "num_hidden_layers": 5, "num_key_value_heads": 2, "pad_token_id": 0, "rms_norm_eps": 1e-05,
+    "rope_scaling": LLAMA3, "rope_theta": 500000.0, "sliding_window": 4096,
+    "sliding_window_pattern": "LLLG", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.54.0.dev0", "use_cache": True, "vocab_size": 1001,
+}  # fmt: skip
+# EXAONE 4.0 1.2B: no windows, and every layer is rotated.
+EXAONE4_SMALL_4 = EXAONE4_4 | {
+    "layer_types": ["full_attention"] * 5, "sliding_window": None, "sliding_window_pattern": None,
+}  # fmt: skip
 COMMON: dict[str, Any] = {
     "num_layers": 5, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 6,
     "num_query_groups": 2, "vocab_size": 1001,
@@ -185,6 +264,30 @@ WRITTEN_BY_4: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "moe": MixtureOfExperts(num_experts=16, num_experts_per_token=3, ffn_hidden_size=24,
                                  norm_topk_prob=True)},
     ),
+    "glm4_moe": (
+        GLM4_MOE_4,
+        {"family": "Glm4MoeForCausalLM", "head_dim": 32, "layernorm_epsilon": 1e-5, "tied": False,
+         "rope": Rope(theta=1e6, partial_rotary_factor=0.5), "qkv_bias": True,
+         "max_position_embeddings": 131072,
+         "moe": MixtureOfExperts(num_experts=16, num_experts_per_token=8, ffn_hidden_size=24,
+                                 norm_topk_prob=True, shared_ffn_hidden_size=24,
+                                 sigmoid_router=True, first_dense_layers=1)},
+    ),
+    "mixtral": (
+        MIXTRAL_4,
+        {"family": "MixtralForCausalLM", "head_dim": 8, "layernorm_epsilon": 1e-5, "tied": False,
+         "rope": Rope(theta=1e6), "max_position_embeddings": 32768,
+         "moe": MixtureOfExperts(num_experts=8, num_experts_per_token=2, ffn_hidden_size=80,
+                                 norm_topk_prob=True)},
+    ),
+    "qwen2_moe": (
+        QWEN2_MOE_4,
+        {"family": "Qwen2MoeForCausalLM", "head_dim": 8, "layernorm_epsilon": 1e-6, "tied": False,
+         "rope": Rope(theta=1e6), "qkv_bias": True, "max_position_embeddings": 32768,
+         "moe": MixtureOfExperts(num_experts=16, num_experts_per_token=4, ffn_hidden_size=24,
+                                 norm_topk_prob=False, shared_ffn_hidden_size=64,
+                                 shared_expert_gate=True)},
+    ),
     "mistral": (
         MISTRAL_4,
         {"family": "MistralForCausalLM", "head_dim": 32, "layernorm_epsilon": 1e-5, "tied": False,
@@ -225,6 +328,48 @@ WRITTEN_BY_4: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"family": "SmolLM3ForCausalLM", "head_dim": 8, "layernorm_epsilon": 1e-6, "tied": True,
          "rope": Rope(theta=5e6), "qkv_bias": False, "qk_norm": False,
          "max_position_embeddings": 65536, "rotated_layers": (True, True, True, False, True)},
+    ),
+    "granite": (
+        GRANITE_4,
+        {"family": "GraniteForCausalLM", "head_dim": 16, "layernorm_epsilon": 1e-5, "tied": True,
+         "rope": Rope(theta=1e7), "max_position_embeddings": 131072, "softmax_scale": 0.0078125,
+         "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_divisor": 16.0},
+    ),
+    "olmo2": (
+        OLMO2_4,
+        {"family": "Olmo2ForCausalLM", "head_dim": 8, "layernorm_epsilon": 1e-5, "tied": False,
+         "rope": Rope(theta=5e5), "max_position_embeddings": 131072, "qk_norm": True,
+         "qk_norm_over_all_heads": True, "pre_norms": False, "post_norms": True},
+    ),
+    "olmo3": (
+        OLMO3_4,
+        {"family": "Olmo3ForCausalLM", "head_dim": 8, "layernorm_epsilon": 1e-5, "tied": False,
+         "rope": Rope(theta=5e5, rope_type="yarn", factor=8.0, beta_fast=32.0, beta_slow=1.0,
+                      original_max_position_embeddings=8192, attention_factor=1.25,
+                      truncate=True),
+         "sliding_rope": Rope(theta=5e5), "max_position_embeddings": 131072, "qk_norm": True,
+         "qk_norm_over_all_heads": True, "pre_norms": False, "post_norms": True,
+         "sliding_window": 4096, "sliding_layers": (True, True, True, False, True)},
+    ),
+    "glm4": (
+        GLM4_4,
+        {"family": "Glm4ForCausalLM", "head_dim": 16, "layernorm_epsilon": 1e-5, "tied": False,
+         "rope": Rope(theta=1e4, partial_rotary_factor=0.5, interleaved=True), "qkv_bias": True,
+         "max_position_embeddings": 32768, "post_norms": True},
+    ),
+    "exaone4": (
+        EXAONE4_4,
+        {"family": "Exaone4ForCausalLM", "head_dim": 16, "layernorm_epsilon": 1e-5, "tied": False,
+         "rope": LLAMA3_ROPE, "max_position_embeddings": 131072, "qk_norm": True,
+         "pre_norms": False, "post_norms": True, "sliding_window": 4096,
+         "sliding_layers": (True, True, True, False, True),
+         "rotated_layers": (True, True, True, False, True)},
+    ),
+    "exaone4_small": (
+        EXAONE4_SMALL_4,
+        {"family": "Exaone4ForCausalLM", "head_dim": 16, "layernorm_epsilon": 1e-5, "tied": False,
+         "rope": LLAMA3_ROPE, "max_position_embeddings": 131072, "qk_norm": True,
+         "pre_norms": False, "post_norms": True},
     ),
     "phi4": (
         PHI4_4,
@@ -341,6 +486,29 @@ def test_configurations_of_transformers_5(models: Path, tmp_path: Path, name: st
         ("smollm3", {"layer_types": ["sliding_attention"] * 4}),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}),
+        ("glm4_moe", {"n_group": 2}),
+        ("glm4_moe", {"topk_group": 2}),
+        ("glm4_moe", {"norm_topk_prob": False}),
+        ("glm4_moe", {"n_shared_experts": 0}),
+        ("glm4_moe", {"first_k_dense_replace": 4}),
+        ("glm4_moe", {"num_experts_per_tok": 1}),
+        ("mixtral", {"num_experts_per_tok": 1}),
+        ("mixtral", {"router_jitter_noise": 0.1}),
+        ("qwen2_moe", {"decoder_sparse_step": 2}),
+        ("qwen2_moe", {"mlp_only_layers": [0]}),
+        ("qwen2_moe", {"num_experts_per_tok": 9}),
+        ("granite", {"attention_bias": True}),
+        ("granite", {"mlp_bias": True}),
+        ("olmo2", {"attention_bias": True}),
+        ("olmo2", {"clip_qkv": 8.0}),
+        ("olmo3", {"attention_bias": True}),
+        ("olmo3", {"sliding_window": 0}),
+        ("olmo3", {"sliding_window": 256}),
+        ("glm4", {"hidden_act": "gelu"}),
+        ("glm4", {"mlp_bias": True}),
+        ("exaone4", {"layer_types": ["full_attention"] * 3}),
+        ("exaone4", {"sliding_window": 0}),
+        ("exaone4", {"attention_bias": True}),
         ("llama", {"hidden_size": "wide"}),
         ("llama", {"architectures": ["GemmaForCausalLM"]}),
         ("llama", {"architectures": ["LlamaForCausalLM", "LlamaModel"]}),

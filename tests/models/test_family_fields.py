@@ -33,6 +33,10 @@ NEUTRAL: dict[str, Any] = {
 }
 # In a family's class only.
 NEUTRAL_OF_FAMILY: dict[str, dict[str, Any]] = {
+    # While layer_types is written out.
+    "exaone4": {"sliding_window_pattern": 2},
+    # While there are no tensors of such layers.
+    "glm4_moe": {"num_mtp_layers": 2, "output_router_logits": True},
     "llama": {"pretraining_tp": 2},
     # While the rotation is not extended.
     "phi3": {"original_max_position_embeddings": 8},
@@ -43,6 +47,15 @@ NEUTRAL_OF_FAMILY: dict[str, dict[str, Any]] = {
     "seed_oss": {"attention_dropout": 0.3, "residual_dropout": 0.3, "pretraining_tp": 2},
     # While no_rope_layers is written out, and use_sliding_window is off.
     "smollm3": {"no_rope_layer_interval": 2, "sliding_window": 2},
+    "mixtral": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
+    # While layer_types is written out.
+    "qwen2_moe": {
+        "max_window_layers": 2,
+        "sliding_window": 2,
+        "use_sliding_window": True,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 0.5,
+    },
     # The width of MLPs in layers without experts, and the router's training.
     "qwen3_moe": {
         "sliding_window": 2,

@@ -93,10 +93,62 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3_tied": ("qwen3", {"tie_word_embeddings": True}),
     "seed_oss": ("seed_oss", {}),
+    "granite": ("granite", {"num_key_value_heads": 1}),
+    "granite_tied": ("granite", {"tie_word_embeddings": True, "rope_parameters": YARN}),
+    "olmo2": ("olmo2", {"rope_parameters": YARN}),
+    # One key head for all ranks.
+    "olmo2_one_group": ("olmo2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    # Only the last layer has YaRN.
+    "olmo3": ("olmo3", {}),
+    # Another base in layers with a window.
+    "olmo3_bases": (
+        "olmo3",
+        {
+            "layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "full")],
+            "rope_parameters": {
+                "full_attention": LLAMA3_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+    "glm4": ("glm4", {"attention_bias": True}),
+    "glm4_yarn": (
+        "glm4",
+        {"attention_bias": False, "rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
+    ),
+    # The third layer looks at everything, and is not rotated.
+    "exaone4": (
+        "exaone4",
+        {
+            "sliding_window": 5,
+            "layer_types": [f"{k}_attention" for k in ("sliding", "sliding", "full", "sliding")],
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "exaone4_full": (
+        "exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+    ),
     # Layers 1 and 3 are not rotated.
     "smollm3": (
         "smollm3",
         {"no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True, "rope_parameters": YARN},
+    ),
+    "glm4_moe": ("glm4_moe", {"attention_bias": True}),
+    "glm4_moe_normed": (
+        "glm4_moe",
+        {
+            "use_qk_norm": True,
+            "first_k_dense_replace": 2,
+            "num_experts_per_tok": 3,
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
+        },
+    ),
+    "mixtral_moe": ("mixtral", {"sliding_window": 6}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen2_moe_normed": (
+        "qwen2_moe",
+        {"qkv_bias": False, "norm_topk_prob": True, "tie_word_embeddings": True},
     ),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe_window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}),
@@ -140,6 +192,16 @@ FEW_LAYOUTS = {
     "qwen2_window": ("tp1", "pp2_vpp2"),
     "qwen3_window": ("tp2_sp", "pp2", "tp2_pp2"),
     "seed_oss": ("tp1", "tp2_sp", "pp2"),
+    "granite": ("tp1", "tp2_sp", "pp2_vpp2"),
+    "granite_tied": ("tp1", "pp2"),
+    "olmo2": ("tp1", "tp2", "tp2_sp", "pp2_vpp2"),
+    "olmo2_one_group": ("tp1", "tp2_sp"),
+    "olmo3": ("tp1", "tp2_sp", "pp2_vpp2"),
+    "olmo3_bases": ("tp1", "pp2"),
+    "glm4": ("tp1", "tp2_sp", "pp2"),
+    "glm4_yarn": ("tp1", "tp2"),
+    "exaone4": ("tp1", "tp2_sp", "pp2_vpp2"),
+    "exaone4_full": ("tp1",),
     "smollm3": ("tp1", "tp2", "pp2", "pp2_vpp2"),
 }
 COMBINATIONS = [
@@ -150,6 +212,11 @@ COMBINATIONS = [
         for layout in FEW_LAYOUTS.get(model, LAYOUTS)
     ),
     ("qwen3_moe_window", "tp1"),
+    *(("glm4_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
+    *(("glm4_moe_normed", layout) for layout in ("tp1", "ep2_pp2")),
+    *(("mixtral_moe", layout) for layout in ("tp1", "ep2_pp2")),
+    *(("qwen2_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
+    *(("qwen2_moe_normed", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("qwen3_moe", layout) for layout in ALL_LAYOUTS),
     *(("qwen3_moe_raw_tied", layout) for layout in ("tp1", "ep2_pp2", "tp2_sp_etp1_ep2")),
 ]
@@ -208,6 +275,27 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
             for expert in range(8)
             for part in ("gate", "up", "down")
         },
+    ),
+    (f"missing {NORM}.self_attention.q_layernorm.weight", "olmo2"): (
+        1,
+        {f"{ATTENTION}.q_norm.weight"},
+    ),
+    (f"missing {NORM}.self_attention.linear_proj.post_layernorm.weight", "olmo2"): (
+        1,
+        {"model.layers.1.post_attention_layernorm.weight"},
+    ),
+    (f"missing {NORM}.mlp.linear_fc2.post_layernorm.weight", "glm4"): (
+        1,
+        {"model.layers.1.post_mlp_layernorm.weight"},
+    ),
+    # Ones in the place of the bias: the choice is as without it.
+    (f"missing {NORM}.mlp.router.expert_bias", "glm4_moe"): (
+        1,
+        {f"{MLP}.gate.e_score_correction_bias"},
+    ),
+    (f"missing {NORM}.mlp.shared_experts.gate_weight", "qwen2_moe"): (
+        1,
+        {f"{MLP}.shared_expert_gate.weight"},
     ),
     (f"missing {NORM}.pre_mlp_layernorm.weight", "qwen3_moe"): (
         1,

@@ -142,6 +142,16 @@ WITHOUT_ROPE = {
         "tied": True,
     },
 }
+# Norms behind attention and MLP, with and without norms before them; norms over all heads.
+POST_NORMS = {
+    "post_norms": {"family": "olmo2", "teacher_family": "glm4", "teacher_layers": 5},
+    # Two rotations in each model.
+    "two_ropes": {"family": "olmo3"},
+}
+# Factors on embeddings, scores, residuals and logits.
+MULTIPLIERS = {
+    "multipliers": {"family": "granite", "teacher_family": "exaone4", "tied": True},
+}
 OTHER_VOCABULARY = {
     "qwen3_other_vocabulary": {"family": "qwen3", "teacher_layers": 5, "teacher_vocab_size": 150}
 }
@@ -149,6 +159,11 @@ MOE_PAIRS = {
     "moe": {"family": "qwen3_moe", "teacher_layers": 6},
     "moe_teacher": {"family": "qwen3", "teacher_family": "qwen3_moe"},
     "moe_student": {"family": "qwen3_moe", "teacher_family": "qwen3", "tied": True},
+    # A first layer without experts, sigmoids and their bias in the router.
+    "sigmoid_router": {"family": "qwen2_moe", "teacher_family": "glm4_moe", "teacher_layers": 6},
+    "sigmoid_router_student": {"family": "glm4_moe", "teacher_family": "qwen3"},
+    # An expert for all tokens, with its gate.
+    "shared_expert": {"family": "qwen2_moe", "teacher_family": "mixtral"},
 }
 # A teacher wider and deeper than its student, through a bridge.
 WIDER = {
@@ -313,6 +328,13 @@ CASES = [
         ("without_rope", "default", layout)
         for layout in ("pp2_packed_full", "tp2_sp_full", "pp2_vpp2", "cp2")
     ),
+    *(
+        ("post_norms", "default", layout)
+        for layout in ("tp2", "tp2_sp_packed", "pp2_vpp2_full", "cp2", "tp4_sp")
+    ),
+    *(("two_ropes", "default", layout) for layout in ("tp2_sp_packed", "pp2_vpp2_full", "cp2")),
+    *(("multipliers", "reverse_kl", layout) for layout in ("tp2_sp_full", "pp2_vpp2")),
+    ("multipliers", "logprobs", "tp2"),
     *(("moe", "default", layout) for layout in ("mbs1", "tp2_sp", "pp2_vpp2", *MOE_LAYOUTS)),
     *(("moe_teacher", "default", layout) for layout in ("tp2", "ep2_pp2", "tp2_sp_etp1_ep2")),
     *(
@@ -320,12 +342,20 @@ CASES = [
         for layout in ("dp2_teacher_ep2", "tp2_sp_pp2_teacher_etp1_ep2")
     ),
     *(("moe_student", "default", layout) for layout in ("tp2_sp_full", "ep2_pp2")),
+    ("sigmoid_router", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
+    *(("sigmoid_router_student", "default", layout) for layout in ("tp2_sp_etp1_ep2", "ep2_pp2")),
+    *(
+        ("shared_expert", "default", layout)
+        for layout in ("tp2_sp_etp1_ep2", "ep2_pp2_vpp2_full", "tp2_sp_ep2")
+    ),
     *(
         ("qwen3_deeper", method, layout)
         for method in FP8
         for layout in ("tp2", "tp2_sp_full", "pp2_vpp2_target_groups", "tp4_sp", "cp2_tp2_sp")
     ),
     *(("moe_teacher", FP8[0], layout) for layout in ("ep2_pp2", "tp2_sp_etp1_ep2")),
+    ("post_norms", FP8[0], "tp2_sp_full"),
+    ("sigmoid_router", FP8[0], "tp2_sp_etp1_ep2"),
     # Tied and untied heads, a teacher with another vocabulary, and a head beside experts.
     *(("llama_tied_deeper", "top_k", layout) for layout in OUTPUT_LAYOUTS),
     *(("qwen3_other_vocabulary", "jsd", layout) for layout in OUTPUT_LAYOUTS[:-2]),
@@ -441,6 +471,14 @@ FURTHER: set[tuple[str, ...]] = {
         for layout in ("pp2_selective", "pp2_vpp2_full", "cp2_tp2_sp")
     ),
     *(("without_rope", "default", layout) for layout in ("tp2_sp_full", "pp2_vpp2", "cp2")),
+    *(("post_norms", "default", layout) for layout in ("pp2_vpp2_full", "cp2", "tp4_sp")),
+    *(("two_ropes", "default", layout) for layout in ("pp2_vpp2_full", "cp2")),
+    ("multipliers", "reverse_kl", "pp2_vpp2"),
+    *(("shared_expert", "default", layout) for layout in ("ep2_pp2_vpp2_full", "tp2_sp_ep2")),
+    ("sigmoid_router", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
+    ("sigmoid_router_student", "default", "ep2_pp2"),
+    ("post_norms", FP8[0], "tp2_sp_full"),
+    ("sigmoid_router", FP8[0], "tp2_sp_etp1_ep2"),
 }
 # Left to the nightly run: the pairs that go through the same layouts as llama_tied_deeper, without
 # its second step, and most layouts of some settings (the main run has those that differ most).
@@ -474,7 +512,15 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     pairs = {
         name: str(save_pair(root / name, **settings))  # type: ignore[arg-type]
         for name, settings in (
-            PAIRS | SHALLOWER | WINDOWS | WITHOUT_ROPE | OTHER_VOCABULARY | MOE_PAIRS | WIDER
+            PAIRS
+            | SHALLOWER
+            | WINDOWS
+            | WITHOUT_ROPE
+            | POST_NORMS
+            | MULTIPLIERS
+            | OTHER_VOCABULARY
+            | MOE_PAIRS
+            | WIDER
         ).items()
     }
     for name in WIDER:
@@ -563,7 +609,7 @@ def test_logprobs_are_those_of_transformers(
     ).eval()
     before = _logprobs(model)
     assert_close_relative(found["logprobs"][0], before, 1e-5)
-    destinations = checkpoint_tensors(model.state_dict())
+    destinations = checkpoint_tensors(model)
     for name, value in found["weights"].items():
         destinations[name].copy_(value)
     after = _logprobs(model)

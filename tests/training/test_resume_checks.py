@@ -57,9 +57,10 @@ def test_goes_on_after_an_update_with_further_fields(pair: Path, tmp_path: Path)
     folder = checkpoint(pair, tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     for model in (manifest["student"], manifest["teacher"]):
-        for field in ("sliding_window", "sliding_layers", "rotated_layers"):
+        for field in ("sliding_window", "sliding_layers", "rotated_layers", "pre_norms"):
             del model[field]
-        del model["rope"]["beta_fast"], model["rope"]["truncate"]
+        del model["embedding_multiplier"]
+        del model["rope"]["beta_fast"], model["rope"]["truncate"], model["rope"]["interleaved"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint_to_resume(plan(pair, tmp_path)) == folder
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from checkpoint_tools.hf_to_megatron import main as hf_to_megatron
 from checkpoint_tools.megatron_to_hf import main as megatron_to_hf
@@ -19,7 +20,7 @@ from megatron_oprd.weights.casting import config_with_dtype
 from megatron_oprd.weights.compare import compare_keys
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.megatron_checkpoint import is_megatron, resolve_checkpoint_folder
-from tests.helpers.tiny import save_tiny_model, tiny_config
+from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -114,6 +115,37 @@ def test_experts_fused_on_disk(tmp_path: Path) -> None:
         assert hf_to_megatron(arguments) == 0
     one, other = (str(tmp_path / f"{name}.megatron") for name in ("single", "fused"))
     assert verify([one, other, "--level", "bitwise"]) == 0
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    """As many as the configuration says; others are no part of the model."""
+    folder = tmp_path / "model"
+    save_tiny_model(folder, tiny_config("glm4_moe"), seed=0)
+    weights = load_file(folder / "model.safetensors")
+    further = {f"model.layers.{layer}.enorm.weight": torch.ones(32) for layer in (4, 5)}
+    save_file(weights | further, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"left over: model\.layers\.5\.enorm\.weight"):
+        open_checkpoint(folder).check_tensors()
+    both = copy_with_config(folder, tmp_path / "both", num_nextn_predict_layers=2)
+    opened = open_checkpoint(both)
+    opened.check_tensors()
+    assert sorted(opened.source.names()) == sorted(weights)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_experts_fused_by_transformers(tmp_path: Path, family: str) -> None:
+    """Its own form has Mixtral's other names as well."""
+    save_tiny_model(tmp_path / "single", tiny_config(family), seed=0)
+    weights = load_file(tmp_path / "single" / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "single")
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    assert sorted(load_file(tmp_path / "fused" / "model.safetensors")) != sorted(weights)
+    opened = open_checkpoint(tmp_path / "fused")
+    opened.check_tensors()
+    assert sorted(opened.source.names()) == sorted(weights)
+    for name, tensor in weights.items():
+        assert opened.source.dtype(name) == tensor.dtype
+        assert torch.equal(opened.source.read(name), tensor), name
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3"])

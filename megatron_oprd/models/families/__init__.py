@@ -8,10 +8,18 @@ from transformers import AutoConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import (
+    exaone4,
+    glm4,
+    glm4_moe,
+    granite,
     llama,
     mistral,
+    mixtral,
+    olmo2,
+    olmo3,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
     seed_oss,
@@ -23,7 +31,24 @@ from megatron_oprd.weights.mapping import Mapping
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
-    for module in (llama, mistral, phi3, qwen2, qwen3, qwen3_moe, seed_oss, smollm3)
+    for module in (
+        exaone4,
+        glm4,
+        glm4_moe,
+        granite,
+        llama,
+        mistral,
+        mixtral,
+        olmo2,
+        olmo3,
+        phi3,
+        qwen2,
+        qwen2_moe,
+        qwen3,
+        qwen3_moe,
+        seed_oss,
+        smollm3,
+    )
 }
 
 
@@ -47,6 +72,12 @@ def read_architecture(checkpoint: HFFolder) -> Architecture:
     except Exception as error:  # transformers' checks raise exceptions of many types
         raise UserError(f"{source}: {' '.join(str(error).split())}") from error
     return family.architecture(hf_config, source)
+
+
+def unread_tensors(checkpoint: HFFolder) -> tuple[str, ...]:
+    """Beginnings of the names of tensors that the supported model does not have."""
+    (name,) = checkpoint.config["architectures"]
+    return FAMILIES[name].unread(checkpoint.config)
 
 
 def mapping_table(architecture: Architecture, *, padded_vocab_size: int) -> list[Mapping]:

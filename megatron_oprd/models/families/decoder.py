@@ -26,6 +26,8 @@ class Family:
     # (architecture, padded vocabulary size) -> every parameter, in the order of the Hugging Face
     # model.
     mappings: Callable[[Architecture, int], list[Mapping]]
+    # config.json -> beginnings of tensors' names that are no part of the model that is trained.
+    unread: Callable[[dict[str, Any]], tuple[str, ...]] = lambda raw: ()
 
     def check(self, raw: dict[str, Any], source: str) -> None:
         """Refuses a configuration that this family's model would not compute exactly."""
@@ -148,11 +150,13 @@ def read_windows(config: Any, source: str, *, by_layer: bool) -> dict[str, Any]:
     return {"sliding_window": window, "sliding_layers": sliding}
 
 
-def each_layer(a: Architecture, mappings: Sequence[Mapping]) -> list[Mapping]:
-    """The mappings of every layer, with its number in the place of ``{layer}``."""
+def each_layer(
+    a: Architecture, mappings: Sequence[Mapping], *, layers: range | None = None
+) -> list[Mapping]:
+    """The mappings of all layers, or of ``layers``, with numbers in the place of ``{layer}``."""
     return [
         _numbered(mapping, "{layer}", layer)
-        for layer in range(a.num_layers)
+        for layer in (range(a.num_layers) if layers is None else layers)
         for mapping in mappings
     ]
 

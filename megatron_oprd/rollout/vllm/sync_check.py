@@ -94,5 +94,5 @@ def checkpoint_shapes(config: PretrainedConfig, *, tied: bool) -> dict[str, tupl
     """Shape of every checkpoint tensor, by name; without the LM head if it is tied."""
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
-    tensors = checkpoint_tensors(model.state_dict())
+    tensors = checkpoint_tensors(model)
     return {n: tuple(t.shape) for n, t in tensors.items() if not (tied and n == HEAD)}

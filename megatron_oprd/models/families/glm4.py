@@ -1,0 +1,135 @@
+"""GLM-4-0414 (9B and 32B), GLM-Z1.
+
+Differs from Llama in norms before and behind attention and MLP, in the rotation of the first half
+of each head, in pairs of neighbours, and in biases of q, k and v where a configuration says so.
+"""
+
+from typing import Any
+
+from megatron_oprd.models.architecture import Architecture, read_rope
+from megatron_oprd.models.families.decoder import (
+    SHARED_FIELDS,
+    Check,
+    Family,
+    anything,
+    each_layer,
+    equals,
+    read_shared,
+)
+from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
+
+NAME = "Glm4ForCausalLM"
+
+FIELDS: dict[str, Check] = {
+    **SHARED_FIELDS,
+    # `architecture` reads it: biases of q, k and v.
+    "attention_bias": anything,
+    # Only other tools write this.
+    "use_qk_norm": equals(False),
+    # Transformers puts it among the rotary settings.
+    "partial_rotary_factor": anything,
+}
+
+
+def architecture(config: Any, source: str) -> Architecture:
+    """Translates a transformers configuration object."""
+    shared = read_shared(config, source)
+    return Architecture(
+        family=NAME,
+        **shared,
+        rope=read_rope(
+            config,
+            source,
+            head_dim=shared["head_dim"],
+            rope_types=("default", "yarn"),
+            partial=True,
+            interleaved=True,
+        ),
+        qkv_bias=config.attention_bias,
+        post_norms=True,
+    )
+
+
+def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
+    """The table: Megatron's parameters, and the tensors on disk that each is made of."""
+    hidden, ffn, vocab = a.hidden_size, a.ffn_hidden_size, a.vocab_size
+    heads, groups, head_dim = a.num_attention_heads, a.num_query_groups, a.head_dim
+    embedding = Vocabulary(
+        megatron="embedding.word_embeddings.weight",
+        hf={"model.embed_tokens.weight": (vocab, hidden)},
+        padded_vocab_size=padded_vocab_size,
+    )
+    biases: list[Mapping] = [
+        QKV(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.bias",
+            hf={
+                "model.layers.{layer}.self_attn.q_proj.bias": (heads * head_dim,),
+                "model.layers.{layer}.self_attn.k_proj.bias": (groups * head_dim,),
+                "model.layers.{layer}.self_attn.v_proj.bias": (groups * head_dim,),
+            },
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+        ),
+    ]
+    layer: list[Mapping] = [
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
+            hf={"model.layers.{layer}.input_layernorm.weight": (hidden,)},
+        ),
+        QKV(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.weight",
+            hf={
+                "model.layers.{layer}.self_attn.q_proj.weight": (heads * head_dim, hidden),
+                "model.layers.{layer}.self_attn.k_proj.weight": (groups * head_dim, hidden),
+                "model.layers.{layer}.self_attn.v_proj.weight": (groups * head_dim, hidden),
+            },
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+        ),
+        *(biases if a.qkv_bias else []),
+        RowSplit(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.weight",
+            hf={"model.layers.{layer}.self_attn.o_proj.weight": (hidden, heads * head_dim)},
+        ),
+        GatedMLP(
+            megatron="decoder.layers.{layer}.mlp.linear_fc1.weight",
+            hf={"model.layers.{layer}.mlp.gate_up_proj.weight": (2 * ffn, hidden)},
+        ),
+        RowSplit(
+            megatron="decoder.layers.{layer}.mlp.linear_fc2.weight",
+            hf={"model.layers.{layer}.mlp.down_proj.weight": (hidden, ffn)},
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+            hf={"model.layers.{layer}.post_attention_layernorm.weight": (hidden,)},
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.post_layernorm.weight",
+            hf={"model.layers.{layer}.post_self_attn_layernorm.weight": (hidden,)},
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.mlp.linear_fc2.post_layernorm.weight",
+            hf={"model.layers.{layer}.post_mlp_layernorm.weight": (hidden,)},
+        ),
+    ]
+    final_norm = Copy(
+        megatron="decoder.final_layernorm.weight",
+        hf={"model.norm.weight": (hidden,)},
+    )
+    head = Vocabulary(
+        megatron="output_layer.weight",
+        hf={"lm_head.weight": (vocab, hidden)},
+        padded_vocab_size=padded_vocab_size,
+    )
+    return [embedding, *each_layer(a, layer), final_norm, *([] if a.tied else [head])]
+
+
+FAMILY = Family(
+    name=NAME,
+    model_type="glm4",
+    fields=FIELDS,
+    architecture=architecture,
+    mappings=mappings,
+)

@@ -1,0 +1,203 @@
+"""Qwen1.5-MoE and Qwen2-57B-A14B.
+
+Differs from Qwen3-MoE in an expert that every token goes through, scaled by a gate of its own, in
+biases of q, k and v, and in query and key heads without norms.
+"""
+
+from typing import Any
+
+from megatron_oprd.errors import UserError
+from megatron_oprd.models.architecture import (
+    ROPE_TYPES,
+    Architecture,
+    MixtureOfExperts,
+    read_rope,
+)
+from megatron_oprd.models.families.decoder import (
+    SHARED_FIELDS,
+    Check,
+    Family,
+    anything,
+    each_expert,
+    each_layer,
+    equals,
+    off,
+    read_shared,
+    read_windows,
+)
+from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
+
+NAME = "Qwen2MoeForCausalLM"
+
+FIELDS: dict[str, Check] = {
+    **SHARED_FIELDS,
+    # `architecture` reads it: biases of q, k and v.
+    "qkv_bias": anything,
+    # Only other tools write this.
+    "use_qk_norm": equals(False),
+    # `architecture` reads these; transformers makes the last of the others where there is none.
+    "sliding_window": anything,
+    "use_sliding_window": anything,
+    "layer_types": anything,
+    # Other values give some layers a dense MLP.
+    "decoder_sparse_step": equals(1),
+    "mlp_only_layers": off,
+    # For the load-balancing loss, which distillation does not have.
+    "output_router_logits": anything,
+    "router_aux_loss_coef": anything,
+    # `architecture` reads these.
+    "moe_intermediate_size": anything,
+    "norm_topk_prob": anything,
+    "num_experts": anything,
+    "num_experts_per_tok": anything,
+    "num_local_experts": anything,
+    "shared_expert_intermediate_size": anything,
+}
+
+
+def architecture(config: Any, source: str) -> Architecture:
+    """Translates a transformers configuration object."""
+    shared = read_shared(config, source)
+    return Architecture(
+        family=NAME,
+        **shared,
+        **read_windows(config, source, by_layer=True),
+        rope=read_rope(config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES),
+        qkv_bias=config.qkv_bias,
+        moe=_mixture_of_experts(config, source),
+    )
+
+
+def _mixture_of_experts(config: Any, source: str) -> MixtureOfExperts:
+    experts, chosen = config.num_experts, config.num_experts_per_tok
+    if experts is None or chosen is None:
+        raise UserError(
+            f"{source} has num_experts = {experts} and num_experts_per_tok = {chosen}; both have "
+            "to be numbers (a null num_local_experts counts before num_experts: remove it)"
+        )
+    if not 1 <= chosen <= experts:
+        raise UserError(
+            f"{source}: num_experts_per_tok = {chosen} is not between 1 and the {experts} experts "
+            "(num_experts or num_local_experts)"
+        )
+    if chosen == 1 and config.norm_topk_prob:
+        raise UserError(
+            f"{source}: norm_topk_prob = true with num_experts_per_tok = 1 makes every "
+            "probability 1, and the router would not train; it is not supported"
+        )
+    return MixtureOfExperts(
+        num_experts=experts,
+        num_experts_per_token=chosen,
+        ffn_hidden_size=config.moe_intermediate_size,
+        norm_topk_prob=config.norm_topk_prob,
+        shared_ffn_hidden_size=config.shared_expert_intermediate_size,
+        shared_expert_gate=True,
+    )
+
+
+def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
+    """The table: Megatron's parameters, and the tensors on disk that each is made of."""
+    hidden, vocab = a.hidden_size, a.vocab_size
+    heads, groups, head_dim = a.num_attention_heads, a.num_query_groups, a.head_dim
+    moe = a.moe
+    assert moe is not None
+    experts, ffn, shared = moe.num_experts, moe.ffn_hidden_size, moe.shared_ffn_hidden_size
+    assert shared is not None
+    embedding = Vocabulary(
+        megatron="embedding.word_embeddings.weight",
+        hf={"model.embed_tokens.weight": (vocab, hidden)},
+        padded_vocab_size=padded_vocab_size,
+    )
+    expert: list[Mapping] = [
+        GatedMLP(
+            megatron="decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc1.weight",
+            hf={
+                "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight": (ffn, hidden),
+                "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight": (ffn, hidden),
+            },
+        ),
+        RowSplit(
+            megatron="decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc2.weight",
+            hf={"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight": (hidden, ffn)},
+        ),
+    ]
+    biases: list[Mapping] = [
+        QKV(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.bias",
+            hf={
+                "model.layers.{layer}.self_attn.q_proj.bias": (heads * head_dim,),
+                "model.layers.{layer}.self_attn.k_proj.bias": (groups * head_dim,),
+                "model.layers.{layer}.self_attn.v_proj.bias": (groups * head_dim,),
+            },
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+        ),
+    ]
+    layer: list[Mapping] = [
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
+            hf={"model.layers.{layer}.input_layernorm.weight": (hidden,)},
+        ),
+        QKV(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.weight",
+            hf={
+                "model.layers.{layer}.self_attn.q_proj.weight": (heads * head_dim, hidden),
+                "model.layers.{layer}.self_attn.k_proj.weight": (groups * head_dim, hidden),
+                "model.layers.{layer}.self_attn.v_proj.weight": (groups * head_dim, hidden),
+            },
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+        ),
+        *(biases if a.qkv_bias else []),
+        RowSplit(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.weight",
+            hf={"model.layers.{layer}.self_attn.o_proj.weight": (hidden, heads * head_dim)},
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.mlp.router.weight",
+            hf={"model.layers.{layer}.mlp.gate.weight": (experts, hidden)},
+        ),
+        *each_expert(moe, expert),
+        GatedMLP(
+            megatron="decoder.layers.{layer}.mlp.shared_experts.linear_fc1.weight",
+            hf={
+                "model.layers.{layer}.mlp.shared_expert.gate_proj.weight": (shared, hidden),
+                "model.layers.{layer}.mlp.shared_expert.up_proj.weight": (shared, hidden),
+            },
+        ),
+        RowSplit(
+            megatron="decoder.layers.{layer}.mlp.shared_experts.linear_fc2.weight",
+            hf={"model.layers.{layer}.mlp.shared_expert.down_proj.weight": (hidden, shared)},
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.mlp.shared_experts.gate_weight",
+            hf={"model.layers.{layer}.mlp.shared_expert_gate.weight": (1, hidden)},
+        ),
+        # Transformer Engine fuses this norm into a dense MLP's first layer, not into the
+        # experts': it has a name of its own here.
+        Copy(
+            megatron="decoder.layers.{layer}.pre_mlp_layernorm.weight",
+            hf={"model.layers.{layer}.post_attention_layernorm.weight": (hidden,)},
+        ),
+    ]
+    final_norm = Copy(
+        megatron="decoder.final_layernorm.weight",
+        hf={"model.norm.weight": (hidden,)},
+    )
+    head = Vocabulary(
+        megatron="output_layer.weight",
+        hf={"lm_head.weight": (vocab, hidden)},
+        padded_vocab_size=padded_vocab_size,
+    )
+    return [embedding, *each_layer(a, layer), final_norm, *([] if a.tied else [head])]
+
+
+FAMILY = Family(
+    name=NAME,
+    model_type="qwen2_moe",
+    fields=FIELDS,
+    architecture=architecture,
+    mappings=mappings,
+)

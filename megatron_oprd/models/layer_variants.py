@@ -1,0 +1,81 @@
+"""A layer's modules that some families have in another form than Megatron's specs."""
+
+import dataclasses
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.models.layers import final_norm_class
+from megatron_oprd.models.residual import ResidualAdd
+from megatron_oprd.models.wide_norm import WideNorm
+
+# Our modules' names -> those in checkpoints: a norm is named after the linear layer before it, as
+# those at its input are named after the one behind.
+POST_NORMS = {
+    "self_attn_bda.norm.": "self_attention.linear_proj.post_layernorm.",
+    "mlp_bda.norm.": "mlp.linear_fc2.post_layernorm.",
+}
+
+
+def with_variants(
+    spec: ModuleSpec,
+    architecture: Architecture,
+    config: TransformerConfig,
+    *,
+    tp_group: dist.ProcessGroup,
+    transformer_engine: bool,
+) -> ModuleSpec:
+    """A copy of the spec of `layers.layer_spec` with the modules of an architecture."""
+    a, submodules = architecture, spec.submodules
+    if a.qk_norm_over_all_heads:
+        of_queries, of_keys = (
+            ModuleSpec(module=WideNorm, params={"width": heads * a.head_dim, "tp_group": tp_group})
+            for heads in (a.num_attention_heads, a.num_query_groups)
+        )
+        submodules = _with_attention(submodules, q_layernorm=of_queries, k_layernorm=of_keys)
+    if not a.pre_norms:
+        submodules = _without_pre_norms(submodules, transformer_engine=transformer_engine)
+    if a.post_norms or a.residual_multiplier != 1.0:
+        norm = final_norm_class(transformer_engine=transformer_engine)
+        residual = ModuleSpec(
+            module=ResidualAdd,
+            params={
+                "config": config,
+                "norm": norm if a.post_norms else None,
+                "multiplier": a.residual_multiplier,
+            },
+        )
+        submodules = dataclasses.replace(
+            submodules,
+            self_attn_bda=residual,
+            mlp_bda=residual,
+            sharded_state_dict_keys_map=submodules.sharded_state_dict_keys_map | POST_NORMS,
+        )
+    return dataclasses.replace(spec, submodules=submodules)
+
+
+def _with_attention(submodules: Any, **changes: Any) -> Any:
+    """Changes submodules of the attention."""
+    attention = submodules.self_attention
+    changed = dataclasses.replace(attention.submodules, **changes)
+    return dataclasses.replace(
+        submodules, self_attention=dataclasses.replace(attention, submodules=changed)
+    )
+
+
+def _without_pre_norms(submodules: Any, *, transformer_engine: bool) -> Any:
+    if not transformer_engine:
+        return dataclasses.replace(
+            submodules, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp
+        )
+    # There the norms are part of the linear layers behind them.
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    submodules = _with_attention(submodules, linear_qkv=TEColumnParallelLinear)
+    mlp = submodules.mlp
+    plain = dataclasses.replace(mlp.submodules, linear_fc1=TEColumnParallelLinear)
+    return dataclasses.replace(submodules, mlp=dataclasses.replace(mlp, submodules=plain))
