@@ -29,6 +29,7 @@ from checkpoint_tools.inspection import (
     tensor_groups,
 )
 from checkpoint_tools.verification import open_weights
+from megatron_oprd.console import make_console
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import padded_vocab_size
@@ -288,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None:
         content = json.dumps(dataclasses.asdict(found), indent=2, default=dtype_name)
         args.json.write_text(content + "\n", encoding="utf-8")
-    _show(Console(), found)
+    _show(make_console(), found)
     return 0
 
 

@@ -55,6 +55,7 @@ from checkpoint_tools.verify_tables import (
     values_table,
 )
 from megatron_oprd.config.schema import ParallelConfig
+from megatron_oprd.console import make_console
 from megatron_oprd.errors import UserError, run_entry_point
 
 _CHECKSUMS = "checksums"  # the level of a comparison with the manifest
@@ -282,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.report is not None:
         report = json.dumps(_plain(_report(args, verdict)), indent=2) + "\n"
         args.report.write_text(report, encoding="utf-8")
-    _print(Console(), args, verdict)
+    _print(make_console(), args, verdict)
     return 0 if verdict.equal else 1
 
 

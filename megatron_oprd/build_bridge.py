@@ -11,13 +11,12 @@ import argparse
 import os
 from pathlib import Path
 
-from rich.console import Console
-
 from megatron_oprd.bridge_build.config import load_build_config
 from megatron_oprd.bridge_build.models import plan_build
 from megatron_oprd.bridge_build.report import cosine_table
 from megatron_oprd.bridge_build.run import build_bridge
 from megatron_oprd.config.advice import warnings_of
+from megatron_oprd.console import make_console
 from megatron_oprd.errors import run_entry_point, say
 from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.training.rollouts import check_rollout_server, check_server_to_start
@@ -45,7 +44,7 @@ def main() -> int:
         manifest = build_bridge(config, plan, context)
         first = context.rank == 0
     if first:
-        Console(highlight=False).print(cosine_table(manifest))
+        make_console(highlight=False).print(cosine_table(manifest))
         print(f"the bridge: {config.output_dir}")
     return 0
 

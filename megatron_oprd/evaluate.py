@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 
 from megatron_oprd.config.engines import EngineConfig
 from megatron_oprd.config.urls import check_url
+from megatron_oprd.console import make_console
 from megatron_oprd.data.benchmarks import load_benchmarks
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.errors import UserError, run_entry_point
@@ -234,7 +234,7 @@ def _on_benchmarks(args: argparse.Namespace) -> int:
         server_url=args.server_url,
     )
     write_benchmark_evaluation(evaluation, args.output / "evaluation.json")
-    Console().print(benchmarks_table(evaluation))
+    make_console().print(benchmarks_table(evaluation))
     return 0
 
 
@@ -282,7 +282,7 @@ def _against_teacher(args: argparse.Namespace) -> int:
         device=torch.device(args.device),
     )
     write_evaluation(evaluation, args.output)
-    Console().print(students_table(evaluation))
+    make_console().print(students_table(evaluation))
     return 0
 
 

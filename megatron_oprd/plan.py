@@ -9,10 +9,9 @@ import argparse
 import math
 from pathlib import Path
 
-from rich.console import Console
-
 from megatron_oprd.config.load import load_config
 from megatron_oprd.config.schema import RunConfig, TeacherPromptConfig
+from megatron_oprd.console import make_console
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.parallel.context import fewest_ranks
 from megatron_oprd.planning.activations import KERNELS
@@ -47,7 +46,7 @@ def main() -> int:
     )
     if arguments.json is not None:
         write_json(arguments.json, as_json(memory, work, hardware))
-    print_plan(Console(highlight=False), memory, work, hardware)
+    print_plan(make_console(highlight=False), memory, work, hardware)
     check_fits(memory, models, kernels, hardware, num_gpus=num_gpus)
     return 0
 

@@ -7,8 +7,7 @@ python -m megatron_oprd.report --metrics RUN/metrics.jsonl --evaluation eval.jso
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
+from megatron_oprd.console import make_console
 from megatron_oprd.errors import run_entry_point
 from megatron_oprd.evaluation.plots import read_metrics, report_figure, write_picture
 from megatron_oprd.evaluation.students import read_evaluation
@@ -32,7 +31,7 @@ def main() -> int:
     records = read_metrics(args.metrics)
     evaluation = read_evaluation(args.evaluation) if args.evaluation else None
     write_picture(report_figure(records, evaluation), args.output)
-    console = Console()
+    console = make_console()
     if evaluation is not None:
         console.print(changes_table(evaluation))
     console.print(f"wrote {args.output}", highlight=False, soft_wrap=True)

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import transformers
 from results import Outcome, cosines, outcome_table, write_results
-from rich.console import Console
 from slim import Sizes, slim
 from stages import Budget, evaluate, run_bridge, train
 from texts import Answer, answers, encode, heal, nats_per_character, read_prompts
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from vocabularies import byte_level, sentence_piece, with_vocabulary
 
 from checkpoint_tools.prune_depth import evenly_spaced_layers, prune_depth
+from megatron_oprd.console import make_console
 from megatron_oprd.data.tokenizers import load_tokenizer
 from megatron_oprd.weights.hf_files import HFCheckpoint
 
@@ -140,7 +140,7 @@ def main() -> None:
         write_results(
             args.out / "results.json", outcomes, budget, seed=args.seed, teachers=teachers
         )
-    Console().print(outcome_table(outcomes, budget, teachers))
+    make_console().print(outcome_table(outcomes, budget, teachers))
     say(f"the numbers: {args.out}/results.json")
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import get_args
 
 import transformers
-from rich.console import Console
 
 from examples.fp8_report.fidelity import measure_fidelity, write_report
 from examples.fp8_report.views import bytes_table, fidelity_figure, places_table
 from megatron_oprd.config.schema import FP8Recipe, ModelConfig, ParallelConfig, TeacherConfig
+from megatron_oprd.console import make_console
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.evaluation.plots import write_picture
 from megatron_oprd.parallel.context import parallel_run
@@ -96,7 +96,7 @@ def main() -> int:
         picture = args.output.with_suffix(".png")
         write_report(report, args.output)
         write_picture(fidelity_figure(report), picture)
-        console = Console()
+        console = make_console()
         for recipe in report.recipes:
             console.print(places_table(recipe))
         console.print(bytes_table(report))

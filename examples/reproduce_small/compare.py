@@ -26,6 +26,7 @@ from runs import Run, train
 from task import Problem, accuracy, read_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_oprd.console import make_console
 from megatron_oprd.errors import UserError, run_entry_point
 
 _RESULT = "result.json"
@@ -109,7 +110,7 @@ class Comparer:
             first = first or chosen
             comparison.results.extend(self._run_all(list(cell.runs(first | chosen))))
             report(comparison, self._out, Console(quiet=True))
-        report(comparison, self._out, Console())
+        report(comparison, self._out, make_console())
 
     def _run_all(self, runs: Sequence[Run]) -> Iterator[Result]:
         """Trains and measures what is not there yet; in the order of ``runs``."""

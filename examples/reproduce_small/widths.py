@@ -17,11 +17,11 @@ from typing import Any
 
 from pretrain import SMALL, Settings, from_scratch, save
 from processes import in_processes
-from rich.console import Console
 from rich.table import Table
 from runs import Budget, Run, configuration, curve_of, metrics_of, prompts_of, start
 from task import make_split, make_tokenizer, read_problems
 
+from megatron_oprd.console import make_console
 from megatron_oprd.errors import run_entry_point
 
 _RANK = 16
@@ -116,7 +116,7 @@ def main() -> int:
         outcomes.append(outcome)
     content = {"runs": [dataclasses.asdict(one) for one in outcomes]}
     (arguments.out / "widths.json").write_text(json.dumps(content, indent=2) + "\n")
-    Console().print(table(outcomes))
+    make_console().print(table(outcomes))
     return 0
 
 

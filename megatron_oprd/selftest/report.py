@@ -5,9 +5,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from megatron_oprd.console import make_console
 from megatron_oprd.selftest.cases import Result, Status
 
 _COLORS = {
@@ -19,10 +19,6 @@ _COLORS = {
 }
 
 
-# Of a log, which has no width.
-_WIDTH = 160
-
-
 def print_table(results: Sequence[Result]) -> None:
     """Prints a row for each case."""
     shown = Table(title="self-test")
@@ -32,10 +28,7 @@ def print_table(results: Sequence[Result]) -> None:
         status = f"[{_COLORS[one.status]}]{one.status}[/]"
         seconds = f"{one.seconds:.1f}" if one.seconds else ""
         shown.add_row(one.part, one.name, str(one.num_ranks), status, seconds, one.found)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
-    console.print(shown)
+    make_console().print(shown)
 
 
 def write_json(file: Path, results: Sequence[Result], *, seconds: float) -> None:
