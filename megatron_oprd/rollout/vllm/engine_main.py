@@ -53,40 +53,52 @@ class Engine:
             worker_extension_cls=EXTENSION,
             **settings.options,
         )
-        if settings.meaningless_ids:
-            self._llm.collective_rpc("oprd_mask", args=(list(settings.meaningless_ids),))
-        self._llm.collective_rpc("oprd_map", args=(settings.bucket,))
         self._version: int | None = None
         self._asleep = False
 
-    def load_weights(
-        self,
-        version: int,
-        invitation: dict[str, Any],  # with which workers connect to the trainer (`TrainerSocket`)
-        keep: bool,  # read the weights back afterwards
-        left_out: dict[str, tuple[int, ...]],  # shapes of unchanged weights, by name
-    ) -> dict[str, str]:
-        """Replaces weights by the tensors that the trainer sends to the workers.
+    def gpu_uuids(self) -> list[str]:
+        """The GPUs of the workers; empty on a CPU."""
+        return [uuid for uuid in self._llm.collective_rpc("oprd_gpu") if uuid is not None]
 
-        Returns the checksum of every readable tensor by name; empty without ``keep``.
-        """
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """See `transfers.Client`, as for the next three."""
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Without `prepare` weights are those of an older version, and not looked at."""
+        self._llm.start_weight_update()
+
+    def update_weights(self, update_info: Any) -> None:
+        """Takes a chunk."""
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self) -> None:
+        """Ends the update; `commit` makes its weights usable."""
+        self._llm.finish_weight_update()
+
+    def prepare(self, keep_digests: bool) -> None:
+        """Before an update: the weights count as lost, and wake if they sleep."""
         self._version = None  # a partial load is not a usable model
         if self._asleep:
             # Weights only: the KV cache wakes after the transfer, which lowers the sync's peak
             # memory.
             self._llm.wake_up(tags=["weights"])
-        options = {"tied": self._settings.tied, "keep": keep, "left_out": left_out}
-        answers = self._llm.collective_rpc("oprd_receive", args=(invitation, options))
-        for answer in answers:
-            if "error" in answer:
-                raise RuntimeError(f"weight sync {version} did not come to its end: {answer}")
+        never = list(self._settings.meaningless_ids)
+        self._llm.collective_rpc("oprd_prepare", args=(never, self._settings.tied, keep_digests))
+
+    def commit(self, version: int) -> list[dict[str, str]]:
+        """After an update: rollouts carry ``version``.
+
+        Returns the checksums of the tensors that each worker got, by name; empty unless `prepare`
+        was told to keep them.
+        """
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not forget the old weights' prefixes")
         self._version = version
-        return answers[0]["checksums"]
+        return self._llm.collective_rpc("oprd_digests")
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Response]:
         """Returns the responses, in the order of ``requests``."""
