@@ -195,6 +195,18 @@ def test_responses_end(engine: VLLMEngine) -> None:
         assert rollout.finished or len(rollout.response_ids) == 12
 
 
+def test_how_full_it_was(engine: VLLMEngine) -> None:
+    engine.take_use()
+    assert engine.take_use() is None
+    rollouts = engine.generate(PROMPTS[2:], sampling(samples_per_prompt=60, max_new_tokens=100))
+    use = engine.take_use()
+    assert use is not None
+    assert 0 < use.kv_cache_peak <= 1
+    assert use.preemptions == 0
+    assert use.num_responses == len(rollouts) == 120
+    assert 0 <= use.queued_seconds < 120 * 600
+
+
 def test_stop_texts_and_ids(engine: VLLMEngine) -> None:
     """What ends a response belongs to it; without stop the same response goes on."""
     whole = engine.generate(PROMPTS, sampling(temperature=FLAT))

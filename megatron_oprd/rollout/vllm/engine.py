@@ -12,7 +12,12 @@ from torch import Tensor
 from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.engine import Rollout, RolloutEngineError, SamplingParams
+from megatron_oprd.rollout.engine import (
+    EngineUse,
+    Rollout,
+    RolloutEngineError,
+    SamplingParams,
+)
 from megatron_oprd.rollout.vllm.engine_process import EngineProcess
 from megatron_oprd.rollout.vllm.messages import EngineSettings, requests_of, rollouts_of
 from megatron_oprd.rollout.vllm.sync_check import SyncCheck
@@ -77,6 +82,7 @@ class VLLMEngine:
         self._decode = decode
         self._under_way: tuple[Sequence[Prompt], SamplingParams] | None = None
         self._lacks_weights = True
+        self._use: EngineUse | None = None
         self._transfer: EngineTransfer | None = None
         options: dict[str, Any] = {
             "enforce_eager": config.enforce_eager,
@@ -169,7 +175,14 @@ class VLLMEngine:
         """Waits for the rollouts of `start`; result and errors as in `generate`."""
         assert self._under_way is not None, "nothing was begun"
         (prompts, sampling), self._under_way = self._under_way, None
-        return rollouts_of(prompts, sampling, self._receive(), decode=self._decode)
+        responses, use = self._receive()
+        self._use = use if self._use is None else self._use + use
+        return rollouts_of(prompts, sampling, responses, decode=self._decode)
+
+    def take_use(self) -> EngineUse | None:
+        """See `MeasuringEngine`."""
+        use, self._use = self._use, None
+        return use
 
     def sleep(self) -> None:
         """Frees device memory according to ``sleep_level``, until the next `load_weights`."""

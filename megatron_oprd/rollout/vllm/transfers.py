@@ -92,7 +92,7 @@ def open_engine_transfer(
 
         size = max(num_bytes, largest)
         return IPCTransfer(client, gpu_uuids=gpu_uuids, dtype=dtype, num_bytes=size)
-    return SharedMemoryTransfer(client, dtype=dtype, half_bytes=max(num_bytes // 2, largest))
+    return SharedMemoryTransfer(client, dtype=dtype, num_bytes=num_bytes, largest=largest)
 
 
 def open_server_transfer(
@@ -116,10 +116,12 @@ class SharedMemoryTransfer:
     One half is filled while workers read the other.
     """
 
-    def __init__(self, client: Client, *, dtype: torch.dtype, half_bytes: int) -> None:
+    def __init__(self, client: Client, *, dtype: torch.dtype, num_bytes: int, largest: int) -> None:
         self._client = client
         self._dtype = dtype
-        self._half_bytes = aligned(half_bytes)
+        # Chunks stay small when a tensor is large: small ones stay in the processor's cache.
+        self._chunk_bytes = num_bytes // 2
+        self._half_bytes = aligned(max(self._chunk_bytes, largest))
         self._memory = SharedMemory(2 * self._half_bytes)
         self._calls = ThreadPoolExecutor(1)
         client.init_weight_transfer_engine(
@@ -131,7 +133,7 @@ class SharedMemoryTransfer:
         self._client.start_weight_update()
         under_way: Future[None] | None = None
         try:
-            parts = chunks(stream, dtype=self._dtype, num_bytes=self._half_bytes)
+            parts = chunks(stream, dtype=self._dtype, num_bytes=self._chunk_bytes)
             for number, chunk in enumerate(parts):
                 # Workers may still read the other half, and no longer this one.
                 offset = number % 2 * self._half_bytes

@@ -108,8 +108,12 @@ class LLM:
             completion = SimpleNamespace(
                 token_ids=tokens, logprobs=logprobs, finish_reason="length"
             )
-            outputs.append(SimpleNamespace(outputs=[completion]))
+            metrics = SimpleNamespace(num_preemptions=1, queued_ts=2.0, scheduled_ts=2.5)
+            outputs.append(SimpleNamespace(outputs=[completion], metrics=metrics))
         return outputs
+
+    def get_metrics(self) -> list[Any]:
+        return [SimpleNamespace(name="vllm:kv_cache_usage_perc", value=0.25)]
 
 
 class _Model(nn.Module):

@@ -55,11 +55,14 @@ class Worker:
 
 @pytest.mark.parametrize(
     ("elements", "dtype", "updates"),
-    [(66, torch.float32, 3), (96, torch.bfloat16, 2), (10**4, torch.bfloat16, 1)],
+    [(10, torch.float32, 5), (66, torch.float32, 3), (10**4, torch.bfloat16, 1)],
 )
 def test_every_tensor_arrives(elements: int, dtype: torch.dtype, updates: int) -> None:
     worker = Worker()
-    transfer = SharedMemoryTransfer(worker, dtype=dtype, half_bytes=elements * dtype.itemsize)
+    size = dtype.itemsize
+    transfer = SharedMemoryTransfer(
+        worker, dtype=dtype, num_bytes=2 * elements * size, largest=66 * size
+    )
     for _ in range(2):
         worker.arrived.clear()
         transfer.send_weights(tensors())
@@ -75,7 +78,7 @@ def test_a_half_stays_until_it_is_read() -> None:
     """While a worker reads one half the other is filled, and that one is not touched."""
     worker, sent = Worker(), threading.Semaphore(0)
     worker.before_reading = lambda: sent.acquire(timeout=20)  # type: ignore[assignment]
-    transfer = SharedMemoryTransfer(worker, dtype=torch.float32, half_bytes=64)
+    transfer = SharedMemoryTransfer(worker, dtype=torch.float32, num_bytes=128, largest=64)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for number in range(6):
@@ -99,7 +102,7 @@ def test_an_error_of_an_update_is_raised() -> None:
         raise RolloutEngineError("out of memory")
 
     worker.before_reading = fail
-    transfer = SharedMemoryTransfer(worker, dtype=torch.float32, half_bytes=64)
+    transfer = SharedMemoryTransfer(worker, dtype=torch.float32, num_bytes=128, largest=64)
     stream = iter([(str(i), torch.zeros(16)) for i in range(9)])
     with pytest.raises(RolloutEngineError, match="out of memory"):
         transfer.send_weights(stream)
