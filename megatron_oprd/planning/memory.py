@@ -293,10 +293,10 @@ def _add_beside(
     }
     for phase, items in phases.items():
         items["rollout engine's CUDA context"] = engine.context
-        if owns_engine:
-            items["weight sync's bucket"] = engine.bucket
         if phase == "rollout" or not engine.sleeps:
             items |= awake
+    if owns_engine:
+        rollout["weight sync's bucket"] = engine.bucket
     if not engine.sleeps:
         gathered = max(gathered, check)
     if gathered:

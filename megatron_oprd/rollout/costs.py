@@ -54,8 +54,8 @@ class EngineBytes:
     kv_cache: int  # share of the KV cache
     workspace: int  # activations and logits of the largest batch
     context: int = 0  # CUDA context of the engine's own process, awake or asleep
-    bucket: int = 0  # buffer of the weight sync; only on the engine's owner
-    sleeps: bool  # frees all but bucket and context while teacher and student run
+    bucket: int = 0  # buffer during a weight sync; only on the engine's owner
+    sleeps: bool  # frees all but the context while teacher and student run
     host_bytes: int = 0  # moved to host memory by sleep, for all GPUs together
     num_tokens: int  # capacity of the cache
     max_model_len: int  # tokens of the longest prompt with its response

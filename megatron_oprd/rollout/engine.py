@@ -72,6 +72,25 @@ class Rollout:
         return len(self.response_ids) if self.written is None else sum(self.written)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineUse:
+    """How full an engine was while it generated."""
+
+    kv_cache_peak: float  # largest share of the KV cache in use, of the moments it was looked at
+    preemptions: int  # responses that lost their cache for want of room, and computed it again
+    queued_seconds: float  # sum over responses of the time before their first token's pass
+    num_responses: int
+
+    def __add__(self, other: "EngineUse") -> "EngineUse":
+        """The use of both together."""
+        return EngineUse(
+            kv_cache_peak=max(self.kv_cache_peak, other.kv_cache_peak),
+            preemptions=self.preemptions + other.preemptions,
+            queued_seconds=self.queued_seconds + other.queued_seconds,
+            num_responses=self.num_responses + other.num_responses,
+        )
+
+
 def teacher_sequences_of(rollouts: Sequence[Rollout]) -> list[TeacherSequence] | None:
     """The teacher's sequence of each rollout; None if it reads the student's sequences."""
     read = [rollout.teacher for rollout in rollouts]
@@ -131,3 +150,11 @@ class OverlappingEngine(RolloutEngine, Protocol):
 
     def finish(self) -> list[Rollout]:
         """Waits for the rollouts of the first `start` and returns them as `generate` does."""
+
+
+@runtime_checkable
+class MeasuringEngine(RolloutEngine, Protocol):
+    """An engine that knows how full it was."""
+
+    def take_use(self) -> EngineUse | None:
+        """Its use since the last call; None if it generated nothing."""

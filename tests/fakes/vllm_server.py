@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_oprd.rollout.vllm.messages import EXTENSION
-from megatron_oprd.rollout.vllm.sockets import WorkerSocket, receive_weights
-from megatron_oprd.rollout.vllm.worker import value_checksum, with_tied_head
+from megatron_oprd.rollout.vllm.sockets import WorkerSocket
+from megatron_oprd.rollout.vllm.transfers import TCP
+from megatron_oprd.weights.checksum import checksum
 
 
 class FakeServer:
@@ -26,10 +27,12 @@ class FakeServer:
         label: Version of its weights.
         weights: What it was sent, and has not lost.
         masked: The ids that it never samples.
+        tied: Whether it was told that the LM head is the embedding.
         instead: Path -> in place of answering: returns (status, body), or None to answer.
-        num_syncs: How often it was sent weights.
+        num_syncs: How many updates came to their end.
+        num_connections: How often its worker was connected with a trainer.
+        is_updating: Whether it waits for weights.
         pauses, resumes: How often it was asked to.
-        before_receiving: Called in place of receiving weights, if set; returns the answer.
         finish_reason: Of its responses.
         spans: Versions of a response's tokens, if it is not the label alone.
         secret: Which requests have to know, if set.
@@ -44,17 +47,21 @@ class FakeServer:
             "max_model_len": 256,
             "logprobs_mode": "raw_logprobs",
             "quantization": None,
+            "weight_transfer": TCP,
         }
         self.num_workers = 1
         self.extension = EXTENSION
         self.label = "default"
         self.weights: dict[str, Tensor] = {}
         self.masked: list[int] = []
+        self.tied = False
         self.instead: dict[str, Callable[[], tuple[int, bytes] | None]] = {}
-        self.num_syncs = 0
+        self.num_syncs = self.num_connections = 0
+        self.is_updating = False
+        self._digests: dict[str, str] = {}
+        self._trainer: WorkerSocket | None = None
         self.pauses = self.resumes = 0
         self._gate = threading.Condition()
-        self.before_receiving: Callable[[], Any] | None = None
         self.finish_reason = "length"
         self.secret: str | None = None
         self.spans: list[str] = []
@@ -73,7 +80,10 @@ class FakeServer:
                 given = self.headers.get("Authorization")
                 if server.secret is not None and given != f"Bearer {server.secret}":
                     other = 401, b"wrong or no secret"
-                status, data = other or (200, json.dumps(server.answer(path, body)).encode())
+                try:
+                    status, data = other or (200, json.dumps(server.answer(path, body)).encode())
+                except (OSError, RuntimeError) as error:
+                    status, data = 500, str(error).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -109,6 +119,17 @@ class FakeServer:
             with self._gate:
                 self.resumes += 1
                 self._gate.notify_all()
+        elif path == "/init_weight_transfer_engine":
+            self._trainer = WorkerSocket(**body["init_info"])
+            self.num_connections += 1
+        elif path == "/shutdown_weight_transfer_engine":
+            self._disconnect()
+        elif path == "/start_weight_update":
+            self.start()
+        elif path == "/update_weights":
+            self._update(**body["update_info"])
+        elif path == "/finish_weight_update":
+            self._finish(body.get("weight_version"))
         elif path == "/collective_rpc":
             return {"results": [getattr(self, body["method"])(*body["args"])] * self.num_workers}
         elif path == "/inference/v1/generate":
@@ -132,25 +153,54 @@ class FakeServer:
         """The response to a request."""
         return [(body["sampling_params"].get("seed", 0) + i) % 90 for i in range(3)]
 
+    def start(self) -> None:
+        """Waits for weights, as vLLM only if it does not wait already."""
+        if self.is_updating:
+            raise RuntimeError("an update is active")
+        self.is_updating = True
+
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Called with the weights that came, a tied head among them."""
+        """Called with the weights of a chunk."""
+
+    def _update(self, names: list[str], dtype_names: list[str], shapes: list[list[int]]) -> None:
+        if not self.is_updating or self._trainer is None:
+            raise RuntimeError("no update is active")
+        try:
+            chunk = {
+                name: self._trainer.receive(shape, getattr(torch, dtype))
+                for name, dtype, shape in zip(names, dtype_names, shapes, strict=True)
+            }
+        except OSError:
+            self.is_updating = False
+            raise
+        self.weights |= chunk
+        self._digests |= {name: checksum(tensor) for name, tensor in chunk.items()}
+        self.load(chunk)
+
+    def _finish(self, version: str | None) -> None:
+        if not self.is_updating:
+            raise RuntimeError("no update is active")
+        self.is_updating = False
+        if version is not None:
+            self.label = version
+            self.num_syncs += 1
+
+    def _disconnect(self) -> None:
+        if self._trainer is not None:
+            self._trainer.close()
+            self._trainer = None
 
     def start_again(self) -> None:
         """Has nobody's weights any more, as after another start."""
         self.label, self.masked, self.weights = "default", [], {}
+        self.is_updating = False
+        self._disconnect()
 
     def oprd_describe(self) -> dict[str, Any]:
         return {"config": self.config, **self.described}
 
-    def oprd_mask(self, ids: list[int]) -> None:
-        self.masked = ids
+    def oprd_prepare(self, never: list[int], tied: bool, keep_digests: bool) -> None:
+        self.masked, self.tied, self._digests = never, tied, {}
 
-    def oprd_receive(self, invitation: dict[str, Any], options: dict[str, Any], dtype: str) -> Any:
-        if self.before_receiving is not None:
-            return self.before_receiving()
-        with WorkerSocket(**invitation) as trainer:
-            self.weights |= dict(receive_weights(trainer, dtype=getattr(torch, dtype)))
-        self.load(dict(with_tied_head(self.weights.items(), {}, tied=options["tied"])))
-        self.num_syncs += 1
-        sums = {name: value_checksum(tensor) for name, tensor in self.weights.items()}
-        return {"checksums": sums if options["keep"] else {}}
+    def oprd_digests(self) -> dict[str, str]:
+        return self._digests

@@ -8,6 +8,7 @@ from torch import Tensor, tensor
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import (
+    EngineUse,
     Rollout,
     RolloutEngineError,
     SamplingParams,
@@ -159,6 +160,24 @@ def test_work_of_each_engine(context: Any) -> None:
     assert work.tokens == 0
     assert work.seconds > 0
     assert them.take_work() == [EngineWork(tokens=0, seconds=0.0)]
+
+
+def test_use_of_an_engine_that_measures_it(context: Any) -> None:
+    one, other = (
+        EngineUse(kv_cache_peak=peak, preemptions=count, queued_seconds=0.5, num_responses=count)
+        for peak, count in ((0.5, 2), (0.25, 3))
+    )
+    both = one + other
+    assert (both.kv_cache_peak, both.preemptions) == (0.5, 5)
+    assert (both.queued_seconds, both.num_responses) == (1.0, 5)
+
+    class Measuring(Script):
+        def take_use(self) -> EngineUse | None:
+            return both
+
+    them = engines(Measuring("ok", "ok"), context)
+    them.generate([], SAMPLING)
+    assert [work.use for work in them.take_work()] == [both]
 
 
 def test_the_limit_is_of_one_step(context: Any) -> None:

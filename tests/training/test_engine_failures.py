@@ -81,6 +81,12 @@ def records(root: Path, name: str) -> list[dict[str, Any]]:
         "tokens_per_second",
         "peak_memory",
         "rollout_engine_restarts",
+        # These are of the engines, and of the time they take.
+        "rollout_tokens_per_second",
+        "rollout_idle_share",
+        "rollout_kv_cache_peak",
+        "rollout_queue_seconds",
+        "rollout_preemptions",
     )
     return [{k: v for k, v in one.items() if not k.startswith(others)} for one in records]
 
@@ -102,6 +108,14 @@ def test_the_run_is_the_same(root: Path, name: str, layout: str, count: int) -> 
     assert records(root, name) == records(root, layout)
     assert values(root, layout, "rollout_engine_restarts") == [0, 0]
     assert values(root, name, "rollout_engine_restarts") == [0, count]
+
+
+def test_how_full_engines_were(root: Path) -> None:
+    """Sums and means over the engines; servers do not say."""
+    assert values(root, "dp2", "rollout_preemptions") == [8, 8]
+    assert values(root, "dp2", "rollout_queue_seconds") == [0.5, 0.5]
+    assert list(values(root, "dp2", "rollout_kv_cache_peak_of_engine")[0]) == ["0", "1"]
+    assert values(root, "dp2_server_fails", "rollout_preemptions") == [None, None]
 
 
 def test_what_is_sent(root: Path) -> None:

@@ -1,6 +1,6 @@
 """Engines for the tests, and what transformers says about the same weights."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.hf import HFEngine
-from megatron_oprd.rollout.vllm.bucket import Piece
+from megatron_oprd.rollout.vllm import transfers
 from megatron_oprd.rollout.vllm.engine import VLLMEngine
+from megatron_oprd.rollout.vllm.shared_memory import Chunk, write
 from tests.helpers.closeness import assert_close_relative
 from tests.helpers.tiny import EOS_ID, PAD_ID, random_weight, tiny_config
 
@@ -112,18 +113,13 @@ def check_same_as_hf(
         assert mine.finished == other.finished
 
 
-def change_on_the_way(engine: VLLMEngine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has one value of a tensor change between the trainer and the engine."""
-    fill = engine._bucket.fill
+def change_on_the_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the values of a tensor change between the trainer and an engine on its machine."""
 
-    def changing(stream: Iterable[tuple[str, Tensor]]) -> Iterator[list[Piece]]:
-        for pieces in fill(stream):
-            for piece in pieces:
-                if piece.name == name:
-                    engine._bucket._buffer[piece.offset] += 0.5
-            yield pieces
+    def changing(chunk: Chunk, values: Tensor) -> None:
+        write([(one, t + 0.5 if one == name else t) for one, t in chunk], values)
 
-    monkeypatch.setattr(engine._bucket, "fill", changing)
+    monkeypatch.setattr(transfers, "write", changing)
 
 
 def others(weights: Weights, seed: int) -> Weights:

@@ -114,7 +114,6 @@ def test_weights_that_stay(engine: VLLMEngine, folder: Path, weights: Weights) -
         start=2,
     ):
         new = without_meaningless(others(weights, seed=version))
-        # Reads all weights back, and compares them with what was sent when they came last.
         weights = check_partial_sync(
             engine, folder, weights, new, sent, PROMPTS, version=version, never=MEANINGLESS
         )
@@ -196,6 +195,18 @@ def test_responses_end(engine: VLLMEngine) -> None:
         assert rollout.finished or len(rollout.response_ids) == 12
 
 
+def test_how_full_it_was(engine: VLLMEngine) -> None:
+    engine.take_use()
+    assert engine.take_use() is None
+    rollouts = engine.generate(PROMPTS[2:], sampling(samples_per_prompt=60, max_new_tokens=100))
+    use = engine.take_use()
+    assert use is not None
+    assert 0 < use.kv_cache_peak <= 1
+    assert use.preemptions == 0
+    assert use.num_responses == len(rollouts) == 120
+    assert 0 <= use.queued_seconds < 120 * 600
+
+
 def test_stop_texts_and_ids(engine: VLLMEngine) -> None:
     """What ends a response belongs to it; without stop the same response goes on."""
     whole = engine.generate(PROMPTS, sampling(temperature=FLAT))
@@ -220,19 +231,9 @@ def test_check_finds_what_was_changed_on_the_way(
     engine: VLLMEngine, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "model.layers.2.self_attn.k_proj.weight"
-    change_on_the_way(engine, name, monkeypatch)
+    change_on_the_way(name, monkeypatch)
     with pytest.raises(WrongWeightsError, match=rf"in 1 of \d+ tensors, the first '{name}'"):
         engine.load_weights(weights.items())
-
-
-def test_a_check_finds_weights_that_did_not_stay(engine: VLLMEngine, weights: Weights) -> None:
-    """As if vLLM had lost a tensor: it is noticed by what was sent when it came last."""
-    name = "model.layers.2.self_attn.k_proj.weight"
-    engine._check._sent[name] = "0"
-    changed = {n: t for n, t in weights.items() if ".layers.2." not in n}
-    with pytest.raises(WrongWeightsError, match=rf"in 1 of \d+ tensors, the first '{name}'"):
-        engine.load_weights(changed.items(), left_out=weights.keys() - changed.keys())
-    assert engine.needs_all_weights()
 
 
 def test_weights_that_do_not_come(engine: VLLMEngine, weights: Weights) -> None:

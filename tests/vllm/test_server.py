@@ -28,6 +28,7 @@ from megatron_oprd.rollout.vllm.memory import num_blocks
 from megatron_oprd.rollout.vllm.messages import EXTENSION
 from megatron_oprd.rollout.vllm.secret import VARIABLE
 from megatron_oprd.rollout.vllm.servers import VLLMServersEngine
+from megatron_oprd.rollout.vllm.transfers import transfer_config
 from megatron_oprd.weights.hf_files import HFFolder
 from tests.helpers.tiny import EOS_ID, save_tiny_model
 from tests.vllm.engines import (
@@ -55,6 +56,7 @@ OPTIONS = [
     *("--host", "127.0.0.1", "--enable-scale-out", "--worker-extension-cls", EXTENSION),
     *("--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--load-format", "dummy"),
     *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
+    *("--weight-transfer-config", transfer_config(False)),
 ]
 SECONDS_TO_START = 300
 
@@ -131,7 +133,7 @@ def test_what_does_not_fit(url: str, folder: Path, tmp_path: Path) -> None:
     """The first test of this file: the server has nobody's weights yet."""
 
     def check(folder: Path, max_model_len: int = 256, dtype: torch.dtype = torch.float32) -> None:
-        check_server(url, folder, dtype=dtype, max_model_len=max_model_len, checks_weights=True)
+        check_server(url, folder, dtype=dtype, max_model_len=max_model_len)
 
     check(folder)
     with pytest.raises(UserError, match=r"max_model_len is 256, the longest .* has 257 tokens"):

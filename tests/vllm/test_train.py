@@ -49,10 +49,14 @@ KILLED = {"dp2_killed": {"kill_engine_before": 1}, "servers": {"kill_server_befo
 
 @pytest.fixture(scope="module")
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    is_nightly = any(
-        item.path == request.path and item.get_closest_marker("slow")
+    """Has the runs that the selected tests look at (their mark ``cases``), and no others."""
+    needed = {
+        name
         for item in request.session.items
-    )
+        if item.path == request.path
+        for mark in item.iter_markers("cases")
+        for name in mark.args
+    }
     root = tmp_path_factory.mktemp("vllm_loop")
     pair, untied = (
         save_pair(root / name, "llama", tied=tied, hidden_size=128, intermediate_size=192)
@@ -67,7 +71,7 @@ def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 **KILLED.get(name, {}),
             }
             for name, (of, overrides) in CASES.items()
-            if of == ranks and (is_nightly or name not in NIGHTLY)
+            if of == ranks and name in needed
         ]
         if cases:
             run_ranks("loop", cases, ranks, root)
@@ -92,6 +96,7 @@ def tokens(rollouts: list[Any]) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.slow
+@pytest.mark.cases("tp2_sp_dp2", "dp2_killed", "pp2_dp2")
 def test_neither_layout_nor_engines_nor_a_killed_one_change_rollouts(root: Path) -> None:
     """Two engines, of which one is killed, sample what two others and four sample."""
     expected = rollouts_of(root, "tp2_sp_dp2")
@@ -106,6 +111,7 @@ def test_neither_layout_nor_engines_nor_a_killed_one_change_rollouts(root: Path)
     assert "ended with exit code -9" in warning
 
 
+@pytest.mark.cases("tp2_sp", "hf")
 def test_both_engines_follow_the_student(root: Path) -> None:
     found, expected = rollouts_of(root, "tp2_sp"), rollouts_of(root, "hf")
     for step in range(2):
@@ -118,7 +124,7 @@ def test_both_engines_follow_the_student(root: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in NIGHTLY))
+        pytest.param(name, marks=[pytest.mark.cases(name), *[pytest.mark.slow] * (name in NIGHTLY)])
         for name in ("tp2_sp", "dp2_killed", "frozen", "pp2_dp2", "tp2_sp_dp2", "servers")
     ],
 )
@@ -131,6 +137,7 @@ def test_log_probabilities_are_the_trainers(root: Path, name: str) -> None:
     assert not [one for one in warnings_of(root, name) if "differ" in one]
 
 
+@pytest.mark.cases("frozen")
 def test_what_is_frozen_is_sent_once(root: Path) -> None:
     """Checks, and log-probabilities of the engine as of the trainer, say that the engine has it."""
     first, *others = (one["weight_sync_gb"] for one in records(root, "frozen"))
@@ -139,6 +146,7 @@ def test_what_is_frozen_is_sent_once(root: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cases("servers", "hf")
 def test_one_of_two_servers_is_killed(root: Path) -> None:
     """The run goes on with the other, and the rollouts are those of engines on the ranks."""
     found = rollouts_of(root, "servers")
@@ -149,6 +157,7 @@ def test_one_of_two_servers_is_killed(root: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cases("ahead", "tp2_sp")
 def test_one_step_off_policy(root: Path) -> None:
     """The second step's rollouts are of the weights from before the first update."""
     first, second = rollouts_of(root, "ahead")

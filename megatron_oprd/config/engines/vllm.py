@@ -76,13 +76,15 @@ class VLLMConfig:
     none. 1: the KV cache and, to the host's memory, the weights. 2: both for good. The sync brings
     all weights with 2, and only those that train with 0 and 1."""
 
-    sync_bucket_mb: int = setting(16, ge=1, no_effect_with=_ANY_SERVER)
-    """Size (10^6 bytes) of the buffer that weights pass through on their way to the engine. On a
-    CPU a buffer that fits in the processor's cache is fastest."""
+    sync_bucket_mb: int = setting(16, ge=1)
+    """Size (10^6 bytes) of the chunks in which weights go to the engine, and of the buffer that
+    these pass through. A larger tensor is a chunk of its own. On a CPU a buffer that fits in the
+    processor's cache is fastest; on GPUs, and to servers, each chunk costs a call, and vLLM's
+    default is 1000."""
 
     check_weights_interval: int | None = setting(None, ge=1)
-    """Weight syncs between two checks that the engine has the weights that were sent, by a checksum
-    of each tensor. By default they are never checked. Not with ``rollout.vllm.quantization``."""
+    """Weight syncs between two checks that the engine's workers got the weights that were sent, by
+    a checksum of each tensor. By default they are never checked."""
 
     timeout_minutes: float = setting(120.0, gt=0)
     """An engine that takes longer to start, or for a rollout, counts as hanging."""
@@ -97,6 +99,11 @@ class VLLMConfig:
     The engine gets the weights anew and repeats its work. Servers of ``servers`` are not started
     again; the run waits for them, ``sync_timeout_minutes`` each time. After that the run ends, with
     a checkpoint of the last whole step (unless ``checkpoint.save_interval`` is null)."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """``sync_bucket_mb`` in bytes."""
+        return self.sync_bucket_mb * 10**6
 
     @property
     def uses_server(self) -> bool:

@@ -75,9 +75,3 @@ def _check_quantization(config: RunConfig) -> None:
             f"{setting}: vLLM quantises weights that come in bf16; model.params_dtype = "
             f"{config.model.params_dtype}"
         )
-    if vllm.check_weights_interval is not None:
-        raise UserError(
-            f"rollout.vllm.check_weights_interval = {vllm.check_weights_interval}: with {setting} "
-            "the engine has other weights than were sent; leave it out. "
-            "rollout.logprob_check_interval compares what comes of them"
-        )

@@ -1,8 +1,10 @@
 """HTTP client of a vLLM server, and checks that a run can use the server."""
 
 import http.client
+import importlib.util
 import json
 import os
+import shlex
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +19,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import RolloutEngineError
 from megatron_oprd.rollout.vllm.messages import EXTENSION
 from megatron_oprd.rollout.vllm.secret import VARIABLE
+from megatron_oprd.rollout.vllm.transfers import NCCL, TCP, transfer_config
 from megatron_oprd.weights.casting import dtype_name
 
 GENERATE = "/inference/v1/generate"
@@ -116,9 +119,7 @@ class ServerClient:
             time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
-def check_server(
-    url: str, folder: Path, *, dtype: torch.dtype, max_model_len: int, checks_weights: bool
-) -> None:
+def check_server(url: str, folder: Path, *, dtype: torch.dtype, max_model_len: int) -> None:
     """Checks that a server can produce the student's rollouts.
 
     Raises UserError if it does not respond, lacks required options or serves another model.
@@ -133,12 +134,6 @@ def check_server(
         check_served(found, folder, dtype=dtype, max_model_len=max_model_len, at=at)
     except UserError as error:
         raise UserError(f"{error}{again}") from error
-    # Quantized weights never match the checksums of the weights that are sent.
-    if checks_weights and (quantization := found[0]["quantization"]) is not None:
-        raise UserError(
-            f"rollout.vllm.check_weights_interval: {at} quantization is {quantization}, with which "
-            "it has other weights than are sent; leave one of them out"
-        )
 
 
 def check_served(
@@ -219,7 +214,30 @@ def _describe(url: str, folder: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{setting}: the server takes no token ids; start it as {start} ({error})"
         ) from error
-    return client.workers("oprd_describe")
+    found = client.workers("oprd_describe")
+    _check_transfer(found[0]["weight_transfer"], setting=setting, start=start)
+    return found
+
+
+def _check_transfer(backend: str | None, *, setting: str, start: str) -> None:
+    """Checks that this process can send weights to a server of the backend (`transfers`)."""
+    if backend not in (NCCL, TCP):
+        raise UserError(
+            f"{setting}: the server's --weight-transfer-config has the backend {backend!r}; right "
+            f"are {NCCL!r} for GPUs and {TCP!r} for weights through host memory: {start}"
+        )
+    if backend != NCCL:
+        return
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"{setting}: the server's weight transfer is {NCCL!r}, and this trainer has no GPU; "
+            f"start the server with {TCP!r}"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            f"{setting}: the server's weight transfer is {NCCL!r}, for which the trainer needs "
+            f"vLLM, too (pip install 'megatron-oprd[vllm]'); or start the server with {TCP!r}"
+        )
 
 
 def _command(folder: Path, *options: str) -> str:
@@ -227,6 +245,7 @@ def _command(folder: Path, *options: str) -> str:
         (
             f"VLLM_SERVER_DEV_MODE=1 vllm serve {folder} --enable-scale-out",
             f"--worker-extension-cls {EXTENSION}",
+            f"--weight-transfer-config {shlex.quote(transfer_config(torch.cuda.is_available()))}",
             *options,
         )
     )

@@ -12,12 +12,21 @@ from torch import Tensor
 from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.engine import Rollout, RolloutEngineError, SamplingParams
-from megatron_oprd.rollout.vllm.bucket import SendingBucket, send_through
+from megatron_oprd.rollout.engine import (
+    EngineUse,
+    Rollout,
+    RolloutEngineError,
+    SamplingParams,
+)
 from megatron_oprd.rollout.vllm.engine_process import EngineProcess
 from megatron_oprd.rollout.vllm.messages import EngineSettings, requests_of, rollouts_of
-from megatron_oprd.rollout.vllm.sockets import TrainerSocket
 from megatron_oprd.rollout.vllm.sync_check import SyncCheck
+from megatron_oprd.rollout.vllm.transfers import (
+    IPC,
+    SHARED_MEMORY,
+    EngineTransfer,
+    open_engine_transfer,
+)
 
 # torchrun's variables: vLLM would mistake the rank's place in the trainer for its own.
 _OF_TORCHRUN = frozenset(
@@ -42,8 +51,9 @@ class VLLMEngine:
     """A `RolloutEngine` on vLLM, with a copy of the student's weights.
 
     The engine is a child process, plus one process per GPU if it has several. Weights reach all of
-    them through a buffer that they share with this process. A seed gives the same response in any
-    batch, up to the rounding of the logits, but not the same response as `HFEngine`.
+    them through memory that they share with this process (`transfers.py`). A seed gives the same
+    response in any batch, up to the rounding of the logits, but not the same response as
+    `HFEngine`.
     """
 
     def __init__(
@@ -72,15 +82,15 @@ class VLLMEngine:
         self._decode = decode
         self._under_way: tuple[Sequence[Prompt], SamplingParams] | None = None
         self._lacks_weights = True
-        self._bucket = SendingBucket(
-            num_bytes=config.sync_bucket_mb * 10**6, dtype=dtype, device=device
-        )
+        self._use: EngineUse | None = None
+        self._transfer: EngineTransfer | None = None
         options: dict[str, Any] = {
             "enforce_eager": config.enforce_eager,
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "max_model_len": max_model_len,
             "tensor_parallel_size": config.tensor_model_parallel_size,
             "quantization": config.quantization,
+            "weight_transfer_config": {"backend": IPC if device.type == "cuda" else SHARED_MEMORY},
         }
         if max_batch_size is not None:
             options["max_num_seqs"] = max_batch_size
@@ -91,7 +101,6 @@ class VLLMEngine:
             folder=folder,
             dtype=dtype,
             options=options,
-            bucket=self._bucket.handle,
             tied=self._check.tied,
             stop_token_ids=tuple(eos_token_ids),
             meaningless_ids=tuple(sorted(set(range(self._check.vocab_size)) - set(known_ids))),
@@ -102,6 +111,14 @@ class VLLMEngine:
         )
         try:
             self._call("build", settings)
+            self._transfer = open_engine_transfer(
+                _Calls(self),
+                device=device,
+                gpu_uuids=self._call("gpu_uuids"),
+                dtype=dtype,
+                num_bytes=config.chunk_bytes,
+                largest=self._check.largest_elements * dtype.itemsize,
+            )
         except RolloutEngineError:
             self.close()
             raise
@@ -128,39 +145,18 @@ class VLLMEngine:
         """
         assert not (left_out and self._lacks_weights), "weights are left out that are not there"
         self._lacks_weights = True
+        assert self._transfer is not None
         weights = self._check.passing(stream, left_out=left_out)
         try:
-            answer = self._exchange(weights, version, left_out)
+            self.call_in_sync("prepare", self._check.is_due)
+            self._transfer.send_weights(weights)
+            digests = self.call_in_sync("commit", version)
         except BaseException:
-            self.close()  # it would wait for the rest of the weights
+            self.close()  # its modules wait for the rest of the weights
             raise
         if self._check.is_due:
-            self._check.compare(answer, version)
+            self._check.compare(digests, version)
         self._lacks_weights = False
-
-    def _exchange(
-        self, weights: Iterable[tuple[str, Tensor]], version: int, left_out: Collection[str]
-    ) -> Any:
-        """Sends the weights to the engine's workers; returns the engine's answer."""
-        seconds = self._config.sync_timeout_minutes * 60
-        with TrainerSocket("127.0.0.1", seconds=seconds) as workers:
-            shapes = self._check.left_out_shapes(left_out)
-            call = (version, workers.invitation, self._check.is_due, shapes)
-            self._send(("load_weights", call), _PART)
-            try:
-                workers.accept(
-                    self._config.tensor_model_parallel_size, in_vain=self._process.has_answered
-                )
-                send_through(self._bucket, workers, weights)
-            except TimeoutError as error:
-                if not self._process.has_answered():
-                    raise RolloutEngineError(
-                        f"the vLLM process {self._process.pid} has not taken a part of the weights "
-                        f"for {seconds:.3g} s (rollout.vllm.{_PART} = {seconds / 60:g})"
-                    ) from error
-            except OSError:
-                pass  # a worker disconnected; the engine's answer gives the reason
-        return self._receive(_PART)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Samples ``samples_per_prompt`` responses per prompt, ordered by prompt, then sample.
@@ -179,7 +175,14 @@ class VLLMEngine:
         """Waits for the rollouts of `start`; result and errors as in `generate`."""
         assert self._under_way is not None, "nothing was begun"
         (prompts, sampling), self._under_way = self._under_way, None
-        return rollouts_of(prompts, sampling, self._receive(), decode=self._decode)
+        responses, use = self._receive()
+        self._use = use if self._use is None else self._use + use
+        return rollouts_of(prompts, sampling, responses, decode=self._decode)
+
+    def take_use(self) -> EngineUse | None:
+        """See `MeasuringEngine`."""
+        use, self._use = self._use, None
+        return use
 
     def sleep(self) -> None:
         """Frees device memory according to ``sleep_level``, until the next `load_weights`."""
@@ -189,7 +192,13 @@ class VLLMEngine:
     def close(self) -> None:
         """Ends the engine's process. A second call does nothing."""
         self._process.close()
-        self._bucket.close()
+        if self._transfer is not None:
+            self._transfer.close()
+
+    def call_in_sync(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the process (`engine_main.Engine`) as a part of a weight sync."""
+        self._send((method, arguments), _PART)
+        return self._receive(_PART)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         self._send((method, arguments))
@@ -204,6 +213,26 @@ class VLLMEngine:
         minutes = getattr(self._config, timeout)
         setting = f"rollout.vllm.{timeout} = {minutes}"
         return self._process.receive(seconds=minutes * 60, setting=setting)
+
+
+class _Calls:
+    """A `transfers.Client` over the pipe to the engine's process."""
+
+    def __init__(self, engine: VLLMEngine) -> None:
+        self._engine = engine
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._engine.call_in_sync("init_weight_transfer_engine", init_info)
+
+    def start_weight_update(self) -> None:
+        self._engine.call_in_sync("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self._engine.call_in_sync("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        # The version is that of `commit`.
+        self._engine.call_in_sync("finish_weight_update")
 
 
 def environment_without_rank() -> dict[str, str]:

@@ -10,12 +10,13 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_oprd.rollout.engine import SamplingParams
+from megatron_oprd.rollout.engine import EngineUse, SamplingParams
 from megatron_oprd.rollout.vllm.messages import (
     EXTENSION,
     EngineSettings,
@@ -33,6 +34,9 @@ ENVIRONMENT = {
 }
 
 
+_SECONDS_BETWEEN_LOOKS = 0.1
+
+
 class Engine:
     """vLLM's ``LLM``, its weights and their version."""
 
@@ -47,49 +51,63 @@ class Engine:
             load_format="dummy",
             generation_config="vllm",
             skip_tokenizer_init=True,
-            disable_log_stats=True,
+            disable_log_stats=False,  # for `EngineUse`
             logprobs_mode="raw_logprobs",
             enable_sleep_mode=settings.sleep_level > 0,
             worker_extension_cls=EXTENSION,
             **settings.options,
         )
-        if settings.meaningless_ids:
-            self._llm.collective_rpc("oprd_mask", args=(list(settings.meaningless_ids),))
-        self._llm.collective_rpc("oprd_map", args=(settings.bucket,))
         self._version: int | None = None
         self._asleep = False
 
-    def load_weights(
-        self,
-        version: int,
-        invitation: dict[str, Any],  # with which workers connect to the trainer (`TrainerSocket`)
-        keep: bool,  # read the weights back afterwards
-        left_out: dict[str, tuple[int, ...]],  # shapes of unchanged weights, by name
-    ) -> dict[str, str]:
-        """Replaces weights by the tensors that the trainer sends to the workers.
+    def gpu_uuids(self) -> list[str]:
+        """The GPUs of the workers; empty on a CPU."""
+        return [uuid for uuid in self._llm.collective_rpc("oprd_gpu") if uuid is not None]
 
-        Returns the checksum of every readable tensor by name; empty without ``keep``.
-        """
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """See `transfers.Client`, as for the next three."""
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Without `prepare` weights are those of an older version, and not looked at."""
+        self._llm.start_weight_update()
+
+    def update_weights(self, update_info: Any) -> None:
+        """Takes a chunk."""
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self) -> None:
+        """Ends the update; `commit` makes its weights usable."""
+        self._llm.finish_weight_update()
+
+    def prepare(self, keep_digests: bool) -> None:
+        """Before an update: the weights count as lost, and wake if they sleep."""
         self._version = None  # a partial load is not a usable model
         if self._asleep:
             # Weights only: the KV cache wakes after the transfer, which lowers the sync's peak
             # memory.
             self._llm.wake_up(tags=["weights"])
-        options = {"tied": self._settings.tied, "keep": keep, "left_out": left_out}
-        answers = self._llm.collective_rpc("oprd_receive", args=(invitation, options))
-        for answer in answers:
-            if "error" in answer:
-                raise RuntimeError(f"weight sync {version} did not come to its end: {answer}")
+        never = list(self._settings.meaningless_ids)
+        self._llm.collective_rpc("oprd_prepare", args=(never, self._settings.tied, keep_digests))
+
+    def commit(self, version: int) -> list[dict[str, str]]:
+        """After an update: rollouts carry ``version``.
+
+        Returns the checksums of the tensors that each worker got, by name; empty unless `prepare`
+        was told to keep them.
+        """
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not forget the old weights' prefixes")
         self._version = version
-        return answers[0]["checksums"]
+        return self._llm.collective_rpc("oprd_digests")
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Response]:
-        """Returns the responses, in the order of ``requests``."""
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> tuple[list[Response], EngineUse]:
+        """Returns the responses, in the order of ``requests``, and the engine's use."""
         from vllm import SamplingParams as VLLMSamplingParams
 
         if self._version is None:
@@ -103,7 +121,8 @@ class Engine:
             for request in requests
         ]
         prompts: Any = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        with _KVCacheWatch(self._llm) as watch:
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
         responses = []
         for output in outputs:
             (completion,) = output.outputs
@@ -117,13 +136,49 @@ class Engine:
                     version=self._version,
                 )
             )
-        return responses
+        metrics = [output.metrics for output in outputs]
+        use = EngineUse(
+            kv_cache_peak=watch.peak,
+            preemptions=sum(one.num_preemptions for one in metrics),
+            queued_seconds=sum(one.scheduled_ts - one.queued_ts for one in metrics),
+            num_responses=len(metrics),
+        )
+        return responses, use
 
     def sleep(self) -> None:
         """Frees memory according to ``sleep_level``, until the next `load_weights`."""
         if self._settings.sleep_level and not self._asleep:
             self._llm.sleep(level=self._settings.sleep_level)
             self._asleep = True
+
+
+class _KVCacheWatch:
+    """Looks at vLLM's gauge of the KV cache while a block runs.
+
+    Attributes:
+        peak: The largest share that was seen.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self.peak = 0.0
+        self._llm = llm
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "_KVCacheWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        # The gauge has the share of vLLM's last pass; vLLM keeps no maximum.
+        while not self._is_over.wait(_SECONDS_BETWEEN_LOOKS):
+            for metric in self._llm.get_metrics():
+                if metric.name == "vllm:kv_cache_usage_perc":
+                    self.peak = max(self.peak, metric.value)
 
 
 def _of_sampled(tokens: Sequence[int], logprobs: Any) -> tuple[float, ...] | None:

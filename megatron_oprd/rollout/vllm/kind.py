@@ -68,7 +68,6 @@ class VLLMKind(EngineKind):
                 model.folder,
                 dtype=model.dtype,
                 max_model_len=model.max_model_len,
-                checks_weights=rollout.vllm.check_weights_interval is not None,
             )
 
     def check_host(self, rollout: RolloutConfig, *, ranks_on_host: int) -> None:

@@ -27,6 +27,7 @@ from megatron_oprd.rollout.vllm.client import (
 from megatron_oprd.rollout.vllm.engine import environment_without_rank
 from megatron_oprd.rollout.vllm.messages import EXTENSION
 from megatron_oprd.rollout.vllm.secret import MIDDLEWARE
+from megatron_oprd.rollout.vllm.transfers import transfer_config
 from megatron_oprd.weights.casting import dtype_name
 
 logger = logging.getLogger(__name__)
@@ -196,6 +197,7 @@ class ServerProcess:
             "--host": self._host,
             "--port": self._port,
             "--worker-extension-cls": EXTENSION,
+            "--weight-transfer-config": transfer_config(bool(self._gpus)),
             "--dtype": dtype_name(self._dtype),
             "--max-model-len": self._max_model_len,
             "--tensor-parallel-size": config.tensor_model_parallel_size,

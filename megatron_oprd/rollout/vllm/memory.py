@@ -44,7 +44,8 @@ def vllm_bytes(rollout: RolloutConfig, load: EngineLoad) -> EngineBytes:
         kv_cache=kv_cache,
         workspace=workspace,
         context=CONTEXT_BYTES,
-        bucket=vllm.sync_bucket_mb * 10**6,
+        # vLLM's buffer has to hold the largest tensor.
+        bucket=max(vllm.chunk_bytes, load.vocab_size * load.hidden_size * load.itemsize),
         # One step ahead, it generates during the teacher's and student's passes and cannot sleep.
         sleeps=vllm.sleep_level > 0 and not rollout.max_staleness,
         host_bytes=weights * size if vllm.sleep_level == 1 else 0,

@@ -10,10 +10,11 @@ import torch
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, SamplingParams
 from megatron_oprd.rollout.sampling import max_new_tokens_of, samples_of, seed_of, stopped_length
-from megatron_oprd.rollout.vllm.bucket import BucketHandle
 
 # Worker extension class (a server's --worker-extension-cls).
 EXTENSION = "megatron_oprd.rollout.vllm.worker.WeightReceiver"
+# Checkpoint names of two tensors that may be one.
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,6 @@ class EngineSettings:
     folder: Path  # its weights and generation_config.json are not used
     dtype: torch.dtype  # of weights and activations
     options: dict[str, Any]  # further arguments of vllm.LLM
-    bucket: BucketHandle  # buffer of the weight sync
     tied: bool  # the LM head is the embedding
     stop_token_ids: tuple[int, ...]
     meaningless_ids: tuple[int, ...]  # never sampled: they pad the embedding

@@ -2,24 +2,23 @@
 
 import contextlib
 import socket
-import threading
 from collections.abc import Callable, Collection
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.rollout.engine import RolloutEngineError, SamplingParams, WrongWeightsError
-from megatron_oprd.rollout.vllm.client import GENERATE, ServerClient
+from megatron_oprd.rollout.vllm.client import GENERATE, ServerClient, ServerError
 from megatron_oprd.rollout.vllm.messages import Request, Response, sampling_fields
-from megatron_oprd.rollout.vllm.sockets import TrainerSocket
-from megatron_oprd.weights.casting import dtype_name
+from megatron_oprd.rollout.vllm.shared_memory import Chunk
+from megatron_oprd.rollout.vllm.transfers import ServerTransfer, open_server_transfer
+
+Result = TypeVar("Result")
 
 _FRESH = "default"  # vLLM's label before any weights were sent
 _UNFINISHED = "unfinished"  # label during a sync, and after a failed one
 _SECONDS_TO_SAY_HEALTHY = 5
+_SECONDS_TO_CLOSE = 30  # an update of a server that may hang
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +28,22 @@ class Owner:
     name: str  # equal on all ranks, different in every run
     stop_ids: Collection[int]
     meaningless_ids: Collection[int]  # never sampled: they pad the embedding
+    tied: bool  # the LM head is the embedding
 
 
 class VLLMServer:
     """A server whose weights' label (vLLM's weight version) is ``OWNER#VERSION``.
 
-    Methods raise RolloutEngineError if it fails, WrongWeightsError if it has another run's weights.
+    It is also the `transfers.Client` of its weight transfer: HTTP carries the calls alone. Methods
+    raise RolloutEngineError if it fails, WrongWeightsError if it has another run's weights.
     """
 
     def __init__(self, url: str, *, owner: Owner, config: VLLMConfig) -> None:
         self._client = ServerClient(url)
         self._owner = owner
         self._config = config
+        self._transfer: ServerTransfer | None = None
+        self._sent_label: str | None = None  # of the last whole update by this object
 
     @property
     def url(self) -> str:
@@ -62,27 +65,112 @@ class VLLMServer:
     def join(self) -> None:
         """Waits until it responds, and masks ids that the tokenizer does not know."""
         self._client.wait(self._part)
-        self.mask()
+        self._prepare(keep_digests=False)
 
-    def mask(self) -> int:
-        """Masks ids that the tokenizer does not know; returns the number of workers."""
+    def _prepare(self, *, keep_digests: bool) -> None:
         never = sorted(self._owner.meaningless_ids)
-        return len(self._client.workers("oprd_mask", never, seconds=self._part))
+        arguments = (never, self._owner.tied, keep_digests)
+        self._client.workers("oprd_prepare", *arguments, seconds=self._part)
 
     def has(self, version: str) -> bool:
         """Whether its weights have this run's label."""
-        found = self._client.call("/weight_info", seconds=self._part)
-        return found["weight_version"] == f"{self._owner.name}#{version}"
+        return self._label() == f"{self._owner.name}#{version}"
 
     def version(self) -> int:
         """The version of its weights; an error if it has none of this run."""
-        found = self._client.call("/weight_info", seconds=self._part)
-        return self._version_of(found["weight_version"])
+        return self._version_of(self._label())
 
-    def set_version(self, version: str) -> None:
-        """Labels the weights."""
-        label = f"{self._owner.name}#{version}"
-        self._client.call("/update_weight_version", {"new_version": label}, seconds=self._part)
+    def _label(self) -> str:
+        return self._client.call("/weight_info", seconds=self._part)["weight_version"]
+
+    def begin_update(self, *, keep_digests: bool) -> None:
+        """Connects the workers, unless they are, and starts an update."""
+        label = self._label()
+        if label.rpartition("#")[2] == _UNFINISHED:
+            self.abandon_update()  # of a run that did not come to its sync's end
+        # Responses sampled from partly loaded weights must not carry a valid version.
+        unfinished = f"{self._owner.name}#{_UNFINISHED}"
+        self._client.call("/update_weight_version", {"new_version": unfinished}, seconds=self._part)
+        self._prepare(keep_digests=keep_digests)  # again: the server may have restarted
+        if self._transfer is None or label != self._sent_label:
+            self._connect()
+        self.start_weight_update()
+
+    def _connect(self) -> None:
+        self.disconnect()
+        # Another run's connection, if it has one.
+        self._client.call("/shutdown_weight_transfer_engine", {}, seconds=self._part)
+        workers = self._client.workers("oprd_describe", seconds=self._part)
+        self._transfer = open_server_transfer(
+            self,
+            workers[0]["weight_transfer"],
+            host=self.own_address(),
+            num_workers=len(workers),
+            seconds=self._part,
+            num_bytes=self._config.chunk_bytes,
+        )
+
+    def send(self, chunk: Chunk) -> None:
+        """Sends a chunk to its workers; also OSError."""
+        assert self._transfer is not None, "no update was begun"
+        self._transfer.send(chunk)
+
+    def digests(self) -> list[dict[str, str]]:
+        """The checksums of what each worker got since `begin_update`, by name."""
+        return self._client.workers("oprd_digests", seconds=self._part)
+
+    def commit_update(self, version: str) -> None:
+        """Ends an update, and labels the weights."""
+        # Before the label, without which no response counts. Requests may still run that an
+        # earlier, failed call left.
+        forget = "/reset_prefix_cache?reset_running_requests=true"
+        if not self._client.call(forget, {}, seconds=self._part)["success"]:
+            raise RolloutEngineError(
+                f"the vLLM server at {self.url} did not forget old weights' prefixes"
+            )
+        self._sent_label = f"{self._owner.name}#{version}"
+        self.finish_weight_update(self._sent_label)
+
+    def abandon_update(self) -> None:
+        """Ends an update that did not come to its end; the label stays.
+
+        Until then the server's modules have no memory, and a request would end it.
+        """
+        # vLLM finishes only what it has as started, which an update that failed is not. It refuses
+        # to start what is started.
+        refused: ServerError | None = None
+        try:
+            self._client.call("/start_weight_update", {}, seconds=_SECONDS_TO_CLOSE)
+        except ServerError as error:
+            refused = error
+        try:
+            self._client.call("/finish_weight_update", {}, seconds=_SECONDS_TO_CLOSE)
+        except ServerError as error:
+            raise refused or error from error
+
+    def disconnect(self) -> None:
+        """Ends the connection with its workers, if there is one."""
+        if self._transfer is not None:
+            self._transfer.close()
+            self._transfer = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """See `transfers.Client`, as for the next three."""
+        body = {"init_info": init_info}
+        self._client.call("/init_weight_transfer_engine", body, seconds=self._part)
+
+    def start_weight_update(self) -> None:
+        """Begins an update."""
+        self._client.call("/start_weight_update", {}, seconds=self._part)
+
+    def update_weights(self, update_info: Any) -> None:
+        """Takes a chunk."""
+        self._client.call("/update_weights", {"update_info": update_info}, seconds=self._part)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Ends it."""
+        body = {"weight_version": weight_version}
+        self._client.call("/finish_weight_update", body, seconds=self._part)
 
     def pause(self) -> None:
         """Holds responses that are under way."""
@@ -122,22 +210,6 @@ class VLLMServer:
             version=min(found),
         )
 
-    def receive(
-        self, invitation: dict[str, Any], options: dict[str, Any], *, dtype: torch.dtype
-    ) -> list[dict[str, Any]]:
-        """Lets the workers fetch weights (`WeightReceiver.oprd_receive`); returns their answers."""
-        seconds = self._config.timeout_minutes * 60
-        arguments = (invitation, options, dtype_name(dtype))
-        return self._client.workers("oprd_receive", *arguments, seconds=seconds)
-
-    def forget_prefixes(self) -> None:
-        """Resets the prefix cache, and requests left running by an earlier, failed call."""
-        forget = "/reset_prefix_cache?reset_running_requests=true"
-        if not self._client.call(forget, {}, seconds=self._part)["success"]:
-            raise RolloutEngineError(
-                f"the vLLM server at {self.url} did not forget old weights' prefixes"
-            )
-
     def own_address(self) -> str:
         """This machine's address as the server sees it."""
         try:
@@ -169,90 +241,47 @@ class ServerSync:
         error: Why the server did not take the weights; None as long as it does.
     """
 
-    def __init__(self, server: VLLMServer, *, pauses: bool, config: VLLMConfig) -> None:
+    def __init__(self, server: VLLMServer, *, pauses: bool) -> None:
         """With ``pauses`` responses are under way, which get the new weights in the middle."""
         self.server = server
         self.error: Exception | None = None
         self._pauses = pauses
-        self._config = config
-        self._workers: TrainerSocket | None = None
-        self._loaded: Future | None = None
+        self._is_whole = False
 
-    def start(self, options: dict[str, Any], *, dtype: torch.dtype) -> None:
-        """Asks the server's workers to connect, and waits for them."""
-        try:
-            if self._pauses:
-                self.server.pause()
-            # Responses sampled from partly loaded weights must not carry a valid version.
-            self.server.set_version(_UNFINISHED)
-            num_workers = self.server.mask()  # again: the server may have restarted
-            seconds = self._config.sync_timeout_minutes * 60
-            self._workers = workers = TrainerSocket(self.server.own_address(), seconds=seconds)
-            # The call returns only after the transfer, which this process has to serve.
-            self._loaded = loaded = _in_background(
-                lambda: self.server.receive(workers.invitation, options, dtype=dtype)
-            )
-            workers.accept(num_workers, in_vain=loaded.done)
-        except (OSError, RolloutEngineError) as error:
-            self._fail(error)
+    def start(self, *, keep_digests: bool) -> None:
+        """Connects the server's workers and starts the update."""
+        if self._pauses:
+            self._try(self.server.pause)
+        self._try(lambda: self.server.begin_update(keep_digests=keep_digests))
 
-    def tell(self, message: Any, data: memoryview | None = None) -> None:
-        """Sends all workers of the server a message."""
-        if self.error is None:
-            assert self._workers is not None
-            try:
-                self._workers.tell(message, data)
-            except OSError as error:
-                self._fail(error)
+    def send(self, chunk: Chunk) -> None:
+        """Sends a chunk to the server's workers."""
+        self._try(lambda: self.server.send(chunk))
 
-    def finish(self) -> dict[str, str]:
-        """Waits for the workers; returns their checksums by tensor (empty if not asked for)."""
-        if self.error is not None:
-            return {}
-        assert self._loaded is not None
-        try:
-            answers = self._loaded.result(timeout=self._config.sync_timeout_minutes * 60)
-            for answer in answers:
-                if "error" in answer:
-                    raise RolloutEngineError(answer["error"])
-            self.server.forget_prefixes()
-        except (OSError, RolloutEngineError) as error:
-            self._fail(error)
-            return {}
-        return answers[0]["checksums"]
+    def digests(self) -> list[dict[str, str]]:
+        """Checksums of what each worker got, by name."""
+        return self._try(self.server.digests) or []
 
     def commit(self, version: str) -> None:
-        """Gives the weights their label."""
-        if self.error is None:
-            try:
-                self.server.set_version(version)
-            except RolloutEngineError as error:
-                self._fail(error)
+        """Ends the update and gives the weights their label."""
+        self._try(lambda: self.server.commit_update(version))
+        self._is_whole = self.error is None
 
     def close(self) -> None:
-        """Closes the connections, and lets responses go on: without valid weights, they fail."""
-        if self._workers is not None:
-            self._workers.__exit__(None, None, None)
+        """Ends an update that is not whole, and lets responses go on: without weights they fail."""
+        if not self._is_whole:
+            self.server.disconnect()
+            with contextlib.suppress(RolloutEngineError):
+                self.server.abandon_update()
         if self._pauses:
             with contextlib.suppress(RolloutEngineError):
                 self.server.resume()
 
-    def _fail(self, error: Exception) -> None:
-        # The server's error, if there is one, explains a broken connection.
-        done = self._loaded is not None and self._loaded.done()
-        own = self._loaded.exception() if self._loaded is not None and done else None
-        self.error = own if isinstance(own, Exception) else error
-
-
-def _in_background(call: Callable[[], Any]) -> Future:
-    """Runs a call in a daemon thread, which does not delay the process's exit."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except Exception as error:  # the future carries it to the waiting thread
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
+    def _try(self, call: Callable[[], Result]) -> Result | None:
+        """The call's result; None if it fails, or something failed before."""
+        if self.error is None:
+            try:
+                return call()
+            except (OSError, RolloutEngineError) as error:
+                self.error = error
+        return None

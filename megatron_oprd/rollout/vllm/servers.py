@@ -22,7 +22,7 @@ from megatron_oprd.rollout.engine import (
 )
 from megatron_oprd.rollout.vllm.messages import Request, Response, requests_of, rollouts_of
 from megatron_oprd.rollout.vllm.server import Owner, ServerSync, VLLMServer
-from megatron_oprd.rollout.vllm.sockets import send_weights
+from megatron_oprd.rollout.vllm.shared_memory import chunks
 from megatron_oprd.rollout.vllm.sync_check import SyncCheck
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,12 @@ class VLLMServersEngine:
         self._decode = decode
         self._at_once = max_batch_size or _REQUESTS * len(config.servers)
         meaningless = set(range(self._check.vocab_size)) - set(known_ids)
-        of_run = Owner(name=owner, stop_ids=eos_token_ids, meaningless_ids=meaningless)
+        of_run = Owner(
+            name=owner,
+            stop_ids=eos_token_ids,
+            meaningless_ids=meaningless,
+            tied=self._check.tied,
+        )
         self._servers = [VLLMServer(url, owner=of_run, config=config) for url in config.servers]
         self._swaps = swaps
         self._under_way: deque[_UnderWay] = deque()
@@ -102,29 +107,22 @@ class VLLMServersEngine:
             raise self._not_taken(version, "a server has lost the last sync's weights")
         self._sent_version = None
         weights = self._check.passing(stream, left_out=left_out)
-        options = {
-            "tied": self._check.tied,
-            "keep": self._check.is_due,
-            "left_out": self._check.left_out_shapes(left_out),
-        }
         up = [server for server in self._servers if server.is_up()]
         pauses = bool(self._under_way)
-        syncs = [ServerSync(server, pauses=pauses, config=self._config) for server in up]
+        syncs = [ServerSync(server, pauses=pauses) for server in up]
         if not syncs:
             raise self._not_taken(version, "no server is up")
         with ExitStack() as stack, ThreadPoolExecutor(len(syncs)) as pool:
             for sync in syncs:
                 stack.callback(sync.close)
-            list(pool.map(lambda sync: sync.start(options, dtype=self._dtype), syncs))
+            list(pool.map(lambda sync: sync.start(keep_digests=self._check.is_due), syncs))
             self._check_any(syncs, version)
-            for message, data in send_weights(weights, dtype=self._dtype):
-                list(pool.map(lambda sync: sync.tell(message, data), syncs))  # noqa: B023
+            for chunk in chunks(weights, dtype=self._dtype, num_bytes=self._config.chunk_bytes):
+                list(pool.map(lambda sync: sync.send(chunk), syncs))  # noqa: B023
                 self._check_any(syncs, version)
-            checksums = list(pool.map(ServerSync.finish, syncs))
-            self._check_any(syncs, version)
-            for sync, found in zip(syncs, checksums, strict=True):
-                if self._check.is_due and sync.error is None:
-                    self._check.compare(found, version)
+            if self._check.is_due:
+                for digests in pool.map(ServerSync.digests, syncs):
+                    self._check.compare(digests, version)
             list(pool.map(lambda sync: sync.commit(str(version)), syncs))
         self._check_any(syncs, version)
         for sync in syncs:
@@ -217,6 +215,8 @@ class VLLMServersEngine:
         while self._under_way:
             *_, pool, _ = self._under_way.popleft()
             pool.shutdown(wait=False, cancel_futures=True)
+        for server in self._servers:
+            server.disconnect()
 
 
 class _Router:

@@ -1,20 +1,17 @@
-"""TCP protocol between a trainer and its engine's workers, for the weight sync.
+"""TCP connections from a trainer to a server's workers, for weights that go through host memory.
 
-Both sides send lines of JSON; each tensor is a line with name and shape, followed by its bytes. No
-received data is executed. A worker starts with a secret token that it got through the engine.
+A worker starts with a secret token that it got through the server. After that only the tensors'
+bytes cross, and nothing that is received is executed: what comes next, and how much of it, is said
+in vLLM's call of the update.
 """
 
 import hmac
-import json
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
-from io import BufferedReader
-from types import TracebackType
-from typing import Any, cast
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,31 +24,20 @@ class TrainerSocket:
 
     def __init__(self, host: str, *, seconds: float) -> None:
         """Listens on a free port."""
-        # Timeout for connecting and for each read or write.
+        # Timeout for connecting and for each write.
         self._seconds = seconds
         self._stack = ExitStack()
         # host is this machine's address as workers reach it, possibly IPv6.
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = self._stack.enter_context(socket.create_server((host, 0), family=family))
-        self._workers: list[_Worker] = []
-        # Arguments of `WorkerSocket`, sent to workers through the engine.
+        self._workers: list[socket.socket] = []
+        # Arguments of `WorkerSocket`, sent to workers through the server.
         self.invitation: dict[str, Any] = {
             "host": host,
             "port": self._listener.getsockname()[1],
             "token": secrets.token_hex(),
             "seconds": seconds,
         }
-
-    def __enter__(self) -> "TrainerSocket":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     def accept(self, num_workers: int, *, in_vain: Callable[[], bool]) -> None:
         """Waits for the workers; ``in_vain`` is polled and tells that they will not connect."""
@@ -67,104 +53,67 @@ class TrainerSocket:
                 continue
             # Short timeout: a connection that sends nothing must not hold up the workers.
             connection.settimeout(_SECONDS_TO_SAY_TOKEN)
-            worker = _Worker(connection, connection.makefile("rb"))
-            if self._knows_token(worker):
+            if self._knows_token(connection):
                 connection.settimeout(self._seconds)
                 self._stack.enter_context(connection)
-                self._stack.enter_context(worker.file)
-                self._workers.append(worker)
+                self._workers.append(connection)
             else:
-                worker.file.close()
                 connection.close()
+        self._listener.close()
 
-    def _knows_token(self, worker: "_Worker") -> bool:
-        token = f"{self.invitation['token']}\n".encode()
+    def _knows_token(self, connection: socket.socket) -> bool:
+        token = self.invitation["token"].encode()
         try:
-            return hmac.compare_digest(worker.file.readline(len(token)), token)
+            return hmac.compare_digest(_read(connection, len(token)), token)
         except OSError:
             return False
 
-    def tell(self, message: Any, data: memoryview | None = None) -> None:
-        """Sends a message, and optionally bytes after it, to every worker."""
-        line = f"{json.dumps(message)}\n".encode()
-        for worker in self._workers:
-            worker.connection.sendall(line)
-            if data is not None:
-                worker.connection.sendall(data)
+    def send(self, tensor: Tensor) -> None:
+        """Sends the tensor's bytes to every worker."""
+        # As bytes: numpy has no bf16.
+        values = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for connection in self._workers:
+            connection.sendall(values)
 
-    def hear(self) -> list[Any]:
-        """Receives one message from every worker."""
-        return [_message(worker.file) for worker in self._workers]
+    def give_up(self) -> None:
+        """Ends a `send` of another thread, which raises OSError."""
+        for connection in self._workers:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Ends the connections. A second call does nothing."""
+        self._stack.close()
 
 
 class WorkerSocket:
     """A worker's end. Its methods raise OSError if the trainer disconnects or times out."""
 
     def __init__(self, *, host: str, port: int, token: str, seconds: float) -> None:
-        """Connects to the trainer and sends the token; the timeout also applies to messages."""
+        """Connects to the trainer and sends the token; the timeout also applies to reads."""
         self._connection = socket.create_connection((host, port), timeout=seconds)
-        # Answers are short lines that the trainer waits for; Nagle's algorithm would delay them.
-        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._file = cast(BufferedReader, self._connection.makefile("rb", buffering=2**20))
-        self._connection.sendall(f"{token}\n".encode())
+        self._connection.sendall(token.encode())
 
-    def __enter__(self) -> "WorkerSocket":
-        return self
+    def receive(self, shape: list[int], dtype: torch.dtype) -> Tensor:
+        """The next tensor of `TrainerSocket.send`, on the host."""
+        tensor = torch.empty(shape, dtype=dtype)
+        _read_into(self._connection, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return tensor
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
+    def close(self) -> None:
+        """Ends the connection."""
         self._connection.close()
 
-    def hear(self) -> Any:
-        """Receives the trainer's next message."""
-        return _message(self._file)
 
-    def read_into(self, target: memoryview) -> None:
-        """Reads the bytes after a message."""
-        while target:
-            count = self._file.readinto(target)
-            if not count:
-                raise ConnectionError("the other end left in the middle")
-            target = target[count:]
-
-    def tell(self, message: Any) -> None:
-        """Sends the trainer a message."""
-        self._connection.sendall(f"{json.dumps(message)}\n".encode())
+def _read(connection: socket.socket, length: int) -> bytes:
+    found = bytearray(length)
+    _read_into(connection, memoryview(found))
+    return bytes(found)
 
 
-@dataclass(frozen=True)
-class _Worker:
-    connection: socket.socket
-    file: BufferedReader
-
-
-def _message(file: BufferedReader) -> Any:
-    line = file.readline()
-    if not line.endswith(b"\n"):
-        raise ConnectionError("the other end left")
-    return json.loads(line)
-
-
-def send_weights(
-    stream: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype
-) -> Iterator[tuple[Any, memoryview | None]]:
-    """The messages (`TrainerSocket.tell`) that send tensors, converted to ``dtype`` on the way."""
-    for name, tensor in stream:
-        values = tensor.detach().to(dtype).cpu().contiguous().reshape(-1)
-        head = {"name": name, "shape": list(tensor.shape)}
-        # As bytes: numpy has no bf16.
-        yield head, values.view(torch.uint8).numpy().data
-    yield None, None
-
-
-def receive_weights(trainer: WorkerSocket, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of `send_weights`, on the host."""
-    while (head := trainer.hear()) is not None:
-        tensor = torch.empty(head["shape"], dtype=dtype)
-        trainer.read_into(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        yield head["name"], tensor
+def _read_into(connection: socket.socket, target: memoryview) -> None:
+    while target:
+        count = connection.recv_into(target)
+        if not count:
+            raise ConnectionError("the other end left")
+        target = target[count:]

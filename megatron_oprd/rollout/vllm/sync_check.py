@@ -1,7 +1,7 @@
-"""Checks of a weight sync: every weight is sent once, and the engine received it intact."""
+"""Checks of a weight sync: every weight is sent once, and the engine's workers got it intact."""
 
-import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -11,25 +11,28 @@ from transformers.initialization import no_init_weights
 
 from megatron_oprd.rollout.engine import WrongWeightsError
 from megatron_oprd.rollout.hf import checkpoint_tensors, known_weights
-from megatron_oprd.rollout.vllm.worker import EMBEDDING, HEAD, value_checksum
-
-logger = logging.getLogger(__name__)
+from megatron_oprd.rollout.vllm.messages import HEAD
+from megatron_oprd.weights.checksum import checksum
 
 
 class SyncCheck:
     """Checks the successive syncs of one engine.
 
-    Weights omitted from a sync must be unchanged since they were last sent.
+    Attributes:
+        tied: Whether the LM head is the embedding, which is then sent alone.
+        vocab_size: Rows of the embedding.
+        largest_elements: Elements of the largest weight.
+        is_due: Whether the workers' checksums are compared after the current sync.
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, interval: int | None) -> None:
         """Reads the config in a Hugging Face model folder; weights are not read."""
         model = AutoConfig.from_pretrained(folder, local_files_only=True)
-        # The LM head is the embedding; its weight is then sent only as the embedding.
         self.tied = bool(model.tie_word_embeddings)
-        self.vocab_size = int(model.vocab_size)  # rows of the embedding
-        self.is_due = False  # read the engine's weights back after the current sync
+        self.vocab_size = int(model.vocab_size)
+        self.is_due = False
         self._shapes = checkpoint_shapes(model, tied=self.tied)
+        self.largest_elements = max(prod(shape) for shape in self._shapes.values())
         self._dtype = dtype  # the engine's; weights are converted to it before the checksum
         self._interval = interval  # syncs between two comparisons; None: never compare
         self._syncs = 0
@@ -44,11 +47,8 @@ class SyncCheck:
         """
         self.is_due = self._interval is not None and self._syncs % self._interval == 0
         self._syncs += 1
+        self._sent = {}
         return self._pass(stream, left_out)
-
-    def left_out_shapes(self, left_out: Collection[str]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the weights omitted from a sync, by name."""
-        return {name: self._shapes[name] for name in left_out}
 
     def _pass(
         self, stream: Iterable[tuple[str, Tensor]], left_out: Collection[str]
@@ -58,36 +58,25 @@ class SyncCheck:
         own = ((n, tensor) for n, tensor in stream if not (self.tied and n == HEAD))
         for name, tensor in known_weights(own, self._shapes):
             came.add(name)
-            # Every weight at least once: it may be left out of the sync whose check is due.
-            if self.is_due or (self._interval is not None and name not in self._sent):
-                self._sent[name] = value_checksum(tensor.to(self._dtype))
+            if self.is_due:
+                self._sent[name] = checksum(tensor.to(self._dtype))
             yield name, tensor
         if missing := [n for n in self._shapes if n not in came and n not in left_out]:
             raise ValueError(f"{len(missing)} weights were not delivered, the first {missing[0]!r}")
 
-    def compare(self, found: Mapping[str, str], version: int) -> None:
-        """Compares the checksums of sent weights with ``found`` (`checksums_of_engine`).
+    def compare(self, found: Iterable[Mapping[str, str]], version: int) -> None:
+        """Compares the checksums of the tensors that each worker got with those that were sent.
 
-        Weights omitted from this sync are compared with the values last sent. Raises
-        WrongWeightsError if a checksum differs.
+        Raises WrongWeightsError if a worker got another tensor, or one more or fewer.
         """
-        sent = dict(self._sent)
-        if self.tied:
-            sent[HEAD] = sent[EMBEDDING]
-        wrong = sorted(name for name, value in found.items() if sent[name] != value)
-        if wrong:
-            raise WrongWeightsError(
-                f"after weight sync {version} the engine has other values than were sent in "
-                f"{len(wrong)} of {len(found)} tensors, the first {wrong[0]!r}"
-            )
-        if unread := sorted(sent.keys() - found.keys()):
-            logger.warning(
-                "weight sync %d: %d of %d tensors could not be read back from vLLM, the first %s",
-                version,
-                len(unread),
-                len(sent),
-                unread[0],
-            )
+        for worker, of_worker in enumerate(found):
+            names = self._sent.keys() | of_worker.keys()
+            wrong = sorted(n for n in names if self._sent.get(n) != of_worker.get(n))
+            if wrong:
+                raise WrongWeightsError(
+                    f"in weight sync {version} worker {worker} of the engine got other values than "
+                    f"were sent in {len(wrong)} of {len(names)} tensors, the first {wrong[0]!r}"
+                )
 
 
 def checkpoint_shapes(config: PretrainedConfig, *, tied: bool) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
 
 class SamplingParams(SimpleNamespace):
@@ -31,18 +34,24 @@ class LLM:
     """Remembers a number for each of its weights, until others come. Its workers are threads."""
 
     def __init__(
-        self, folder: str, *, worker_extension_cls: str, tensor_parallel_size: int, **options: Any
+        self,
+        folder: str,
+        *,
+        worker_extension_cls: str,
+        tensor_parallel_size: int,
+        weight_transfer_config: dict[str, str],
+        **options: Any,
     ) -> None:
         extension = pkgutil.resolve_name(worker_extension_cls)
-        self._workers = [
-            _worker(extension, self if number == 0 else None)
-            for number in range(tensor_parallel_size)
-        ]
         self._faults = Path(os.environ["FAKE_VLLM_FAULTS"])
         self._number = _next_number(self._faults)
         self.folder = self._faults / f"process_{self._number}"
         self._calls: Counter[str] = Counter()
         self._weights: dict[str, float] = {}
+        self._workers = [
+            _worker(extension, self, number, weight_transfer_config["backend"])
+            for number in range(tensor_parallel_size)
+        ]
         self._fail("build")
 
     def _fail(self, method: str) -> None:
@@ -59,15 +68,29 @@ class LLM:
     def reset_prefix_cache(self) -> bool:
         return True
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         with ThreadPoolExecutor(len(self._workers)) as pool:
             calls = [pool.submit(getattr(worker, method), *args) for worker in self._workers]
             return [call.result() for call in calls]
 
+    def init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
+        self.collective_rpc("init_weight_transfer_engine", (request["init_info"],))
+
+    def start_weight_update(self) -> None:
+        self._num_taken = 0
+        self.collective_rpc("start_weight_update")
+
+    def update_weights(self, request: dict[str, Any]) -> None:
+        self.collective_rpc("update_weights", (request["update_info"],))
+
+    def finish_weight_update(self) -> None:
+        self.collective_rpc("finish_weight_update")
+
     def take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        for number, (name, tensor) in enumerate(weights):
-            if number == 5:
+        for name, tensor in weights:
+            if self._num_taken == 5:
                 self._fail("weights")
+            self._num_taken += 1
             self._weights[name] = float(tensor.double().sum())
 
     def generate(
@@ -85,25 +108,50 @@ class LLM:
             completion = SimpleNamespace(
                 token_ids=tokens, logprobs=logprobs, finish_reason="length"
             )
-            outputs.append(SimpleNamespace(outputs=[completion]))
+            metrics = SimpleNamespace(num_preemptions=1, queued_ts=2.0, scheduled_ts=2.5)
+            outputs.append(SimpleNamespace(outputs=[completion], metrics=metrics))
         return outputs
 
+    def get_metrics(self) -> list[Any]:
+        return [SimpleNamespace(name="vllm:kv_cache_usage_perc", value=0.25)]
 
-def _worker(extension: type, llm: LLM | None) -> Any:
-    """A worker with the extension's methods; one has the weights counted, the others none."""
+
+class _Model(nn.Module):
+    """Hands the weights to the LLM, if it is the first worker's; the other's count for nothing."""
+
+    def __init__(self, llm: LLM, number: int) -> None:
+        super().__init__()
+        self.parameter = nn.Parameter(torch.zeros(1))
+        self._take = llm.take if number == 0 else list
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._take(weights)
+
+    def compute_logits(self) -> None:
+        pass
+
+
+def _worker(extension: type, llm: LLM, number: int, backend: str) -> Any:
+    """A worker with the extension's methods, and with an engine as vLLM's worker has one."""
+
+    model = _Model(llm, number)
+    engine: Any = WeightTransferEngineFactory.create_engine(backend, model)
 
     class Worker(extension):
-        def oprd_mask(self, ids: list[int]) -> None:
-            pass
+        model_runner = SimpleNamespace(get_model=lambda: model)
+        device = torch.device("cpu")
 
-        def reload_weights(
-            self, weights_iterator: Iterable[tuple[str, Tensor]], is_checkpoint_format: bool
-        ) -> None:
-            assert is_checkpoint_format
-            if llm is None:
-                list(weights_iterator)
-            else:
-                llm.take(weights_iterator)
+        def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+            engine.init_transfer_engine(engine.init_info_cls(**init_info))
+
+        def start_weight_update(self) -> None:
+            engine.start_weight_update()
+
+        def update_weights(self, update_info: dict[str, Any]) -> None:
+            engine.update_weights(update_info)
+
+        def finish_weight_update(self) -> None:
+            engine.finish_weight_update()
 
     return Worker()
 

@@ -56,7 +56,6 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def check(url: str, folder: Path, **options: Any) -> None:
     arguments: dict[str, Any] = {"dtype": torch.float32, "max_model_len": 256}
-    arguments["checks_weights"] = True
     check_server(url, folder, **(arguments | options))
 
 
@@ -157,11 +156,19 @@ def test_another_start(
         check(server.url, folder)
 
 
-def test_quantised_weights_are_not_read_back(server: FakeServer, folder: Path) -> None:
-    server.described["quantization"] = "fp8_per_channel"
-    check(server.url, folder, checks_weights=False)
-    with pytest.raises(UserError, match=r"check_weights_interval: .* quantization is fp8_per_ch"):
-        check(server.url, folder)
+def test_ways_that_weights_cannot_go(server: FakeServer, folder: Path) -> None:
+    """A server without one, with one of vLLM's others, and with GPUs that the trainer has not."""
+    for backend in (None, "sparse_nccl"):
+        server.described["weight_transfer"] = backend
+        with pytest.raises(
+            UserError,
+            match=rf"backend {backend!r}; right are 'nccl' .* and 'megatron_oprd_tcp'.*vllm serve",
+        ):
+            check(server.url, folder)
+    if not torch.cuda.is_available():
+        server.described["weight_transfer"] = "nccl"
+        with pytest.raises(UserError, match="is 'nccl', and this trainer has no GPU"):
+            check(server.url, folder)
 
 
 def test_what_the_server_lacks(server: FakeServer, folder: Path) -> None:
@@ -240,7 +247,7 @@ def test_a_server_that_was_started_anew_between_two_steps(
 
 
 def test_weights_that_stay(server: FakeServer, folder: Path, weights: dict[str, Tensor]) -> None:
-    """They count as there until somebody else sends weights, and are checked as the others."""
+    """They count as there until somebody else sends weights."""
     one = engine(server, folder)
     assert one.needs_all_weights()
     one.load_weights(weights.items(), version=1)
@@ -255,10 +262,6 @@ def test_weights_that_stay(server: FakeServer, folder: Path, weights: dict[str, 
     with pytest.raises(ValueError, match=f"1 weights were not delivered, the first '{stay[-1]}'"):
         one.load_weights(changed.items(), version=3, left_out=stay[:-1])
     assert one.needs_all_weights()
-    one.load_weights(weights.items(), version=4)
-    server.weights[stay[0]] = server.weights[stay[0]] + 1
-    with pytest.raises(WrongWeightsError, match=f"in 1 of .* tensors, the first '{stay[0]}'"):
-        one.load_weights(changed.items(), version=5, left_out=stay)
     one.load_weights(weights.items(), version=6)
     server.label = "runs/b#6"
     assert one.needs_all_weights()
@@ -292,30 +295,58 @@ def test_a_sync_that_fails(server: FakeServer, folder: Path, weights: dict[str, 
         with pytest.raises(RolloutEngineError, match="no weights of this run"):
             one.generate(PROMPTS, SAMPLING)
 
-    server.before_receiving = lambda: {"error": "it left"}  # and no worker calls back
-    fails("did not take weight sync 2")
-    server.before_receiving = None
-    server.instead["/collective_rpc"] = lambda: (500, b"out of memory")
-    fails("500: out of memory")
+    for path in (
+        "/collective_rpc",
+        "/init_weight_transfer_engine",
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+    ):
+        server.instead[path] = lambda: (500, b"out of memory")
+        fails("did not take weight sync 2: .*500: out of memory")
+        server.instead.clear()
+        assert server.label == "runs/a#unfinished"
+    # No worker calls back.
+    server.instead["/init_weight_transfer_engine"] = lambda: (200, b"{}")
+    fails("did not take weight sync 2: timed out")
     server.instead.clear()
     with pytest.raises(ValueError, match="1 weights were not delivered"):
         one.load_weights(list(weights.items())[:-1], version=2)
     with pytest.raises(RolloutEngineError, match="no weights of this run"):
         one.generate(PROMPTS, SAMPLING)
+    assert not server.is_updating
     one.load_weights(weights.items(), version=3)
     assert {r.weights_version for r in one.generate(PROMPTS, SAMPLING)} == {3}
 
 
+def test_a_connection_stays_until_it_is_lost(
+    server: FakeServer, folder: Path, weights: dict[str, Tensor]
+) -> None:
+    one = engine(server, folder)
+    for version in (1, 2):
+        one.load_weights(weights.items(), version=version)
+    assert server.num_connections == 1
+    server.start_again()
+    one.load_weights(weights.items(), version=3)
+    assert server.num_connections == 2
+    assert all(torch.equal(server.weights[name], weights[name]) for name in weights)
+
+
+def test_an_update_that_another_run_left(
+    server: FakeServer, folder: Path, weights: dict[str, Tensor]
+) -> None:
+    """Its trainer was killed in the middle; the server still waits for weights."""
+    server.label, server.is_updating = "runs/b#unfinished", True
+    one = engine(server, folder)
+    one.load_weights(weights.items(), version=1)
+    assert {r.weights_version for r in one.generate(PROMPTS, SAMPLING)} == {1}
+
+
 def test_wrong_weights(server: FakeServer, folder: Path, weights: dict[str, Tensor]) -> None:
     """A checksum of each tensor, by which a changed one is named."""
-    receive = server.oprd_receive
-
-    def changing(*arguments: Any) -> Any:
-        answer = receive(*arguments)
-        answer["checksums"]["model.norm.weight"] = "0"
-        return answer
-
-    server.oprd_receive = changing  # type: ignore[method-assign, assignment]
+    found = server.oprd_digests
+    changed = {"model.norm.weight": "0"}
+    server.oprd_digests = lambda: found() | changed  # type: ignore[method-assign]
     with pytest.raises(
         WrongWeightsError, match=r"in 1 of .* tensors, the first 'model.norm.weight'"
     ):

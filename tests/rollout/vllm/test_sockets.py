@@ -1,30 +1,22 @@
-"""Who may call a trainer, and what workers hear of it; both ways that weights take."""
+"""Who may connect to a trainer, and what workers get of it."""
 
+import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_oprd.rollout.vllm.bucket import (
-    ReceivingBucket,
-    SendingBucket,
-    receive_through,
-    send_through,
-)
-from megatron_oprd.rollout.vllm.sockets import (
-    TrainerSocket,
-    WorkerSocket,
-    receive_weights,
-    send_weights,
-)
+from megatron_oprd.rollout.engine import RolloutEngineError
+from megatron_oprd.rollout.vllm.shared_memory import chunks
+from megatron_oprd.rollout.vllm.sockets import TrainerSocket, WorkerSocket
+from megatron_oprd.rollout.vllm.transfers import TCPTransfer
 
 BF16 = torch.bfloat16
-Receive = Callable[[WorkerSocket], Iterator[tuple[str, Tensor]]]
-Send = Callable[[TrainerSocket], None]
 
 
 def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -34,90 +26,113 @@ def tensors() -> Iterator[tuple[str, Tensor]]:
     yield "transposed", torch.arange(20.0).view(4, 5).t()
 
 
-@pytest.fixture(params=["network", "buffer"])
-def way(request: pytest.FixtureRequest) -> Iterator[tuple[Send, Receive]]:
-    if request.param == "network":
-        yield (
-            _send_over_the_network,
-            lambda trainer: receive_weights(trainer, dtype=BF16),
-        )
-        return
-    bucket = SendingBucket(num_bytes=64, dtype=BF16, device=torch.device("cpu"))
-    handle = bucket.handle
-    yield (
-        lambda workers: send_through(bucket, workers, tensors()),
-        lambda trainer: receive_through(ReceivingBucket(handle), trainer),
-    )
-    bucket.close()
+class Workers:
+    """A client of three workers, which are threads."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(3)
+        self._sockets: list[WorkerSocket] = []
+        self.arrived: list[dict[str, Tensor]] = [{} for _ in range(3)]
+        self.error: Exception | None = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        if self.error is not None:
+            raise self.error
+        self._sockets = list(self._pool.map(lambda _: WorkerSocket(**init_info), range(3)))
+
+    def start_weight_update(self) -> None:
+        pass
+
+    def update_weights(self, update_info: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        list(self._pool.map(lambda number: self._take(number, **update_info), range(3)))
+
+    def _take(self, number: int, names: Any, dtype_names: Any, shapes: Any) -> None:
+        for name, dtype, shape in zip(names, dtype_names, shapes, strict=True):
+            tensor = self._sockets[number].receive(shape, getattr(torch, dtype))
+            self.arrived[number][name] = tensor
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        pass
 
 
-def _send_over_the_network(workers: TrainerSocket) -> None:
-    for message, data in send_weights(tensors(), dtype=BF16):
-        workers.tell(message, data)
+def connect(workers: Workers, seconds: float = 20) -> TCPTransfer:
+    return TCPTransfer(workers, host="127.0.0.1", num_workers=3, seconds=seconds)
 
 
-def test_every_worker_gets_every_tensor(way: tuple[Send, Receive]) -> None:
-    send, receive = way
-
-    def take(workers: TrainerSocket) -> list[tuple[str, Tensor]]:
-        with WorkerSocket(**workers.invitation) as trainer:
-            return list(receive(trainer))
-
-    with TrainerSocket("127.0.0.1", seconds=20) as workers, ThreadPoolExecutor(3) as pool:
-        taken = [pool.submit(take, workers) for _ in range(3)]
-        workers.accept(3, in_vain=lambda: False)
-        send(workers)
-        for of_worker in taken:
-            received = of_worker.result(timeout=30)
-            for (name, tensor), (expected_name, expected) in zip(received, tensors(), strict=True):
-                assert name == expected_name
-                assert torch.equal(tensor, expected.to(BF16))
+def test_every_worker_gets_every_tensor() -> None:
+    workers = Workers()
+    transfer = connect(workers)
+    for chunk in chunks(tensors(), dtype=BF16, num_bytes=100):
+        transfer.send(chunk)
+    transfer.close()
+    for arrived in workers.arrived:
+        assert list(arrived) == [name for name, _ in tensors()]
+        assert all(torch.equal(arrived[name], tensor.to(BF16)) for name, tensor in tensors())
 
 
-def test_a_worker_that_leaves(way: tuple[Send, Receive]) -> None:
-    send, receive = way
+def test_a_server_that_fails() -> None:
+    """Its error is the one that is raised, and soon, though its workers do not read."""
+    workers = Workers()
+    workers.error = RolloutEngineError("out of memory")
+    with pytest.raises(RolloutEngineError, match="out of memory"):
+        connect(workers)
+    workers.error = None
+    transfer = connect(workers)
+    workers.error = RolloutEngineError("out of memory")
+    # More than the system's buffers hold.
+    with pytest.raises(RolloutEngineError, match="out of memory"):
+        transfer.send([("large", torch.zeros(10**8, dtype=torch.uint8))])
+    transfer.close()
 
-    def leave(workers: TrainerSocket) -> None:
-        with WorkerSocket(**workers.invitation) as trainer:
-            next(receive(trainer))
 
-    with TrainerSocket("127.0.0.1", seconds=20) as workers, ThreadPoolExecutor(1) as pool:
-        pool.submit(leave, workers)
-        workers.accept(1, in_vain=lambda: False)
-        with pytest.raises(OSError, match=r"left|reset|pipe"):
-            # What fits into the system's buffers is sent in any case.
-            all(send(workers) is None for _ in range(1000))
+def test_a_worker_that_leaves() -> None:
+    workers = TrainerSocket("127.0.0.1", seconds=20)
+    worker = WorkerSocket(**workers.invitation)
+    workers.accept(1, in_vain=lambda: False)
+    worker.close()
+    # More than the system's buffers hold, which is sent in any case.
+    with pytest.raises(OSError, match=r"reset|pipe"):
+        workers.send(torch.zeros(10**8, dtype=torch.uint8))
+    workers.close()
 
 
-def test_a_trainer_that_leaves(way: tuple[Send, Receive]) -> None:
-    _, receive = way
-    with TrainerSocket("127.0.0.1", seconds=20) as workers:
-        trainer = WorkerSocket(**workers.invitation)
-        workers.accept(1, in_vain=lambda: False)
-    with trainer, pytest.raises(ConnectionError, match="the other end left"):
-        list(receive(trainer))
+def test_a_trainer_that_leaves() -> None:
+    workers = TrainerSocket("127.0.0.1", seconds=20)
+    worker = WorkerSocket(**workers.invitation)
+    workers.accept(1, in_vain=lambda: False)
+    workers.send(torch.arange(3.0))
+    workers.close()
+    with pytest.raises(ConnectionError, match="the other end left"):
+        worker.receive([4], torch.float32)
+    worker.close()
 
 
 def test_nobody_else_gets_weights() -> None:
     """Who does not know the token is told nothing, and those who do are."""
-    with TrainerSocket("127.0.0.1", seconds=5) as workers:
-        stranger = socket.create_connection(("127.0.0.1", workers.invitation["port"]))
-        stranger.sendall(b"guess" * 20 + b"\n")
-        trainer = WorkerSocket(**workers.invitation)
-        workers.accept(1, in_vain=lambda: False)
-        workers.tell({"a": [1, 2]})
-        assert trainer.hear() == {"a": [1, 2]}
-        trainer.tell("taken")
-        assert workers.hear() == ["taken"]
-        trainer.__exit__(None, None, None)
+    workers = TrainerSocket("127.0.0.1", seconds=5)
+    stranger = socket.create_connection(("127.0.0.1", workers.invitation["port"]))
+    stranger.sendall(b"guess" * 20)
+    worker = WorkerSocket(**workers.invitation)
+    workers.accept(1, in_vain=lambda: False)
+    workers.send(torch.arange(3.0))
+    assert worker.receive([3], torch.float32).tolist() == [0, 1, 2]
+    # Reset, if it is closed with bytes unread.
+    with contextlib.suppress(ConnectionResetError):
         assert stranger.recv(1) == b""
+    worker.close()
+    workers.close()
 
 
 def test_workers_that_do_not_come() -> None:
     answered = threading.Event()
-    with TrainerSocket("127.0.0.1", seconds=60) as workers:
-        threading.Timer(0.3, answered.set).start()
-        with pytest.raises(TimeoutError):
-            workers.accept(1, in_vain=answered.is_set)
-    with TrainerSocket("127.0.0.1", seconds=0.3) as workers, pytest.raises(TimeoutError):
+    workers = TrainerSocket("127.0.0.1", seconds=60)
+    threading.Timer(0.3, answered.set).start()
+    with pytest.raises(TimeoutError):
+        workers.accept(1, in_vain=answered.is_set)
+    workers.close()
+    workers = TrainerSocket("127.0.0.1", seconds=0.3)
+    with pytest.raises(TimeoutError):
         workers.accept(1, in_vain=lambda: False)
+    workers.close()

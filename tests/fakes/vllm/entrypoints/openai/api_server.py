@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from megatron_oprd.rollout.vllm.messages import EXTENSION
+from megatron_oprd.rollout.vllm.messages import EMBEDDING, EXTENSION, HEAD
+from megatron_oprd.rollout.vllm.transfers import TCP
 from tests.fakes.vllm_server import FakeServer
 from vllm import LLM, SamplingParams
 
@@ -24,7 +25,12 @@ class Server(FakeServer):
     def __init__(self, arguments: list[str]) -> None:
         options = dict(itertools.pairwise(arguments))
         self._one_at_a_time = threading.Lock()
-        self._llm = LLM(options["--model"], worker_extension_cls=EXTENSION, tensor_parallel_size=1)
+        self._llm = LLM(
+            options["--model"],
+            worker_extension_cls=EXTENSION,
+            tensor_parallel_size=1,
+            weight_transfer_config={"backend": TCP},
+        )
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
         pids = f"{os.getpid()} {child.pid}"
         (self._llm.folder / "pids").write_text(pids)
@@ -35,8 +41,13 @@ class Server(FakeServer):
             "max_model_len": int(options["--max-model-len"]),
         }
 
+    def start(self) -> None:
+        super().start()
+        self._llm.start_weight_update()
+
     def load(self, weights: dict[str, Any]) -> None:
-        self._llm.take(weights.items())
+        head = {HEAD: weights[EMBEDDING]} if self.tied and EMBEDDING in weights else {}
+        self._llm.take((weights | head).items())
 
     def tokens(self, body: dict[str, Any]) -> list[int]:
         params = SamplingParams(**body["sampling_params"])
