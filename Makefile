@@ -117,10 +117,14 @@ bridge-real: $(TEACHER)/config.json
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python examples/bridge_real/run.py \
 		--teacher $(TEACHER) --out $(BRIDGES)
 
+SCRIPTS = .ci/run $(wildcard docker/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/shellcheck --external-sources $(SCRIPTS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
