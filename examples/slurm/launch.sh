@@ -30,8 +30,8 @@ on_nodes() {
         fi
         PATH=$(realpath "$VENV")/bin:$PATH
     fi
-    # The other nodes end when one fails; a minute, so that all of them have written their logs.
-    local command=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1
+    # When a node ends, the others have a minute to end, too; then Slurm ends them.
+    local command=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0
         --wait=60 --label "${where[@]}" "$@")
     if [ -n "${DRY_RUN:-}" ]; then
         printf '%q ' "${command[@]}"
