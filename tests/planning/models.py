@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
-EXAMPLES = Path(__file__).parents[2] / "examples"
+# Runs whose plans the tests know.
+EXAMPLES = Path(__file__).parent / "runs"
 
 
 def model_folder(directory: Path, name: str) -> Path:

@@ -1,0 +1,271 @@
+"""examples/slurm and examples/kubernetes: the commands they lead to, and a run on two 'nodes'.
+
+Slurm is a stand-in here: ``srun`` starts its command once for each node, all on this machine.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.helpers.pairs import save_pair
+from tests.helpers.ranks import ROOT
+
+SLURM = ROOT / "examples/slurm"
+SBATCH = sorted(path.name for path in SLURM.glob("*.sbatch"))
+JOBSET: dict[str, Any] = yaml.safe_load((ROOT / "examples/kubernetes/train.yaml").read_text())
+
+# Starts the command after its own options once for each node, as Slurm does, and leaves its process
+# id, by which the test finds all of the step's processes.
+SRUN = """#!/usr/bin/env bash
+nodes=1
+while [[ $1 == --* ]]; do [[ $1 == --nodes=* ]] && nodes=${1#*=}; shift; done
+echo $$ > "$PIDS"
+pids=()
+for node in $(seq 0 $((nodes - 1))); do SLURM_NODEID=$node "$@" & pids+=($!); done
+trap '' USR1
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit $status
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$REQUEUED"; fi
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job on two nodes of one GPU."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PIDS": str(tmp_path / "pids"),
+        "REQUEUED": str(tmp_path / "requeued"),
+        "LOGS": str(tmp_path / "logs"),
+        "VENV": sys.prefix,
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_GPUS_ON_NODE": "1",
+    }
+
+
+def command(name: str, environment: dict[str, str], *arguments: str, **settings: str) -> list[str]:
+    """The words of the srun command that ``name`` leads to."""
+    done = subprocess.run(
+        ["bash", SLURM / name, *arguments],
+        env={**environment, "DRY_RUN": "1", **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)
+
+
+@pytest.mark.parametrize("name", [*SBATCH, "launch.sh"])
+def test_bash_reads_it(name: str) -> None:
+    subprocess.run(["bash", "-n", SLURM / name], check=True)
+
+
+def test_train_on_two_nodes(cluster: dict[str, str]) -> None:
+    words = command("train.sbatch", cluster, "run.yaml", "optimizer.lr=1e-5", SLURM_JOB_ID="45678")
+    assert words[: words.index("bash")] == [
+        *("srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"),
+        *("--kill-on-bad-exit=0", "--wait=60", "--label"),
+    ]
+    torchrun = words[words.index("bash") + 3 :]
+    assert torchrun == [
+        f"{cluster['LOGS']}/45678.0",
+        *("--nnodes", "2", "--nproc-per-node", "1"),
+        *("--master-addr", "localhost", "--master-port", "25678"),
+        *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
+        *("--shutdown-timeout", "900", "--tee", "3", "--local-ranks-filter", "0"),
+        *("-m", "megatron_oprd.train", "--config", "run.yaml", "optimizer.lr=1e-5"),
+    ]
+
+
+def test_in_a_container(cluster: dict[str, str]) -> None:
+    """The environment is the image's; the project's folder is seen under its own name."""
+    settings = {"CONTAINER": "oprd.sqsh", "MOUNTS": "/models,/data", "VENV": "/nowhere"}
+    words = command("build_bridge.sbatch", cluster, "bridge.yaml", **settings)
+    options = words[: words.index("bash")]
+    assert "--container-image=oprd.sqsh" in options
+    assert f"--container-mounts={ROOT}:{ROOT},/models,/data" in options
+    assert f"--container-workdir={ROOT}" in options
+    assert words[-4:] == ["-m", "megatron_oprd.build_bridge", "--config", "bridge.yaml"]
+
+
+def test_convert_and_evaluate_take_one_node(cluster: dict[str, str]) -> None:
+    tool = ("hf_to_megatron", "--hf", "a", "--out", "b")
+    words = command(
+        "convert.sbatch", cluster, *tool, SLURM_JOB_NUM_NODES="1", SLURM_GPUS_ON_NODE=""
+    )
+    assert words[words.index("--nproc-per-node") + 1] == "8"
+    assert words[-6:] == ["-m", "checkpoint_tools.hf_to_megatron", "--hf", "a", "--out", "b"]
+    words = command("evaluate.sbatch", cluster, "--model", "student=a")
+    assert "--nodes=1" in words
+    assert words[words.index("python") :] == [
+        *("python", "-m", "megatron_oprd.evaluate", "--engine", "vllm", "--model", "student=a"),
+    ]
+
+
+def test_a_missing_environment_is_named(cluster: dict[str, str]) -> None:
+    done = subprocess.run(
+        ["bash", SLURM / "train.sbatch", "run.yaml"],
+        env={**cluster, "VENV": "/nowhere"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: VENV=/nowhere has no bin/python")
+
+
+@pytest.mark.parametrize("name", SBATCH)
+def test_what_saves_is_requeued_and_nothing_else(name: str) -> None:
+    text = (SLURM / name).read_text()
+    restarts = "#SBATCH --requeue" in text
+    assert restarts == (name in ("train.sbatch", "evaluate.sbatch"))
+    assert ("#SBATCH --signal=USR1@900" in text) == (name == "train.sbatch")
+
+
+def wait_for(condition: Any, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "nothing came"
+        time.sleep(0.2)
+
+
+def steps(out: Path) -> list[int]:
+    file = out / "metrics.jsonl"
+    if not file.exists():
+        return []
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_network_between_two_nodes(cluster: dict[str, str]) -> None:
+    done = subprocess.run(
+        ["bash", SLURM / "fabric.sbatch", "--megabytes", "1", "--repeats", "1"],
+        env=cluster,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"all ranks: 2 ranks, 1 MB, [\d.]+ ms, bus [\d.]+ GB/s", done.stdout)
+    assert "a machine: 1 ranks, 1 MB" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_nodes_stop_on_a_signal_and_go_on(tmp_path: Path, cluster: dict[str, str]) -> None:
+    pair = save_pair(tmp_path / "pair", "llama")
+    out = tmp_path / "out"
+    run = ["bash", str(SLURM / "train.sbatch"), str(pair / "run.yaml"), f"output_dir={out}"]
+    first = subprocess.Popen(
+        [*run, "train_iters=100000", "checkpoint.save_interval=100000"],
+        env=cluster,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: len(steps(out)) >= 2 or first.poll() is not None, 240)
+        # The step's processes: the children of srun, and theirs. Not srun, and not the script.
+        srun = int(Path(cluster["PIDS"]).read_text())
+        for pid in descendants(srun):
+            os.kill(pid, signal.SIGUSR1)
+        said, _ = first.communicate(timeout=240)
+    finally:
+        if first.poll() is None:
+            os.killpg(first.pid, signal.SIGKILL)
+    assert first.returncode == 1, said
+    done = steps(out)[-1]
+    assert f"stopped after step {done}, on SIGUSR1" in said
+    assert Path(cluster["REQUEUED"]).read_text() == f"requeue {cluster['SLURM_JOB_ID']}\n"
+    logs = sorted(Path(cluster["LOGS"]).glob("*.0/node*/*/attempt_0/0/std*.log"))
+    assert {re.sub(r".*/(node\d)/.*", r"\1", str(path)) for path in logs} == {"node0", "node1"}
+
+    second = subprocess.run(
+        [*run, f"train_iters={done + 3}", "checkpoint.save_interval=100000"],
+        env={**cluster, "SLURM_RESTART_COUNT": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert steps(out) == list(range(done + 3))
+    assert (out / "student/config.json").exists()
+    assert len(Path(cluster["REQUEUED"]).read_text().splitlines()) == 1
+
+
+def descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [one for child in map(int, children) for one in (child, *descendants(child))]
+
+
+# --- Kubernetes ---
+
+JOB = JOBSET["spec"]["replicatedJobs"][0]
+POD = JOB["template"]["spec"]["template"]["spec"]
+CONTAINER = POD["containers"][0]
+
+
+def torchrun_option(option: str) -> str:
+    words = shlex.split(CONTAINER["args"][0])
+    return words[words.index(option) + 1]
+
+
+def test_fields_of_the_jobset() -> None:
+    """The fields that JobSet's v1alpha2 has, as far as the file uses them."""
+    assert (JOBSET["apiVersion"], JOBSET["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    spec = JOBSET["spec"]
+    assert set(spec) == {"failurePolicy", "network", "replicatedJobs"}
+    assert set(spec["failurePolicy"]) == {"maxRestarts"}
+    assert set(spec["network"]) == {"enableDNSHostnames", "publishNotReadyAddresses"}
+    assert set(JOB) == {"name", "replicas", "template"}
+
+
+def test_all_pods_meet() -> None:
+    job = JOB["template"]["spec"]
+    assert job["completionMode"] == "Indexed"  # without it there is no JOB_COMPLETION_INDEX
+    assert torchrun_option("--node-rank") == "$JOB_COMPLETION_INDEX"
+    assert int(torchrun_option("--nnodes")) == job["parallelism"] == job["completions"]
+    name = JOBSET["metadata"]["name"]
+    assert torchrun_option("--master-addr") == f"{name}-{JOB['name']}-0-0.{name}"
+    gpus = CONTAINER["resources"]["limits"]["nvidia.com/gpu"]
+    assert int(torchrun_option("--nproc-per-node")) == gpus
+
+
+def test_a_pod_has_time_to_save() -> None:
+    """torchrun kills its workers before Kubernetes kills torchrun."""
+    assert int(torchrun_option("--shutdown-timeout")) < POD["terminationGracePeriodSeconds"]
+
+
+def test_volumes_are_mounted() -> None:
+    mounts = {mount["name"] for mount in CONTAINER["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in POD["volumes"]}
+    assert "/dev/shm" in {mount["mountPath"] for mount in CONTAINER["volumeMounts"]}
+
+
+def test_bash_reads_the_command() -> None:
+    subprocess.run(["bash", "-n", "-c", CONTAINER["args"][0]], check=True)
