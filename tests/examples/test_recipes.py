@@ -59,7 +59,7 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dry run only asks whether vLLM is there."""
-    monkeypatch.syspath_prepend(ROOT / "tests/fakes")
+    monkeypatch.syspath_prepend(ROOT / "tests/fakes/vllm_stand_in")
 
 
 def text_on(stubs: Path, name: str) -> str:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
 from megatron_oprd.rollout.vllm.engine import VLLMEngine
 from tests.helpers.closeness import assert_close_relative
+from tests.helpers.engine_processes import engine_processes
 from tests.helpers.tiny import EOS_ID, save_tiny_model, tiny_tokenizer
 from tests.rollout.test_sampling import chi_square
 from tests.vllm.engines import (
@@ -244,4 +245,4 @@ def test_weights_that_do_not_come(engine: VLLMEngine, weights: Weights) -> None:
     missing = dict(list(weights.items())[:-1])
     with pytest.raises(ValueError, match="1 weights were not delivered"):
         engine.load_weights(missing.items())
-    assert engine._process._process.poll() is not None
+    assert not engine_processes()

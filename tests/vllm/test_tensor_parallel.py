@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
 from megatron_oprd.rollout.vllm.engine import VLLMEngine
+from tests.helpers.engine_processes import engine_processes
 from tests.helpers.tiny import save_tiny_model
 from tests.vllm.engines import (
     Weights,
@@ -79,7 +80,7 @@ def test_check_finds_what_was_changed_on_the_way(
 
 def test_a_worker_that_is_killed(engine: VLLMEngine) -> None:
     """The last test of this file. The other worker and their engine do not live on."""
-    children = psutil.Process(engine._process.pid).children(recursive=True)
+    children = engine_processes()[0].children(recursive=True)
     workers = [child for child in children if "Worker" in child.name()]
     assert len(workers) == 2
     os.kill(workers[1].pid, signal.SIGKILL)

@@ -21,18 +21,19 @@ from megatron_oprd.training import loop
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.rollout_source import RolloutSource, StepRollouts
 from megatron_oprd.training.step import Distiller
+from tests.helpers.engine_processes import engine_processes
 from tests.helpers.pairs import config_of
 from tests.helpers.ranks import ROOT
 
-FAKES = str(ROOT / "tests" / "fakes")
+STAND_IN = str(ROOT / "tests" / "fakes" / "vllm_stand_in")
 
 
 def run(case: dict[str, Any], directory: Path) -> None:
     """Runs one case: {name, pair, overrides}, with optional entries:
 
     folder: The run's, if not that of its name.
-    faults: vLLM is the fake of tests/fakes/vllm, with these faults. No other case of the same ranks
-    may have the real one.
+    faults: vLLM is the stand-in of tests/fakes/vllm_stand_in, with these faults.
+    No other case of the same ranks may have the real one.
     kill_engine_before: A step whose rollouts the first rank's vLLM process is killed before.
     kill_server_before: The same of the last vLLM server that the run started.
     stale: Whether the hf engine keeps its first weights.
@@ -47,8 +48,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
 
     def recorded(source: RolloutSource, step: int) -> StepRollouts:
         if case.get("kill_engine_before") == len(rollouts) and dist.get_rank() == 0:
-            engine: Any = source._engines._engine
-            os.kill(engine._process.pid, 9)
+            engine_processes()[0].kill()
         if case.get("kill_server_before") == len(rollouts) and dist.get_rank() == 0:
             servers = [
                 process
@@ -88,8 +88,8 @@ def run(case: dict[str, Any], directory: Path) -> None:
     logging.getLogger("megatron_oprd").addHandler(handler)
     if "faults" in case:
         # Found by this process, and by the engine's.
-        sys.path.append(FAKES)
-        os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), FAKES))
+        sys.path.append(STAND_IN)
+        os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), STAND_IN))
         faults = directory / f"{case['name']}.faults"
         faults.mkdir(exist_ok=True)
         for fault in case["faults"]:

@@ -19,6 +19,7 @@ from megatron_oprd.rollout.engine import (
     SamplingParams,
 )
 from megatron_oprd.rollout.vllm.engine_process import EngineProcess
+from megatron_oprd.rollout.vllm.memory import loses_weights
 from megatron_oprd.rollout.vllm.messages import EngineSettings, requests_of, rollouts_of
 from megatron_oprd.rollout.vllm.sync_check import SyncCheck
 from megatron_oprd.rollout.vllm.transfers import (
@@ -107,7 +108,7 @@ class VLLMEngine:
             sleep_level=self._sleep_level,
         )
         self._process = EngineProcess(
-            "megatron_oprd.rollout.vllm.engine_main", environment=_environment(gpus)
+            "megatron_oprd.rollout.vllm.engine_main", environment=engine_environment(gpus)
         )
         try:
             self._call("build", settings)
@@ -186,7 +187,7 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """Frees device memory according to ``sleep_level``, until the next `load_weights`."""
-        self._lacks_weights = self._lacks_weights or self._sleep_level == 2
+        self._lacks_weights = self._lacks_weights or loses_weights(self._sleep_level)
         self._call("sleep")
 
     def close(self) -> None:
@@ -246,7 +247,7 @@ def environment_without_rank() -> dict[str, str]:
     }
 
 
-def _environment(gpus: Sequence[str]) -> dict[str, str]:
+def engine_environment(gpus: Sequence[str]) -> dict[str, str]:
     """The engine's environment: only its GPUs, and no rank."""
     environment = environment_without_rank()
     if gpus:

@@ -215,7 +215,7 @@ class ServerProcess:
         if config.enforce_eager:
             flags.append("--enforce-eager")
         return [
-            *_serve(self._folder),
+            *serve_command(self._folder),
             *flags,
             *(str(part) for option in options.items() for part in option),
         ]
@@ -233,7 +233,7 @@ class ServerProcess:
         return environment
 
 
-def _serve(folder: Path) -> list[str]:
+def serve_command(folder: Path) -> list[str]:
     """The command ``vllm serve`` of this environment's vLLM."""
     try:
         importlib.metadata.version("vllm")

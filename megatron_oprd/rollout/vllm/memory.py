@@ -120,3 +120,8 @@ def _workspace(rollout: RolloutConfig, load: EngineLoad, *, max_model_len: int) 
     # Logits in the weights' format and in fp32, their log-probabilities; sorted, with their order.
     of_response = load.vocab_size * (load.itemsize + 3 * _FP32 + _INT64)
     return max(forward, min(responses, tokens) * of_response)
+
+
+def loses_weights(sleep_level: int) -> bool:
+    """Whether an engine that has slept lacks its weights, so that all have to be sent again."""
+    return sleep_level == 2

@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.vllm.engine import VLLMEngine, _environment
+from megatron_oprd.rollout.vllm.engine import engine_environment
+from megatron_oprd.rollout.vllm.memory import loses_weights
 from megatron_oprd.rollout.vllm.sync_check import checkpoint_shapes
 from megatron_oprd.training.plan import make_plan
 from tests.helpers.pairs import config_of, save_pair
@@ -55,11 +56,7 @@ def test_checkpoint_shapes(tmp_path: Path, family: str, tied: bool) -> None:
 
 @pytest.mark.parametrize(("level", "lacks"), [(0, False), (1, False), (2, True)])
 def test_deep_sleep_loses_the_weights(level: int, lacks: bool) -> None:
-    engine: Any = object.__new__(VLLMEngine)
-    engine._lacks_weights, engine._sleep_level = False, level
-    engine._call = lambda method: None
-    engine.sleep()
-    assert engine.needs_all_weights() == lacks
+    assert loses_weights(level) == lacks
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,9 +65,9 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "1234")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    environment = _environment(["6", "4"])
+    environment = engine_environment(["6", "4"])
     assert environment["CUDA_VISIBLE_DEVICES"] == "6,4"
     of_torchrun = {"RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"}
     assert not of_torchrun & environment.keys()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert "CUDA_VISIBLE_DEVICES" not in _environment([])
+    assert "CUDA_VISIBLE_DEVICES" not in engine_environment([])

