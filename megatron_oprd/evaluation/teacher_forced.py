@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from megatron_oprd.distill.layer_map import LayerPair
 from megatron_oprd.distill.representation import token_cosine
 
-_ROWS = 256  # positions per chunk of distributions; bounds memory
+ROWS = 256  # positions per chunk of distributions; bounds memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def teacher_forced_measures(
         for layer, (ours, theirs) in enumerate(zip(student_hidden, teacher_hidden, strict=True)):
             sums.cosine[layer] += _total(token_cosine(ours, theirs))
         tokens = torch.tensor([token for s in batch for token in s.response_ids])
-        for rows in torch.arange(len(tokens)).split(_ROWS):
+        for rows in torch.arange(len(tokens)).split(ROWS):
             sums.add_distributions(student_logits[rows], teacher_logits[rows], tokens[rows])
 
     n = sums.positions

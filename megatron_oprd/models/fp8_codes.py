@@ -20,7 +20,7 @@ _LARGEST = torch.finfo(DTYPE).max  # 448
 # the row with the largest outlier (28 standard deviations).
 _EPS = 2.0**-3
 # Elements encoded or decoded at a time, in fp32: bounds the memory next to the result.
-_ELEMENTS_AT_A_TIME = 2**22
+ELEMENTS_AT_A_TIME = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,5 +95,5 @@ def _decoded(stored: Tensor, logarithmic: bool) -> Tensor:
 
 def _runs_of_rows(weight: Tensor) -> list[tuple[int, int]]:
     rows, columns = weight.shape
-    step = max(1, _ELEMENTS_AT_A_TIME // columns)
+    step = max(1, ELEMENTS_AT_A_TIME // columns)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 # Bytes of a block of pinned memory. torch rounds pinned memory up to a power of two, which could
 # double the size of a tensor's own allocation.
-_BLOCK_BYTES = 2**26
+BLOCK_BYTES = 2**26
 
 
-class _Pinned:
+class Pinned:
     """Pinned host memory in blocks of a power of two, filled without gaps."""
 
     def __init__(self, num_bytes: int) -> None:
@@ -26,7 +26,7 @@ class _Pinned:
         pieces = []
         while num_bytes:
             if not self._free:
-                self._free = min(_BLOCK_BYTES, self._left)
+                self._free = min(BLOCK_BYTES, self._left)
                 self._left -= self._free
                 self._blocks.append(torch.empty(self._free, dtype=torch.uint8).pin_memory())
             count = min(num_bytes, self._free)
@@ -37,10 +37,10 @@ class _Pinned:
         return pieces
 
 
-class _Weight:
+class Weight:
     """A tensor on the device and its copy in host memory."""
 
-    def __init__(self, tensor: Tensor, host: _Pinned) -> None:
+    def __init__(self, tensor: Tensor, host: Pinned) -> None:
         assert tensor.is_contiguous()
         self._tensor = tensor.detach()
         self._num_bytes = tensor.nbytes
@@ -51,14 +51,17 @@ class _Weight:
             on_host.copy_(piece)
 
     def allocate(self) -> None:
+        """Takes device memory; the values are undefined."""
         # Resizing the storage keeps the tensor object, to which modules and views refer.
         self._tensor.untyped_storage().resize_(self._num_bytes)
 
     def copy_to_device(self) -> None:
+        """Begins to copy the values from the host."""
         for piece, on_host in self._pieces():
             piece.copy_(on_host, non_blocking=True)
 
     def free(self) -> None:
+        """Gives the device memory back."""
         self._tensor.untyped_storage().resize_(0)
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -86,9 +89,9 @@ class OffloadedWeights:
         elsewhere = {id(tensor) for tensors in (*of_layers, resident) for tensor in tensors}
         others = [t for chunk in chunks for t in _tensors(chunk) if id(t) not in elsewhere]
         moving = [*others, *(tensor for tensors in of_layers for tensor in tensors)]
-        host = _Pinned(sum(tensor.nbytes for tensor in moving))
-        self._others = [_Weight(tensor, host) for tensor in others]
-        self._layers = [[_Weight(tensor, host) for tensor in tensors] for tensors in of_layers]
+        host = Pinned(sum(tensor.nbytes for tensor in moving))
+        self._others = [Weight(tensor, host) for tensor in others]
+        self._layers = [[Weight(tensor, host) for tensor in tensors] for tensors in of_layers]
         self._arrived: list[Any] = []
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(self._waiting_hook(number))

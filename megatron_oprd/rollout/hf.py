@@ -63,11 +63,11 @@ class HFEngine:
         self._meaningless_ids = sorted(set(range(config.vocab_size)) - set(known_ids))
         self._decode = decode
         self._max_batch_size = max_batch_size
-        self._version: int | None = None
+        self.weights_version: int | None = None
 
     def needs_all_weights(self) -> bool:
         """Whether `load_weights` has not been called or has failed."""
-        return self._version is None
+        return self.weights_version is None
 
     @torch.no_grad()
     def load_weights(
@@ -85,7 +85,7 @@ class HFEngine:
         assert not (left_out and self.needs_all_weights()), (
             "weights are left out that are not there"
         )
-        self._version = None  # a partial load is not a usable model
+        self.weights_version = None  # a partial load is not a usable model
         destinations = checkpoint_tensors(self.model)
         shapes = {name: tuple(tensor.shape) for name, tensor in destinations.items()}
         delivered: dict[int, str] = {}  # data pointer -> name; tied weights share the pointer
@@ -101,14 +101,14 @@ class HFEngine:
         missing = [n for n, t in destinations.items() if t.data_ptr() not in there]
         if missing:
             raise ValueError(f"{len(missing)} weights were not delivered, the first {missing[0]!r}")
-        self._version = version
+        self.weights_version = version
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Samples ``samples_per_prompt`` responses per prompt, ordered by prompt, then sample.
 
         Does not communicate with other ranks. Raises RuntimeError if no weights have been loaded.
         """
-        if self._version is None:
+        if self.weights_version is None:
             raise RuntimeError("generate() before load_weights(): the model has no weights yet")
         requests = [(p, i) for p in prompts for i in samples_of(p, sampling)]
         # Prompts of similar length share a batch, which saves padding.
@@ -132,7 +132,7 @@ class HFEngine:
         self, requests: Sequence[tuple[Prompt, int]], sampling: SamplingParams
     ) -> list[Rollout]:
         """Generates one batch of (prompt, sample index) pairs."""
-        assert self._version is not None
+        assert self.weights_version is not None
         width = max(len(prompt.token_ids) for prompt, _ in requests)
         # [b, s], padded on the left: generate() appends after the last column
         input_ids = torch.full((len(requests), width), self._pad_token_id)
@@ -190,7 +190,7 @@ class HFEngine:
                     prompt_ids=prompt.token_ids,
                     response_ids=tuple(response),
                     finished=length is not None,
-                    weights_version=self._version,
+                    weights_version=self.weights_version,
                     logprobs=None if reported is None else tuple(reported[row][: len(response)]),
                 )
             )

@@ -71,7 +71,7 @@ class LogprobCheck:
         is_meaningless = torch.ones(plan.layout.student.padded_vocab_size, dtype=torch.bool)
         is_meaningless[list(plan.tokenizer.get_vocab().values())] = False
         columns = slice(self._shard.start, self._shard.start + self._shard.size)
-        self._is_meaningless = is_meaningless[columns].to(context.device)
+        self.is_meaningless = is_meaningless[columns].to(context.device)
 
     def compare(self, rollouts: Sequence[Rollout], *, step: int) -> dict[str, Any]:
         """Returns a step's metrics; warns on rank 0 if the mean difference is over the threshold.
@@ -130,7 +130,7 @@ class LogprobCheck:
         logprobs = ResponseLogprobs(
             self._head(),
             shard=self._shard,
-            is_meaningless=self._is_meaningless,
+            is_meaningless=self.is_meaningless,
             num_tokens=sum(len(rollout.response_ids) for rollout in rollouts),
             sequence_parallel=parallel.sequence_parallel,
             logits_divisor=distiller.plan.layout.student.architecture.logits_divisor,

@@ -15,7 +15,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Rows of embedding and head compared at a time, so that neither is in memory as a whole.
-_ROWS = 4096
+ROWS = 4096
 
 
 def check_tensors(table: Iterable[Mapping], source: WeightSource, *, tied: bool) -> None:
@@ -61,10 +61,10 @@ def check_tied_head(source: WeightSource) -> None:
     if HEAD not in source.names():
         return
     same = source.shape(HEAD) == source.shape(EMBEDDING)
-    for start in range(0, source.shape(EMBEDDING)[0], _ROWS):
+    for start in range(0, source.shape(EMBEDDING)[0], ROWS):
         if not same:
             break
-        rows = slice(start, start + _ROWS)
+        rows = slice(start, start + ROWS)
         # Compared as bytes, because as floats a NaN would differ from its own copy.
         embedding, head = (
             source.read_slice(name, rows).view(torch.uint8) for name in (EMBEDDING, HEAD)

@@ -10,7 +10,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.weights.positioned_reads import row_blocks, slices_of
 from megatron_oprd.weights.source import WeightSource
 
-_ROWS_BYTES = 2**26  # bytes of a tensor examined at a time
+ROWS_BYTES = 2**26  # bytes of a tensor examined at a time
 
 
 def count_overflows(values: Tensor, dtype: torch.dtype) -> int:
@@ -36,7 +36,7 @@ def overflow_error(source: WeightSource, name: str, dtype: torch.dtype) -> UserE
     """
     count, largest = 0, 0.0
     whole = [(0, n) for n in source.shape(name)]
-    for rows in row_blocks(whole, source.dtype(name).itemsize, _ROWS_BYTES):
+    for rows in row_blocks(whole, source.dtype(name).itemsize, ROWS_BYTES):
         values = source.read_slice(name, *slices_of(rows))
         too_large = values[_overflows(values, dtype)]
         if too_large.numel():

@@ -18,7 +18,7 @@ from megatron_oprd.weights.hf_files import companion_name
 from megatron_oprd.weights.positioned_reads import row_blocks, slices_of
 from megatron_oprd.weights.source import WeightSource
 
-_ROWS_BYTES = 2**26  # bytes of a tensor compared at a time
+ROWS_BYTES = 2**26  # bytes of a tensor compared at a time
 # These name the config's writer and its folder, not the model.
 _NEUTRAL_FIELDS = {"transformers_version", "_name_or_path"}
 # transformers 4 and 5 write the same setting under different names.
@@ -142,7 +142,7 @@ def _compare_tensor(
     shape = a.shape(name)
     num_different, largest = 0, 0.0
     first: tuple[tuple[int, ...], float, float] | None = None
-    for block in row_blocks([(0, n) for n in shape], a.dtype(name).itemsize, _ROWS_BYTES):
+    for block in row_blocks([(0, n) for n in shape], a.dtype(name).itemsize, ROWS_BYTES):
         part_a, part_b = (one.read_slice(name, *slices_of(block)) for one in (a, b))
         advance(part_a.nbytes)
         if dtype is not None:

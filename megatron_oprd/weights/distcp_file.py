@@ -52,7 +52,7 @@ class AlternatingBuffers:
 # Bytes of zip headers and pickle per chunk or object: an estimate for the check of free space.
 OVERHEAD_BYTES = 2048
 _MAX_BYTES_OF_TWO = 2**29  # most bytes in flight: one chunk being written, one being read
-_COPIED_BYTES = 2**26  # bytes of a chunk cast or copied at a time
+COPIED_BYTES = 2**26  # bytes of a chunk cast or copied at a time
 _READ_BACK_BYTES = 2**20  # small enough to be hashed from the processor's cache
 # Transformer Engine's extra state of a layer without FP8 training, in a list as Megatron saves it.
 _EMPTY_OBJECT = [torch.empty(0, dtype=torch.uint8)]
@@ -163,7 +163,7 @@ def read_chunk(
             continue
         # In row blocks, to avoid a second copy of a large tensor.
         (start, stop), *columns = there
-        rows = max(1, _COPIED_BYTES // (target[0].numel() * chunk.dtype.itemsize))
+        rows = max(1, COPIED_BYTES // (target[0].numel() * chunk.dtype.itemsize))
         for row in range(start, stop, rows):
             block = [(row, min(row + rows, stop)), *columns]
             part = source.read_slice(piece.hf, *slices_of(block))

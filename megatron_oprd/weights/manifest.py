@@ -19,7 +19,7 @@ from megatron_oprd.weights.positioned_reads import Bounds, row_blocks, shape_of,
 from megatron_oprd.weights.torch_dist_files import RELEASE, TorchDistFiles
 from megatron_oprd.weights.torch_dist_plan import chunk_name
 
-_ROWS_BYTES = 2**26  # bytes of a tensor read at a time
+ROWS_BYTES = 2**26  # bytes of a tensor read at a time
 
 
 class _Reader(Protocol):
@@ -44,7 +44,7 @@ class StoredTensor:
 
     def blocks(self) -> Iterator[Tensor]:
         """The values in row-major order, in blocks of rows."""
-        for rows in row_blocks(self.bounds, self.dtype.itemsize, _ROWS_BYTES):
+        for rows in row_blocks(self.bounds, self.dtype.itemsize, ROWS_BYTES):
             yield self.read(self.tensor, *slices_of(rows))
 
 

@@ -24,7 +24,7 @@ Bounds = list[tuple[int, int]]
 # Bytes. A read of one more run takes about as long as that of a gap of this size; the kernel would
 # read the gap of a file on disk ahead anyway.
 _LARGEST_GAP = 16 * 2**10
-_BLOCK = 4 * 2**20  # bytes read at a time with their gaps, unless one row is larger
+BLOCK = 4 * 2**20  # bytes read at a time with their gaps, unless one row is larger
 
 
 def bounds_of(index: Sequence[slice]) -> Bounds:
@@ -115,7 +115,7 @@ def read_bounds(
     if not result.numel():
         return result
     if (wide := _with_gaps(info, bounds)) != bounds:
-        for block in row_blocks(wide, info.dtype.itemsize, _BLOCK):
+        for block in row_blocks(wide, info.dtype.itemsize, BLOCK):
             read = read_bounds(descriptor, path, info, block)
             wanted = common(block, bounds)
             assert wanted is not None

@@ -127,7 +127,7 @@ def test_batching_does_not_change_the_measures(
     student = tiny_model(tmp_path / "student", "llama", seed=1, num_layers=3)
     teacher = tiny_model(tmp_path / "teacher", "llama", seed=2, num_layers=4)
     expected = teacher_forced_measures(student, teacher, SEQUENCES[::-1], PAIRS, batch_size=3)
-    monkeypatch.setattr("megatron_oprd.evaluation.teacher_forced._ROWS", 2)
+    monkeypatch.setattr("megatron_oprd.evaluation.teacher_forced.ROWS", 2)
     measures = teacher_forced_measures(student, teacher, SEQUENCES, PAIRS, batch_size=batch_size)
     assert flat(measures) == pytest.approx(flat(expected), rel=1e-9)
 

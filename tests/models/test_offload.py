@@ -57,7 +57,7 @@ def test_gradients_are_on_the_device_from_the_students_pass_to_the_update(result
 
 def test_host_memory_is_in_blocks_of_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch rounds pinned memory up to a power of two, each block by itself."""
-    monkeypatch.setattr(offload, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(offload, "BLOCK_BYTES", 64)
     sizes: list[int] = []
 
     def pinned(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,8 +71,8 @@ def test_host_memory_is_in_blocks_of_powers_of_two(monkeypatch: pytest.MonkeyPat
         torch.zeros(3, 30, dtype=torch.uint8) + 5,
     ]
     expected = [tensor.clone() for tensor in tensors]
-    host = offload._Pinned(sum(tensor.nbytes for tensor in tensors))
-    weights = [offload._Weight(tensor, host) for tensor in tensors]
+    host = offload.Pinned(sum(tensor.nbytes for tensor in tensors))
+    weights = [offload.Weight(tensor, host) for tensor in tensors]
     total = sum(tensor.nbytes for tensor in expected)
     assert sizes == [64] * (total // 64) + [total % 64]
     for weight in weights:

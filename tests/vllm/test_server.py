@@ -28,6 +28,7 @@ from megatron_oprd.rollout.vllm.memory import num_blocks
 from megatron_oprd.rollout.vllm.messages import EXTENSION
 from megatron_oprd.rollout.vllm.secret import VARIABLE
 from megatron_oprd.rollout.vllm.servers import VLLMServersEngine
+from megatron_oprd.rollout.vllm.sync_check import SyncCheck
 from megatron_oprd.rollout.vllm.transfers import transfer_config
 from megatron_oprd.weights.hf_files import HFFolder
 from tests.helpers.tiny import EOS_ID, save_tiny_model
@@ -222,16 +223,16 @@ def test_weights_of_others(engine: VLLMServersEngine, url: str, folder: Path) ->
 def test_check_finds_what_was_changed_on_the_way(
     engine: VLLMServersEngine, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passing = engine._check.passing
+    passing = SyncCheck.passing
     changed = "model.layers.2.self_attn.k_proj.weight"
 
     def changing(
-        stream: Iterator[tuple[str, Tensor]], *, left_out: Collection[str]
+        check: SyncCheck, stream: Iterator[tuple[str, Tensor]], *, left_out: Collection[str]
     ) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in passing(stream, left_out=left_out):
+        for name, tensor in passing(check, stream, left_out=left_out):
             yield name, tensor + 0.5 if name == changed else tensor
 
-    monkeypatch.setattr(engine._check, "passing", changing)
+    monkeypatch.setattr(SyncCheck, "passing", changing)
     with pytest.raises(WrongWeightsError, match=rf"in 1 of \d+ tensors, the first '{changed}'"):
         engine.load_weights(weights.items())
 

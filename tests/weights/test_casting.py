@@ -58,7 +58,7 @@ def test_the_error_is_about_all_of_the_tensor(
     dtype: torch.dtype,
     message: str,
 ) -> None:
-    monkeypatch.setattr(casting, "_ROWS_BYTES", 8)
+    monkeypatch.setattr(casting, "ROWS_BYTES", 8)
     values = torch.ones(5, 2, dtype=stored)
     values[1, 0] = largest * 0.9999
     values[3, 1] = largest

@@ -147,7 +147,7 @@ def test_where_values_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_bytes: int
 ) -> None:
     """In one piece, two rows at a time, and with less than a row's bytes."""
-    monkeypatch.setattr(compare, "_ROWS_BYTES", rows_bytes)
+    monkeypatch.setattr(compare, "ROWS_BYTES", rows_bytes)
     changed = tensors()
     changed["x"][2, 1] += 0.5
     changed["x"][3, 2] = -11.0

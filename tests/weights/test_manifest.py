@@ -44,7 +44,7 @@ def check(folder: Path) -> list[ChecksumDifference]:
 def test_folders_are_as_they_were_written(
     folders: Path, monkeypatch: pytest.MonkeyPatch, rows_bytes: int
 ) -> None:
-    monkeypatch.setattr(manifest, "_ROWS_BYTES", rows_bytes)
+    monkeypatch.setattr(manifest, "ROWS_BYTES", rows_bytes)
     for name in ("hf", "megatron", "megatron/release"):
         stored = stored_tensors(folders / name)
         read: list[int] = []

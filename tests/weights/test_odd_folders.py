@@ -209,7 +209,7 @@ def test_the_newest_checkpoint_is_so_by_number(tmp_path: Path) -> None:
 def test_a_tied_head_is_compared_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accounting, "_ROWS", 16)
+    monkeypatch.setattr(accounting, "ROWS", 16)
     config = tiny_config("llama", tie_word_embeddings=True)
     save_tiny_model(tmp_path / "model", config, seed=0)
     file = tmp_path / "model" / "model.safetensors"

@@ -89,7 +89,7 @@ def test_reads_only_the_slices_bytes(tmp_path: Path) -> None:
 
 
 def test_narrow_gaps_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(positioned_reads, "_BLOCK", 700)  # not a multiple of a row
+    monkeypatch.setattr(positioned_reads, "BLOCK", 700)  # not a multiple of a row
     tensor = torch.arange(3 * 50 * 40).view(3, 50, 40)
     file = saved(tmp_path / "t.safetensors", {"t": tensor, "matrix": tensor.view(150, 40).clone()})
     calls = 0

@@ -74,7 +74,7 @@ def test_padding_is_zero(model: Path, tmp_path: Path) -> None:
 def test_a_large_tensor_is_put_together_some_rows_at_a_time(
     model: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    monkeypatch.setattr(distcp_file, "_COPIED_BYTES", rows * 32 * 2)
+    monkeypatch.setattr(distcp_file, "COPIED_BYTES", rows * 32 * 2)
     opened = open_checkpoint(model)
     reads: list[int] = []
     read_slice = HFCheckpoint.read_slice

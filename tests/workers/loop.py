@@ -137,6 +137,6 @@ def _load_first_weights(load_weights: Callable[..., None]) -> Callable[..., None
             load_weights(engine, stream, version=version)
         for _ in stream:
             pass
-        engine._version = version
+        engine.weights_version = version
 
     return load

@@ -186,7 +186,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
 
         check = LogprobCheck(distiller)
         held = [t for module in state.modules for t in (*module.parameters(), *module.buffers())]
-        checked = Allocations([*held, check._is_meaningless])
+        checked = Allocations([*held, check.is_meaningless])
         with checked:
             check.student_logprobs(rollouts)
 

@@ -46,7 +46,9 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Makes a server that is not started yet; all are ended."""
-    monkeypatch.setattr(server_process, "serve_command", lambda of: [sys.executable, str(FAKE), str(of)])
+    monkeypatch.setattr(
+        server_process, "serve_command", lambda of: [sys.executable, str(FAKE), str(of)]
+    )
     made: list[ServerProcess] = []
 
     def make(**settings: Any) -> ServerProcess:
