@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -41,6 +41,7 @@ class EngineKind(ABC):
         switches_rotary_factors: Whether a sequence that grows past longrope's original length gets
             other factors on the way, unlike in training.
         overlaps: Whether it can generate while the trainer computes (`OverlappingEngine`).
+        trials: Settings with which a self-test tries the engine on a GPU, by name.
         host_memory_setting: Setting with which the engine moves weights to the host's memory.
     """
 
@@ -54,6 +55,7 @@ class EngineKind(ABC):
     has_servers: ClassVar[bool] = False
     switches_rotary_factors: ClassVar[bool] = False
     overlaps: ClassVar[bool] = False
+    trials: ClassVar[Mapping[str, Sequence[str]]] = {}
     host_memory_setting: ClassVar[str] = ""
 
     def setting(self, name: str) -> str:

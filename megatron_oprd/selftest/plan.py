@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron_oprd.rollout.registry import ENGINES
 from megatron_oprd.selftest.cases import Case
 
 _TP2, _PP2, _CP2, _EP2 = (
@@ -77,6 +78,7 @@ def cases(num_ranks: int, *, has_gpu: bool) -> list[Case]:
         *_steps("layouts, experts", "experts", [], _EXPERT_LAYOUTS, _FP32),
         *_steps(_IN_BF16_PART, "dense", [_BF16], _named(_IN_BF16), _ROUNDED),
         *_resumes(),
+        *_rollouts(has_gpu=has_gpu),
         *_speed(num_ranks),
     ]
     for recipe in (*_TORCH_RECIPES, *(_ENGINE_RECIPES if has_gpu else ())):
@@ -152,6 +154,25 @@ def _resumes() -> Iterator[Case]:
             arguments={"overrides": settings, "is_reference": name == "one rank"},
             seconds=120,
         )
+
+
+def _rollouts(*, has_gpu: bool) -> Iterator[Case]:
+    """Each engine in a process of its own, with a GPU in all its trials."""
+    for kind in ENGINES.values():
+        if not kind.has_processes:
+            continue
+        for name, settings in kind.trials.items() if has_gpu else [("one engine", ())]:
+            yield Case(
+                part=f"rollouts, {kind.title}",
+                name=name,
+                kind="rollouts",
+                num_ranks=1,
+                arguments={
+                    "overrides": [f"rollout.engine={kind.name}", *settings]
+                    + ([_BF16] if has_gpu else [])
+                },
+                seconds=300,
+            )
 
 
 def _speed(num_ranks: int) -> Iterator[Case]:

@@ -20,7 +20,7 @@ from megatron_oprd.weights.export import Exporter
 
 # With a large epsilon, Adam's updates are linear in the gradients. With the usual one an element
 # whose gradient is rounding alone moves by the whole learning rate.
-_LINEAR_UPDATES = ["optimizer.lr=0.1", "optimizer.adam_eps=1.0", "optimizer.lr_warmup_fraction=0"]
+LINEAR_UPDATES = ["optimizer.lr=0.1", "optimizer.adam_eps=1.0", "optimizer.lr_warmup_fraction=0"]
 
 
 def run(arguments: dict[str, Any], place: Place) -> str:
@@ -31,7 +31,7 @@ def run(arguments: dict[str, Any], place: Place) -> str:
     """
     config = load_config(
         place.models / arguments["pair"] / "run.yaml",
-        [*_LINEAR_UPDATES, *arguments["overrides"]],
+        [*LINEAR_UPDATES, *arguments["overrides"]],
     )
     with parallel_run(config.parallel, seed=config.seed) as context:
         _check_recipe(config.teacher, context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from megatron_oprd.config.engines.vllm import MAX_TEMPERATURE, VLLMConfig
@@ -33,6 +34,9 @@ class VLLMKind(EngineKind):
     splits_models = True
     has_servers = True
     overlaps = True
+    trials = MappingProxyType(
+        {f"sleep level {level}": (f"rollout.vllm.sleep_level={level}",) for level in (0, 1, 2)}
+    )
     host_memory_setting = "rollout.vllm.sleep_level = 1"
 
     def place(self, rollout: RolloutConfig) -> Place:
