@@ -1,5 +1,6 @@
 """Where tables are printed."""
 
+import os
 from typing import Any
 
 from rich.console import Console
@@ -8,6 +9,11 @@ _WIDTH_OF_A_LOG = 160
 
 
 def make_console(**options: Any) -> Console:
-    """A console as wide as the terminal; a log, which has no width, gets the widest tables."""
+    """A console as wide as the terminal; a log, which has no width, gets the widest tables.
+
+    The variable COLUMNS sets the width of both.
+    """
     console = Console(**options)
-    return console if console.is_terminal else Console(width=_WIDTH_OF_A_LOG, **options)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(width=_WIDTH_OF_A_LOG, **options)

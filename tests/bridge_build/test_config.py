@@ -6,7 +6,7 @@ from megatron_oprd.bridge_build.config import load_build_config
 from megatron_oprd.errors import UserError
 from tests.helpers.ranks import ROOT
 
-EXAMPLE = ROOT / "examples" / "bridge.yaml"
+EXAMPLE = ROOT / "examples/recipes/qwen3-1.7b-base-from-qwen3-4b-1n8g-build-bridge.yaml"
 
 
 def test_example() -> None:
