@@ -103,13 +103,20 @@ LAYOUTS = {
 NIGHTLY = (
     "deepseek_8b",
     "exaone_32b",
+    "glm4_32b",
     "granite_8b",
+    "mistral_7b",
     "mixtral_8x7b",
+    "olmo2_32b",
     "olmo3_32b",
     "phi_3_mini",
+    "phi_4_mini",
+    "qwen2_57b_a14b",
     "qwen3_32b",
     "qwen3_4b",
     "qwen3_coder_30b",
+    "seed_oss_36b",
+    "smollm3_3b",
 )
 
 

@@ -167,6 +167,7 @@ def test_what_is_broken_is_named(
         assert f"{part}: {one['name']}" in printed
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_stops_no_other(tmp_path: Path) -> None:
     done = python(tmp_path, "-c", RUN_CASES, str(tmp_path), breaks=CASES)
     assert done.returncode == 0, done.stderr

@@ -122,6 +122,15 @@ NIGHTLY = {
     "projector_tp2_sp_from_dp2",
     *("odd_tied_dp2_from_pp2", "odd_tied_one_from_dp3_B", "odd_tied_pp2_from_dp3_B"),
     *("odd_tied_dp3_from_one", "odd_tied_dp4_B_from_pp2"),
+    *("plain_pp2_from_dp2", "output_tied_pp2_from_one"),
+    *(
+        "moe_dp2_ep2",
+        "moe_tp2_sp_ep2_from_dp2_ep2",
+        "moe_ep2_plain_optimizer",
+        "moe_ep2_from_plain",
+    ),
+    *("odd_tied_pp2", "odd_tied_dp2_B_from_pp2", "odd_tied_tp2_pp2_B_from_dp3_B"),
+    *("odd_dp2_vpp2_B", "odd_dp2_vpp2_from_dp3_B"),
     *("odd_dp2_B_from_tp2_sp_B", "odd_one_from_dp2_vpp2_B", "odd_dp3_from_dp3_B"),
     *("odd_tp2_sp_B_from_dp3_B", "odd_bf16_plain_from_dp3_B", "odd_bf16_tp2_sp_B_from_dp3_B"),
 }

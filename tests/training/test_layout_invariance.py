@@ -456,7 +456,13 @@ FURTHER: set[tuple[str, ...]] = {
     ),
     *((method, "tp2_pp2") for method in ("sampled_token", "forward_kl", "top_k_union")),
     *((method, "tp2") for method in FP8),
-    (FP8[0], "tp4_sp"),
+    *((method, layout) for method in FP8 for layout in ("tp4_sp", "tp2_sp_full")),
+    *((method, "tp2_sp_full") for method in ("sampled_token", "forward_kl", "top_k_union")),
+    *(("llama_tied_deeper", "logprobs", layout) for layout in ("tp2", "pp2")),
+    *(("bridge", "default", layout) for layout in ("tp2_sp_packed", "dp2_pp2")),
+    *(("moe_teacher", "default", layout) for layout in ("tp2", "ep2_pp2")),
+    *((method, "pp2_vpp2") for method in ("even_last_k_sequence_mean", "token_pre_norm")),
+    ("post_norms", "default", "tp2"),
     (EARLY, "pp2_vpp2"),
     ("shallow_first_teacher", "pp2"),
     *(("gaps", layout) for layout in ("pp2_vpp2_target_groups", "dp2_pp2")),
@@ -489,7 +495,7 @@ NIGHTLY = (
         for case in CASES
         if (
             case[1] in ("top_k", "jsd", "other_prompt", "other_tokens", SEVERAL, *PROJECTOR_METHODS)
-            and case[2] not in ("tp2_sp_full", "pp2_vpp2_target_groups", "cp2_tp2_sp")
+            and case[2] not in ("pp2_vpp2_target_groups", "cp2_tp2_sp")
         )
         or (
             case[1] in ("crossfade", "ride", "other_precision")

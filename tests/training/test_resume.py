@@ -147,6 +147,7 @@ def test_killed_while_writing(pair: Path, tmp_path: Path) -> None:
         assert_close_relative(tensor, expected[name], 1e-4, what=name)
 
 
+@pytest.mark.slow
 def test_finished_run_starts_again_and_changes_nothing(pair: Path, tmp_path: Path) -> None:
     """A run that is at its end only exports again; with more steps it goes on."""
     out = tmp_path / "run"
