@@ -217,7 +217,7 @@ class VLLMEngine:
 
 
 class _Calls:
-    """A `transfers.Client` over the pipe to the engine's process."""
+    """A `transfer_client.Client` over the pipe to the engine's process."""
 
     def __init__(self, engine: VLLMEngine) -> None:
         self._engine = engine

@@ -65,7 +65,7 @@ class Engine:
         return [uuid for uuid in self._llm.collective_rpc("oprd_gpu") if uuid is not None]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """See `transfers.Client`, as for the next three."""
+        """See `transfer_client.Client`, as for the next three."""
         self._llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self) -> None:

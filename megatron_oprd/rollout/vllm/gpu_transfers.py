@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
 from megatron_oprd.rollout.vllm.shared_memory import Chunk
-from megatron_oprd.rollout.vllm.transfers import Client
+from megatron_oprd.rollout.vllm.transfer_client import Client
 
 
 class _Source(WeightSource):

@@ -34,7 +34,7 @@ class Owner:
 class VLLMServer:
     """A server whose weights' label (vLLM's weight version) is ``OWNER#VERSION``.
 
-    It is also the `transfers.Client` of its weight transfer: HTTP carries the calls alone. Methods
+    It is also the `transfer_client.Client` of its weight transfer: HTTP carries the calls alone. Methods
     raise RolloutEngineError if it fails, WrongWeightsError if it has another run's weights.
     """
 
@@ -155,7 +155,7 @@ class VLLMServer:
             self._transfer = None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """See `transfers.Client`, as for the next three."""
+        """See `transfer_client.Client`, as for the next three."""
         body = {"init_info": init_info}
         self._client.call("/init_weight_transfer_engine", body, seconds=self._part)
 

@@ -12,7 +12,7 @@ backends are registered with vLLM's factory (`host_engines.py`).
 import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from megatron_oprd.rollout.vllm.shared_memory import (
     write,
 )
 from megatron_oprd.rollout.vllm.sockets import TrainerSocket
+from megatron_oprd.rollout.vllm.transfer_client import Client
 
 # Names in vLLM's WeightTransferConfig: its own, and those of `host_engines.py`.
 IPC, NCCL = "ipc", "nccl"
@@ -35,26 +36,6 @@ SHARED_MEMORY, TCP = "megatron_oprd_shared_memory", "megatron_oprd_tcp"
 def transfer_config(on_gpus: bool) -> str:
     """A server's ``--weight-transfer-config``."""
     return json.dumps({"backend": NCCL if on_gpus else TCP})
-
-
-class Client(Protocol):
-    """Calls an engine's methods of these names; vLLM's protocol VLLMWeightSyncClient.
-
-    It is written here again because a trainer on a CPU need not have vLLM. All raise
-    RolloutEngineError.
-    """
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Connects the workers with the trainer."""
-
-    def start_weight_update(self) -> None:
-        """Prepares the workers' modules for new weights."""
-
-    def update_weights(self, update_info: Any) -> None:
-        """Has the workers take a chunk; returns when they have."""
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Ends the update; the weights are those of this version."""
 
 
 class EngineTransfer(Protocol):
