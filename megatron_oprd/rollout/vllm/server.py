@@ -34,8 +34,8 @@ class Owner:
 class VLLMServer:
     """A server whose weights' label (vLLM's weight version) is ``OWNER#VERSION``.
 
-    It is also the `transfer_client.Client` of its weight transfer: HTTP carries the calls alone. Methods
-    raise RolloutEngineError if it fails, WrongWeightsError if it has another run's weights.
+    It is also the `transfer_client.Client` of its weight transfer: HTTP carries the calls alone.
+    Methods raise RolloutEngineError if it fails, WrongWeightsError if it has another run's weights.
     """
 
     def __init__(self, url: str, *, owner: Owner, config: VLLMConfig) -> None:
