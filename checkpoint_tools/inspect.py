@@ -35,6 +35,7 @@ from megatron_oprd.models.build import padded_vocab_size
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.casting import dtype_name
+from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.megatron_checkpoint import is_megatron
 from megatron_oprd.weights.output_folder import MANIFEST_FILE
 from megatron_oprd.weights.source import WeightSource
@@ -73,7 +74,9 @@ def inspect(
     Raises `UserError` if it cannot be read or the layout does not divide it.
     """
     # Hugging Face folders of unknown families are shown as well, without architecture and shares.
-    source = open_weights(path, hf_config)
+    source: WeightSource = (
+        open_weights(path, hf_config) if is_megatron(path) else HFCheckpoint(path)
+    )
     architecture, refusal, stored_rows = None, None, None
     try:
         opened = open_checkpoint(path, hf_config=hf_config if is_megatron(path) else None)

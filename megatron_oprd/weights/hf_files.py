@@ -117,12 +117,18 @@ class HFCheckpoint(HFFolder):
     def __init__(self, folder: str | os.PathLike[str]):
         super().__init__(folder)
         self._files = _open_files(self.folder)  # by tensor
+        self._stored: dict[str, str] = {}  # names in the files, of tensors that were renamed
 
     def leave_out(self, prefixes: tuple[str, ...]) -> None:
         """Hides the tensors whose names begin with one of ``prefixes``."""
         self._files = {
             name: file for name, file in self._files.items() if not name.startswith(prefixes)
         }
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Gives tensors other names: ``names`` are the present ones -> the new ones."""
+        self._stored |= {new: self._stored.get(old, old) for old, new in names.items()}
+        self._files = {names.get(name, name): file for name, file in self._files.items()}
 
     def names(self) -> list[str]:
         """The tensors' names, in their order on disk."""
@@ -146,7 +152,7 @@ class HFCheckpoint(HFFolder):
 
     def read_slice(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
         """Implements `WeightSource.read_slice`."""
-        return self._file(name).read_slice(name, slices, out=out)
+        return self._file(name).read_slice(self._stored.get(name, name), slices, out=out)
 
     def files(self) -> list[Path]:
         """The files that hold the configuration and the tensors."""
@@ -155,7 +161,7 @@ class HFCheckpoint(HFFolder):
         return [self.folder / CONFIG_FILE, *([index] if index.exists() else []), *sorted(shards)]
 
     def _info(self, name: str) -> TensorInfo:
-        return self._file(name).tensors[name]
+        return self._file(name).tensors[self._stored.get(name, name)]
 
     def _file(self, name: str) -> SafetensorsFile:
         try:

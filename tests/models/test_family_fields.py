@@ -38,6 +38,8 @@ NEUTRAL_OF_FAMILY: dict[str, dict[str, Any]] = {
     # While there are no tensors of such layers.
     "glm4_moe": {"num_mtp_layers": 2, "output_router_logits": True},
     "llama": {"pretraining_tp": 2},
+    # Sequences end before.
+    "ministral3": {"max_position_embeddings": 512},
     # While the rotation is not extended.
     "phi3": {"original_max_position_embeddings": 8},
     # While use_sliding_window is off.
