@@ -2,8 +2,8 @@
 
 ``experts.gate_up_proj`` [e, 2 f, h] has each expert's gate rows and then its up rows,
 ``experts.down_proj`` [e, h, f] the down projections. Published checkpoints have three tensors per
-expert; models saved with ``save_original_format=False`` have these. Then Mixtral's other names are
-transformers' as well.
+expert; models saved with ``save_original_format=False`` have these. Then the other names of
+Mixtral and MiniMax-M2 are transformers' as well.
 """
 
 import re
@@ -17,16 +17,15 @@ from megatron_oprd.weights.hf_files import HFCheckpoint
 
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
 _SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-# By model_type: parts of names in these models -> parts of names in published checkpoints, which
-# the mappings have. Mixtral has no other MLP.
-_PUBLISHED = {
-    "mixtral": {
-        ".mlp.": ".block_sparse_moe.",
-        ".gate_proj.": ".w1.",
-        ".down_proj.": ".w2.",
-        ".up_proj.": ".w3.",
-    }
+# Parts of names in these models -> parts of names in published checkpoints, which the mappings
+# have. The models have no other MLP.
+_OF_MIXTRAL = {
+    ".mlp.": ".block_sparse_moe.",
+    ".gate_proj.": ".w1.",
+    ".down_proj.": ".w2.",
+    ".up_proj.": ".w3.",
 }
+_PUBLISHED = {"mixtral": _OF_MIXTRAL, "minimax_m2": _OF_MIXTRAL}  # by model_type
 
 
 def published_name(name: str, model_type: str) -> str:

@@ -61,6 +61,16 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.4,
         "logits_scaling": 5.0,
     },
+    "minimax_m2": {
+        **_WIDE_HEADS,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
     # Sequences of up to 64 tokens, so that the scale of queries is 1.
     "ministral3": {
         **_WIDE_HEADS,
@@ -101,10 +111,10 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     """A config of ``family``, a transformers model_type: 4 layers, hidden size 32, 97 tokens.
 
-    4 query heads share 2 key-value heads. The head_dim of EXAONE, GLM, Ministral, Mistral, Mixtral,
-    Qwen3 and Seed-OSS is 16, which is not hidden / heads. The last layer of SmolLM3 and EXAONE is
-    not rotated. With a mixture of experts each token goes through 2 of 8. The embeddings are not
-    tied unless ``tie_word_embeddings=True``.
+    4 query heads share 2 key-value heads. The head_dim of EXAONE, GLM, MiniMax, Ministral, Mistral,
+    Mixtral, Qwen3 and Seed-OSS is 16, which is not hidden / heads. The last layer of SmolLM3 and
+    EXAONE is not rotated. With a mixture of experts each token goes through 2 of 8. The embeddings
+    are not tied unless ``tie_word_embeddings=True``.
     """
     fields: dict[str, Any] = {
         "vocab_size": 97,

@@ -36,6 +36,7 @@ PARAMETERS = {
     "GLM-4.5-Air": 106_852_251_264,
     "GLM-4-32B-0414": 32_566_081_536,
     "Llama-3.1-70B-Instruct": 70_553_706_496,
+    "MiniMax-M2": 228_689_764_864,
     # The decoders of these two.
     "Ministral-3-8B-Base-2512": 8_489_553_920,
     "Mistral-Small-3.1-24B-Instruct-2503": 23_572_403_200,
@@ -82,6 +83,7 @@ LAYOUTS = {
     "glm4_32b": Layout(model="GLM-4-32B-0414", layers=(16, 15, 15, 15)),
     "granite_8b": Layout(model="granite-3.3-8b-instruct", layers=(10,) * 4),
     "llama_70b": Layout(model="Llama-3.1-70B-Instruct", layers=(20,) * 4),
+    "minimax_m2": Layout(model="MiniMax-M2", layers=(16, 16, 15, 15), ep=8, etp=1),
     "ministral3_8b": Layout(model="Ministral-3-8B-Base-2512", layers=(9, 9, 8, 8)),
     "mistral_small_24b": Layout(model="Mistral-Small-3.1-24B-Instruct-2503", layers=(10,) * 4),
     "mistral_7b": Layout(model="Mistral-7B-v0.1", layers=(8,) * 4),
@@ -109,6 +111,7 @@ NIGHTLY = (
     "deepseek_8b",
     "exaone_32b",
     "granite_8b",
+    "minimax_m2",
     "ministral3_8b",
     "mistral_small_24b",
     "mixtral_8x7b",

@@ -149,6 +149,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
         },
     ),
+    "minimax_m2_moe": ("minimax_m2", {}),
+    # One key head for all ranks; three experts for each token.
+    "minimax_m2_moe_yarn": (
+        "minimax_m2",
+        {
+            "num_key_value_heads": 1,
+            "num_experts_per_tok": 3,
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.25},
+        },
+    ),
     "mixtral_moe": ("mixtral", {"sliding_window": 6}),
     "qwen2_moe": ("qwen2_moe", {}),
     "qwen2_moe_normed": (
@@ -223,6 +233,8 @@ COMBINATIONS = [
     ("qwen3_moe_window", "tp1"),
     *(("glm4_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("glm4_moe_normed", layout) for layout in ("tp1", "ep2_pp2")),
+    *(("minimax_m2_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
+    *(("minimax_m2_moe_yarn", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("mixtral_moe", layout) for layout in ("tp1", "ep2_pp2")),
     *(("qwen2_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("qwen2_moe_normed", layout) for layout in ("tp1", "tp2_sp_etp1")),
@@ -304,6 +316,15 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
         1,
         {f"{MLP}.gate.e_score_correction_bias"},
     ),
+    (f"missing {NORM}.mlp.router.expert_bias", "minimax_m2_moe"): (
+        1,
+        {"model.layers.1.block_sparse_moe.e_score_correction_bias"},
+    ),
+    (f"missing {NORM}.self_attention.k_layernorm.weight", "minimax_m2_moe"): (
+        1,
+        {f"{ATTENTION}.k_norm.weight"},
+    ),
+    ("full_rotary", "minimax_m2_moe"): (0, set()),
     (f"missing {NORM}.mlp.shared_experts.gate_weight", "qwen2_moe"): (
         1,
         {f"{MLP}.shared_expert_gate.weight"},
