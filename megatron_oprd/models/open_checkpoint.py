@@ -15,6 +15,7 @@ from megatron_oprd.models.families import (
     unread_tensors,
 )
 from megatron_oprd.weights.accounting import check_tensors, check_tied_head
+from megatron_oprd.weights.dequantised import Dequantised
 from megatron_oprd.weights.fused_experts import UnfusedExperts, has_fused_experts
 from megatron_oprd.weights.hf_files import CONFIG_FILE, HFCheckpoint, HFFolder
 from megatron_oprd.weights.mapping import Mapping
@@ -27,6 +28,7 @@ from megatron_oprd.weights.megatron_checkpoint import (
     is_megatron,
     resolve_checkpoint_folder,
 )
+from megatron_oprd.weights.quantization import read_quantization
 from megatron_oprd.weights.source import WeightSource
 from megatron_oprd.weights.text_part import TextPart
 from megatron_oprd.weights.torch_dist_files import METADATA_FILE, TRACKER_FILE, TorchDistFiles
@@ -91,12 +93,21 @@ def open_checkpoint(
     )
 
 
-def open_folder(path: Path) -> HFCheckpoint:
+def open_folder(path: Path) -> HFCheckpoint | Dequantised:
     """Opens a Hugging Face folder of any architecture; of a known nested model its decoder.
 
-    Raises `UserError` if it cannot be read, or if a nested model's decoder is not supported.
+    Weights in FP8 with scales are read as their values. Raises `UserError` if the folder cannot be
+    read, its weights are quantised otherwise, or a nested model's decoder is not supported.
     """
     checkpoint = HFCheckpoint(path)
+    quantization = read_quantization(checkpoint.config, str(path / CONFIG_FILE))
+    checkpoint = _decoder(checkpoint)
+    return checkpoint if quantization is None else Dequantised(checkpoint, quantization)
+
+
+def _decoder(checkpoint: HFCheckpoint) -> HFCheckpoint:
+    """The decoder's part of a nested model; another model as it is."""
+    path = checkpoint.folder
     if (nested := nested_model(checkpoint)) is None:
         return checkpoint
     family = read_architecture(checkpoint).family

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_oprd.weights.hf_files import HFCheckpoint
+from megatron_oprd.weights.source import WeightSource
 
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
 _SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -38,7 +38,7 @@ def published_name(name: str, model_type: str) -> str:
 class UnfusedExperts:
     """A Hugging Face folder with stacked experts, read as one tensor per expert and projection."""
 
-    def __init__(self, checkpoint: HFCheckpoint) -> None:
+    def __init__(self, checkpoint: WeightSource) -> None:
         self._checkpoint = checkpoint
         model_type = checkpoint.config.get("model_type", "")
         names: list[str] = []
@@ -131,6 +131,6 @@ class UnfusedExperts:
         return fused, (int(match[2]), half if match[3] == "up" else 0), (half, columns)
 
 
-def has_fused_experts(checkpoint: HFCheckpoint) -> bool:
+def has_fused_experts(checkpoint: WeightSource) -> bool:
     """Whether the folder's experts are stacked."""
     return any(_FUSED.fullmatch(name) for name in checkpoint.names())

@@ -4,14 +4,17 @@ A folder has `config.json`, the weights (`model.safetensors`, or shards listed i
 `model.safetensors.index.json`) and companion files such as the tokenizer and generation config.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.output_folder import MANIFEST_FILE
@@ -118,6 +121,22 @@ class HFCheckpoint(HFFolder):
         super().__init__(folder)
         self._files = _open_files(self.folder)  # by tensor
         self._stored: dict[str, str] = {}  # names in the files, of tensors that were renamed
+        self._written: TemporaryDirectory[str] | None = None  # with another config.json
+
+    @property
+    @override
+    def hf_folder(self) -> Path:
+        """The folder with config.json and the companion files."""
+        return self.folder if self._written is None else Path(self._written.name)
+
+    def replace_config(self, config: dict[str, Any]) -> None:
+        """Gives the model another configuration, whose `hf_folder` is gone with this object."""
+        # Tokenizers, engines and converters read the configuration by path.
+        self._written = TemporaryDirectory(prefix="config-of-")
+        self.config = config
+        folder = Path(self._written.name)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_companions(self.companion_files(), folder)
 
     def leave_out(self, prefixes: tuple[str, ...]) -> None:
         """Hides the tensors whose names begin with one of ``prefixes``."""
@@ -133,6 +152,10 @@ class HFCheckpoint(HFFolder):
     def names(self) -> list[str]:
         """The tensors' names, in their order on disk."""
         return list(self._files)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor `name`."""
+        return name in self._files
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`; `UserError` if the checkpoint has no such tensor."""

@@ -1,15 +1,12 @@
 """Reads the decoder in the folder of a model with more parts, as if it were a model of its own."""
 
-import json
 import os
-from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from typing_extensions import override
 
-from megatron_oprd.weights.hf_files import CONFIG_FILE, HFCheckpoint, copy_companions
+from megatron_oprd.weights.hf_files import HFCheckpoint
 
 # Files that say how images become tokens.
 _OF_OTHER_PARTS = {"preprocessor_config.json", "processor_config.json"}
@@ -38,28 +35,13 @@ class TextPart(HFCheckpoint):
         others: tuple[str, ...],
     ) -> None:
         super().__init__(folder)
-        self.config = config
         every = len(self.names())
         self.leave_out(others)
         self.num_left_out = every - len(self.names())
         self.rename(
             {name: name.removeprefix(prefix) for name in self.names() if name.startswith(prefix)}
         )
-
-    @property
-    @override
-    def hf_folder(self) -> Path:
-        """A folder with the decoder's config.json and companion files; gone with this object."""
-        # Tokenizers, engines and converters read the configuration by path, and that of the whole
-        # model would make them build all of it.
-        return Path(self._written.name)
-
-    @cached_property
-    def _written(self) -> TemporaryDirectory[str]:
-        written = TemporaryDirectory(prefix="decoder-of-")
-        (Path(written.name) / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
-        copy_companions(self.companion_files(), Path(written.name))
-        return written
+        self.replace_config(config)
 
     @override
     def companion_files(self) -> list[Path]:

@@ -34,6 +34,8 @@ from megatron_oprd.models.families.decoder import Family
 from megatron_oprd.models.families.nested import Nested
 from megatron_oprd.weights.hf_files import HFFolder
 from megatron_oprd.weights.mapping import Mapping
+from megatron_oprd.weights.quantization import read_quantization, without_quantization
+from megatron_oprd.weights.source import WeightSource
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
@@ -64,7 +66,11 @@ FAMILIES: dict[str, Family] = {
 NESTED: dict[str, Nested] = {module.NESTED.name: module.NESTED for module in (mistral3,)}
 
 
-def read_architecture(checkpoint: HFFolder) -> Architecture:
+# Whatever has a configuration.
+Folder = HFFolder | WeightSource
+
+
+def read_architecture(checkpoint: Folder) -> Architecture:
     """Reads a model folder's configuration; no weight is read.
 
     Of a model with parts beside its decoder, the decoder's is returned.
@@ -74,8 +80,11 @@ def read_architecture(checkpoint: HFFolder) -> Architecture:
             way that is not handled.
     """
     source = str(checkpoint.folder / "config.json")
+    # Weights in FP8 are read as their values.
+    read_quantization(checkpoint.config, source)
+    raw = without_quantization(checkpoint.config)
     if (nested := nested_model(checkpoint)) is not None:
-        nested.check(checkpoint.config, source)
+        nested.check(raw, source)
         text = _read_config(checkpoint, source).get_text_config()
         family = FAMILIES[nested.decoder_of(text.model_type, source)]
         written = {"model_type": text.model_type} | checkpoint.config["text_config"]
@@ -88,24 +97,24 @@ def read_architecture(checkpoint: HFFolder) -> Architecture:
             f"{', '.join(sorted(FAMILIES | NESTED))}"
         )
     family = FAMILIES[names[0]]
-    family.check(checkpoint.config, source)
+    family.check(raw, source)
     return family.architecture(_read_config(checkpoint, source), source)
 
 
-def _read_config(checkpoint: HFFolder, source: str) -> PretrainedConfig:
+def _read_config(checkpoint: Folder, source: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(checkpoint.hf_folder, local_files_only=True)
     except Exception as error:  # transformers' checks raise exceptions of many types
         raise UserError(f"{source}: {' '.join(str(error).split())}") from error
 
 
-def nested_model(checkpoint: HFFolder) -> Nested | None:
+def nested_model(checkpoint: Folder) -> Nested | None:
     """What is known of a model with parts beside its decoder; None for a decoder alone."""
     names = checkpoint.config.get("architectures")
     return next((NESTED[name] for name in NESTED if names == [name]), None)
 
 
-def decoder_config(checkpoint: HFFolder, nested: Nested) -> dict[str, Any]:
+def decoder_config(checkpoint: Folder, nested: Nested) -> dict[str, Any]:
     """The content of config.json that the decoder has as a model of its own.
 
     Its configuration has to have passed `read_architecture`.
@@ -121,7 +130,7 @@ def decoder_config(checkpoint: HFFolder, nested: Nested) -> dict[str, Any]:
     return config
 
 
-def unread_tensors(checkpoint: HFFolder) -> tuple[str, ...]:
+def unread_tensors(checkpoint: Folder) -> tuple[str, ...]:
     """Beginnings of the names of tensors that the supported model does not have."""
     (name,) = checkpoint.config["architectures"]
     return FAMILIES[name].unread(checkpoint.config)
