@@ -28,6 +28,7 @@ from checkpoint_tools.inspection import (
     shares,
     tensor_groups,
 )
+from checkpoint_tools.obstacles import Obstacles, find_obstacles
 from checkpoint_tools.verification import open_weights
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.models.architecture import Architecture
@@ -49,6 +50,7 @@ class Inspection:
     format: str  # "Hugging Face" or "Megatron (torch_dist)"
     architecture: Architecture | None  # None for unsupported families
     refusal: str | None  # the reason, if there is no architecture
+    obstacles: Obstacles | None  # the differences from a supported family, if there is none
     padded_vocab_size: int | None  # rows of the embedding as stored
     layout: ParallelLayout  # of `shares`
     layout_padded_vocab_size: int | None  # rows that a run in this layout needs
@@ -77,7 +79,7 @@ def inspect(
     source: WeightSource = (
         open_weights(path, hf_config) if is_megatron(path) else HFCheckpoint(path)
     )
-    architecture, refusal, stored_rows = None, None, None
+    architecture, refusal, stored_rows, obstacles = None, None, None, None
     try:
         opened = open_checkpoint(path, hf_config=hf_config if is_megatron(path) else None)
         opened.check_tensors()
@@ -89,6 +91,7 @@ def inspect(
         if is_megatron(path):
             raise
         refusal = str(error)
+        obstacles = find_obstacles(source.config, source.names())
     of_layout, rows = [], None
     if architecture is not None:
         rows = padded_vocab_size(
@@ -108,6 +111,7 @@ def inspect(
         format="Megatron (torch_dist)" if is_megatron(path) else "Hugging Face",
         architecture=architecture,
         refusal=refusal,
+        obstacles=obstacles,
         padded_vocab_size=stored_rows,
         layout=layout,
         layout_padded_vocab_size=rows,
@@ -159,6 +163,8 @@ def _show(console: Console, found: Inspection) -> None:
         console.print(_fields("Architecture", fields))
     else:
         console.print(f"not supported here: {found.refusal}", markup=False, highlight=False)
+    if found.obstacles is not None:
+        console.print(_obstacles_table(found.obstacles))
     console.print(_parts_table(found.parts))
     if found.tensors is None:
         console.print(_groups_table(found.groups))
@@ -174,6 +180,22 @@ def _fields(title: str, fields: dict[str, str]) -> Table:
     table.add_column(overflow="fold")
     for name, value in fields.items():
         table.add_row(name, escape(value))
+    return table
+
+
+def _obstacles_table(of: Obstacles) -> Table:
+    table = Table(
+        title=f"In the way, compared with {of.family}",
+        caption="the code may differ in more than these: docs/add-a-family.md",
+    )
+    table.add_column("what")
+    table.add_column("which", overflow="fold")
+    for name, value in of.fields.items():
+        table.add_row("field", escape(f"{name} = {_short(value)}"))
+    for name in of.unknown_tensors:
+        table.add_row("unknown tensor", escape(name))
+    for name in of.missing_tensors:
+        table.add_row("missing tensor", escape(name))
     return table
 
 

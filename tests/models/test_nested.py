@@ -107,6 +107,16 @@ def test_sequences_end_where_queries_are_scaled(models: Path, tmp_path: Path) ->
     assert (found.max_position_embeddings, found.length_field) == (256, "max_position_embeddings")
 
 
+def test_the_growth_of_the_scale_is_needed(models: Path, tmp_path: Path) -> None:
+    text = HFFolder(models / "ministral3").config["text_config"]
+    rope = {k: v for k, v in text["rope_parameters"].items() if k != "llama_4_scaling_beta"}
+    folder = copy_with_config(
+        models / "ministral3", tmp_path / "other", text_config=text | {"rope_parameters": rope}
+    )
+    with pytest.raises(UserError, match="rope_parameters has no llama_4_scaling_beta; give a num"):
+        read_architecture(HFFolder(folder))
+
+
 @pytest.mark.parametrize(
     ("fields", "of_text", "message"),
     [
