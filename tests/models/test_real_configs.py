@@ -36,8 +36,9 @@ PARAMETERS = {
     "GLM-4.5-Air": 106_852_251_264,
     "GLM-4-32B-0414": 32_566_081_536,
     "Llama-3.1-70B-Instruct": 70_553_706_496,
+    # This and the next two were computed from the configurations by hand.
     "MiniMax-M2": 228_689_764_864,
-    # The decoders of these two.
+    # The decoders.
     "Ministral-3-8B-Base-2512": 8_489_553_920,
     "Mistral-Small-3.1-24B-Instruct-2503": 23_572_403_200,
     "Mistral-7B-v0.1": 7_241_732_096,
