@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.compare import absolute_difference
@@ -80,7 +85,12 @@ def transformers_states(
 
 def _load(folder: Path) -> PreTrainedModel:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # A model with parts beside its decoder is in another table.
+        nested = config.get_text_config() is not config
+        model, info = (
+            AutoModelForImageTextToText if nested else AutoModelForCausalLM
+        ).from_pretrained(
             folder,
             dtype=torch.float32,
             # Plain attention, without fused kernels.

@@ -28,6 +28,7 @@ from checkpoint_tools.inspection import (
     shares,
     tensor_groups,
 )
+from checkpoint_tools.obstacles import Obstacles, find_obstacles
 from checkpoint_tools.verification import open_weights
 from megatron_oprd.console import make_console
 from megatron_oprd.errors import UserError, run_entry_point
@@ -36,6 +37,7 @@ from megatron_oprd.models.build import padded_vocab_size
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.casting import dtype_name
+from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.megatron_checkpoint import is_megatron
 from megatron_oprd.weights.output_folder import MANIFEST_FILE
 from megatron_oprd.weights.source import WeightSource
@@ -49,6 +51,7 @@ class Inspection:
     format: str  # "Hugging Face" or "Megatron (torch_dist)"
     architecture: Architecture | None  # None for unsupported families
     refusal: str | None  # the reason, if there is no architecture
+    obstacles: Obstacles | None  # the differences from a supported family, if there is none
     padded_vocab_size: int | None  # rows of the embedding as stored
     layout: ParallelLayout  # of `shares`
     layout_padded_vocab_size: int | None  # rows that a run in this layout needs
@@ -74,8 +77,10 @@ def inspect(
     Raises `UserError` if it cannot be read or the layout does not divide it.
     """
     # Hugging Face folders of unknown families are shown as well, without architecture and shares.
-    source = open_weights(path, hf_config)
-    architecture, refusal, stored_rows = None, None, None
+    source: WeightSource = (
+        open_weights(path, hf_config) if is_megatron(path) else HFCheckpoint(path)
+    )
+    architecture, refusal, stored_rows, obstacles = None, None, None, None
     try:
         opened = open_checkpoint(path, hf_config=hf_config if is_megatron(path) else None)
         opened.check_tensors()
@@ -87,6 +92,7 @@ def inspect(
         if is_megatron(path):
             raise
         refusal = str(error)
+        obstacles = find_obstacles(source.config, source.names())
     of_layout, rows = [], None
     if architecture is not None:
         rows = padded_vocab_size(
@@ -106,6 +112,7 @@ def inspect(
         format="Megatron (torch_dist)" if is_megatron(path) else "Hugging Face",
         architecture=architecture,
         refusal=refusal,
+        obstacles=obstacles,
         padded_vocab_size=stored_rows,
         layout=layout,
         layout_padded_vocab_size=rows,
@@ -157,6 +164,8 @@ def _show(console: Console, found: Inspection) -> None:
         console.print(_fields("Architecture", fields))
     else:
         console.print(f"not supported here: {found.refusal}", markup=False, highlight=False)
+    if found.obstacles is not None:
+        console.print(_obstacles_table(found.obstacles))
     console.print(_parts_table(found.parts))
     if found.tensors is None:
         console.print(_groups_table(found.groups))
@@ -172,6 +181,22 @@ def _fields(title: str, fields: dict[str, str]) -> Table:
     table.add_column(overflow="fold")
     for name, value in fields.items():
         table.add_row(name, escape(value))
+    return table
+
+
+def _obstacles_table(of: Obstacles) -> Table:
+    table = Table(
+        title=f"In the way, compared with {of.family}",
+        caption="the code may differ in more than these: docs/add-a-family.md",
+    )
+    table.add_column("what")
+    table.add_column("which", overflow="fold")
+    for name, value in of.fields.items():
+        table.add_row("field", escape(f"{name} = {_short(value)}"))
+    for name in of.unknown_tensors:
+        table.add_row("unknown tensor", escape(name))
+    for name in of.missing_tensors:
+        table.add_row("missing tensor", escape(name))
     return table
 
 

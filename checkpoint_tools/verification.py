@@ -17,7 +17,7 @@ from checkpoint_tools.inspection import shares
 from checkpoint_tools.megatron_states import load_whole_model, megatron_states
 from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.errors import UserError
-from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint
+from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoint, open_folder
 from megatron_oprd.parallel.context import ParallelContext, data_parallel_size, parallel_run
 from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.compare import (
@@ -26,7 +26,6 @@ from megatron_oprd.weights.compare import (
     compare_keys,
     compare_values,
 )
-from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.manifest import (
     ChecksumDifference,
     compare_checksums,
@@ -162,7 +161,7 @@ def open_weights(path: Path, hf_config: Path | None) -> WeightSource:
     """
     if is_megatron(path):
         return open_checkpoint(path, hf_config=hf_config).source
-    return HFCheckpoint(path)
+    return open_folder(path)
 
 
 def _check_fits(

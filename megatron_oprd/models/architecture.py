@@ -151,7 +151,8 @@ class Architecture:
     layernorm_epsilon: float
     rope: Rope
     tied: bool  # embedding and LM head share one weight
-    max_position_embeddings: int  # tokens
+    max_position_embeddings: int  # tokens of the longest sequence
+    length_field: str = "max_position_embeddings"  # the configuration's field that sets this limit
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
     qk_norm_over_all_heads: bool = False  # with qk_norm: one norm of all heads together
@@ -233,6 +234,7 @@ def read_rope(
     partial: bool = False,  # the model's class can rotate a part of each head
     interleaved: bool = False,  # the model's class pairs neighbours
     layer_type: str | None = None,  # the kind of layers to read, where kinds have their own
+    beside: tuple[str, ...] = (),  # fields among the rotary ones that the family reads itself
 ) -> Rope:
     """Reads the rotary settings of a transformers configuration object.
 
@@ -240,10 +242,10 @@ def read_rope(
     """
     written = hf_config.rope_parameters
     if layer_type is not None:
-        beside = [name for name, value in written.items() if not isinstance(value, dict)]
-        if beside:
+        of_all = [name for name, value in written.items() if not isinstance(value, dict)]
+        if of_all:
             raise UserError(
-                f"{source}: rope_parameters has {beside} beside the kinds of layers; each kind has "
+                f"{source}: rope_parameters has {of_all} beside the kinds of layers; each kind has "
                 "to have its own"
             )
         written = written[layer_type]
@@ -276,7 +278,7 @@ def read_rope(
             f"{' and '.join(repr(name) for name in rope_types)}"
         )
     needed, optional = _ROPE_FIELDS[rope_type], _OPTIONAL_ROPE_FIELDS.get(rope_type, set())
-    for name in _UNREAD_ROPE_FIELDS.get(rope_type, set()):
+    for name in _UNREAD_ROPE_FIELDS.get(rope_type, set()).union(beside):
         parameters.pop(name, None)
     if not needed <= set(parameters) <= needed | optional:
         raise UserError(

@@ -7,8 +7,15 @@ from pathlib import Path
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.argument_checks import check_arguments
-from megatron_oprd.models.families import mapping_table, read_architecture, unread_tensors
+from megatron_oprd.models.families import (
+    decoder_config,
+    mapping_table,
+    nested_model,
+    read_architecture,
+    unread_tensors,
+)
 from megatron_oprd.weights.accounting import check_tensors, check_tied_head
+from megatron_oprd.weights.dequantised import Dequantised
 from megatron_oprd.weights.fused_experts import UnfusedExperts, has_fused_experts
 from megatron_oprd.weights.hf_files import CONFIG_FILE, HFCheckpoint, HFFolder
 from megatron_oprd.weights.mapping import Mapping
@@ -21,7 +28,9 @@ from megatron_oprd.weights.megatron_checkpoint import (
     is_megatron,
     resolve_checkpoint_folder,
 )
+from megatron_oprd.weights.quantization import read_quantization
 from megatron_oprd.weights.source import WeightSource
+from megatron_oprd.weights.text_part import TextPart
 from megatron_oprd.weights.torch_dist_files import METADATA_FILE, TRACKER_FILE, TorchDistFiles
 
 logger = logging.getLogger(__name__)
@@ -74,7 +83,7 @@ def open_checkpoint(
             f"{hf_setting} {hf_config} has no effect, because {path} is a Hugging Face folder "
             "with a configuration of its own; leave it out."
         )
-    checkpoint = HFCheckpoint(path)
+    checkpoint = open_folder(path)
     architecture = read_architecture(checkpoint)
     checkpoint.leave_out(unread_tensors(checkpoint))
     return OpenedCheckpoint(
@@ -82,6 +91,42 @@ def open_checkpoint(
         architecture=architecture,
         table=mapping_table(architecture, padded_vocab_size=architecture.vocab_size),
     )
+
+
+def open_folder(path: Path) -> HFCheckpoint | Dequantised:
+    """Opens a Hugging Face folder of any architecture; of a known nested model its decoder.
+
+    Weights in FP8 with scales are read as their values. Raises `UserError` if the folder cannot be
+    read, its weights are quantised otherwise, or a nested model's decoder is not supported.
+    """
+    checkpoint = HFCheckpoint(path)
+    quantization = read_quantization(checkpoint.config, str(path / CONFIG_FILE))
+    checkpoint = _decoder(checkpoint)
+    return checkpoint if quantization is None else Dequantised(checkpoint, quantization)
+
+
+def _decoder(checkpoint: HFCheckpoint) -> HFCheckpoint:
+    """The decoder's part of a nested model; another model as it is."""
+    path = checkpoint.folder
+    if (nested := nested_model(checkpoint)) is None:
+        return checkpoint
+    family = read_architecture(checkpoint).family
+    decoder = TextPart(
+        path,
+        config=decoder_config(checkpoint, nested),
+        prefix=nested.decoder_prefix,
+        others=nested.other_prefixes,
+    )
+    logger.warning(
+        "%s: of this %s only the decoder is read, as a %s; %d tensors of its other parts (%s) "
+        "are left out",
+        path,
+        nested.name,
+        family,
+        decoder.num_left_out,
+        ", ".join(nested.other_prefixes),
+    )
+    return decoder
 
 
 def _open_megatron(folder: Path, hf_config: Path | None, hf_setting: str) -> OpenedCheckpoint:
@@ -98,6 +143,11 @@ def _open_megatron(folder: Path, hf_config: Path | None, hf_setting: str) -> Ope
             f"configuration of its own ({HF_FOLDER}/{CONFIG_FILE}); leave it out."
         )
     hf = HFFolder(hf_config or folder / HF_FOLDER)
+    if (nested := nested_model(hf)) is not None:
+        raise UserError(
+            f"{hf.folder / CONFIG_FILE} is a {nested.name}'s, of which a Megatron checkpoint has "
+            "the decoder only; give the configuration of the decoder as a model of its own"
+        )
     architecture = read_architecture(hf)
     rows = embedding_rows(files)
     if rows < architecture.vocab_size:

@@ -57,7 +57,9 @@ def main() -> None:
 
 def _end_with_the_agent() -> None:
     """Ends this process when the agent has gone, even if it was killed."""
-    sys.stdin.read()  # the agent writes nothing, and holds the other end
+    # The agent writes nothing, and holds the other end. sys.stdin would be locked meanwhile, and a
+    # forked process that saves a checkpoint closes it first.
+    os.read(0, 1)
     os._exit(1)
 
 

@@ -116,7 +116,7 @@ def _check_sequence_length(setting: str, arch: Architecture, config: RunConfig) 
         raise UserError(
             f"{prompt_setting} = {prompt} and rollout.max_new_tokens = {response} make sequences "
             f"of up to {prompt + response} tokens, but {setting} was made for at most "
-            f"{arch.max_position_embeddings} (max_position_embeddings); lower one of the two"
+            f"{arch.max_position_embeddings} ({arch.length_field}); lower one of the two"
         )
     # Training uses the long factors for all sequences of such a run.
     original = arch.rope.original_max_position_embeddings

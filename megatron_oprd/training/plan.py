@@ -284,7 +284,7 @@ def _check_max_model_len(config: RunConfig, student: Architecture) -> None:
     if found is not None and limit is not None and found > limit:
         raise UserError(
             f"{kind.setting('max_model_len')} = {found} is more than model.student's "
-            f"max_position_embeddings = {limit}; give at most that"
+            f"{student.length_field} = {limit}; give at most that"
         )
 
 

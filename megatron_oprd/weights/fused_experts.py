@@ -2,8 +2,8 @@
 
 ``experts.gate_up_proj`` [e, 2 f, h] has each expert's gate rows and then its up rows,
 ``experts.down_proj`` [e, h, f] the down projections. Published checkpoints have three tensors per
-expert; models saved with ``save_original_format=False`` have these. Then Mixtral's other names are
-transformers' as well.
+expert; models saved with ``save_original_format=False`` have these. Then the other names of
+Mixtral and MiniMax-M2 are transformers' as well.
 """
 
 import re
@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_oprd.weights.hf_files import HFCheckpoint
+from megatron_oprd.weights.source import WeightSource
 
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
 _SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-# By model_type: parts of names in these models -> parts of names in published checkpoints, which
-# the mappings have. Mixtral has no other MLP.
-_PUBLISHED = {
-    "mixtral": {
-        ".mlp.": ".block_sparse_moe.",
-        ".gate_proj.": ".w1.",
-        ".down_proj.": ".w2.",
-        ".up_proj.": ".w3.",
-    }
+# Parts of names in these models -> parts of names in published checkpoints, which the mappings
+# have. The models have no other MLP.
+_OF_MIXTRAL = {
+    ".mlp.": ".block_sparse_moe.",
+    ".gate_proj.": ".w1.",
+    ".down_proj.": ".w2.",
+    ".up_proj.": ".w3.",
 }
+_PUBLISHED = {"mixtral": _OF_MIXTRAL, "minimax_m2": _OF_MIXTRAL}  # by model_type
 
 
 def published_name(name: str, model_type: str) -> str:
@@ -39,7 +38,7 @@ def published_name(name: str, model_type: str) -> str:
 class UnfusedExperts:
     """A Hugging Face folder with stacked experts, read as one tensor per expert and projection."""
 
-    def __init__(self, checkpoint: HFCheckpoint) -> None:
+    def __init__(self, checkpoint: WeightSource) -> None:
         self._checkpoint = checkpoint
         model_type = checkpoint.config.get("model_type", "")
         names: list[str] = []
@@ -132,6 +131,6 @@ class UnfusedExperts:
         return fused, (int(match[2]), half if match[3] == "up" else 0), (half, columns)
 
 
-def has_fused_experts(checkpoint: HFCheckpoint) -> bool:
+def has_fused_experts(checkpoint: WeightSource) -> bool:
     """Whether the folder's experts are stacked."""
     return any(_FUSED.fullmatch(name) for name in checkpoint.names())

@@ -4,14 +4,17 @@ A folder has `config.json`, the weights (`model.safetensors`, or shards listed i
 `model.safetensors.index.json`) and companion files such as the tokenizer and generation config.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.output_folder import MANIFEST_FILE
@@ -117,6 +120,23 @@ class HFCheckpoint(HFFolder):
     def __init__(self, folder: str | os.PathLike[str]):
         super().__init__(folder)
         self._files = _open_files(self.folder)  # by tensor
+        self._stored: dict[str, str] = {}  # names in the files, of tensors that were renamed
+        self._written: TemporaryDirectory[str] | None = None  # with another config.json
+
+    @property
+    @override
+    def hf_folder(self) -> Path:
+        """The folder with config.json and the companion files."""
+        return self.folder if self._written is None else Path(self._written.name)
+
+    def replace_config(self, config: dict[str, Any]) -> None:
+        """Gives the model another configuration, whose `hf_folder` is gone with this object."""
+        # Tokenizers, engines and converters read the configuration by path.
+        self._written = TemporaryDirectory(prefix="config-of-")
+        self.config = config
+        folder = Path(self._written.name)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_companions(self.companion_files(), folder)
 
     def leave_out(self, prefixes: tuple[str, ...]) -> None:
         """Hides the tensors whose names begin with one of ``prefixes``."""
@@ -124,9 +144,18 @@ class HFCheckpoint(HFFolder):
             name: file for name, file in self._files.items() if not name.startswith(prefixes)
         }
 
+    def rename(self, names: dict[str, str]) -> None:
+        """Gives tensors other names: ``names`` are the present ones -> the new ones."""
+        self._stored |= {new: self._stored.get(old, old) for old, new in names.items()}
+        self._files = {names.get(name, name): file for name, file in self._files.items()}
+
     def names(self) -> list[str]:
         """The tensors' names, in their order on disk."""
         return list(self._files)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor `name`."""
+        return name in self._files
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`; `UserError` if the checkpoint has no such tensor."""
@@ -146,7 +175,7 @@ class HFCheckpoint(HFFolder):
 
     def read_slice(self, name: str, *slices: slice, out: Tensor | None = None) -> Tensor:
         """Implements `WeightSource.read_slice`."""
-        return self._file(name).read_slice(name, slices, out=out)
+        return self._file(name).read_slice(self._stored.get(name, name), slices, out=out)
 
     def files(self) -> list[Path]:
         """The files that hold the configuration and the tensors."""
@@ -155,7 +184,7 @@ class HFCheckpoint(HFFolder):
         return [self.folder / CONFIG_FILE, *([index] if index.exists() else []), *sorted(shards)]
 
     def _info(self, name: str) -> TensorInfo:
-        return self._file(name).tensors[name]
+        return self._file(name).tensors[self._stored.get(name, name)]
 
     def _file(self, name: str) -> SafetensorsFile:
         try:

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
+from transformers.core_model_loading import revert_weight_conversion
 
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
-from checkpoint_tools.inspect import main
+from checkpoint_tools.inspect import inspect, main
+from checkpoint_tools.obstacles import find_obstacles
 from megatron_oprd.errors import UserError
+from megatron_oprd.models.families import FAMILIES
+from megatron_oprd.parallel.layout import ParallelLayout
 from tests.helpers.ranks import ROOT, rank_environment
-from tests.helpers.tiny import save_tiny_model, tiny_config
+from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +95,53 @@ def test_the_module_does_not_stand_in_the_way_of_the_standard_library(folders: P
     )
     assert process.returncode == 0, process.stderr
     assert "Qwen3MoeForCausalLM" in process.stdout
+
+
+def test_what_stands_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gemma 2 has norms on both sides, and fields for what no family here does."""
+    config = Gemma2Config(
+        vocab_size=50,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma2")
+    file = tmp_path / "report.json"
+    assert main([str(tmp_path / "gemma2"), "--json", str(file)]) == 0
+    found = json.loads(file.read_text())["obstacles"]
+    # Of the families here, only some have this many norms in a layer.
+    assert found["family"] in FAMILIES
+    assert {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"} <= set(
+        found["fields"]
+    )
+    assert "hidden_size" not in found["fields"]
+    assert "model.layers.*.pre_feedforward_layernorm.weight" in found["unknown_tensors"]
+    assert "model.layers.*.mlp.up_proj.weight" not in found["unknown_tensors"]
+    said = capsys.readouterr().out
+    assert f"compared with {found['family']}" in said
+    assert "final_logit_softcapping = 30.0" in said
+
+
+def test_a_field_of_a_known_family_stands_in_the_way(tmp_path: Path) -> None:
+    """All else is as the family has it."""
+    save_tiny_model(tmp_path / "llama", tiny_config("llama"), seed=0)
+    other = copy_with_config(tmp_path / "llama", tmp_path / "other", query_scale=2.0)
+    found = inspect(other, ParallelLayout()).obstacles
+    assert found is not None
+    assert found.family == "LlamaForCausalLM"
+    assert found.fields == {"query_scale": 2.0}
+    assert found.unknown_tensors == found.missing_tensors == []
+    assert inspect(tmp_path / "llama", ParallelLayout()).obstacles is None
+
+
+@pytest.mark.parametrize("family", [family.model_type for family in FAMILIES.values()])
+def test_a_family_is_its_own_closest(tmp_path: Path, family: str) -> None:
+    """By its tensors alone, or one with the same tensors is."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(family))
+    names = revert_weight_conversion(model, model.state_dict()).keys()
+    found = find_obstacles({}, names)
+    assert found.unknown_tensors == found.missing_tensors == []

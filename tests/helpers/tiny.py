@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
+    Mistral3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
@@ -59,6 +61,32 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.4,
         "logits_scaling": 5.0,
     },
+    "minimax_m2": {
+        **_WIDE_HEADS,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    # Sequences of up to 64 tokens, so that the scale of queries is 1.
+    "ministral3": {
+        **_WIDE_HEADS,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "max_position_embeddings": 256,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+            "mscale": 2.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
     "mistral": {**_WIDE_HEADS, "sliding_window": None},  # the class's default is 4096
     "mixtral": {**_WIDE_HEADS, "num_local_experts": 8, "num_experts_per_tok": 2},
     "olmo3": {
@@ -83,10 +111,10 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     """A config of ``family``, a transformers model_type: 4 layers, hidden size 32, 97 tokens.
 
-    4 query heads share 2 key-value heads. The head_dim of EXAONE, GLM, Mistral, Mixtral, Qwen3 and
-    Seed-OSS is 16, which is not hidden / heads. The last layer of SmolLM3 and EXAONE is not
-    rotated. With a mixture of experts each token goes through 2 of 8. The embeddings are not tied
-    unless ``tie_word_embeddings=True``.
+    4 query heads share 2 key-value heads. The head_dim of EXAONE, GLM, MiniMax, Ministral, Mistral,
+    Mixtral, Qwen3 and Seed-OSS is 16, which is not hidden / heads. The last layer of SmolLM3 and
+    EXAONE is not rotated. With a mixture of experts each token goes through 2 of 8. The embeddings
+    are not tied unless ``tie_word_embeddings=True``.
     """
     fields: dict[str, Any] = {
         "vocab_size": 97,
@@ -104,6 +132,26 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     # Copied, because transformers completes the dictionaries it is given.
     return AutoConfig.for_model(
         family, **copy.deepcopy(fields | _OF_FAMILY.get(family, {}) | overrides)
+    )
+
+
+def with_vision(text: PretrainedConfig) -> Mistral3Config:
+    """A config of a model with the decoder ``text`` and one layer that sees images."""
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "patch_size": 4,
+        "image_size": 16,
+    }
+    return Mistral3Config(
+        text_config=text.to_dict(),
+        vision_config=vision,
+        tie_word_embeddings=text.tie_word_embeddings,
+        image_token_index=10,
     )
 
 
@@ -158,7 +206,9 @@ def save_tiny_model(
     they are cast to ``dtype``. The folder has config.json, generation_config.json,
     model.safetensors, and the tokenizer's files with a chat template.
     """
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    nested = isinstance(config, Mistral3Config)
+    kind = AutoModelForImageTextToText if nested else AutoModelForCausalLM
+    model = kind.from_config(config).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -169,7 +219,7 @@ def save_tiny_model(
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     model.save_pretrained(folder)
-    tiny_tokenizer(config.vocab_size).save_pretrained(folder)
+    tiny_tokenizer(config.get_text_config().vocab_size).save_pretrained(folder)
 
 
 def copy_with_config(

@@ -38,6 +38,8 @@ NEUTRAL_OF_FAMILY: dict[str, dict[str, Any]] = {
     # While there are no tensors of such layers.
     "glm4_moe": {"num_mtp_layers": 2, "output_router_logits": True},
     "llama": {"pretraining_tp": 2},
+    # Sequences end before.
+    "ministral3": {"max_position_embeddings": 512},
     # While the rotation is not extended.
     "phi3": {"original_max_position_embeddings": 8},
     # While use_sliding_window is off.
@@ -47,6 +49,7 @@ NEUTRAL_OF_FAMILY: dict[str, dict[str, Any]] = {
     "seed_oss": {"attention_dropout": 0.3, "residual_dropout": 0.3, "pretraining_tp": 2},
     # While no_rope_layers is written out, and use_sliding_window is off.
     "smollm3": {"no_rope_layer_interval": 2, "sliding_window": 2},
+    "minimax_m2": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
     "mixtral": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
     # While layer_types is written out.
     "qwen2_moe": {

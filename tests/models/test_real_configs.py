@@ -36,6 +36,11 @@ PARAMETERS = {
     "GLM-4.5-Air": 106_852_251_264,
     "GLM-4-32B-0414": 32_566_081_536,
     "Llama-3.1-70B-Instruct": 70_553_706_496,
+    # This and the next two were computed from the configurations by hand.
+    "MiniMax-M2": 228_689_764_864,
+    # The decoders.
+    "Ministral-3-8B-Base-2512": 8_489_553_920,
+    "Mistral-Small-3.1-24B-Instruct-2503": 23_572_403_200,
     "Mistral-7B-v0.1": 7_241_732_096,
     "Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
     "OLMo-2-0325-32B-Instruct": 32_234_279_936,
@@ -79,6 +84,9 @@ LAYOUTS = {
     "glm4_32b": Layout(model="GLM-4-32B-0414", layers=(16, 15, 15, 15)),
     "granite_8b": Layout(model="granite-3.3-8b-instruct", layers=(10,) * 4),
     "llama_70b": Layout(model="Llama-3.1-70B-Instruct", layers=(20,) * 4),
+    "minimax_m2": Layout(model="MiniMax-M2", layers=(16, 16, 15, 15), ep=8, etp=1),
+    "ministral3_8b": Layout(model="Ministral-3-8B-Base-2512", layers=(9, 9, 8, 8)),
+    "mistral_small_24b": Layout(model="Mistral-Small-3.1-24B-Instruct-2503", layers=(10,) * 4),
     "mistral_7b": Layout(model="Mistral-7B-v0.1", layers=(8,) * 4),
     "mixtral_8x7b": Layout(model="Mixtral-8x7B-Instruct-v0.1", layers=(8,) * 4, ep=8, etp=1),
     "olmo2_32b": Layout(model="OLMo-2-0325-32B-Instruct", layers=(16,) * 4),
@@ -105,6 +113,9 @@ NIGHTLY = (
     "exaone_32b",
     "glm4_32b",
     "granite_8b",
+    "minimax_m2",
+    "ministral3_8b",
+    "mistral_small_24b",
     "mistral_7b",
     "mixtral_8x7b",
     "olmo2_32b",
@@ -261,7 +272,7 @@ def test_every_tensor_is_consumed_once(tmp_path: Path, name: str) -> None:
     architecture, table = read(tmp_path, layout.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder(tmp_path, layout.model))
+            AutoConfig.from_pretrained(folder(tmp_path, layout.model)).get_text_config()
         )
     # As transformers writes them: experts are fused in its models, not in its checkpoints.
     tensors = revert_weight_conversion(model, model.state_dict())

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from tests.helpers.closeness import assert_close_relative
 from tests.helpers.ranks import ROOT, run_ranks
-from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
+from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config, with_vision
 
 TOLERANCE = 1e-4
 MAX_SEQUENCE_LENGTH = 64
@@ -76,6 +76,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # A window as long as the longest sequence has no effect.
     "mistral": ("mistral", {"sliding_window": 256}),
     "mistral_window": ("mistral", {"sliding_window": 5}),
+    # Decoders of models with vision.
+    "mistral3": ("mistral", {"sliding_window": 6}),
+    "mistral3_tied": ("mistral", {"tie_word_embeddings": True}),
+    "mistral3_ministral3": ("ministral3", {}),
+    "ministral3": ("ministral3", {"sliding_window": 7, "tie_word_embeddings": True}),
     "phi3": ("phi3", {}),
     "phi3_window": ("phi3", {"sliding_window": 6}),
     "phi3_short": (
@@ -144,6 +149,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
         },
     ),
+    "minimax_m2_moe": ("minimax_m2", {}),
+    # One key head for all ranks; three experts for each token.
+    "minimax_m2_moe_yarn": (
+        "minimax_m2",
+        {
+            "num_key_value_heads": 1,
+            "num_experts_per_tok": 3,
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.25},
+        },
+    ),
     "mixtral_moe": ("mixtral", {"sliding_window": 6}),
     "qwen2_moe": ("qwen2_moe", {}),
     "qwen2_moe_normed": (
@@ -188,6 +203,10 @@ FEW_LAYOUTS = {
     **dict.fromkeys(
         ("llama_linear", "qwen3_yarn", "qwen2_yarn", "mistral_window"), ("tp1", "tp2", "pp2")
     ),
+    "mistral3": ("tp1", "tp2_sp", "pp2_vpp2"),
+    "mistral3_tied": ("tp1", "pp2"),
+    "mistral3_ministral3": ("tp1", "tp2"),
+    "ministral3": ("tp1", "pp2"),
     "phi3_window": ("tp1",),
     "qwen2_window": ("tp1", "pp2_vpp2"),
     "qwen3_window": ("tp2_sp", "pp2", "tp2_pp2"),
@@ -214,6 +233,8 @@ COMBINATIONS = [
     ("qwen3_moe_window", "tp1"),
     *(("glm4_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("glm4_moe_normed", layout) for layout in ("tp1", "ep2_pp2")),
+    *(("minimax_m2_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
+    *(("minimax_m2_moe_yarn", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("mixtral_moe", layout) for layout in ("tp1", "ep2_pp2")),
     *(("qwen2_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("qwen2_moe_normed", layout) for layout in ("tp1", "tp2_sp_etp1")),
@@ -267,6 +288,8 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
     ("other_rope_theta", "mistral"): (0, set()),
     ("unscaled_rope", "phi3_long_tied"): (0, set()),
     ("longer_window", "mistral_window"): (1, set()),
+    ("longer_window", "mistral3"): (1, set()),
+    ("no_attention_factor", "mistral3_ministral3"): (0, set()),
     ("longer_window", "qwen3_window"): (1, set()),
     ("all_rotated", "smollm3"): (1, set()),
     ("flat_qkv_bias", "seed_oss"): (1, {f"{ATTENTION}.{part}_proj.bias" for part in "qkv"}),
@@ -304,6 +327,15 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
         1,
         {f"{MLP}.gate.e_score_correction_bias"},
     ),
+    (f"missing {NORM}.mlp.router.expert_bias", "minimax_m2_moe"): (
+        1,
+        {"model.layers.1.block_sparse_moe.e_score_correction_bias"},
+    ),
+    (f"missing {NORM}.self_attention.k_layernorm.weight", "minimax_m2_moe"): (
+        1,
+        {f"{ATTENTION}.k_norm.weight"},
+    ),
+    ("full_rotary", "minimax_m2_moe"): (0, set()),
     (f"missing {NORM}.mlp.shared_experts.gate_weight", "qwen2_moe"): (
         1,
         {f"{MLP}.shared_expert_gate.weight"},
@@ -346,7 +378,9 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     root = tmp_path_factory.mktemp("parity")
     cases: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
     for number, (model, (family, fields)) in enumerate(MODELS.items()):
-        save_tiny_model(root / model, tiny_config(family, **fields), seed=number)
+        config = tiny_config(family, **fields)
+        nested = model.startswith("mistral3")
+        save_tiny_model(root / model, with_vision(config) if nested else config, seed=number)
     for model, layout in [case for case in COMBINATIONS if case in selected]:
         ranks, parallel = ALL_LAYOUTS[layout]
         cases[ranks].append(_case(f"{model}.{layout}", root / model, parallel=parallel))
@@ -377,11 +411,12 @@ def _smollm2_sequences() -> list[list[int]]:
 
 def _transformers(folder: Path, sequences: list[list[int]]) -> dict[str, list]:
     """The same quantities from transformers' model, one sequence at a time, without padding."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    layers: list[list[Tensor]] = [[] for _ in model.model.layers]
-    for layer, outputs in zip(model.model.layers, layers, strict=True):
+    nested = "text_config" in json.loads((folder / "config.json").read_text())
+    kind = AutoModelForImageTextToText if nested else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    decoder = model.model.language_model if nested else model.model
+    layers: list[list[Tensor]] = [[] for _ in decoder.layers]
+    for layer, outputs in zip(decoder.layers, layers, strict=True):
         layer.register_forward_hook(
             lambda _module, _inputs, output, outputs=outputs: outputs.append(output[0])
         )

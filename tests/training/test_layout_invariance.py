@@ -162,6 +162,8 @@ MOE_PAIRS = {
     # A first layer without experts, sigmoids and their bias in the router.
     "sigmoid_router": {"family": "qwen2_moe", "teacher_family": "glm4_moe", "teacher_layers": 6},
     "sigmoid_router_student": {"family": "glm4_moe", "teacher_family": "qwen3"},
+    # Sigmoids in the router and norms over all heads, in one layer.
+    "sigmoids_and_wide_norms": {"family": "minimax_m2", "teacher_layers": 6},
     # An expert for all tokens, with its gate.
     "shared_expert": {"family": "qwen2_moe", "teacher_family": "mixtral"},
 }
@@ -344,6 +346,7 @@ CASES = [
     *(("moe_student", "default", layout) for layout in ("tp2_sp_full", "ep2_pp2")),
     ("sigmoid_router", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
     *(("sigmoid_router_student", "default", layout) for layout in ("tp2_sp_etp1_ep2", "ep2_pp2")),
+    *(("sigmoids_and_wide_norms", "default", layout) for layout in ("ep2_pp2", "tp2_sp_ep2")),
     *(
         ("shared_expert", "default", layout)
         for layout in ("tp2_sp_etp1_ep2", "ep2_pp2_vpp2_full", "tp2_sp_ep2")
@@ -483,6 +486,7 @@ FURTHER: set[tuple[str, ...]] = {
     *(("shared_expert", "default", layout) for layout in ("ep2_pp2_vpp2_full", "tp2_sp_ep2")),
     ("sigmoid_router", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
     ("sigmoid_router_student", "default", "ep2_pp2"),
+    *(("sigmoids_and_wide_norms", "default", layout) for layout in ("ep2_pp2", "tp2_sp_ep2")),
     ("post_norms", FP8[0], "tp2_sp_full"),
     ("sigmoid_router", FP8[0], "tp2_sp_etp1_ep2"),
 }

@@ -132,7 +132,21 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     assert sorted(opened.source.names()) == sorted(weights)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_minimax_m2_says_how_many_predict_further_tokens(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_tiny_model(folder, tiny_config("minimax_m2"), seed=0)
+    weights = load_file(folder / "model.safetensors")
+    further = {f"model.layers.{layer}.enorm.weight": torch.ones(32) for layer in (4, 5)}
+    save_file(weights | further, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"left over: model\.layers\.4\.enorm\.weight"):
+        open_checkpoint(folder).check_tensors()
+    both = copy_with_config(folder, tmp_path / "both", num_mtp_modules=2)
+    opened = open_checkpoint(both)
+    opened.check_tensors()
+    assert sorted(opened.source.names()) == sorted(weights)
+
+
+@pytest.mark.parametrize("family", ["minimax_m2", "mixtral", "qwen2_moe"])
 def test_experts_fused_by_transformers(tmp_path: Path, family: str) -> None:
     """Its own form has Mixtral's other names as well."""
     save_tiny_model(tmp_path / "single", tiny_config(family), seed=0)

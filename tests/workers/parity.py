@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from checkpoint_tools.megatron_states import load_whole_model, megatron_states
 from megatron_oprd.config.schema import ParallelConfig
-from megatron_oprd.models.families import read_architecture
+from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.weights.export import Exporter
-from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.megatron_keys import named_parameters
 from tests.models.mutations import mutate
 
@@ -26,12 +26,12 @@ def run(case: dict[str, Any], directory: Path) -> None:
     {name, folder, sequences, batches, parallel, mutation, max_sequence_length}
     """
     parallel = ParallelConfig(**case["parallel"])
-    checkpoint = HFCheckpoint(case["folder"])
-    architecture = read_architecture(checkpoint)
+    opened = open_checkpoint(Path(case["folder"]))
+    architecture = opened.architecture
     with parallel_run(parallel, seed=0) as context:
         chunks, table = load_whole_model(
             architecture,
-            checkpoint,
+            opened.source,
             parallel=parallel,
             context=context,
             max_sequence_length=case["max_sequence_length"],
@@ -50,7 +50,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
         exported = dict(Exporter(chunks, table, context=context).stream())
         if context.rank == 0:
             assert states is not None
-            source = load_file(Path(case["folder"]) / "model.safetensors")
+            source = _decoder(load_file(Path(case["folder"]) / "model.safetensors"))
             result = {
                 "layers": states.layers,
                 "normed": states.normed,
@@ -64,3 +64,10 @@ def run(case: dict[str, Any], directory: Path) -> None:
                 ],
             }
             torch.save(result, directory / f"{case['name']}.pt")
+
+
+def _decoder(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder's tensors, where the model has other parts as well."""
+    inner = "language_model."
+    decoder = {name[len(inner) :]: one for name, one in stored.items() if name.startswith(inner)}
+    return decoder or stored

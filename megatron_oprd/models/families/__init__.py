@@ -3,7 +3,9 @@
 Each family is one file. A new one is a copy of the file most like it, named below.
 """
 
-from transformers import AutoConfig
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
@@ -13,7 +15,10 @@ from megatron_oprd.models.families import (
     glm4_moe,
     granite,
     llama,
+    minimax_m2,
+    ministral3,
     mistral,
+    mistral3,
     mixtral,
     olmo2,
     olmo3,
@@ -26,8 +31,11 @@ from megatron_oprd.models.families import (
     smollm3,
 )
 from megatron_oprd.models.families.decoder import Family
+from megatron_oprd.models.families.nested import Nested
 from megatron_oprd.weights.hf_files import HFFolder
 from megatron_oprd.weights.mapping import Mapping
+from megatron_oprd.weights.quantization import read_quantization, without_quantization
+from megatron_oprd.weights.source import WeightSource
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
@@ -37,6 +45,8 @@ FAMILIES: dict[str, Family] = {
         glm4_moe,
         granite,
         llama,
+        minimax_m2,
+        ministral3,
         mistral,
         mixtral,
         olmo2,
@@ -52,29 +62,75 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def read_architecture(checkpoint: HFFolder) -> Architecture:
+# Models whose decoder is of a family above.
+NESTED: dict[str, Nested] = {module.NESTED.name: module.NESTED for module in (mistral3,)}
+
+
+# Whatever has a configuration.
+Folder = HFFolder | WeightSource
+
+
+def read_architecture(checkpoint: Folder) -> Architecture:
     """Reads a model folder's configuration; no weight is read.
+
+    Of a model with parts beside its decoder, the decoder's is returned.
 
     Raises:
         UserError: The architecture is not supported, or a field changes the model's numbers in a
             way that is not handled.
     """
     source = str(checkpoint.folder / "config.json")
+    # Weights in FP8 are read as their values.
+    read_quantization(checkpoint.config, source)
+    raw = without_quantization(checkpoint.config)
+    if (nested := nested_model(checkpoint)) is not None:
+        nested.check(raw, source)
+        text = _read_config(checkpoint, source).get_text_config()
+        family = FAMILIES[nested.decoder_of(text.model_type, source)]
+        written = {"model_type": text.model_type} | checkpoint.config["text_config"]
+        family.check(written, f"{source} (text_config)")
+        return family.architecture(text, f"{source} (text_config)")
     names = checkpoint.config.get("architectures") or []
     if names not in [[name] for name in FAMILIES]:
         raise UserError(
-            f"{source}: architectures = {names}; supported are {', '.join(sorted(FAMILIES))}"
+            f"{source}: architectures = {names}; supported are "
+            f"{', '.join(sorted(FAMILIES | NESTED))}"
         )
     family = FAMILIES[names[0]]
-    family.check(checkpoint.config, source)
+    family.check(raw, source)
+    return family.architecture(_read_config(checkpoint, source), source)
+
+
+def _read_config(checkpoint: Folder, source: str) -> PretrainedConfig:
     try:
-        hf_config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        return AutoConfig.from_pretrained(checkpoint.hf_folder, local_files_only=True)
     except Exception as error:  # transformers' checks raise exceptions of many types
         raise UserError(f"{source}: {' '.join(str(error).split())}") from error
-    return family.architecture(hf_config, source)
 
 
-def unread_tensors(checkpoint: HFFolder) -> tuple[str, ...]:
+def nested_model(checkpoint: Folder) -> Nested | None:
+    """What is known of a model with parts beside its decoder; None for a decoder alone."""
+    names = checkpoint.config.get("architectures")
+    return next((NESTED[name] for name in NESTED if names == [name]), None)
+
+
+def decoder_config(checkpoint: Folder, nested: Nested) -> dict[str, Any]:
+    """The content of config.json that the decoder has as a model of its own.
+
+    Its configuration has to have passed `read_architecture`.
+    """
+    source = str(checkpoint.folder / "config.json")
+    text = _read_config(checkpoint, source).get_text_config()
+    config = text.to_diff_dict()
+    config["architectures"] = [nested.decoder_of(text.model_type, source)]
+    # The whole model's dtype, where the decoder has none of its own.
+    dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if config.get("dtype") is None and dtype is not None:
+        config["dtype"] = dtype
+    return config
+
+
+def unread_tensors(checkpoint: Folder) -> tuple[str, ...]:
     """Beginnings of the names of tensors that the supported model does not have."""
     (name,) = checkpoint.config["architectures"]
     return FAMILIES[name].unread(checkpoint.config)
