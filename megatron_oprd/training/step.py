@@ -23,6 +23,7 @@ from megatron_oprd.models.student import freeze_past_deepest_tap
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training.batches import StepBatches, make_micro_batches
+from megatron_oprd.training.flops import step_flops
 from megatron_oprd.training.layout import ModelLayout
 from megatron_oprd.training.optimizer import make_train_state
 from megatron_oprd.training.plan import RunPlan, TeacherPlan
@@ -47,6 +48,7 @@ class StepResult:
     grad_norm: float | None  # global, before clipping
     lr: float
     skipped: bool  # loss or gradient not finite: no update
+    flops: int  # of teachers' and student's passes, of all ranks (`step_flops`)
     seconds_teacher: float  # wall-clock of each phase
     seconds_student: float
     seconds_optimizer: float
@@ -306,6 +308,7 @@ class Distiller:
             grad_norm=grad_norm,
             lr=lr,
             skipped=not updated,
+            flops=step_flops(self.plan, rollouts, num_output_rows=batches.num_output_rows),
             seconds_teacher=gradients.seconds_teacher,
             seconds_student=gradients.seconds_student,
             seconds_optimizer=clock.lap(),
@@ -324,6 +327,7 @@ class Distiller:
             grad_norm=None,
             lr=lr,
             skipped=False,
+            flops=0,
             seconds_teacher=0.0,
             seconds_student=0.0,
             seconds_optimizer=0.0,
