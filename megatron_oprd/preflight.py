@@ -10,9 +10,11 @@ from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError, say
 from megatron_oprd.parallel.context import fewest_ranks
 from megatron_oprd.planning.estimate import check_host_memory
+from megatron_oprd.training.hub import check_hub
 from megatron_oprd.training.plan import RunPlan, make_plan
 from megatron_oprd.training.resume import checkpoint_to_resume
 from megatron_oprd.training.rollouts import check_rollout_server, check_server_to_start
+from megatron_oprd.training.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ def prepare(config: RunConfig, *, dry_run: bool) -> tuple[RunPlan, Launch]:
     plan = make_plan(config, world_size=launch.num_ranks)
     checkpoint_to_resume(plan)
     if launch.is_first:
+        check_trackers(config)
+        check_hub(config)
         # Other hosts may reach a server at another address. An engine that cannot start reports it.
         check_rollout_server(plan)
         if not dry_run:

@@ -41,6 +41,7 @@ def check_values(config: RunConfig) -> None:
     _check_optimizer(config)
     _check_recompute(config)
     _check_evaluation(config)
+    _check_export(config)
 
 
 def check_ranges(config: Any) -> None:
@@ -430,3 +431,14 @@ def _check_evaluation(config: RunConfig) -> None:
             f"evaluation.interval = {shown(evaluation.interval)} does not agree with "
             f"evaluation.data = {evaluation.data}; set both or neither"
         )
+
+
+def _check_export(config: RunConfig) -> None:
+    name = config.export.hub_model_id
+    if config.export.push_to_hub and not (name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
+        raise UserError(
+            f"export.push_to_hub needs export.hub_model_id, which is {shown(name)}; give a "
+            "repository, as in user/name"
+        )
+    if len(set(config.trackers)) < len(config.trackers):
+        raise UserError(f"trackers = {config.trackers} names one of them twice; name each once")

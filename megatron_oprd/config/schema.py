@@ -753,6 +753,23 @@ class EvaluationConfig:
     """Nucleus sampling; 1.0 is off."""
 
 
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What becomes of the student at the end, beside the folder ``student`` of the run."""
+
+    push_to_hub: bool = setting(False)
+    """Whether the student is uploaded to the Hugging Face Hub. Needs ``hub_model_id``, and a token
+    on the machine of rank 0 (``hf auth login`` or ``HF_TOKEN``)."""
+
+    hub_model_id: str | None = setting(None, only_with=when("export.push_to_hub"))
+    """The repository that it is uploaded to, as in ``user/name``; it is made if it is missing."""
+
+    hub_private_repo: bool = setting(True, only_with=when("export.push_to_hub"))
+    """Whether a repository that is made is private."""
+
+
+Tracker = Literal["wandb", "mlflow", "swanlab"]
+
 # Numbers of steps and ranks are added to a seed, and generators take 32 bits or more.
 LARGEST_SEED = 2**31 - 1
 
@@ -775,7 +792,18 @@ class RunConfig:
 
     samples_interval: int | None = setting(None, ge=1)
     """Steps between two tables of samples (four prompts with a response), in
-    ``<output_dir>/samples.jsonl`` and TensorBoard. By default there are none."""
+    ``<output_dir>/samples.jsonl``, TensorBoard and trackers. By default there are none."""
+
+    trackers: list[Tracker] = setting([])
+    """Where metrics also go: ``wandb`` (Weights & Biases), ``mlflow`` and ``swanlab``, of which
+    each is an extra of the package. Addresses and keys are set by their own environment
+    variables."""
+
+    project_name: str = setting("megatron-oprd", not_empty="a name", only_with=when("trackers"))
+    """The project of trackers (in MLflow the experiment)."""
+
+    experiment_name: str | None = setting(None, only_with=when("trackers"))
+    """The run's name in trackers; by default that of the folder ``output_dir``."""
 
     model: ModelConfig = group(ModelConfig)
     teacher: TeacherConfig = group(TeacherConfig)
@@ -796,6 +824,7 @@ class RunConfig:
     recompute: RecomputeConfig = group(RecomputeConfig)
     checkpoint: CheckpointConfig = group(CheckpointConfig)
     evaluation: EvaluationConfig = group(EvaluationConfig)
+    export: ExportConfig = group(ExportConfig)
 
     @property
     def decay_iters(self) -> int:

@@ -22,6 +22,9 @@ class Logger(Protocol):
     def log_samples(self, step: int, samples: Sequence[TextSample]) -> None:
         """Writes a step's samples."""
 
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        """Says where the checkpoint after ``step`` steps is."""
+
     def close(self) -> None:
         """Writes what is not written yet, and ends."""
 
@@ -41,6 +44,11 @@ class Loggers:
         """Writes a step's samples to all."""
         for one in self._loggers:
             one.log_samples(step, samples)
+
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        """Tells all of a checkpoint."""
+        for one in self._loggers:
+            one.log_checkpoint(folder, step)
 
     def close(self) -> None:
         """Closes all, also if one of them fails."""
@@ -77,6 +85,9 @@ class JsonLogger:
                 line = {"step": step, **dataclasses.asdict(sample)}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        """Writes nothing: the checkpoint is in the same folder as these files."""
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -103,6 +114,10 @@ class TensorBoardLogger:
         ]
         table = ["| prompt | text | response | tokens |", "|---|---|---|---|", *rows]
         self._writer.add_text("samples", "\n".join(table), step)
+
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        """Adds the path as a text."""
+        self._writer.add_text("checkpoint", str(folder), step)
 
     def close(self) -> None:
         """Flushes and closes the files."""

@@ -22,6 +22,7 @@ from megatron_oprd.training import checkpoints
 from megatron_oprd.training.alarm import CollapseAlarm
 from megatron_oprd.training.checkpoints import Progress
 from megatron_oprd.training.evaluation import BenchmarkEvaluator
+from megatron_oprd.training.hub import push_to_hub
 from megatron_oprd.training.identity import RunIdentity, contents_of
 from megatron_oprd.training.loggers import JsonLogger, Logger, Loggers, TensorBoardLogger
 from megatron_oprd.training.logprob_check import LogprobCheck
@@ -33,6 +34,7 @@ from megatron_oprd.training.metrics import (
 )
 from megatron_oprd.training.plan import RunPlan, export_folder
 from megatron_oprd.training.prompts import load_run_prompts, taught_by
+from megatron_oprd.training.record import write_record
 from megatron_oprd.training.resume import (
     check_contents,
     check_export,
@@ -45,6 +47,7 @@ from megatron_oprd.training.samples import samples_of
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.training.stopping import StopRequests
 from megatron_oprd.training.terminal import TerminalLogger
+from megatron_oprd.training.trackers import open_trackers
 from megatron_oprd.weights.casting import config_with_dtype
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.hf_writer import HFContent, write_hf_folder
@@ -65,11 +68,13 @@ def train(plan: RunPlan, context: ParallelContext) -> Path | None:
         TrainingDivergedError: ``optimizer.max_skipped_in_a_row`` steps in a row were skipped.
         UserError: The run's folder belongs to another run, or to a run with other contents.
     """
-    with StopRequests(plan.config.checkpoint, context) as stops:
-        return _train(plan, context, stops)
+    with StopRequests(plan.config.checkpoint, context) as stops, contextlib.ExitStack() as stack:
+        return _train(plan, context, stops, stack)
 
 
-def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path | None:
+def _train(
+    plan: RunPlan, context: ParallelContext, stops: StopRequests, stack: contextlib.ExitStack
+) -> Path | None:
     output_dir = Path(plan.config.output_dir)
     resume_from = resumable_checkpoint(plan)
     identity = _identity(plan, resume_from)
@@ -83,6 +88,10 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
         checkpoints.remove_unfinished(output_dir)
         if resume_from is not None:
             checkpoints.set_aside_newer(resume_from)
+        write_record(plan, world_size=dist.get_world_size())
+    # Before the weights are read: a server that refuses the run does so now.
+    trackers = Loggers(open_trackers(config, identity) if context.rank == 0 else [])
+    stack.callback(trackers.close)
     distiller = Distiller(plan, context)
     exporter = Exporter(distiller.state.modules, plan.layout.student.table, context=context)
     done = Progress()
@@ -120,6 +129,8 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
             refresh=distiller.refresh,
         )
         stops.saved()
+        if loggers is not None:
+            loggers.log_checkpoint(saved.folder, done.step)
         say(f"{saved.folder}: {saved.num_bytes / 1e9:.3g} GB in {saved.seconds:.3g} s")
 
     def save_what_was_reached() -> str:
@@ -132,7 +143,7 @@ def _train(plan: RunPlan, context: ParallelContext, stops: StopRequests) -> Path
         return f"the newest checkpoint is of step {done.step}, from which the same command goes on"
 
     with (
-        _loggers(config, context, first_step=done.step) as loggers,
+        _loggers(config, context, first_step=done.step, trackers=trackers) as loggers,
         _saved_when_engines_fail(save_what_was_reached),
         open_engines(
             plan,
@@ -241,18 +252,21 @@ def _with_contents(
     return dataclasses.replace(identity, contents=contents[0])
 
 
+@contextlib.contextmanager
 def _loggers(
-    config: RunConfig, context: ParallelContext, *, first_step: int
-) -> contextlib.AbstractContextManager[Loggers | None]:
-    """The run's loggers on rank 0, closed at the end; None on other ranks."""
+    config: RunConfig, context: ParallelContext, *, first_step: int, trackers: Logger
+) -> Iterator[Loggers | None]:
+    """The run's loggers on rank 0, None on other ranks; closes all but ``trackers`` at the end."""
     if context.rank != 0:
-        return contextlib.nullcontext()
+        yield None
+        return
     output_dir = Path(config.output_dir)
-    loggers: list[Logger] = [JsonLogger(output_dir, first_step=first_step)]
+    own: list[Logger] = [JsonLogger(output_dir, first_step=first_step)]
     if config.tensorboard:
-        loggers.append(TensorBoardLogger(output_dir, first_step=first_step))
-    loggers.append(TerminalLogger(first_step=first_step, num_steps=config.train_iters))
-    return contextlib.closing(Loggers(loggers))
+        own.append(TensorBoardLogger(output_dir, first_step=first_step))
+    own.append(TerminalLogger(first_step=first_step, num_steps=config.train_iters))
+    with contextlib.closing(Loggers(own)):
+        yield Loggers([*own, trackers])
 
 
 @contextlib.contextmanager
@@ -306,6 +320,8 @@ def _export(
     if context.rank == 0:
         whole = ((name, tensor) for name, tensor in stream if tensor is not None)
         write_hf_folder(out, content, whole, force=True)
+        if plan.config.export.push_to_hub:
+            push_to_hub(out, plan.config.export)
     else:
         # The stream communicates, so every rank has to consume it.
         for _ in stream:

@@ -4,6 +4,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -61,6 +62,9 @@ class TerminalLogger:
 
     def log_samples(self, step: int, samples: Sequence[TextSample]) -> None:
         """Shows nothing: responses are long."""
+
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        """Shows nothing: the loop says it, also without this logger."""
 
     def close(self) -> None:
         """Leaves the last step on the terminal."""

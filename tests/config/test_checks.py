@@ -47,6 +47,8 @@ RELATED: dict[str, dict[str, Any]] = {
     "bridge.rank": {"loss.normalize": "l2"},
     "evaluation.interval": {"evaluation.data": ["a.parquet"]},
     "taps.n": {"taps.layers": "last_n"},
+    "export.push_to_hub": {"export.hub_model_id": "user/name"},
+    "export.hub_private_repo": {"export.hub_model_id": "user/name"},
     "extra_teachers[0].n": {"extra_teachers[0].layers": "last_n"},
     "rollout.vllm.tensor_model_parallel_size": {"rollout.vllm.start_servers": 1},
     "rollout.vllm.max_model_len": {"data.max_prompt_tokens": 1, "rollout.max_new_tokens": 1},
@@ -66,6 +68,8 @@ GIVEN: dict[str, Any] = {
     "rollout.logprob_check_interval": 1,
     "rollout.vllm.servers": ["http://10.0.0.1:8000"],
     "rollout.vllm.start_servers": 1,
+    "trackers": ["wandb"],
+    "export.push_to_hub": True,
 }
 
 
@@ -238,6 +242,12 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
     ("overrides", "names"),
     [
         (["data.prompts=[]"], ["data.prompts is empty"]),
+        (["trackers=[wandb,wandb]"], ["trackers = ['wandb', 'wandb']", "each once"]),
+        (["export.push_to_hub=true"], ["export.hub_model_id, which is null", "user/name"]),
+        (
+            ["export.push_to_hub=true", "export.hub_model_id=a/b/c"],
+            ["export.hub_model_id, which is a/b/c"],
+        ),
         (["taps.layers=[]"], ["taps.layers = []", "at least one"]),
         (["taps.layers=[3,1]"], ["taps.layers = [3, 1]", "rising", "[1, 3]"]),
         (["taps.layers=[1,1,3]"], ["taps.layers = [1, 1, 3]", "each once", "[1, 3]"]),

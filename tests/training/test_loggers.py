@@ -117,6 +117,9 @@ class Failing:
     def log_samples(self, step: int, samples: Sequence[TextSample]) -> None:
         pass
 
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        pass
+
     def close(self) -> None:
         raise OSError("the network is gone")
 
