@@ -42,6 +42,7 @@ def check_values(config: RunConfig) -> None:
     _check_recompute(config)
     _check_evaluation(config)
     _check_export(config)
+    _check_profile(config)
 
 
 def check_ranges(config: Any) -> None:
@@ -442,3 +443,16 @@ def _check_export(config: RunConfig) -> None:
         )
     if len(set(config.trackers)) < len(config.trackers):
         raise UserError(f"trackers = {config.trackers} names one of them twice; name each once")
+
+
+def _check_profile(config: RunConfig) -> None:
+    start, end, ranks = config.profile.start, config.profile.end, config.profile.ranks
+    if start is None:
+        return
+    if end is None or not start < end <= config.train_iters:
+        raise UserError(
+            f"profile.start = {start} needs profile.end, which is {shown(end)}; give a step above "
+            f"{start} and of at most train_iters = {config.train_iters}"
+        )
+    if not ranks:
+        raise UserError("profile.ranks is empty; give at least one rank, as in [0]")

@@ -768,6 +768,26 @@ class ExportConfig:
     """Whether a repository that is made is private."""
 
 
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """Profiles of some steps, in ``<output_dir>/profile``; docs/profiling.md describes them."""
+
+    start: int | None = setting(None, ge=0)
+    """First step that is profiled; by default none is. The first steps of a process are slower than
+    the others. Needs ``end``."""
+
+    end: int | None = setting(None, ge=1, only_with=when("profile.start"))
+    """The step before which the profile ends."""
+
+    ranks: list[int] = setting([0], ge=0, only_with=when("profile.start"))
+    """Ranks that are profiled."""
+
+    kind: Literal["torch", "nsys", "memory"] = setting("torch", only_with=when("profile.start"))
+    """``torch`` is torch's profiler: a trace and a table of operations. ``nsys`` starts and stops
+    the recording of Nsight Systems, under which the ranks have to be launched. ``memory`` is a
+    snapshot of the GPU's memory with its history of allocations."""
+
+
 Tracker = Literal["wandb", "mlflow", "swanlab"]
 
 # Numbers of steps and ranks are added to a seed, and generators take 32 bits or more.
@@ -825,6 +845,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = group(CheckpointConfig)
     evaluation: EvaluationConfig = group(EvaluationConfig)
     export: ExportConfig = group(ExportConfig)
+    profile: ProfileConfig = group(ProfileConfig)
 
     @property
     def decay_iters(self) -> int:

@@ -15,6 +15,7 @@ from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import UserError
 from megatron_oprd.heartbeat import heartbeat
 from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.phases import phase
 from megatron_oprd.rollout.engine import (
     CountingEngine,
     EngineUse,
@@ -135,6 +136,7 @@ class EnginePool:
         """Index of this rank's engine; None if it has none."""
         return self._own
 
+    @phase("weight sync")
     def sync(self, *, version: int = 0) -> int:
         """Sends the current weights to every engine; later rollouts carry ``version``.
 
@@ -149,6 +151,7 @@ class EnginePool:
         self._recover(self.told(self._send_weights(take=take)))
         return self._bytes_sent
 
+    @phase("rollout")
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -201,6 +204,7 @@ class EnginePool:
         self._run(start)
         self._under_way.append((self._engine, prompts, sampling))
 
+    @phase("rollout")
     def finish(self, *, version: int) -> list[Rollout] | None:
         """Waits for the rollouts of the first `start` and returns them as `generate` does."""
         assert self._under_way, "nothing was begun"

@@ -33,6 +33,7 @@ from megatron_oprd.training.metrics import (
     step_metrics,
 )
 from megatron_oprd.training.plan import RunPlan, export_folder
+from megatron_oprd.training.profile import Profiler
 from megatron_oprd.training.prompts import load_run_prompts, taught_by
 from megatron_oprd.training.record import write_record
 from megatron_oprd.training.resume import (
@@ -156,7 +157,10 @@ def _train(
         # After the loggers, which have removed the records of steps that are done again.
         alarm = None if loggers is None else CollapseAlarm(output_dir / "metrics.jsonl")
         source = RolloutSource(plan, context, engines, prompts)
+        profiler = Profiler(config.profile, output_dir, rank=context.rank)
+        stack.callback(profiler.close)
         for step in range(done.step, config.train_iters):
+            profiler.begin(step)
             started = time.perf_counter()
             torch.cuda.reset_peak_memory_stats()
             of_step = source.of_step(step)
@@ -210,6 +214,8 @@ def _train(
                     loggers.log(metrics)
                     if config.samples_interval and step % config.samples_interval == 0:
                         loggers.log_samples(step, samples_of(rollouts, plan.tokenizer))
+            # Before a checkpoint, which is none of a step's phases.
+            profiler.end(step)
             if skipped_in_a_row == config.optimizer.max_skipped_in_a_row:
                 raise TrainingDivergedError(
                     f"steps {step + 1 - skipped_in_a_row} to {step} had a non-finite loss or "

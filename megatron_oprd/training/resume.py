@@ -34,6 +34,7 @@ _MAY_CHANGE = (
     "project_name",
     "experiment_name",
     "export.",
+    "profile.",
     "teacher.offload",
     "teacher.target_memory_gb",
     "parallel.",

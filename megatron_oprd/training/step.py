@@ -21,6 +21,7 @@ from megatron_oprd.models.build import DTYPES, build_model, transformer_config
 from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.student import freeze_past_deepest_tap
 from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.phases import phase
 from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training.batches import StepBatches, make_micro_batches
 from megatron_oprd.training.flops import step_flops
@@ -176,6 +177,7 @@ class Distiller:
             seconds_student=seconds_student,
         )
 
+    @phase("teacher")
     def teacher_pass(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Runs the teachers over a group of micro-batches and keeps the targets at the taps."""
         for one in self.teachers:
@@ -192,6 +194,7 @@ class Distiller:
 
             one.run(micro_batches, end)
 
+    @phase("student")
     def student_pass(self, micro_batches: Sequence[MicroBatch], *, is_last: bool) -> None:
         """Runs the student forward and backward over a group of micro-batches.
 
@@ -240,6 +243,7 @@ class Distiller:
         (loss, cosine), *others = metrics.split([part.shape[1] for part in parts], dim=1)
         return loss, cosine, output_loss, [(of_other[0], of_other[1]) for of_other in others]
 
+    @phase("optimizer")
     def update(self, loss_is_finite: bool) -> tuple[float, bool]:
         """Updates the student unless loss or gradient are not finite.
 

@@ -47,6 +47,8 @@ RELATED: dict[str, dict[str, Any]] = {
     "bridge.rank": {"loss.normalize": "l2"},
     "evaluation.interval": {"evaluation.data": ["a.parquet"]},
     "taps.n": {"taps.layers": "last_n"},
+    "profile.start": {"profile.end": 2},
+    "profile.end": {"profile.start": 0},
     "export.push_to_hub": {"export.hub_model_id": "user/name"},
     "export.hub_private_repo": {"export.hub_model_id": "user/name"},
     "extra_teachers[0].n": {"extra_teachers[0].layers": "last_n"},
@@ -70,6 +72,7 @@ GIVEN: dict[str, Any] = {
     "rollout.vllm.start_servers": 1,
     "trackers": ["wandb"],
     "export.push_to_hub": True,
+    "profile.start": 0,
 }
 
 
@@ -177,7 +180,7 @@ def another(found: Found) -> Any:
         return next(value for value in get_args(kind) if value != found.default)
     values: dict[Any, tuple[Any, ...]] = {
         bool: (True, False), int: (2, 1), float: (0.5, 0.25), str: ("x",),
-        list[int]: ([0],), list[str]: (["x"],),
+        list[int]: ([0], [1]), list[str]: (["x"],),
     }  # fmt: skip
     return next(v for v in values[kind] if v != found.default and found.rules.admits(v))
 
@@ -243,6 +246,10 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
     [
         (["data.prompts=[]"], ["data.prompts is empty"]),
         (["trackers=[wandb,wandb]"], ["trackers = ['wandb', 'wandb']", "each once"]),
+        (["profile.start=3"], ["profile.start = 3", "profile.end, which is null"]),
+        (["profile.start=3", "profile.end=3"], ["profile.end, which is 3", "above 3"]),
+        (["profile.start=3", "profile.end=9", "train_iters=8"], ["at most train_iters = 8"]),
+        (["profile.start=3", "profile.end=4", "profile.ranks=[]"], ["profile.ranks is empty"]),
         (["export.push_to_hub=true"], ["export.hub_model_id, which is null", "user/name"]),
         (
             ["export.push_to_hub=true", "export.hub_model_id=a/b/c"],
