@@ -24,8 +24,13 @@ class UserError(Exception):
 
 def say(text: str) -> None:
     """Prints a line to stderr, on global rank 0 only."""
-    if _rank() == 0:
+    if speaks():
         print(text, file=sys.stderr, flush=True)
+
+
+def speaks() -> bool:
+    """Whether this process is the one that `say` prints on."""
+    return _rank() == 0
 
 
 def run_entry_point(main: Callable[[], int]) -> NoReturn:

@@ -4,15 +4,19 @@ import os
 from dataclasses import dataclass
 
 import psutil
+import torch
 
 from megatron_oprd.config.advice import warnings_of
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError, say
 from megatron_oprd.parallel.context import fewest_ranks
 from megatron_oprd.planning.estimate import check_host_memory
+from megatron_oprd.training.hub import check_hub
 from megatron_oprd.training.plan import RunPlan, make_plan
+from megatron_oprd.training.profile import check_profile
 from megatron_oprd.training.resume import checkpoint_to_resume
 from megatron_oprd.training.rollouts import check_rollout_server, check_server_to_start
+from megatron_oprd.training.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +50,12 @@ def prepare(config: RunConfig, *, dry_run: bool) -> tuple[RunPlan, Launch]:
     launch = Launch.of_environment(without_launcher=fewest)
     for warning in warnings_of(config.taps):
         say(f"warning: {warning}")
+    check_profile(config, num_ranks=launch.num_ranks, has_gpu=dry_run or torch.cuda.is_available())
     plan = make_plan(config, world_size=launch.num_ranks)
     checkpoint_to_resume(plan)
     if launch.is_first:
+        check_trackers(config)
+        check_hub(config)
         # Other hosts may reach a server at another address. An engine that cannot start reports it.
         check_rollout_server(plan)
         if not dry_run:

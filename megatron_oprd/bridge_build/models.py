@@ -21,7 +21,7 @@ from megatron_oprd.data.batching import (
 from megatron_oprd.distill.bridge_file import check_bridge_place
 from megatron_oprd.distill.layer_map import LayerPair
 from megatron_oprd.distill.taps import PairTaps, RankSelector
-from megatron_oprd.errors import UserError
+from megatron_oprd.errors import UserError, speaks
 from megatron_oprd.models.build import Extent
 from megatron_oprd.models.layers import Tap
 from megatron_oprd.models.offload import OffloadedWeights
@@ -30,6 +30,7 @@ from megatron_oprd.models.teacher import build_teacher
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.training.layout import ModelLayout
 from megatron_oprd.training.plan import RunPlan, make_plan
+from megatron_oprd.weights.progress import Progress
 from megatron_oprd.weights.source import WeightSource
 
 
@@ -112,19 +113,23 @@ class FrozenModels:
         )
         self._taps.attach_student(self._student, depth=layout.student.architecture.num_layers)
 
-    def run(self, sequences: Sequences, consume: Consumer) -> None:
+    def run(self, sequences: Sequences, consume: Consumer, *, what: str) -> None:
         """Runs both models over sequences, which are the same on every rank.
 
         Every rank has to call. ``consume`` gets the numbered rows of this rank's pairs, batch by
         batch. Ranks that share a pair each get the rows of their part of the sequences;
-        without sequence parallelism all tensor-parallel ranks get the same rows.
+        without sequence parallelism all tensor-parallel ranks get the same rows. ``what`` names the
+        work in rank 0's progress.
         """
         self._taps.consume = consume
         config = self._plan.config
         at_once = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-        for start in range(0, len(sequences.token_ids), at_once):
-            for group in self._groups(sequences.part(start, start + at_once)):
-                self._run_group(group)
+        total = len(sequences.token_ids)
+        with Progress(what, total, unit=" sequences", shown=speaks()) as progress:
+            for start in range(0, total, at_once):
+                for group in self._groups(sequences.part(start, start + at_once)):
+                    self._run_group(group)
+                progress.advance(min(at_once, total - start))
 
     def _build(
         self,

@@ -1,7 +1,8 @@
 """Builds a bridge: rollouts, then the fit of every pair, then cosines on held-out sequences."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from megatron_oprd.distill.bridge_file import (
 )
 from megatron_oprd.distill.projectors import Projectors, project_student, project_teacher
 from megatron_oprd.distill.representation import token_cosine
-from megatron_oprd.errors import UserError
+from megatron_oprd.errors import UserError, speaks
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import Rollout
@@ -40,6 +41,7 @@ from megatron_oprd.training.layout import ModelLayout
 from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.prompts import load_run_prompts, sent_prompts_of_step
 from megatron_oprd.training.rollouts import open_engines, sampling_of_step
+from megatron_oprd.weights.progress import Progress
 
 
 def build_bridge(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext) -> Manifest:
@@ -122,14 +124,20 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
     def stream(*, trainable_only: bool, wanted: bool) -> Iterator[tuple[str, Tensor | None]]:
         return ((name, source.read(name)) for name in (source.names() if wanted else ()))
 
-    with open_engines(
-        plan,
-        context,
-        stream,
-        # Next to the bridge's folder, which must contain a bridge or nothing.
-        log_prefix=f"{Path(plan.config.output_dir)}.",
-    ) as engines:
+    with ExitStack() as stack:
+        engines = stack.enter_context(
+            open_engines(
+                plan,
+                context,
+                stream,
+                # Next to the bridge's folder, which must contain a bridge or nothing.
+                log_prefix=f"{Path(plan.config.output_dir)}.",
+            )
+        )
         engines.sync()
+        progress = stack.enter_context(
+            Progress("rollouts", config.num_steps, unit=" rounds", shown=speaks())
+        )
         for step in range(config.num_steps):
             of_step = sent_prompts_of_step(step, prompts, plan.config, context)
             sampling = sampling_of_step(step, plan.config)
@@ -141,6 +149,7 @@ def _roll_out(config: BuildBridgeConfig, plan: RunPlan, context: ParallelContext
                 function=plan.function,
             )
             engines.take_restarts()  # they are limited for each round
+            progress.advance(1)
     return rollouts
 
 
@@ -163,10 +172,12 @@ def _fit(
         def add(number: int, _rows: Tensor, student: Tensor, teacher: Tensor) -> None:
             sums[number].add(student, teacher)
 
-        models.run(seen, add)
+        models.run(seen, add, what="states to fit on")
         for number in own:
             _sum_over_parts(sums[number].tensors(), plan, context)
-        return {n: fit_least_squares(sums[n], rank=rank, ridge=fit.ridge) for n in own}
+        return _of_each_pair(
+            own, lambda number: fit_least_squares(sums[number], rank=rank, ridge=fit.ridge)
+        )
 
     # Unlike the sums, AdamW needs all rows at the same time.
     rows: dict[int, tuple[Tensor, Tensor]] = {}
@@ -182,20 +193,30 @@ def _fit(
             # Rows of other ranks stay 0, so that a sum collects them.
             kept[row_numbers - 1] = found
 
-    models.run(seen, keep)
+    models.run(seen, keep, what="states to fit on")
     for number in own:
         _sum_over_parts(list(rows[number]), plan, context)
-    return {
-        number: fit_gradient(
+    return _of_each_pair(
+        own,
+        lambda number: fit_gradient(
             *rows[number],
             rank=rank,
             epochs=fit.epochs,
             lr=fit.lr,
             batch_rows=fit.batch_rows,
             seed=config.seed + number,
-        )
-        for number in own
-    }
+        ),
+    )
+
+
+def _of_each_pair(own: list[int], fit: Callable[[int], FittedPair]) -> dict[int, FittedPair]:
+    """The fits of this rank's pairs by number, with the progress of rank 0's."""
+    fits = {}
+    with Progress("fitting", len(own), unit=" pairs", shown=speaks()) as progress:
+        for number in own:
+            fits[number] = fit(number)
+            progress.advance(1)
+    return fits
 
 
 def _cosines(
@@ -227,7 +248,7 @@ def _cosines(
                 cosine = token_cosine(states[:, :rank], targets[:, :rank])
                 sums[number, i, j] += cosine.sum(dtype=torch.float64)
 
-    models.run(unseen, add)
+    models.run(unseen, add, what="held-out states")
     _sum_over_parts([sums], plan, context)
     # Each pair is on one stage and 0 on the others.
     dist.all_reduce(sums, group=context.groups.pp)

@@ -41,6 +41,8 @@ def check_values(config: RunConfig) -> None:
     _check_optimizer(config)
     _check_recompute(config)
     _check_evaluation(config)
+    _check_export(config)
+    _check_profile(config)
 
 
 def check_ranges(config: Any) -> None:
@@ -430,3 +432,27 @@ def _check_evaluation(config: RunConfig) -> None:
             f"evaluation.interval = {shown(evaluation.interval)} does not agree with "
             f"evaluation.data = {evaluation.data}; set both or neither"
         )
+
+
+def _check_export(config: RunConfig) -> None:
+    name = config.export.hub_model_id
+    if config.export.push_to_hub and not (name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
+        raise UserError(
+            f"export.push_to_hub needs export.hub_model_id, which is {shown(name)}; give a "
+            "repository, as in user/name"
+        )
+    if len(set(config.trackers)) < len(config.trackers):
+        raise UserError(f"trackers = {config.trackers} names one of them twice; name each once")
+
+
+def _check_profile(config: RunConfig) -> None:
+    start, end, ranks = config.profile.start, config.profile.end, config.profile.ranks
+    if start is None:
+        return
+    if end is None or not start < end <= config.train_iters:
+        raise UserError(
+            f"profile.start = {start} needs profile.end, which is {shown(end)}; give a step above "
+            f"{start} and of at most train_iters = {config.train_iters}"
+        )
+    if not ranks:
+        raise UserError("profile.ranks is empty; give at least one rank, as in [0]")

@@ -753,6 +753,43 @@ class EvaluationConfig:
     """Nucleus sampling; 1.0 is off."""
 
 
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What becomes of the student at the end, beside the folder ``student`` of the run."""
+
+    push_to_hub: bool = setting(False)
+    """Whether the student is uploaded to the Hugging Face Hub. Needs ``hub_model_id``, and a token
+    on the machine of rank 0 (``hf auth login`` or ``HF_TOKEN``)."""
+
+    hub_model_id: str | None = setting(None, only_with=when("export.push_to_hub"))
+    """The repository that it is uploaded to, as in ``user/name``; it is made if it is missing."""
+
+    hub_private_repo: bool = setting(True, only_with=when("export.push_to_hub"))
+    """Whether a repository that is made is private."""
+
+
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """Profiles of some steps, in ``<output_dir>/profile``; docs/profiling.md describes them."""
+
+    start: int | None = setting(None, ge=0)
+    """First step that is profiled; by default none is. The first steps of a process are slower than
+    the others. Needs ``end``."""
+
+    end: int | None = setting(None, ge=1, only_with=when("profile.start"))
+    """The step before which the profile ends."""
+
+    ranks: list[int] = setting([0], ge=0, only_with=when("profile.start"))
+    """Ranks that are profiled."""
+
+    kind: Literal["torch", "nsys", "memory"] = setting("torch", only_with=when("profile.start"))
+    """``torch`` is torch's profiler: a trace and a table of operations. ``nsys`` starts and stops
+    the recording of Nsight Systems, under which the ranks have to be launched. ``memory`` is a
+    snapshot of the GPU's memory with its history of allocations."""
+
+
+Tracker = Literal["wandb", "mlflow", "swanlab"]
+
 # Numbers of steps and ranks are added to a seed, and generators take 32 bits or more.
 LARGEST_SEED = 2**31 - 1
 
@@ -775,7 +812,18 @@ class RunConfig:
 
     samples_interval: int | None = setting(None, ge=1)
     """Steps between two tables of samples (four prompts with a response), in
-    ``<output_dir>/samples.jsonl`` and TensorBoard. By default there are none."""
+    ``<output_dir>/samples.jsonl``, TensorBoard and trackers. By default there are none."""
+
+    trackers: list[Tracker] = setting([])
+    """Where metrics also go: ``wandb`` (Weights & Biases), ``mlflow`` and ``swanlab``, of which
+    each is an extra of the package. Addresses and keys are set by their own environment
+    variables."""
+
+    project_name: str = setting("megatron-oprd", not_empty="a name", only_with=when("trackers"))
+    """The project of trackers (in MLflow the experiment)."""
+
+    experiment_name: str | None = setting(None, only_with=when("trackers"))
+    """The run's name in trackers; by default that of the folder ``output_dir``."""
 
     model: ModelConfig = group(ModelConfig)
     teacher: TeacherConfig = group(TeacherConfig)
@@ -796,6 +844,8 @@ class RunConfig:
     recompute: RecomputeConfig = group(RecomputeConfig)
     checkpoint: CheckpointConfig = group(CheckpointConfig)
     evaluation: EvaluationConfig = group(EvaluationConfig)
+    export: ExportConfig = group(ExportConfig)
+    profile: ProfileConfig = group(ProfileConfig)
 
     @property
     def decay_iters(self) -> int:

@@ -17,8 +17,18 @@ from megatron_oprd.evaluation.students import Evaluation
 # Okabe and Ito's colours, safe for colour-blind readers, without the light ones.
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _COLOURS = (_ORANGE, _BLUE, _GREEN, _PURPLE)
+_MORE_COLOURS = ("#56B4E9", "#999999")
 _MARKERS = ("o", "s", "^", "D")
 _FEW_STEPS = 60  # up to this many steps are marked with dots
+
+_PHASES = {
+    "responses": "seconds_rollout",
+    "weight sync": "seconds_weight_sync",
+    "teacher": "seconds_teacher",
+    "student": "seconds_student",
+    "optimizer": "seconds_optimizer",
+    "evaluation": "seconds_evaluation",
+}
 
 Record = Mapping[str, Any]
 
@@ -60,15 +70,15 @@ def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]
 
 
 def report_figure(records: Sequence[Record], evaluation: Evaluation | None = None) -> Figure:
-    """Plots loss, cosine, gradient norm, learning rate and response length, and cosine by layer.
+    """Plots the metrics of the steps, and cosine by layer.
 
-    The last plot shows the students of ``evaluation``. Without an evaluation, or if no student has
-    a cosine, it shows the first and last measured step of the training.
+    The plot by layer shows the students of ``evaluation``. Without an evaluation, or if no student
+    has a cosine, it shows the first and last measured step of the training.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-    figure = Figure(figsize=(14, 7.6), dpi=120, layout=layout)
+    figure = Figure(figsize=(14, 11.2), dpi=120, layout=layout)
     figure.suptitle(_title(records), fontsize=13)
-    axes = figure.subplots(2, 3)
+    axes = figure.subplots(3, 3)
     for axis in axes.flat:
         axis.grid(True, alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -96,6 +106,18 @@ def report_figure(records: Sequence[Record], evaluation: Evaluation | None = Non
     _describe(axes[1, 2], "Response length", "tokens")
     _from_zero(axes[1, 2])
     _legend(axes[1, 2])
+
+    _phases(axes[2, 0], records)
+
+    _curve(axes[2, 1], records, "rollout_tokens_per_second", _ORANGE, "of the responses' time")
+    _curve(axes[2, 1], records, "tokens_per_second", _BLUE, "of the whole step")
+    _describe(axes[2, 1], "Throughput", "tokens per second")
+    _from_zero(axes[2, 1])
+    _legend(axes[2, 1])
+
+    _curve(axes[2, 2], records, "peak_memory_gb", _BLUE)
+    _describe(axes[2, 2], "Peak memory", "GB, of the fullest rank")
+    _from_zero(axes[2, 2])
     return figure
 
 
@@ -137,6 +159,23 @@ def _describe(axis: Axes, title: str, unit: str) -> None:
     axis.set_ylabel(unit)
     axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10), min_n_ticks=1))
+
+
+def _phases(axis: Axes, records: Sequence[Record]) -> None:
+    """Seconds of each phase, one upon the other."""
+    steps = [record["step"] for record in records]
+    seconds = {
+        name: [0.0 if math.isnan(value) else value for value in series(records, key)[1]]
+        for name, key in _PHASES.items()
+    }
+    if any(any(values) for values in seconds.values()):
+        colours = _COLOURS + _MORE_COLOURS
+        axis.stackplot(steps, *seconds.values(), labels=list(seconds), colors=colours, alpha=0.8)
+        axis.legend(frameon=False, reverse=True)
+    else:
+        axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color="gray")
+    _describe(axis, "Phases of a step", "seconds")
+    _from_zero(axis)
 
 
 def _legend(axis: Axes) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from megatron_oprd.distill.layer_map import LayerPair
 from megatron_oprd.distill.representation import token_cosine
+from megatron_oprd.weights.progress import Progress
 
 ROWS = 256  # positions per chunk of distributions; bounds memory
 
@@ -65,13 +66,15 @@ def teacher_continuations(
         raise ValueError("a prompt without tokens cannot be continued")
     ends = set(eos_token_ids)
     responses: dict[int, list[int]] = {}
-    for indices in _batches_of_like_length([len(p) for p in prompts], batch_size):
-        batch = [list(prompts[i]) for i in indices]
-        for index, tokens in zip(
-            indices, _greedy(teacher, batch, max_new_tokens, ends), strict=True
-        ):
-            end = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
-            responses[index] = tokens[:end]
+    with Progress("teacher's continuations", len(prompts), unit=" sequences") as progress:
+        for indices in _batches_of_like_length([len(p) for p in prompts], batch_size):
+            batch = [list(prompts[i]) for i in indices]
+            for index, tokens in zip(
+                indices, _greedy(teacher, batch, max_new_tokens, ends), strict=True
+            ):
+                end = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+                responses[index] = tokens[:end]
+            progress.advance(len(indices))
     return [
         Continuation(prompt_ids=tuple(prompt), response_ids=tuple(responses[index]))
         for index, prompt in enumerate(prompts)
@@ -106,15 +109,19 @@ def teacher_forced_measures(
 
     sums = _Sums(len(pairs))
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
-    for indices in _batches_of_like_length(lengths, batch_size):
-        batch = [sequences[i] for i in indices]
-        student_hidden, student_logits = _read(student, batch, [pair.student for pair in pairs])
-        teacher_hidden, teacher_logits = _read(teacher, batch, [pair.teacher for pair in pairs])
-        for layer, (ours, theirs) in enumerate(zip(student_hidden, teacher_hidden, strict=True)):
-            sums.cosine[layer] += _total(token_cosine(ours, theirs))
-        tokens = torch.tensor([token for s in batch for token in s.response_ids])
-        for rows in torch.arange(len(tokens)).split(ROWS):
-            sums.add_distributions(student_logits[rows], teacher_logits[rows], tokens[rows])
+    with Progress("comparing with the teacher", len(sequences), unit=" sequences") as progress:
+        for indices in _batches_of_like_length(lengths, batch_size):
+            batch = [sequences[i] for i in indices]
+            student_hidden, student_logits = _read(student, batch, [pair.student for pair in pairs])
+            teacher_hidden, teacher_logits = _read(teacher, batch, [pair.teacher for pair in pairs])
+            for layer, (ours, theirs) in enumerate(
+                zip(student_hidden, teacher_hidden, strict=True)
+            ):
+                sums.cosine[layer] += _total(token_cosine(ours, theirs))
+            tokens = torch.tensor([token for s in batch for token in s.response_ids])
+            for rows in torch.arange(len(tokens)).split(ROWS):
+                sums.add_distributions(student_logits[rows], teacher_logits[rows], tokens[rows])
+            progress.advance(len(indices))
 
     n = sums.positions
     cosine_per_layer = {

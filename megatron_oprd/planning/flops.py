@@ -1,13 +1,17 @@
-"""Floating-point operations of a step of one data-parallel replica.
+"""Floating-point operations of a step of one data-parallel replica, as planned.
 
-A multiplication and an addition count as two. Counted are the matrix products of linear layers and
-of causal attention (only the causal half); norms, rotary embeddings and losses are omitted. A
-backward pass costs twice its forward pass, attention's 2.5 times, because it recomputes the scores.
+`megatron_oprd.models.flops` says what is counted.
 """
 
 from dataclasses import dataclass
 
 from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.models.flops import (
+    attention_flops,
+    backward_flops,
+    linear_flops,
+    lm_head_flops,
+)
 from megatron_oprd.planning.parameters import is_last_stage, num_recomputed
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import RunLayout
@@ -28,37 +32,6 @@ class StageFlops:
         return self.student_forward + self.student_backward + self.student_recompute
 
 
-def linear_flops(a: Architecture) -> int:
-    """FLOPs of one layer's linear layers for one token."""
-    q, kv = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    attention = a.hidden_size * (q + 2 * kv) + q * a.hidden_size
-    if a.moe is None:
-        mlp = 3 * a.hidden_size * a.ffn_hidden_size
-    else:
-        moe = a.moe
-        mlp = 3 * a.hidden_size * moe.ffn_hidden_size * moe.num_experts_per_token
-        mlp += 3 * a.hidden_size * (moe.shared_ffn_hidden_size or 0)
-        # The router, and the shared expert's gate.
-        mlp += a.hidden_size * (moe.num_experts + moe.shared_expert_gate)
-    return 2 * (attention + mlp)
-
-
-def attention_flops(a: Architecture, *, first: int, last: int) -> int:
-    """FLOPs of one layer's attention core, for tokens ``first`` to ``last`` - 1 of a sequence.
-
-    Where some layers have a sliding window, of the mean layer.
-    """
-    # Pairs: token t (from 0) attends to t + 1 tokens.
-    looks = (last * (last + 1) - first * (first + 1)) // 2
-    if a.sliding_window is not None:
-        # Of the tokens from the window's length on, each attends to t + 1 - window fewer.
-        hidden = [max(0, end - a.sliding_window) for end in (first, last)]
-        fewer = (hidden[1] * (hidden[1] + 1) - hidden[0] * (hidden[0] + 1)) // 2
-        looks -= fewer * sum(a.sliding_layers) // a.num_layers
-    # Two products (scores, and their product with the values), two operations each.
-    return 4 * a.num_attention_heads * a.head_dim * looks
-
-
 def stage_flops(layout: RunLayout, workload: Workload, stage: int) -> StageFlops:
     """FLOPs of a stage; virtual stages are numbered in the order in which a token passes them."""
     teacher_layers = layout.teacher.extent.layers_per_stage[stage]
@@ -73,12 +46,12 @@ def stage_flops(layout: RunLayout, workload: Workload, stage: int) -> StageFlops
     # teacher's logits are computed in the student's pass.
     rows = workload.output_rows * workload.num_micro_batches
     at_head = layout.compares_outputs and is_last_stage(layout, stage)
-    logits = rows * _lm_head(layout.student.architecture) if at_head else 0
-    of_teacher = rows * _lm_head(layout.teacher.architecture) if at_head else 0
+    logits = rows * lm_head_flops(layout.student.architecture) if at_head else 0
+    of_teacher = rows * lm_head_flops(layout.teacher.architecture) if at_head else 0
     return StageFlops(
         teacher=teacher * teacher_layers,
         student_forward=(linear + attention) * running + logits + of_teacher,
-        student_backward=(2 * linear + 5 * attention // 2) * running + 2 * logits,
+        student_backward=backward_flops(linear, attention) * running + 2 * logits,
         student_recompute=recompute,
     )
 
@@ -89,7 +62,7 @@ def prefill_flops(layout: RunLayout, workload: Workload) -> int:
     of_sequence = a.num_layers * (
         prompt * linear_flops(a) + attention_flops(a, first=0, last=prompt)
     )
-    return workload.num_sequences * (of_sequence + _lm_head(a))
+    return workload.num_sequences * (of_sequence + lm_head_flops(a))
 
 
 def decode_flops(layout: RunLayout, workload: Workload) -> int:
@@ -99,11 +72,7 @@ def decode_flops(layout: RunLayout, workload: Workload) -> int:
     of_sequence = a.num_layers * (
         tokens * linear_flops(a) + attention_flops(a, first=prompt, last=prompt + tokens)
     )
-    return workload.num_sequences * (of_sequence + tokens * _lm_head(a))
-
-
-def _lm_head(a: Architecture) -> int:
-    return 2 * a.hidden_size * a.vocab_size
+    return workload.num_sequences * (of_sequence + tokens * lm_head_flops(a))
 
 
 def _forward(a: Architecture, workload: Workload) -> tuple[int, int]:

@@ -153,6 +153,14 @@ class OverlappingEngine(RolloutEngine, Protocol):
 
 
 @runtime_checkable
+class CountingEngine(RolloutEngine, Protocol):
+    """An engine that knows how far `generate` is."""
+
+    def num_responses_done(self) -> int:
+        """Whole responses of the `generate` under way; also called from another thread."""
+
+
+@runtime_checkable
 class MeasuringEngine(RolloutEngine, Protocol):
     """An engine that knows how full it was."""
 

@@ -64,6 +64,7 @@ class HFEngine:
         self._decode = decode
         self._max_batch_size = max_batch_size
         self.weights_version: int | None = None
+        self._num_done = 0
 
     def needs_all_weights(self) -> bool:
         """Whether `load_weights` has not been called or has failed."""
@@ -115,12 +116,18 @@ class HFEngine:
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i][0].token_ids))
         batch_size = self._max_batch_size or max(len(requests), 1)
         rollouts: dict[int, Rollout] = {}
+        self._num_done = 0
         for start in range(0, len(requests), batch_size):
             batch = by_length[start : start + batch_size]
             rollouts.update(
                 zip(batch, self._generate([requests[i] for i in batch], sampling), strict=True)
             )
+            self._num_done = len(rollouts)
         return [rollouts[i] for i in range(len(requests))]
+
+    def num_responses_done(self) -> int:
+        """Whole responses of the `generate` under way."""
+        return self._num_done
 
     def sleep(self) -> None:
         """Does nothing: the model's weights are all the memory the engine holds."""

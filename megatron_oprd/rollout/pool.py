@@ -13,8 +13,11 @@ from torch import Tensor
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import UserError
+from megatron_oprd.heartbeat import heartbeat
 from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.phases import phase
 from megatron_oprd.rollout.engine import (
+    CountingEngine,
     EngineUse,
     MeasuringEngine,
     OverlappingEngine,
@@ -25,6 +28,7 @@ from megatron_oprd.rollout.engine import (
     WrongWeightsError,
 )
 from megatron_oprd.rollout.function import UserFunction
+from megatron_oprd.rollout.sampling import samples_of
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +136,7 @@ class EnginePool:
         """Index of this rank's engine; None if it has none."""
         return self._own
 
+    @phase("weight sync")
     def sync(self, *, version: int = 0) -> int:
         """Sends the current weights to every engine; later rollouts carry ``version``.
 
@@ -146,6 +151,7 @@ class EnginePool:
         self._recover(self.told(self._send_weights(take=take)))
         return self._bytes_sent
 
+    @phase("rollout")
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -170,7 +176,16 @@ class EnginePool:
             )
             return rollouts
 
-        return self._run(generate)
+        asked = sum(len(samples_of(prompt, sampling)) for prompt in prompts)
+
+        def count() -> tuple[int, int] | None:
+            # A function asks the engine several times; its own count is not known.
+            if function is None and isinstance(self._engine, CountingEngine):
+                return self._engine.num_responses_done(), asked
+            return None
+
+        with heartbeat(f"rollouts, {asked} responses of this rank's engine", count):
+            return self._run(generate)
 
     def take_work(self) -> list[EngineWork]:
         """What each engine did in `generate` since the last call; collective."""
@@ -189,6 +204,7 @@ class EnginePool:
         self._run(start)
         self._under_way.append((self._engine, prompts, sampling))
 
+    @phase("rollout")
     def finish(self, *, version: int) -> list[Rollout] | None:
         """Waits for the rollouts of the first `start` and returns them as `generate` does."""
         assert self._under_way, "nothing was begun"
@@ -204,7 +220,8 @@ class EnginePool:
             assert isinstance(engine, OverlappingEngine)
             return engine.finish()
 
-        return self._run(finish)
+        with heartbeat("waiting for rollouts that were begun before"):
+            return self._run(finish)
 
     def sleep(self) -> None:
         """Frees engine memory that is not needed until the next `sync`."""

@@ -105,7 +105,12 @@ class StepBatches:
     groups: list[list[MicroBatch]]
     # By teacher: whether any hidden state of the global batch is compared with its.
     supervises: list[bool]
-    supervises_outputs: bool  # whether any next-token distribution is compared
+    num_output_rows: int  # positions of the global batch whose distributions are compared
+
+    @property
+    def supervises_outputs(self) -> bool:
+        """Whether any next-token distribution is compared."""
+        return self.num_output_rows > 0
 
     @property
     def is_empty(self) -> bool:
@@ -160,7 +165,7 @@ def make_micro_batches(
     return StepBatches(
         groups=[[shares[i] for i in group] for group in groups],
         supervises=[_any(one) for one in (weights, *of_others)],
-        supervises_outputs=output_weights is not None and _any(output_weights),
+        num_output_rows=sum(int((one > 0).sum()) for one in output_weights or ()),
     )
 
 

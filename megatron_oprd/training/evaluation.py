@@ -12,6 +12,7 @@ from megatron_oprd.evaluation.grading import Grader
 from megatron_oprd.evaluation.samples_file import Sample
 from megatron_oprd.evaluation.sampling_metrics import SamplingMetrics, sampling_metrics
 from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.phases import phase
 from megatron_oprd.rollout.collect import collect
 from megatron_oprd.rollout.engine import SamplingParams
 from megatron_oprd.rollout.pool import EnginePool
@@ -37,6 +38,7 @@ class BenchmarkEvaluator:
         at_end = steps_done == self._plan.config.train_iters
         return interval is not None and (at_end or steps_done % interval == 0)
 
+    @phase("evaluation")
     def evaluate(self, engines: EnginePool, steps_done: int) -> dict[str, Any]:
         """Evaluates on all benchmarks; every rank has to call.
 

@@ -21,8 +21,10 @@ from megatron_oprd.models.build import DTYPES, build_model, transformer_config
 from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.student import freeze_past_deepest_tap
 from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.phases import phase
 from megatron_oprd.rollout.engine import Rollout
 from megatron_oprd.training.batches import StepBatches, make_micro_batches
+from megatron_oprd.training.flops import step_flops
 from megatron_oprd.training.layout import ModelLayout
 from megatron_oprd.training.optimizer import make_train_state
 from megatron_oprd.training.plan import RunPlan, TeacherPlan
@@ -47,6 +49,7 @@ class StepResult:
     grad_norm: float | None  # global, before clipping
     lr: float
     skipped: bool  # loss or gradient not finite: no update
+    flops: int  # of teachers' and student's passes, of all ranks (`step_flops`)
     seconds_teacher: float  # wall-clock of each phase
     seconds_student: float
     seconds_optimizer: float
@@ -174,6 +177,7 @@ class Distiller:
             seconds_student=seconds_student,
         )
 
+    @phase("teacher")
     def teacher_pass(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Runs the teachers over a group of micro-batches and keeps the targets at the taps."""
         for one in self.teachers:
@@ -190,6 +194,7 @@ class Distiller:
 
             one.run(micro_batches, end)
 
+    @phase("student")
     def student_pass(self, micro_batches: Sequence[MicroBatch], *, is_last: bool) -> None:
         """Runs the student forward and backward over a group of micro-batches.
 
@@ -238,6 +243,7 @@ class Distiller:
         (loss, cosine), *others = metrics.split([part.shape[1] for part in parts], dim=1)
         return loss, cosine, output_loss, [(of_other[0], of_other[1]) for of_other in others]
 
+    @phase("optimizer")
     def update(self, loss_is_finite: bool) -> tuple[float, bool]:
         """Updates the student unless loss or gradient are not finite.
 
@@ -306,6 +312,7 @@ class Distiller:
             grad_norm=grad_norm,
             lr=lr,
             skipped=not updated,
+            flops=step_flops(self.plan, rollouts, num_output_rows=batches.num_output_rows),
             seconds_teacher=gradients.seconds_teacher,
             seconds_student=gradients.seconds_student,
             seconds_optimizer=clock.lap(),
@@ -324,6 +331,7 @@ class Distiller:
             grad_norm=None,
             lr=lr,
             skipped=False,
+            flops=0,
             seconds_teacher=0.0,
             seconds_student=0.0,
             seconds_optimizer=0.0,

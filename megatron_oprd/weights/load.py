@@ -1,18 +1,20 @@
 """Loads this rank's shard of a checkpoint, reading only the slices it needs."""
 
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from math import prod
 from typing import Protocol
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_oprd.errors import UserError
+from megatron_oprd.errors import UserError, say, speaks
 from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.accounting import check_tensors, check_tied_head
 from megatron_oprd.weights.mapping import Mapping, Piece
 from megatron_oprd.weights.megatron_keys import named_parameters
+from megatron_oprd.weights.progress import Progress
 from megatron_oprd.weights.source import WeightSource
 
 
@@ -41,6 +43,8 @@ def load_weights(
 ) -> None:
     """Fills this rank's parameters; does not read tensors of layers that were not built.
 
+    Rank 0 says how much it has read, and how fast.
+
     Raises `UserError` if the checkpoint's tensors do not match the table, a tied head differs from
     the embedding, or values are NaN or infinite.
     """
@@ -51,27 +55,51 @@ def load_weights(
     if tied:
         # The last stage's copy of a tied embedding.
         mappings["output_layer.weight"] = mappings["embedding.word_embeddings.weight"]
-    for name, parameter in named_parameters(chunks).items():
+    parameters = named_parameters(chunks)
+    for name in parameters:
         assert name in mappings, f"parameter {name} is in no mapping"
-        mapping = mappings[name]
-        assert mapping.is_held_at(place), f"parameter {name} belongs on another rank"
-        rank, size = mapping.split_at(place)
-        expected = mapping.local_shape(size)
-        assert parameter.shape == expected, f"{name}: {tuple(parameter.shape)} != {expected}"
-        pieces = mapping.pieces(rank, size)
-        fill = partial(fill_parameter, pieces=pieces, checkpoint=checkpoint)
-        # One such parameter after the other, so that only one is in memory as it was read.
-        if stores is not None and name in stores:
-            stores[name](mapping, pieces, fill)
-        else:
-            fill(parameter.data)
+        assert mappings[name].is_held_at(place), f"parameter {name} belongs on another rank"
+    started, num_read = time.perf_counter(), 0
+    total = sum(_bytes_of(mappings[name], place, checkpoint) for name in parameters)
+    with Progress(f"reading {checkpoint.folder}", total, shown=speaks()) as progress:
+        for name, parameter in parameters.items():
+            mapping = mappings[name]
+            rank, size = mapping.split_at(place)
+            expected = mapping.local_shape(size)
+            assert parameter.shape == expected, f"{name}: {tuple(parameter.shape)} != {expected}"
+            pieces = mapping.pieces(rank, size)
+
+            # A default argument: a closure would see the pieces of a later parameter.
+            def fill(target: Tensor, pieces: Sequence[Piece] = pieces) -> None:
+                nonlocal num_read
+                num_bytes = fill_parameter(target, pieces=pieces, checkpoint=checkpoint)
+                num_read += num_bytes
+                progress.advance(num_bytes)
+
+            # One such parameter after the other, so that only one is in memory as it was read.
+            if stores is not None and name in stores:
+                stores[name](mapping, pieces, fill)
+            else:
+                fill(parameter.data)
+    seconds = time.perf_counter() - started
+    say(
+        f"{checkpoint.folder}: rank 0 read {num_read / 1e9:.3g} GB in {seconds:.3g} s, "
+        f"{num_read / 1e9 / seconds:.3g} GB/s"
+    )
 
 
-def fill_parameter(target: Tensor, *, pieces: Sequence[Piece], checkpoint: WeightSource) -> None:
-    """Reads ``pieces`` into a rank's parameter; padding becomes zero.
+def _bytes_of(mapping: Mapping, place: ParallelLayout, checkpoint: WeightSource) -> int:
+    """Bytes of a rank's part of a parameter, in the checkpoint's dtype, padding included."""
+    _, size = mapping.split_at(place)
+    return prod(mapping.local_shape(size)) * checkpoint.dtype(next(iter(mapping.hf))).itemsize
+
+
+def fill_parameter(target: Tensor, *, pieces: Sequence[Piece], checkpoint: WeightSource) -> int:
+    """Reads ``pieces`` into a rank's parameter and returns their bytes; padding becomes zero.
 
     Raises `UserError` if values are NaN or infinite.
     """
+    num_bytes = 0
     for piece in pieces:
         part = target[piece.local_index]
         if piece.hf is None:
@@ -86,3 +114,5 @@ def fill_parameter(target: Tensor, *, pieces: Sequence[Piece], checkpoint: Weigh
                     "a checkpoint that is whole"
                 )
             part.copy_(values)
+            num_bytes += values.nbytes
+    return num_bytes

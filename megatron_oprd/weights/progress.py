@@ -1,4 +1,4 @@
-"""Progress of long work in bytes, with rate and remaining time."""
+"""Progress of long work, in bytes or other units, with rate and remaining time."""
 
 import sys
 import time
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TextIO
 
+from rich.file_proxy import FileProxy
 from tqdm import tqdm
 
 _LINE = (
-    "{desc}: {percentage:.0f}% of {total_fmt}B, {rate_noinv_fmt}, {elapsed} since start, "
+    "{desc}: {percentage:.0f}% of {total_fmt}{unit}, {rate_noinv_fmt}, {elapsed} since start, "
     "{remaining} left"
 )
 
@@ -20,25 +21,30 @@ class Progress:
     def __init__(
         self,
         description: str,
-        total_bytes: int,
+        total: int,
         *,
+        unit: str = "B",  # with a space in front where it is a word
         stream: TextIO | None = None,
         shown: bool = True,  # False on all ranks except one
         clock: Callable[[], float] = time.monotonic,  # in seconds
     ) -> None:
         self._description = description
-        self._total = total_bytes
+        self._total = total
+        self._unit = unit
         self._done = 0
         self._stream = stream or sys.stderr
         self._clock = clock
         self._started = clock()
         self._next_line = self._started + 10 if shown else float("inf")
         self._bar: tqdm | None = None
-        if shown and self._stream.isatty():
+        # During a run the terminal shows the run's live view, which replaces stderr; a bar would
+        # destroy it.
+        is_bar = self._stream.isatty() and not isinstance(self._stream, FileProxy)
+        if shown and is_bar:
             self._bar = tqdm(
                 desc=description,
-                total=total_bytes,
-                unit="B",
+                total=total,
+                unit=unit,
                 unit_scale=True,
                 file=self._stream,
             )
@@ -55,11 +61,11 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, num_bytes: int) -> None:
-        """Reports ``num_bytes`` more as done."""
-        self._done += num_bytes
+    def advance(self, amount: int) -> None:
+        """Reports ``amount`` more as done."""
+        self._done += amount
         if self._bar is not None:
-            self._bar.update(num_bytes)
+            self._bar.update(amount)
         elif self._clock() >= self._next_line:
             self._next_line = self._clock() + 10
             print(self._line(), file=self._stream, flush=True)
@@ -70,7 +76,7 @@ class Progress:
             self._total,
             self._clock() - self._started,
             prefix=self._description,
-            unit="B",
+            unit=self._unit,
             unit_scale=True,
             bar_format=_LINE,
         )

@@ -47,6 +47,10 @@ RELATED: dict[str, dict[str, Any]] = {
     "bridge.rank": {"loss.normalize": "l2"},
     "evaluation.interval": {"evaluation.data": ["a.parquet"]},
     "taps.n": {"taps.layers": "last_n"},
+    "profile.start": {"profile.end": 2},
+    "profile.end": {"profile.start": 0},
+    "export.push_to_hub": {"export.hub_model_id": "user/name"},
+    "export.hub_private_repo": {"export.hub_model_id": "user/name"},
     "extra_teachers[0].n": {"extra_teachers[0].layers": "last_n"},
     "rollout.vllm.tensor_model_parallel_size": {"rollout.vllm.start_servers": 1},
     "rollout.vllm.max_model_len": {"data.max_prompt_tokens": 1, "rollout.max_new_tokens": 1},
@@ -66,6 +70,9 @@ GIVEN: dict[str, Any] = {
     "rollout.logprob_check_interval": 1,
     "rollout.vllm.servers": ["http://10.0.0.1:8000"],
     "rollout.vllm.start_servers": 1,
+    "trackers": ["wandb"],
+    "export.push_to_hub": True,
+    "profile.start": 0,
 }
 
 
@@ -173,7 +180,7 @@ def another(found: Found) -> Any:
         return next(value for value in get_args(kind) if value != found.default)
     values: dict[Any, tuple[Any, ...]] = {
         bool: (True, False), int: (2, 1), float: (0.5, 0.25), str: ("x",),
-        list[int]: ([0],), list[str]: (["x"],),
+        list[int]: ([0], [1]), list[str]: (["x"],),
     }  # fmt: skip
     return next(v for v in values[kind] if v != found.default and found.rules.admits(v))
 
@@ -238,6 +245,16 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
     ("overrides", "names"),
     [
         (["data.prompts=[]"], ["data.prompts is empty"]),
+        (["trackers=[wandb,wandb]"], ["trackers = ['wandb', 'wandb']", "each once"]),
+        (["profile.start=3"], ["profile.start = 3", "profile.end, which is null"]),
+        (["profile.start=3", "profile.end=3"], ["profile.end, which is 3", "above 3"]),
+        (["profile.start=3", "profile.end=9", "train_iters=8"], ["at most train_iters = 8"]),
+        (["profile.start=3", "profile.end=4", "profile.ranks=[]"], ["profile.ranks is empty"]),
+        (["export.push_to_hub=true"], ["export.hub_model_id, which is null", "user/name"]),
+        (
+            ["export.push_to_hub=true", "export.hub_model_id=a/b/c"],
+            ["export.hub_model_id, which is a/b/c"],
+        ),
         (["taps.layers=[]"], ["taps.layers = []", "at least one"]),
         (["taps.layers=[3,1]"], ["taps.layers = [3, 1]", "rising", "[1, 3]"]),
         (["taps.layers=[1,1,3]"], ["taps.layers = [1, 1, 3]", "each once", "[1, 3]"]),

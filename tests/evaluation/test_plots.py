@@ -28,6 +28,14 @@ def record(step: int, **changes: Any) -> dict[str, Any]:
         "lr": 1e-4 * step,
         "response_length_mean": 40.0 + step,
         "response_length_max": 48,
+        "tokens_per_second": 900.0 + step,
+        "rollout_tokens_per_second": 2000.0 - step,
+        "peak_memory_gb": 20.0 + 0.5 * step,
+        "seconds_rollout": 4.0 + step,
+        "seconds_weight_sync": 0.5,
+        "seconds_teacher": 1.0,
+        "seconds_student": 2.0,
+        "seconds_optimizer": 0.25,
         "skipped": False,
     } | changes
 
@@ -83,6 +91,9 @@ def drawn(axis: Axes, line: int = 0) -> tuple[list[float], list[float]]:
         ("Learning rate", "lr", 0),
         ("Response length", "response_length_max", 0),
         ("Response length", "response_length_mean", 1),
+        ("Throughput", "rollout_tokens_per_second", 0),
+        ("Throughput", "tokens_per_second", 1),
+        ("Peak memory", "peak_memory_gb", 0),
     ],
 )
 def test_curves_are_the_metrics(title: str, key: str, line: int) -> None:
@@ -90,6 +101,24 @@ def test_curves_are_the_metrics(title: str, key: str, line: int) -> None:
     steps, values = drawn(axis_titled(report_figure(records), title), line)
     assert steps == [1, 2, 3, 5]
     assert values == [r[key] for r in records]
+
+
+def test_phases_are_stacked() -> None:
+    """Each area's upper edge is the sum of its phase and of those below it."""
+    records = [record(1), record(2), record(3, seconds_evaluation=10.0)]
+    axis = axis_titled(report_figure(records), "Phases")
+    legend = axis.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        *("evaluation", "optimizer", "student", "teacher", "weight sync", "responses")
+    ]
+    upper = [np.asarray(area.get_paths()[0].vertices)[:, 1].max() for area in axis.collections]
+    assert upper == pytest.approx([7.0, 7.5, 8.5, 10.5, 10.75, 20.75])
+
+
+def test_a_run_without_phases_says_so() -> None:
+    axis = axis_titled(report_figure([{"step": 1, "loss": 1.0}]), "Phases")
+    assert [text.get_text() for text in axis.texts] == ["not recorded"]
 
 
 def test_what_a_step_lacks_is_a_gap() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_oprd.models.build import DTYPES
+from megatron_oprd.models.flops import attention_flops
 from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.communication import sent_bytes
 from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory, read_models
-from megatron_oprd.planning.flops import attention_flops, stage_flops
+from megatron_oprd.planning.flops import stage_flops
 from megatron_oprd.planning.memory import teacher_bytes
 from megatron_oprd.planning.parameters import (
     count_parameters,

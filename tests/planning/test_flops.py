@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_oprd.models.families import read_architecture
-from megatron_oprd.planning.flops import attention_flops, linear_flops
+from megatron_oprd.models.flops import attention_flops, linear_flops
 from megatron_oprd.weights.hf_files import HFFolder
 from tests.planning.models import model_folder
 

@@ -81,6 +81,7 @@ def records(root: Path, name: str) -> list[dict[str, Any]]:
         "tokens_per_second",
         "peak_memory",
         "rollout_engine_restarts",
+        "tflops_per_gpu",
         # These are of the engines, and of the time they take.
         "rollout_tokens_per_second",
         "rollout_idle_share",

@@ -167,6 +167,7 @@ def test_metrics_are_complete(root: Path) -> None:
     assert first.keys() == second.keys()
     for name in (
         *("loss", "cosine", "grad_norm", "lr", "tokens_per_second", "peak_memory_gb"),
+        "tflops_per_gpu",
         *(
             "seconds_rollout",
             "seconds_weight_sync",
@@ -180,6 +181,7 @@ def test_metrics_are_complete(root: Path) -> None:
     assert list(first["loss_per_layer"]) == list(first["cosine_per_layer"]) == ["0", "1", "2", "3"]
     parts = [v for k, v in second.items() if k.startswith("seconds_") and k != "seconds_step"]
     assert sum(parts) <= second["seconds_step"]
+    assert first["mfu"] is None  # of a CPU nobody knows the peak
     assert first["skipped_steps"] == 0
     assert (first["rollout_staleness"], second["rollout_staleness"]) == (0, 0)
 

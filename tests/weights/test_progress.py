@@ -1,4 +1,10 @@
 import io
+from typing import Any
+
+from rich.console import Console
+from rich.file_proxy import FileProxy
+from rich.live import Live
+from rich.text import Text
 
 from megatron_oprd.weights.progress import Progress
 
@@ -32,6 +38,27 @@ def test_short_or_hidden_work_leaves_nothing_in_a_log() -> None:
             progress.advance(10)
         assert log.getvalue() == ""
         seconds[0] = 0.0
+
+
+def test_other_units() -> None:
+    seconds = [0.0]
+    log = io.StringIO()
+    with Progress("fit", 40, unit=" pairs", stream=log, clock=lambda: seconds[0]) as progress:
+        seconds[0] = 10.0
+        progress.advance(20)
+    assert log.getvalue() == "fit: 50% of 40.0 pairs, 2.00 pairs/s, 00:10 since start, 00:10 left\n"
+
+
+def test_the_live_view_of_a_run_gets_lines() -> None:
+    terminal = Terminal()
+    with Live(Text(""), console=Console(file=terminal)) as live:
+        stream: Any = FileProxy(live.console, terminal)
+        seconds = [0.0]
+        with Progress("fit", 4, stream=stream, clock=lambda: seconds[0]) as progress:
+            seconds[0] = 10.0
+            progress.advance(2)
+    assert "fit: 50% of 4.00B" in terminal.getvalue()
+    assert "|" not in terminal.getvalue()
 
 
 def test_a_terminal_gets_a_bar() -> None:

@@ -1,0 +1,54 @@
+"""Says that long work still goes on."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from megatron_oprd.errors import say, speaks
+
+_FIRST_SECONDS = 30.0
+_MOST_SECONDS = 300.0
+
+
+@contextmanager
+def heartbeat(
+    work: str,
+    count: Callable[[], tuple[int, int] | None] = lambda: None,
+    *,
+    first_seconds: float = _FIRST_SECONDS,
+) -> Iterator[None]:
+    """Says on rank 0, while the block runs, for how long it has.
+
+    The first line comes after ``first_seconds``, later ones at twice the distance each, up to five
+    minutes. Shorter work leaves no line.
+
+    Args:
+        work: What the block does, as the line begins.
+        count: How much of it is done, and of how much; None where that is not known. Called from
+            another thread.
+        first_seconds: Time without a line.
+    """
+    if not speaks():
+        yield
+        return
+    started, ended = time.monotonic(), threading.Event()
+
+    def beat() -> None:
+        distance = first_seconds
+        while not ended.wait(distance):
+            counted = count()
+            so_far = "" if counted is None else f"{counted[0]} of {counted[1]}, "
+            say(f"{work}: {so_far}{time.monotonic() - started:.3g} s so far")
+            distance = min(2 * distance, _MOST_SECONDS)
+
+    # A daemon: an exception on its way out of the process does not wait for it.
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if (seconds := time.monotonic() - started) >= first_seconds:
+            say(f"{work}: ended after {seconds:.3g} s")
