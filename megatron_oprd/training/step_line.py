@@ -34,8 +34,7 @@ def step_fields(
     fields["tokens/s"] = f"{metrics['tokens_per_second']:.4g}"
     if metrics["rollout_tokens_per_second"] is not None:
         fields["rollout tokens/s"] = f"{metrics['rollout_tokens_per_second']:.4g}"
-    if metrics["peak_memory_gb"]:  # 0 on a CPU, where nobody measures it
-        fields["memory"] = f"{metrics['peak_memory_gb']:.3g} GB"
+    fields["memory"] = f"{metrics['peak_memory_gb']:.3g} GB"
     if metrics["tflops_per_gpu"] is not None:
         fields["TFLOP/s per GPU"] = f"{metrics['tflops_per_gpu']:.3g}"
     if metrics["mfu"] is not None:

@@ -79,8 +79,11 @@ def weights(folder: Path) -> Weights:
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
+    # Bound but never listened on: while the server starts, no other test is given its port.
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    port = reserved.getsockname()[1]
     root = Path(__file__).parents[2]
     environment = os.environ | {
         "PYTHONPATH": str(root),
@@ -102,6 +105,7 @@ def url(folder: Path) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(timeout=60)
+        reserved.close()
 
 
 def start(
