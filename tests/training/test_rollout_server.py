@@ -14,6 +14,8 @@ from tests.fakes.vllm_server import FakeServer
 from tests.helpers.pairs import save_pair
 from tests.helpers.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [
     *("rollout.engine=vllm", "rollout.vllm.check_weights_interval=1"),
     *("rollout.vllm.sync_timeout_minutes=0.5", "train_iters=2", "optimizer.lr=0.01"),
