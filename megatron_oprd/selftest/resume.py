@@ -12,6 +12,7 @@ from megatron_oprd.config.load import load_config
 from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.preflight import prepare
 from megatron_oprd.selftest.cases import CaseFailedError, CaseSkippedError, Place
+from megatron_oprd.selftest.steps import LINEAR_UPDATES
 from megatron_oprd.training.loop import train
 from megatron_oprd.weights.hf_files import HFCheckpoint
 
@@ -20,7 +21,7 @@ _SETTINGS = [
     f"optimizer.lr_decay_iters={_STEPS}",
     f"checkpoint.save_interval={_STOP}",
     "rollout.temperature=0",
-    *("optimizer.lr=0.1", "optimizer.adam_eps=1.0", "optimizer.lr_warmup_fraction=0"),
+    *LINEAR_UPDATES,
 ]
 _TOLERANCE = 1e-3
 

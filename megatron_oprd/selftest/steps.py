@@ -85,7 +85,7 @@ def _two_steps(config: RunConfig, context: ParallelContext) -> dict[str, Any]:
     before = _on_host(exporter.stream(dtype=torch.float32))
     fixed = rollouts()
     first = distiller.compute_gradients(distiller.micro_batches(fixed).groups)
-    gradients = _on_host(exporter.stream(_gradient, dtype=torch.float32))
+    gradients = _on_host(exporter.stream(gradient, dtype=torch.float32))
     norm, _ = distiller.update(loss_is_finite=True)
     second = distiller.step(fixed, 1)
     distiller.state.gather_parameters()
@@ -100,7 +100,7 @@ def _two_steps(config: RunConfig, context: ParallelContext) -> dict[str, Any]:
     }
 
 
-def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+def gradient(parameter: torch.nn.Parameter) -> Tensor:
     """The reduced gradient of a parameter, zero for a frozen one."""
     main_grad = getattr(parameter, "main_grad", None)
     return torch.zeros_like(parameter.data) if main_grad is None else main_grad

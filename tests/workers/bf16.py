@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.parallel.context import parallel_run
+from megatron_oprd.selftest.steps import gradient
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.megatron_keys import named_parameters
 from tests.helpers.pairs import as_rollouts, config_of, fixed_rollouts
-from tests.workers.step import gradient
 
 
 def main_parameter(parameter: torch.nn.Parameter) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_oprd.distill import head as taps_logprobs
 from megatron_oprd.parallel.context import parallel_run
+from megatron_oprd.selftest.steps import gradient
 from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.step import Distiller
@@ -21,12 +22,6 @@ from tests.helpers.pairs import (
     fixed_teacher_sequences,
     fixed_written,
 )
-
-
-def gradient(parameter: torch.nn.Parameter) -> Tensor:
-    """The reduced gradient of a parameter, zero for a frozen one."""
-    main_grad = getattr(parameter, "main_grad", None)
-    return torch.zeros_like(parameter.data) if main_grad is None else main_grad
 
 
 def _same_everywhere(value: Tensor) -> Tensor:

@@ -150,6 +150,54 @@ def read_windows(config: Any, source: str, *, by_layer: bool) -> dict[str, Any]:
     return {"sliding_window": window, "sliding_layers": sliding}
 
 
+def check_experts(experts: int, chosen: int, source: str, *, field: str) -> None:
+    """Refuses a router that normalises its probabilities and has less than two experts to choose.
+
+    ``field`` has the number of experts.
+    """
+    if not 2 <= chosen <= experts:
+        raise UserError(
+            f"{source}: num_experts_per_tok = {chosen} is not between 2 and the {experts} experts "
+            f"({field}); with one the router would not train"
+        )
+
+
+def read_experts(config: Any, source: str) -> dict[str, Any]:
+    """Reads the arguments of `MixtureOfExperts` that stand in Qwen's fields.
+
+    Raises:
+        UserError: A number is missing or does not fit, or the router would not train.
+    """
+    experts, chosen = config.num_experts, config.num_experts_per_tok
+    if experts is None or chosen is None:
+        raise UserError(
+            f"{source} has num_experts = {experts} and num_experts_per_tok = {chosen}; both have "
+            "to be numbers (a null num_local_experts counts before num_experts: remove it)"
+        )
+    if not 1 <= chosen <= experts:
+        raise UserError(
+            f"{source}: num_experts_per_tok = {chosen} is not between 1 and the {experts} experts "
+            "(num_experts or num_local_experts)"
+        )
+    if chosen == 1 and config.norm_topk_prob:
+        raise UserError(
+            f"{source}: norm_topk_prob = true with num_experts_per_tok = 1 makes every "
+            "probability 1, and the router would not train; it is not supported"
+        )
+    return {
+        "num_experts": experts,
+        "num_experts_per_token": chosen,
+        "ffn_hidden_size": config.moe_intermediate_size,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
+
+
+def layers_behind_the_last(raw: dict[str, Any], count: int) -> tuple[str, ...]:
+    """Beginnings of the names of layers that predict further tokens: `Family.unread`."""
+    last = raw["num_hidden_layers"]
+    return tuple(f"model.layers.{layer}." for layer in range(last, last + count))
+
+
 def each_layer(
     a: Architecture, mappings: Sequence[Mapping], *, layers: range | None = None
 ) -> list[Mapping]:

@@ -14,9 +14,11 @@ from megatron_oprd.models.families.decoder import (
     Check,
     Family,
     anything,
+    check_experts,
     each_expert,
     each_layer,
     equals,
+    layers_behind_the_last,
     on,
     read_shared,
 )
@@ -57,8 +59,7 @@ def unread(raw: dict[str, Any]) -> tuple[str, ...]:
     # The old name, then transformers' own; its class has one such layer where the file has neither.
     given = [raw.get(name) for name in ("num_nextn_predict_layers", "num_mtp_layers")]
     count = next((number for number in given if number is not None), 1)
-    last = raw["num_hidden_layers"]
-    return tuple(f"model.layers.{layer}." for layer in range(last, last + count))
+    return layers_behind_the_last(raw, count)
 
 
 def architecture(config: Any, source: str) -> Architecture:
@@ -82,11 +83,7 @@ def architecture(config: Any, source: str) -> Architecture:
 
 def _mixture_of_experts(config: Any, source: str) -> MixtureOfExperts:
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok
-    if not 2 <= chosen <= experts:
-        raise UserError(
-            f"{source}: num_experts_per_tok = {chosen} is not between 2 and the {experts} experts "
-            "(n_routed_experts); with one the router would not train"
-        )
+    check_experts(experts, chosen, source, field="n_routed_experts")
     if config.n_shared_experts < 1:
         raise UserError(
             f"{source}: n_shared_experts = {config.n_shared_experts} has to be at least 1"

@@ -7,7 +7,6 @@ tokens are not read, and not exported.
 
 from typing import Any
 
-from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import (
     ROPE_TYPES,
     Architecture,
@@ -19,9 +18,11 @@ from megatron_oprd.models.families.decoder import (
     Check,
     Family,
     anything,
+    check_experts,
     each_expert,
     each_layer,
     equals,
+    layers_behind_the_last,
     off,
     on,
     read_shared,
@@ -82,9 +83,7 @@ FIELDS: dict[str, Check] = {
 
 def unread(raw: dict[str, Any]) -> tuple[str, ...]:
     """The layers behind the model's last one, which predict further tokens."""
-    last = raw["num_hidden_layers"]
-    count = raw.get("num_mtp_modules") or 0
-    return tuple(f"model.layers.{layer}." for layer in range(last, last + count))
+    return layers_behind_the_last(raw, raw.get("num_mtp_modules") or 0)
 
 
 def architecture(config: Any, source: str) -> Architecture:
@@ -104,11 +103,7 @@ def architecture(config: Any, source: str) -> Architecture:
 
 def _mixture_of_experts(config: Any, source: str) -> MixtureOfExperts:
     experts, chosen = config.num_local_experts, config.num_experts_per_tok
-    if not 2 <= chosen <= experts:
-        raise UserError(
-            f"{source}: num_experts_per_tok = {chosen} is not between 2 and the {experts} experts "
-            "(num_local_experts); with one the router would not train"
-        )
+    check_experts(experts, chosen, source, field="num_local_experts")
     return MixtureOfExperts(
         num_experts=experts,
         num_experts_per_token=chosen,

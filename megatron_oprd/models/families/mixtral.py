@@ -5,7 +5,6 @@ Differs from Mistral in the router and the experts, whose probabilities sum to o
 
 from typing import Any
 
-from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import (
     ROPE_TYPES,
     Architecture,
@@ -17,6 +16,7 @@ from megatron_oprd.models.families.decoder import (
     Check,
     Family,
     anything,
+    check_experts,
     each_expert,
     each_layer,
     equals,
@@ -57,11 +57,7 @@ def architecture(config: Any, source: str) -> Architecture:
 
 def _mixture_of_experts(config: Any, source: str) -> MixtureOfExperts:
     experts, chosen = config.num_local_experts, config.num_experts_per_tok
-    if not 2 <= chosen <= experts:
-        raise UserError(
-            f"{source}: num_experts_per_tok = {chosen} is not between 2 and the {experts} experts "
-            "(num_local_experts); with one the router would not train"
-        )
+    check_experts(experts, chosen, source, field="num_local_experts")
     return MixtureOfExperts(
         num_experts=experts,
         num_experts_per_token=chosen,

@@ -6,7 +6,6 @@ transformers 5 ``num_local_experts``; in both the checkpoint's tensors are one f
 
 from typing import Any
 
-from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import (
     ROPE_TYPES,
     Architecture,
@@ -22,6 +21,7 @@ from megatron_oprd.models.families.decoder import (
     each_layer,
     equals,
     off,
+    read_experts,
     read_shared,
     read_windows,
 )
@@ -63,32 +63,7 @@ def architecture(config: Any, source: str) -> Architecture:
         **read_windows(config, source, by_layer=False),
         rope=read_rope(config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES),
         qk_norm=True,
-        moe=_mixture_of_experts(config, source),
-    )
-
-
-def _mixture_of_experts(config: Any, source: str) -> MixtureOfExperts:
-    experts, chosen = config.num_experts, config.num_experts_per_tok
-    if experts is None or chosen is None:
-        raise UserError(
-            f"{source} has num_experts = {experts} and num_experts_per_tok = {chosen}; both have "
-            "to be numbers (a null num_local_experts counts before num_experts: remove it)"
-        )
-    if not 1 <= chosen <= experts:
-        raise UserError(
-            f"{source}: num_experts_per_tok = {chosen} is not between 1 and the {experts} experts "
-            "(num_experts or num_local_experts)"
-        )
-    if chosen == 1 and config.norm_topk_prob:
-        raise UserError(
-            f"{source}: norm_topk_prob = true with num_experts_per_tok = 1 makes every "
-            "probability 1, and the router would not train; it is not supported"
-        )
-    return MixtureOfExperts(
-        num_experts=experts,
-        num_experts_per_token=chosen,
-        ffn_hidden_size=config.moe_intermediate_size,
-        norm_topk_prob=config.norm_topk_prob,
+        moe=MixtureOfExperts(**read_experts(config, source)),
     )
 
 
