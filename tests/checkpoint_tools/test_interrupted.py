@@ -22,7 +22,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_killed_and_out_of_disk(folders: Path) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_killed_and_out_of_disk(folders: Path, tmp_path: Path, kills: int) -> None:
     """In workers/interrupted.py: kill -9 at seeded moments of every tool."""
     shards = ["--max-shard-size", "60KB"]
     hf, megatron = str(folders / "hf"), str(folders / "megatron")
@@ -31,7 +32,7 @@ def test_killed_and_out_of_disk(folders: Path) -> None:
         {"tool": "hf_to_megatron", "arguments": ["--hf", hf, *_LAYOUT]},
         {"tool": "megatron_to_hf", "arguments": ["--megatron", megatron, *shards]},
     ]
-    run_ranks("interrupted", [case | {"kills": 6, "seed": 1} for case in cases], 1, folders)
+    run_ranks("interrupted", [case | {"kills": kills, "seed": 1} for case in cases], 1, tmp_path)
 
 
 _LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]

@@ -489,6 +489,20 @@ FURTHER: set[tuple[str, ...]] = {
     *(("sigmoids_and_wide_norms", "default", layout) for layout in ("ep2_pp2", "tp2_sp_ep2")),
     ("post_norms", FP8[0], "tp2_sp_full"),
     ("sigmoid_router", FP8[0], "tp2_sp_etp1_ep2"),
+    *(
+        (method, "cp2_tp2_sp")
+        for method in ("jsd", "other_prompt", SEVERAL, *FP8, *PROJECTOR_METHODS)
+    ),
+    ("moe", "default", "mbs1"),
+    ("moe_teacher", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
+    ("moe_student", "default", "tp2_sp_full"),
+    ("moe_teacher", FP8[0], "ep2_pp2"),
+    ("moe", "logprobs", "ep2_pp2"),
+    ("llama_shallower", "default", "pp2"),
+    ("qwen3_equal", "logprobs", "tp2_sp_packed"),
+    ("shallow_first_teacher", "tp2_sp_pp2_full"),
+    (EARLY, "tp2_sp_full"),
+    ("bridge", "default", "tp2_sp_pp2_full"),
 }
 # Left to the nightly run: the pairs that go through the same layouts as llama_tied_deeper, without
 # its second step, and most layouts of some settings (the main run has those that differ most).
