@@ -10,8 +10,7 @@ from megatron_oprd.models.architecture import Architecture
 
 def linear_flops(a: Architecture) -> int:
     """FLOPs of one layer's linear layers for one token."""
-    q, kv = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    attention = a.hidden_size * (q + 2 * kv) + q * a.hidden_size
+    attention = _attention_weights(a)
     if a.moe is None:
         mlp = 3 * a.hidden_size * a.ffn_hidden_size
     else:
@@ -21,6 +20,18 @@ def linear_flops(a: Architecture) -> int:
         # The router, and the shared expert's gate.
         mlp += a.hidden_size * (moe.num_experts + moe.shared_expert_gate)
     return 2 * (attention + mlp)
+
+
+def _attention_weights(a: Architecture) -> int:
+    """Elements of the matrices of a layer's attention."""
+    q, kv = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    out = a.num_attention_heads * a.value_dim * a.hidden_size
+    if (latent := a.latent) is None:
+        return a.hidden_size * (q + 2 * kv) + out
+    rank, query_rank = latent.key_value_rank, latent.query_rank
+    queries = a.hidden_size * q if query_rank is None else query_rank * (a.hidden_size + q)
+    keys_and_values = a.num_attention_heads * (latent.unrotated_dim + latent.value_dim)
+    return queries + a.hidden_size * (rank + latent.rotated_dim) + rank * keys_and_values + out
 
 
 def attention_flops(a: Architecture, *, first: int, last: int) -> int:
@@ -35,8 +46,8 @@ def attention_flops(a: Architecture, *, first: int, last: int) -> int:
         hidden = [max(0, end - a.sliding_window) for end in (first, last)]
         fewer = (hidden[1] * (hidden[1] + 1) - hidden[0] * (hidden[0] + 1)) // 2
         looks -= fewer * sum(a.sliding_layers) // a.num_layers
-    # Two products (scores, and their product with the values), two operations each.
-    return 4 * a.num_attention_heads * a.head_dim * looks
+    # Two products (scores, and theirs with the values), each of two operations.
+    return 2 * a.num_attention_heads * (a.head_dim + a.value_dim) * looks
 
 
 def backward_flops(linear: int, attention: int) -> int:

@@ -1,14 +1,18 @@
 """A layer's modules that some families have in another form than Megatron's specs."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.models.latent_attention import LatentAttention, LatentSubmodules
 from megatron_oprd.models.layers import final_norm_class
 from megatron_oprd.models.residual import ResidualAdd
 from megatron_oprd.models.wide_norm import WideNorm
@@ -18,6 +22,11 @@ from megatron_oprd.models.wide_norm import WideNorm
 POST_NORMS = {
     "self_attn_bda.norm.": "self_attention.linear_proj.post_layernorm.",
     "mlp_bda.norm.": "mlp.linear_fc2.post_layernorm.",
+}
+# Of latent attention: Megatron fuses these norms into the linear layers behind them where it can.
+LATENT_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
 }
 
 
@@ -31,6 +40,8 @@ def with_variants(
 ) -> ModuleSpec:
     """A copy of the spec of `layers.layer_spec` with the modules of an architecture."""
     a, submodules = architecture, spec.submodules
+    if a.latent is not None:
+        submodules = _with_latent_attention(submodules, a, transformer_engine=transformer_engine)
     if a.qk_norm_over_all_heads:
         of_queries, of_keys = (
             ModuleSpec(module=WideNorm, params={"width": heads * a.head_dim, "tp_group": tp_group})
@@ -64,6 +75,38 @@ def _with_attention(submodules: Any, **changes: Any) -> Any:
     changed = dataclasses.replace(attention.submodules, **changes)
     return dataclasses.replace(
         submodules, self_attention=dataclasses.replace(attention, submodules=changed)
+    )
+
+
+def _with_latent_attention(submodules: Any, a: Architecture, *, transformer_engine: bool) -> Any:
+    latent, attention = a.latent, submodules.self_attention.submodules
+    assert latent is not None
+    norm = final_norm_class(transformer_engine=transformer_engine)
+    column: type = ColumnParallelLinear
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+        column = TEColumnParallelLinear
+    # The norm at the layer's input is no part of a linear layer: two of them read its output.
+    names = dict(submodules.sharded_state_dict_keys_map)
+    names.pop("input_layernorm.", None)
+    return dataclasses.replace(
+        submodules,
+        input_layernorm=norm,
+        sharded_state_dict_keys_map=names | LATENT_NORMS,
+        self_attention=ModuleSpec(
+            module=LatentAttention,
+            params={"attn_mask_type": AttnMaskType.causal, "latent": latent},
+            submodules=LatentSubmodules(
+                linear_up_proj=column,
+                norm=norm,
+                # Transformer Engine's has to know the widths.
+                core_attention=partial(
+                    attention.core_attention, k_channels=a.head_dim, v_channels=latent.value_dim
+                ),
+                linear_proj=attention.linear_proj,
+            ),
+        ),
     )
 
 

@@ -159,6 +159,17 @@ class _Rows(Mapping):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColumnSplit(_Rows):
+    """A column-parallel linear layer: [out, in] --> [out/tp, in]."""
+
+    @override
+    def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
+        ((name, shape),) = self.hf.items()
+        count = _divide(shape[0], tp_size, self.megatron)
+        return [(name, tp_rank * count, count)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class GatedMLP(_Rows):
     """Gate and up projection in one parameter: each rank holds [its gate rows; its up rows].
 

@@ -42,6 +42,24 @@ _CHARACTERS = (
 _WIDE_HEADS = {"head_dim": 16}
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _OF_FAMILY: dict[str, dict[str, Any]] = {
+    # One layer without experts; then two of four groups, and of their four experts all but one.
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 14,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 1,
+        "num_mtp_layers": 0,
+    },
     # The window is in three layers; the last has none, and is not rotated.
     "exaone4": {**_WIDE_HEADS, "sliding_window": 7},
     "glm4": _WIDE_HEADS,

@@ -149,6 +149,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
         },
     ),
+    # YaRN's factor is on the scores, and not on cosine and sine.
+    "deepseek_v3_moe": (
+        "deepseek_v3",
+        {"rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 2.0}},
+    ),
+    # Queries without a narrow state, halves rotated in the place of neighbours; no groups. The
+    # norms of narrow states have not this epsilon.
+    "deepseek_v3_moe_plain": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None,
+            "rms_norm_eps": 1e-2,
+            "rope_interleave": False,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 3,
+            "first_k_dense_replace": 2,
+            "rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5},
+        },
+    ),
     "minimax_m2_moe": ("minimax_m2", {}),
     # One key head for all ranks; three experts for each token.
     "minimax_m2_moe_yarn": (
@@ -233,6 +253,11 @@ COMBINATIONS = [
     ("qwen3_moe_window", "tp1"),
     *(("glm4_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("glm4_moe_normed", layout) for layout in ("tp1", "ep2_pp2")),
+    *(
+        ("deepseek_v3_moe", layout)
+        for layout in ("tp1", "tp2_pp2", "ep2_pp2_vpp2", "tp2_sp_etp1_ep2")
+    ),
+    *(("deepseek_v3_moe_plain", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("minimax_m2_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("minimax_m2_moe_yarn", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("mixtral_moe", layout) for layout in ("tp1", "ep2_pp2")),
@@ -328,6 +353,10 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
     (f"missing {NORM}.mlp.router.expert_bias", "glm4_moe"): (
         1,
         {f"{MLP}.gate.e_score_correction_bias"},
+    ),
+    (f"missing {NORM}.self_attention.linear_kv_up_proj.layer_norm_weight", "deepseek_v3_moe"): (
+        1,
+        {f"{ATTENTION}.kv_a_layernorm.weight"},
     ),
     (f"missing {NORM}.mlp.router.expert_bias", "minimax_m2_moe"): (
         1,

@@ -164,6 +164,8 @@ MOE_PAIRS = {
     "sigmoid_router_student": {"family": "glm4_moe", "teacher_family": "qwen3"},
     # Sigmoids in the router and norms over all heads, in one layer.
     "sigmoids_and_wide_norms": {"family": "minimax_m2", "teacher_layers": 6},
+    # Latent attention, and groups of experts.
+    "latent": {"family": "deepseek_v3", "teacher_layers": 6},
     # An expert for all tokens, with its gate.
     "shared_expert": {"family": "qwen2_moe", "teacher_family": "mixtral"},
 }
@@ -347,6 +349,8 @@ CASES = [
     ("sigmoid_router", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
     *(("sigmoid_router_student", "default", layout) for layout in ("tp2_sp_etp1_ep2", "ep2_pp2")),
     *(("sigmoids_and_wide_norms", "default", layout) for layout in ("ep2_pp2", "tp2_sp_ep2")),
+    *(("latent", "default", layout) for layout in ("tp2_sp_packed", "cp2", "ep2_pp2_vpp2_full")),
+    ("latent", FP8[0], "tp2_sp_etp1_ep2"),
     *(
         ("shared_expert", "default", layout)
         for layout in ("tp2_sp_etp1_ep2", "ep2_pp2_vpp2_full", "tp2_sp_ep2")
@@ -484,6 +488,8 @@ FURTHER: set[tuple[str, ...]] = {
     *(("two_ropes", "default", layout) for layout in ("pp2_vpp2_full", "cp2")),
     ("multipliers", "reverse_kl", "pp2_vpp2"),
     *(("shared_expert", "default", layout) for layout in ("ep2_pp2_vpp2_full", "tp2_sp_ep2")),
+    *(("latent", "default", layout) for layout in ("cp2", "ep2_pp2_vpp2_full")),
+    ("latent", FP8[0], "tp2_sp_etp1_ep2"),
     ("sigmoid_router", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
     ("sigmoid_router_student", "default", "ep2_pp2"),
     *(("sigmoids_and_wide_norms", "default", layout) for layout in ("ep2_pp2", "tp2_sp_ep2")),

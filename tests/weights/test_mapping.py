@@ -13,7 +13,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import FAMILIES, mapping_table
 from megatron_oprd.parallel.layout import ParallelLayout
-from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
+from megatron_oprd.weights.mapping import (
+    QKV,
+    ColumnSplit,
+    Copy,
+    GatedMLP,
+    Mapping,
+    RowSplit,
+    Vocabulary,
+)
 from tests.helpers.tiny import tiny_config
 
 SIZES = (1, 2, 4)
@@ -55,6 +63,8 @@ ALL_KINDS: dict[str, Mapping] = {
     "copy": Copy(megatron="norm", hf={"n": (HIDDEN,)}),
     "copy_matrix": Copy(megatron="router", hf={"r": (3, HIDDEN)}),
     "row_split": ROW_SPLIT,
+    "column_split": ColumnSplit(megatron="up", hf={"up": (12, HIDDEN)}),
+    "column_split_of_numbers": ColumnSplit(megatron="steps", hf={"steps": (12,)}),
     "gated_mlp": GATED,
     **{f"vocabulary_{n}_{padded}": vocabulary(n, padded) for n, padded in VOCABULARIES},
     **{f"qkv_{heads}_{groups}": qkv(heads, groups, 4) for heads, groups in HEADS},
