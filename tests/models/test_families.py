@@ -580,7 +580,7 @@ def test_a_copy_of_the_class_under_another_model_type(models: Path, tmp_path: Pa
         ("deepseek_v3", {"scoring_func": "softmax"}),
         ("deepseek_v3", {"topk_group": 5}),
         ("deepseek_v3", {"topk_method": "greedy"}),
-        ("glm4_moe", {"n_group": 2}),
+        ("glm4_moe", {"n_group": 3}),
         ("glm4_moe", {"topk_group": 2}),
         ("glm4_moe", {"norm_topk_prob": False}),
         ("glm4_moe", {"n_shared_experts": 0}),

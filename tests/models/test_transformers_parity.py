@@ -139,7 +139,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "smollm3",
         {"no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True, "rope_parameters": YARN},
     ),
-    "glm4_moe": ("glm4_moe", {"attention_bias": True}),
+    "glm4_moe": ("glm4_moe", {"attention_bias": True, "n_group": 2}),
     "glm4_moe_normed": (
         "glm4_moe",
         {
