@@ -8,6 +8,7 @@ from typing import Any
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import (
     Architecture,
+    DeltaNet,
     Latent,
     MixtureOfExperts,
     Rope,
@@ -87,6 +88,8 @@ def _tensors_with(family: Family, query_rank: int | None, *, everything: bool) -
         max_position_embeddings=2,
         qkv_bias=everything,
         qk_norm=everything,
+        delta=DeltaNet(num_key_heads=1, values_per_key=1, key_dim=2, value_dim=2, kernel_size=2),
+        delta_layers=(True, False),
         latent=Latent(
             query_rank=query_rank,
             key_value_rank=2,

@@ -155,6 +155,22 @@ class Latent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """Gated DeltaNet: linear attention whose state is corrected by each token's value."""
+
+    num_key_heads: int  # and as many query heads
+    values_per_key: int  # value heads of each key head
+    key_dim: int  # of a query or key head
+    value_dim: int  # of a value head
+    kernel_size: int  # tokens of the convolution over queries, keys and values
+
+    @property
+    def channels_per_key(self) -> int:
+        """Dimensions of a query, its key and their values together."""
+        return 2 * self.key_dim + self.values_per_key * self.value_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """A decoder with RMSNorm, rotary positions, grouped-query attention and gated SiLU."""
 
@@ -175,6 +191,11 @@ class Architecture:
     qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
     qk_norm_over_all_heads: bool = False  # with qk_norm: one norm of all heads together
     latent: Latent | None = None  # replaces the projections of queries, keys and values
+    attention_gate: bool = False  # sigmoids of a projection of the input scale attention's output
+    # In the place of attention, and for each layer whether it is there. None and () without.
+    delta: DeltaNet | None = None
+    delta_layers: tuple[bool, ...] = ()
+    zero_centred_norms: bool = False  # norms multiply with one more than their weight
     pre_norms: bool = True  # RMSNorm of the inputs of attention and MLP
     moe: MixtureOfExperts | None = None  # replaces the gated MLPs; None: dense
     # Latest positions that a token attends to, itself included, and for each layer whether it has
@@ -201,6 +222,10 @@ class Architecture:
         return self.rope.rotary_dim(
             self.head_dim if self.latent is None else self.latent.rotated_dim
         )
+
+    def has_delta_net(self, layer: int) -> bool:
+        """Whether a layer, from 0, has a gated DeltaNet in the place of its attention."""
+        return bool(self.delta_layers) and self.delta_layers[layer]
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer, from 0, has experts in the place of its MLP."""

@@ -15,8 +15,6 @@ from megatron_oprd.models.architecture import Architecture
 # The supported values of arguments without a counterpart in `Architecture`. An absent argument or
 # None passes.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "apply_layernorm_1p": (False,),
-    "layernorm_zero_centered_gamma": (False,),
     "add_bias_linear": (False,),
     "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope", "yarn"),
@@ -27,7 +25,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "openai_gelu": (False,),
     "qk_l2_norm": (False,),
     "softmax_type": ("vanilla",),
-    "attention_output_gate": (False,),
     "apply_residual_connection_post_layernorm": (False,),
     "glu_linear_offset": (0,),
     "is_hybrid_model": (False,),
@@ -128,6 +125,9 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
         "layernorm_epsilon": ("rms_norm_eps", b.layernorm_epsilon),
         "add_qkv_bias": ("biases of q, k and v", b.qkv_bias),
         "qk_layernorm": ("norms of q and k", b.qk_norm),
+        "apply_layernorm_1p": ("norms with 1 + weight", b.zero_centred_norms),
+        "layernorm_zero_centered_gamma": ("norms with 1 + weight", b.zero_centred_norms),
+        "attention_output_gate": ("gate of attention", b.attention_gate),
         "untie_embeddings_and_output_weights": ("tie_word_embeddings", not b.tied),
         "share_embeddings_and_output_weights": ("tie_word_embeddings", b.tied),
         "use_rope_scaling": ("llama3 rope scaling", b.rope.rope_type == "llama3"),

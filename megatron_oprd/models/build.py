@@ -133,6 +133,8 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=a.qkv_bias,
         qk_layernorm=a.qk_norm,
+        attention_output_gate=a.attention_gate,
+        layernorm_zero_centered_gamma=a.zero_centred_norms,
         softmax_scale=a.softmax_scale,
         rotary_interleaved=a.rope.interleaved,
         # Positions to the left of a token and to its right; then, by layer, whether it counts.
@@ -231,6 +233,7 @@ def build_model(
                 ),
                 architecture,
                 config,
+                layer=layer,
                 tp_group=context.groups.tp,
                 transformer_engine=context.transformer_engine,
             )

@@ -152,7 +152,10 @@ class PackedSelfAttention(PackedRotation, SelfAttention):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm for Megatron's local layer spec; also accepts [s/tp, b, h] slices."""
+    """RMSNorm for Megatron's local layer spec; also accepts [s/tp, b, h] slices.
+
+    With Megatron's ``layernorm_zero_centered_gamma`` it multiplies with one more than its weight.
+    """
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
@@ -166,6 +169,15 @@ class RMSNorm(torch.nn.RMSNorm):
         # With this mark Megatron sums the gradient over the tensor-parallel ranks, each of which
         # sees a slice.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._zero_centred = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        if not self._zero_centred:
+            return super().forward(x)
+        # In fp32: in bf16 the sum with one would lose most of a small weight.
+        normalised = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+        return (normalised * (1 + self.weight.float())).to(x.dtype)
 
 
 class ScaledDotProductAttention(MegatronModule):

@@ -122,6 +122,23 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 40},
     "qwen3": _WIDE_HEADS,
     "qwen3_moe": {**_WIDE_HEADS, **_EXPERTS, "norm_topk_prob": True},
+    # The third layer has attention, the others have linear attention of 12 value heads.
+    "qwen3_next": {
+        **_WIDE_HEADS,
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 40,
+        "linear_conv_kernel_dim": 3,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 6,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 12,
+        "layer_types": [f"{kind}_attention" for kind in ("linear", "linear", "full", "linear")],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+        },
+    },
     "seed_oss": _WIDE_HEADS,
 }
 

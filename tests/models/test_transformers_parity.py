@@ -185,6 +185,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2_moe",
         {"qkv_bias": False, "norm_topk_prob": True, "tie_word_embeddings": True},
     ),
+    "qwen3_next_moe": ("qwen3_next", {}),
+    # One key head for all ranks; probabilities as they are.
+    "qwen3_next_moe_raw": (
+        "qwen3_next",
+        {
+            "num_key_value_heads": 1,
+            "norm_topk_prob": False,
+            "layer_types": [f"{kind}_attention" for kind in ("full", "linear", "full", "linear")],
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
+        },
+    ),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe_window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}),
     "qwen3_moe_raw_tied": (
@@ -263,6 +274,11 @@ COMBINATIONS = [
     *(("mixtral_moe", layout) for layout in ("tp1", "ep2_pp2")),
     *(("qwen2_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("qwen2_moe_normed", layout) for layout in ("tp1", "tp2_sp_etp1")),
+    *(
+        ("qwen3_next_moe", layout)
+        for layout in ("tp1", "tp2_pp2", "ep2_pp2_vpp2", "tp2_sp_etp1_ep2")
+    ),
+    *(("qwen3_next_moe_raw", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("qwen3_moe", layout) for layout in ALL_LAYOUTS),
     *(("qwen3_moe_raw_tied", layout) for layout in ("tp1", "ep2_pp2", "tp2_sp_etp1_ep2")),
 ]

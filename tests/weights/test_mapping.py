@@ -18,6 +18,7 @@ from megatron_oprd.weights.mapping import (
     ColumnSplit,
     Copy,
     GatedMLP,
+    GroupedRows,
     Mapping,
     RowSplit,
     Vocabulary,
@@ -40,6 +41,18 @@ def qkv(heads: int, groups: int, dim: int, *, bias: bool = False) -> QKV:
     )
 
 
+def gated_qkv(heads: int, groups: int, dim: int) -> QKV:
+    rows = {"q": 2 * heads * dim, "k": groups * dim, "v": groups * dim}
+    return QKV(
+        megatron="qkv",
+        hf={name: (count, HIDDEN) for name, count in rows.items()},
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=dim,
+        has_gate=True,
+    )
+
+
 def fused(mapping: QKV | GatedMLP) -> Mapping:
     """The same parameter, made of one tensor that holds all of ``mapping``'s below one another."""
     shapes = list(mapping.hf.values())
@@ -59,6 +72,9 @@ HEADS = [(4, 4), (8, 4), (16, 4), (4, 1), (8, 2)]
 VOCABULARIES = [(97, 100), (97, 128), (16, 16), (9, 16), (5, 8)]
 GATED = GatedMLP(megatron="fc1", hf={"gate": (12, HIDDEN), "up": (12, HIDDEN)})
 ROW_SPLIT = RowSplit(megatron="fc2", hf={"down": (HIDDEN, 12)})
+GROUPED = GroupedRows(
+    megatron="conv", hf={"c": (4 * 9, 1, 3)}, num_groups=4, rows_of_group=(2, 2, 5)
+)
 ALL_KINDS: dict[str, Mapping] = {
     "copy": Copy(megatron="norm", hf={"n": (HIDDEN,)}),
     "copy_matrix": Copy(megatron="router", hf={"r": (3, HIDDEN)}),
@@ -70,6 +86,8 @@ ALL_KINDS: dict[str, Mapping] = {
     **{f"qkv_{heads}_{groups}": qkv(heads, groups, 4) for heads, groups in HEADS},
     **{f"qkv_bias_{heads}_{groups}": qkv(heads, groups, 4, bias=True) for heads, groups in HEADS},
     "fused_gated_mlp": fused(GATED),
+    **{f"gated_qkv_{heads}_{groups}": gated_qkv(heads, groups, 4) for heads, groups in HEADS},
+    "grouped_rows": GROUPED,
     **{f"fused_qkv_{heads}_{groups}": fused(qkv(heads, groups, 4)) for heads, groups in HEADS},
 }
 
@@ -140,6 +158,32 @@ def test_qkv_is_interleaved_by_group(heads: int, groups: int, bias: bool, tp_siz
     whole = torch.cat([q, k, v], dim=1).reshape(-1, *trailing)
     shards = to_shards(mapping, tensors, tp_size)
     for shard, expected in zip(shards, whole.chunk(tp_size), strict=True):
+        assert torch.equal(shard, expected)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+def test_gates_are_behind_the_queries_of_their_group(heads: int, groups: int, tp_size: int) -> None:
+    mapping = gated_qkv(heads, groups, 4)
+    tensors = numbered(mapping)
+    # [heads * (query, gate), h] --> [groups, heads of a group, query or gate, dim, h]
+    q = tensors["q"].reshape(groups, heads // groups, 2, 4, HIDDEN)
+    query, gate = (q[:, :, which].reshape(groups, -1, HIDDEN) for which in (0, 1))
+    k, v = (tensors[name].reshape(groups, 4, HIDDEN) for name in "kv")
+    whole = torch.cat([query, gate, k, v], dim=1).reshape(-1, HIDDEN)
+    shards = to_shards(mapping, tensors, tp_size)
+    for shard, expected in zip(shards, whole.chunk(tp_size), strict=True):
+        assert torch.equal(shard, expected)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_grouped_rows_have_all_parts_of_a_group(tp_size: int) -> None:
+    tensors = numbered(GROUPED)
+    parts = [part.reshape(4, -1, 1, 3) for part in tensors["c"].split([8, 8, 20])]
+    whole = torch.cat(parts, dim=1).reshape(-1, 1, 3)
+    for shard, expected in zip(
+        to_shards(GROUPED, tensors, tp_size), whole.chunk(tp_size), strict=True
+    ):
         assert torch.equal(shard, expected)
 
 

@@ -28,6 +28,7 @@ from megatron_oprd.models.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
 )
@@ -58,6 +59,7 @@ FAMILIES: dict[str, Family] = {
         qwen2_moe,
         qwen3,
         qwen3_moe,
+        qwen3_next,
         seed_oss,
         smollm3,
     )
