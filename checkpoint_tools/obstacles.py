@@ -8,6 +8,8 @@ from typing import Any
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import (
     Architecture,
+    DeltaNet,
+    Latent,
     MixtureOfExperts,
     Rope,
     check_fields,
@@ -64,6 +66,12 @@ def _refused(family: Family, name: str, value: Any) -> bool:
 
 def _tensors(family: Family, *, everything: bool) -> set[str]:
     """Patterns of a family's tensors: with all that is optional, or with none of it."""
+    # Queries of latent attention are made in one of two ways.
+    ways = [_tensors_with(family, query_rank, everything=everything) for query_rank in (2, None)]
+    return set.union(*ways) if everything else set.intersection(*ways)
+
+
+def _tensors_with(family: Family, query_rank: int | None, *, everything: bool) -> set[str]:
     # Names do not depend on these sizes.
     architecture = Architecture(
         family=family.name,
@@ -80,6 +88,16 @@ def _tensors(family: Family, *, everything: bool) -> set[str]:
         max_position_embeddings=2,
         qkv_bias=everything,
         qk_norm=everything,
+        delta=DeltaNet(num_key_heads=1, values_per_key=1, key_dim=2, value_dim=2, kernel_size=2),
+        delta_layers=(True, False),
+        latent=Latent(
+            query_rank=query_rank,
+            key_value_rank=2,
+            unrotated_dim=2,
+            rotated_dim=2,
+            value_dim=2,
+            norm_epsilon=1e-6,
+        ),
         moe=MixtureOfExperts(
             num_experts=2,
             num_experts_per_token=2,

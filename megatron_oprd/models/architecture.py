@@ -134,6 +134,40 @@ class MixtureOfExperts:
     sigmoid_router: bool = False
     routed_scaling_factor: float = 1.0  # on the chosen experts' probabilities
     first_dense_layers: int = 0  # so many layers from the first have a gated MLP instead
+    # Of so many groups of experts, one behind the other, a token chooses those with the largest
+    # sums of their two best experts' probabilities, and experts in these groups only.
+    num_groups: int = 1
+    num_groups_per_token: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Multi-head latent attention: heads are made of narrow states, which are normalised."""
+
+    query_rank: int | None  # width of the queries' narrow state; None: made of the hidden state
+    key_value_rank: int  # width of the narrow state of keys and values
+    # A query or key head has dimensions without rotation, then some with rotation. Of keys, all
+    # heads share the latter.
+    unrotated_dim: int
+    rotated_dim: int
+    value_dim: int  # of a value head
+    norm_epsilon: float  # of the narrow states' norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """Gated DeltaNet: linear attention whose state is corrected by each token's value."""
+
+    num_key_heads: int  # and as many query heads
+    values_per_key: int  # value heads of each key head
+    key_dim: int  # of a query or key head
+    value_dim: int  # of a value head
+    kernel_size: int  # tokens of the convolution over queries, keys and values
+
+    @property
+    def channels_per_key(self) -> int:
+        """Dimensions of a query, its key and their values together."""
+        return 2 * self.key_dim + self.values_per_key * self.value_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +180,7 @@ class Architecture:
     ffn_hidden_size: int  # of the gated MLP; without meaning if all layers have experts
     num_attention_heads: int  # query heads
     num_query_groups: int  # key/value heads
-    head_dim: int  # heads x head_dim need not equal hidden_size
+    head_dim: int  # of queries and keys; heads x head_dim need not equal hidden_size
     vocab_size: int  # without padding
     layernorm_epsilon: float
     rope: Rope
@@ -156,6 +190,12 @@ class Architecture:
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
     qk_norm_over_all_heads: bool = False  # with qk_norm: one norm of all heads together
+    latent: Latent | None = None  # replaces the projections of queries, keys and values
+    attention_gate: bool = False  # sigmoids of a projection of the input scale attention's output
+    # In the place of attention, and for each layer whether it is there. None and () without.
+    delta: DeltaNet | None = None
+    delta_layers: tuple[bool, ...] = ()
+    zero_centred_norms: bool = False  # norms multiply with one more than their weight
     pre_norms: bool = True  # RMSNorm of the inputs of attention and MLP
     moe: MixtureOfExperts | None = None  # replaces the gated MLPs; None: dense
     # Latest positions that a token attends to, itself included, and for each layer whether it has
@@ -170,6 +210,22 @@ class Architecture:
     residual_multiplier: float = 1.0  # on outputs of attention and MLP, before they are added
     logits_divisor: float = 1.0  # of the LM head's output
     post_norms: bool = False  # RMSNorm of the outputs of attention and MLP, before they are added
+
+    @property
+    def value_dim(self) -> int:
+        """The width of a value head."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """The number of dimensions of a query or key head that rotate."""
+        return self.rope.rotary_dim(
+            self.head_dim if self.latent is None else self.latent.rotated_dim
+        )
+
+    def has_delta_net(self, layer: int) -> bool:
+        """Whether a layer, from 0, has a gated DeltaNet in the place of its attention."""
+        return bool(self.delta_layers) and self.delta_layers[layer]
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer, from 0, has experts in the place of its MLP."""
@@ -299,20 +355,22 @@ def read_rope(
     )
 
 
+def yarn_stretch(factor: float, mscale: float) -> float:
+    """What YaRN multiplies queries and keys with, for longer sequences by ``factor``."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 def _yarn(parameters: dict[str, Any]) -> dict[str, Any]:
     """Reads `Rope`'s yarn fields (https://arxiv.org/abs/2309.00071), as transformers does."""
     factor = parameters["factor"]
     mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     attention_factor = parameters.get("attention_factor")
 
-    def stretch(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if attention_factor is None:
         # One of the two alone counts for nothing.
-        attention_factor = stretch(1)
+        attention_factor = yarn_stretch(factor, 1)
         if mscale and mscale_all_dim:
-            attention_factor = stretch(mscale) / stretch(mscale_all_dim)
+            attention_factor = yarn_stretch(factor, mscale) / yarn_stretch(factor, mscale_all_dim)
     return {
         "factor": factor,
         "original_max_position_embeddings": parameters["original_max_position_embeddings"],

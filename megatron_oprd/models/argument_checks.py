@@ -15,8 +15,6 @@ from megatron_oprd.models.architecture import Architecture
 # The supported values of arguments without a counterpart in `Architecture`. An absent argument or
 # None passes.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "apply_layernorm_1p": (False,),
-    "layernorm_zero_centered_gamma": (False,),
     "add_bias_linear": (False,),
     "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope", "yarn"),
@@ -27,8 +25,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "openai_gelu": (False,),
     "qk_l2_norm": (False,),
     "softmax_type": ("vanilla",),
-    "attention_output_gate": (False,),
-    "multi_latent_attention": (False,),
     "apply_residual_connection_post_layernorm": (False,),
     "glu_linear_offset": (0,),
     "is_hybrid_model": (False,),
@@ -44,7 +40,7 @@ _ABSENT = (
 _FIXED_MOE: dict[str, tuple[Any, ...]] = {
     "moe_apply_probs_on_input": (False,),
 }
-_ABSENT_MOE = ("moe_router_num_groups", "moe_router_group_topk", "moe_latent_size")
+_ABSENT_MOE = ("moe_latent_size",)
 # Megatron's constants of llama3 scaling, which are not among its arguments.
 _LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -95,7 +91,11 @@ def _of_other_kinds(a: Mapping[str, Any], b: Architecture) -> Iterator[str]:
         function = function.get("_target_")
     if isinstance(function, str) and function.rpartition(".")[2].lower() not in ("silu", "swish"):
         yield "activation_func"
-    if bool(a.get("rotary_interleaved")) != b.rope.interleaved:
+    latent = b.latent is not None
+    if bool(a.get("multi_latent_attention")) != latent:
+        yield "multi_latent_attention"
+    # Megatron's latent attention has pairs of neighbours, whatever this argument says.
+    if (latent or bool(a.get("rotary_interleaved"))) != b.rope.interleaved:
         yield "rotary_interleaved"
     window = a.get("window_size")
     # 0 to the right is causal; otherwise nothing, which the causal mask limits to this.
@@ -103,8 +103,11 @@ def _of_other_kinds(a: Mapping[str, Any], b: Architecture) -> Iterator[str]:
         yield "window_size"
     scale = a.get("softmax_scale")
     ours = b.head_dim**-0.5 if b.softmax_scale is None else b.softmax_scale
-    # None is Megatron's default; a checkpoint need not say anything.
-    if not math.isclose(b.head_dim**-0.5 if scale is None else scale, ours, rel_tol=1e-6):
+    # None is Megatron's default; a checkpoint need not say anything. Latent attention has no such
+    # argument, but computes the scale from YaRN's.
+    if not latent and not math.isclose(
+        b.head_dim**-0.5 if scale is None else scale, ours, rel_tol=1e-6
+    ):
         yield "softmax_scale"
 
 
@@ -122,6 +125,9 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
         "layernorm_epsilon": ("rms_norm_eps", b.layernorm_epsilon),
         "add_qkv_bias": ("biases of q, k and v", b.qkv_bias),
         "qk_layernorm": ("norms of q and k", b.qk_norm),
+        "apply_layernorm_1p": ("norms with 1 + weight", b.zero_centred_norms),
+        "layernorm_zero_centered_gamma": ("norms with 1 + weight", b.zero_centred_norms),
+        "attention_output_gate": ("gate of attention", b.attention_gate),
         "untie_embeddings_and_output_weights": ("tie_word_embeddings", not b.tied),
         "share_embeddings_and_output_weights": ("tie_word_embeddings", b.tied),
         "use_rope_scaling": ("llama3 rope scaling", b.rope.rope_type == "llama3"),
@@ -137,6 +143,10 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
         "num_experts": ("experts", None if b.moe is None else b.moe.num_experts),
         "num_moe_experts": ("experts", None if b.moe is None else b.moe.num_experts),
     }
+    if b.latent is not None:
+        # Heads have no kv_channels; norms of the narrow states are under this name.
+        del expected["kv_channels"], expected["position_embedding_type"]
+        expected |= _of_latent_attention(b) | {"qk_layernorm": ("norms of narrow states", True)}
     if "window_size" in a:
         # Megatron counts the positions to the left of a token; -1 is unlimited, as is None.
         left, _ = a["window_size"] or (-1, 0)
@@ -170,6 +180,8 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
                 "routed_scaling_factor",
                 b.moe.routed_scaling_factor,
             ),
+            "moe_router_num_groups": ("n_group", b.moe.num_groups),
+            "moe_router_group_topk": ("topk_group", b.moe.num_groups_per_token),
             "moe_shared_expert_gate": ("gate of the shared expert", b.moe.shared_expert_gate),
             "moe_router_pre_softmax": ("norm_topk_prob = false", not b.moe.norm_topk_prob),
         }
@@ -198,6 +210,29 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
     if a.get(scaled) and b.rope.rope_type == "llama3":
         for name, value in _LLAMA3.items():
             yield scaled, f"{name} = {getattr(b.rope, name)}", _same(getattr(b.rope, name), value)
+
+
+def _of_latent_attention(b: Architecture) -> dict[str, tuple[str, Any]]:
+    """What `_compared` expects of latent attention's own arguments."""
+    latent, rope = b.latent, b.rope
+    assert latent is not None
+    expected: dict[str, tuple[str, Any]] = {
+        "q_lora_rank": ("q_lora_rank", latent.query_rank),
+        "kv_lora_rank": ("kv_lora_rank", latent.key_value_rank),
+        "qk_head_dim": ("qk_nope_head_dim", latent.unrotated_dim),
+        "qk_pos_emb_head_dim": ("qk_rope_head_dim", latent.rotated_dim),
+        "v_head_dim": ("v_head_dim", latent.value_dim),
+        "rope_type": ("rope_type", "yarn" if rope.rope_type == "yarn" else "rope"),
+    }
+    if rope.rope_type == "yarn":
+        original = rope.original_max_position_embeddings
+        expected |= {
+            "rotary_scaling_factor": ("rope factor", rope.factor),
+            "original_max_position_embeddings": ("original_max_position_embeddings", original),
+            "beta_fast": ("beta_fast", rope.beta_fast),
+            "beta_slow": ("beta_slow", rope.beta_slow),
+        }
+    return expected
 
 
 def _windows(a: Mapping[str, Any]) -> tuple[bool, ...] | None:

@@ -119,7 +119,8 @@ def transformer_config(
         ffn_hidden_size=a.ffn_hidden_size,
         num_attention_heads=a.num_attention_heads,
         num_query_groups=a.num_query_groups,
-        kv_channels=a.head_dim,
+        # Of the values, and of linear_proj's input.
+        kv_channels=a.value_dim,
         layernorm_epsilon=a.layernorm_epsilon,
         # `RotaryTransformerConfig` turns this into a plain factor on cosine and sine.
         yarn_mscale=a.rope.attention_factor - 1.0,
@@ -132,6 +133,8 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=a.qkv_bias,
         qk_layernorm=a.qk_norm,
+        attention_output_gate=a.attention_gate,
+        layernorm_zero_centered_gamma=a.zero_centred_norms,
         softmax_scale=a.softmax_scale,
         rotary_interleaved=a.rope.interleaved,
         # Positions to the left of a token and to its right; then, by layer, whether it counts.
@@ -230,6 +233,7 @@ def build_model(
                 ),
                 architecture,
                 config,
+                layer=layer,
                 tp_group=context.groups.tp,
                 transformer_engine=context.transformer_engine,
             )
@@ -299,6 +303,8 @@ def _moe_options(
         "moe_router_score_function": "sigmoid" if moe.sigmoid_router else "softmax",
         "moe_router_topk_scaling_factor": moe.routed_scaling_factor,
         "moe_router_enable_expert_bias": moe.sigmoid_router,
+        "moe_router_num_groups": moe.num_groups if moe.num_groups > 1 else None,
+        "moe_router_group_topk": moe.num_groups_per_token if moe.num_groups > 1 else None,
         "moe_router_bias_update_rate": 0.0,  # it balances a pre-training's load
         # As in transformers and inference engines: the weights' format (None), or fp32. Another one
         # would now and then choose other experts than the rollouts did.

@@ -78,13 +78,22 @@ def check_shapes(architecture: Architecture, parallel: ParallelConfig, recipe: s
     heads = architecture.num_attention_heads
     widths = {
         "hidden_size": architecture.hidden_size,
-        "the attention heads' width on each rank": heads * architecture.head_dim // tp,
-        "the query, key and value heads' width on each rank": (
-            heads + 2 * architecture.num_query_groups
-        )
-        * architecture.head_dim
-        // tp,
+        "the attention heads' width on each rank": heads * architecture.value_dim // tp,
     }
+    if (latent := architecture.latent) is None:
+        groups = architecture.num_query_groups
+        widths["the query, key and value heads' width on each rank"] = (
+            (heads + 2 * groups) * architecture.head_dim // tp
+        )
+    else:
+        widths |= {
+            "q_lora_rank": latent.query_rank or architecture.hidden_size,
+            "kv_lora_rank": latent.key_value_rank,
+            "the query heads' width on each rank": heads * architecture.head_dim // tp,
+            "the key and value heads' width on each rank": (
+                heads * (latent.unrotated_dim + latent.value_dim) // tp
+            ),
+        }
     if not architecture.has_experts(0):
         widths["the feed-forward width on each rank"] = architecture.ffn_hidden_size // tp
     if architecture.moe is not None:

@@ -22,7 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -74,8 +74,8 @@ class TappedTransformerLayer(TransformerLayer):
         return hidden_states, context
 
 
-class PackedSelfAttention(SelfAttention):
-    """Megatron's self-attention, rotating packed sequences by their tokens' positions.
+class PackedRotation(Attention):
+    """An attention of Megatron's, rotating packed sequences by their tokens' positions.
 
     Gives the numbers of Megatron's own rotation, which splits packed sequences and for that reads
     their lengths from the device, for query and key of every layer.
@@ -147,8 +147,15 @@ class PackedSelfAttention(SelfAttention):
         return query, key, *others
 
 
+class PackedSelfAttention(PackedRotation, SelfAttention):
+    """Megatron's self-attention for packed sequences."""
+
+
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm for Megatron's local layer spec; also accepts [s/tp, b, h] slices."""
+    """RMSNorm for Megatron's local layer spec; also accepts [s/tp, b, h] slices.
+
+    With Megatron's ``layernorm_zero_centered_gamma`` it multiplies with one more than its weight.
+    """
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
@@ -162,6 +169,15 @@ class RMSNorm(torch.nn.RMSNorm):
         # With this mark Megatron sums the gradient over the tensor-parallel ranks, each of which
         # sees a slice.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._zero_centred = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        if not self._zero_centred:
+            return super().forward(x)
+        # In fp32: in bf16 the sum with one would lose most of a small weight.
+        normalised = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+        return (normalised * (1 + self.weight.float())).to(x.dtype)
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -238,6 +254,11 @@ class ScaledDotProductAttention(MegatronModule):
         """Attends where the mask [queries, keys] is true; without one to all earlier positions."""
         # [s, b, n, d] --> [b, n, s, d]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        # The kernels that keep no [s, s] matrix want equal widths. Zeros change no score.
+        width, widest = v.shape[-1], max(q.shape[-1], v.shape[-1])
+        if width != q.shape[-1]:
+            assert self.softmax_scale is not None  # it would be that of the widest otherwise
+            q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -248,7 +269,7 @@ class ScaledDotProductAttention(MegatronModule):
             enable_gqa=True,
         )
         # [b, n, s, d] --> [s, b, n * d]
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return out[..., :width].permute(2, 0, 1, 3).flatten(2)
 
     def _mask(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether a token attends to another, by their positions: [queries, keys]."""

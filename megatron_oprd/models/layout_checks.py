@@ -51,6 +51,12 @@ def check_divides(
                 f"{spelling(*size)} does not divide the {count} {what} of {model}; give a divisor "
                 f"of {count}"
             )
+    if architecture.delta is not None and architecture.delta.num_key_heads % tp[1]:
+        count = architecture.delta.num_key_heads
+        raise UserError(
+            f"{spelling(*tp)} does not divide the {count} key heads of {model}'s linear attention; "
+            f"give a divisor of {count}"
+        )
     groups, ranks = architecture.num_query_groups, layout.tensor_model_parallel_size
     # With more ranks than groups, ranks share a group: see `mapping.QKV`.
     if groups % ranks and ranks % groups:

@@ -12,6 +12,7 @@ from megatron_oprd.models.families import (
     mapping_table,
     nested_model,
     read_architecture,
+    under_known_model_type,
     unread_tensors,
 )
 from megatron_oprd.weights.accounting import check_tensors, check_tied_head
@@ -106,9 +107,12 @@ def open_folder(path: Path) -> HFCheckpoint | Dequantised:
 
 
 def _decoder(checkpoint: HFCheckpoint) -> HFCheckpoint:
-    """The decoder's part of a nested model; another model as it is."""
+    """The decoder's part of a nested model; another model under a model_type that is known."""
     path = checkpoint.folder
     if (nested := nested_model(checkpoint)) is None:
+        known = under_known_model_type(checkpoint.config)
+        if known is not checkpoint.config:
+            checkpoint.replace_config(known)
         return checkpoint
     family = read_architecture(checkpoint).family
     decoder = TextPart(

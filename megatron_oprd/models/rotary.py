@@ -58,10 +58,12 @@ def set_frequencies(
     model: GPTModel, architecture: Architecture, *, max_sequence_length: int, device: torch.device
 ) -> None:
     """Sets a chunk's rotary frequencies, from `inverse_frequencies`."""
+    latent = architecture.latent
+    head_dim = architecture.head_dim if latent is None else latent.rotated_dim
 
     def frequencies(rope: Rope) -> Tensor:
         return inverse_frequencies(
-            rope, head_dim=architecture.head_dim, max_sequence_length=max_sequence_length
+            rope, head_dim=head_dim, max_sequence_length=max_sequence_length
         ).to(device)
 
     model.rotary_pos_emb.inv_freq = frequencies(architecture.rope)

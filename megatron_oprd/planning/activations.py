@@ -122,8 +122,7 @@ class LayerShape:
     @property
     def rotary_bytes(self) -> int:
         """Cosines or sines of the rotary embedding, [s, 1, 1, head_dim]."""
-        a = self.architecture
-        return self.row_tokens * a.rope.rotary_dim(a.head_dim) * self.itemsize
+        return self.row_tokens * self.architecture.rotary_dim * self.itemsize
 
 
 def saved_by_layer(shape: LayerShape, *, recompute_attention: bool) -> int:
@@ -232,6 +231,8 @@ def forward_workspace(shape: LayerShape) -> int:
 
 def _saved_by_attention(shape: LayerShape, recompute_attention: bool) -> int:
     a = shape.architecture
+    if a.latent is not None:
+        return _saved_by_latent_attention(shape, recompute_attention)
     heads = a.num_attention_heads // shape.tp
     saved = _saved_by_norms(shape) + shape.hidden_bytes  # the norms, and linear_qkv's input
     # Query, key and value in one tensor, of which the values are a view; query and key after the
@@ -264,6 +265,37 @@ def _saved_by_attention(shape: LayerShape, recompute_attention: bool) -> int:
             saved -= shape.key_bytes  # the key norm's input is a view of the joint tensor
             if shape.groups == 1:
                 saved -= shape.query_bytes  # and so is the query norm's
+    return saved
+
+
+def _saved_by_latent_attention(shape: LayerShape, recompute_attention: bool) -> int:
+    a, latent = shape.architecture, shape.architecture.latent
+    assert latent is not None
+    saved = _saved_by_norms(shape) + shape.hidden_bytes  # the norm, and the first matrices' input
+    for width in (latent.query_rank, latent.key_value_rank):
+        if width is not None:
+            # The narrow state's norm, and its output, which the next matrix reads.
+            saved += _norm(shape, vectors=shape.sliced_tokens, width=width)
+            saved += shape.sliced_tokens * width * shape.itemsize
+    heads = a.num_attention_heads // shape.tp
+    value_bytes = shape.tokens * heads * latent.value_dim * shape.itemsize
+    equal = latent.value_dim == a.head_dim or shape.kernels.transformer_engine
+    # Attention through torch has heads as wide as the widest, and a part of its output is copied.
+    padded = shape.tokens * heads * max(a.head_dim, latent.value_dim) * shape.itemsize
+    cp = shape.parallel.context_parallel_size
+    gathered = 1 if shape.kernels.transformer_engine else cp
+    query_bytes, of_values = (shape.query_bytes, value_bytes) if equal else (padded, padded)
+    # Query and key after the rotation, values, and attention's output.
+    saved += query_bytes * (1 + gathered) + of_values * (gathered + 1)
+    saved += 4 * shape.rotary_bytes
+    if not equal:
+        saved += value_bytes
+    elif shape.is_packed and not shape.kernels.transformer_engine:
+        saved += value_bytes  # concatenated
+    if gathered > 1:
+        saved += shape.row_tokens * shape.row_tokens * cp  # the mask
+    if not recompute_attention:
+        saved += shape.tokens * heads * _FP32  # log-sum-exp of each row
     return saved
 
 

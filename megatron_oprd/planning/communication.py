@@ -176,7 +176,8 @@ def _keys_and_values(layout: RunLayout, model: ModelLayout, workload: Workload) 
     groups = max(a.num_query_groups // parallel.tensor_model_parallel_size, 1)
     itemsize = DTYPES[layout.config.model.params_dtype].itemsize
     cp = parallel.context_parallel_size
-    return 2 * workload.tokens * groups * a.head_dim * itemsize * (cp - 1) // cp
+    width = a.head_dim + a.value_dim
+    return workload.tokens * groups * width * itemsize * (cp - 1) // cp
 
 
 def _hidden_states_sent(layout: RunLayout, model: ModelLayout, pp_rank: int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ def check_models(
     _check_teacher_experts(config, teacher, world_size)
     for setting, arch in (("model.student", student), ("model.teacher", teacher)):
         _check_sequence_length(setting, arch, config)
+        _check_context_parallelism(setting, arch, config.parallel)
     _check_experts(student, teacher, config.parallel)
 
 
@@ -104,6 +105,16 @@ def _check_experts(student: Architecture, teacher: Architecture, parallel: Paral
             f"parallel.tensor_model_parallel_size = {tp} needs parallel.sequence_parallel = true, "
             "because model.student has a mixture of experts, which Megatron trains with sequence "
             "parallelism only"
+        )
+
+
+def _check_context_parallelism(setting: str, arch: Architecture, parallel: ParallelConfig) -> None:
+    size = parallel.context_parallel_size
+    if arch.delta is not None and size > 1:
+        raise UserError(
+            f"parallel.context_parallel_size = {size}, but {setting} has linear attention, whose "
+            "state goes through a sequence from its first token on; give 1, and tensor or pipeline "
+            "parallelism instead"
         )
 
 

@@ -152,10 +152,28 @@ class _Rows(Mapping):
             row += count
         return pieces
 
+    def _of_rank(
+        self, order: list[tuple[str, int, int]], tp_rank: int, tp_size: int
+    ) -> list[tuple[str | None, int, int]]:
+        """A rank's share of all rows, in ``order``: equal runs of them."""
+        rows = _divide(sum(count for _, _, count in order), tp_size, self.megatron)
+        return _run_of_rows(order, tp_rank * rows, (tp_rank + 1) * rows)
+
     @override
     def local_shape(self, tp_size: int) -> Shape:
         rows = sum(count for _, _, count in self._segments(0, tp_size))
         return (rows, *self._trailing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnSplit(_Rows):
+    """A column-parallel linear layer: [out, in] --> [out/tp, in]."""
+
+    @override
+    def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
+        ((name, shape),) = self.hf.items()
+        count = _divide(shape[0], tp_size, self.megatron)
+        return [(name, tp_rank * count, count)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,19 +223,55 @@ class QKV(_Rows):
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
+    # Whether the query tensor has each head's output gate behind its query. Megatron has a group's
+    # gates behind its queries.
+    has_gate: bool = False
 
     @override
     def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
         groups, dim = self.num_query_groups, self.head_dim
         of_group = [self.num_attention_heads // groups * dim, dim, dim]  # query, key, value rows
-        parts = _parts(self.hf, [groups * rows for rows in of_group])
         order: list[tuple[str, int, int]] = []
+        if self.has_gate:
+            query, key, value = self.hf
+            heads = self.num_attention_heads // groups
+            for group in range(groups):
+                # Even runs of head_dim rows are queries, odd ones gates.
+                first = 2 * group * heads
+                runs = [
+                    *range(first, first + 2 * heads, 2),
+                    *range(first + 1, first + 2 * heads, 2),
+                ]
+                order += [(query, run * dim, dim) for run in runs]
+                order += [(key, group * dim, dim), (value, group * dim, dim)]
+            return self._of_rank(order, tp_rank, tp_size)
+        parts = _parts(self.hf, [groups * rows for rows in of_group])
         for group in range(groups):
             for (name, first), rows in zip(parts, of_group, strict=True):
                 order.append((name, first + group * rows, rows))
-        total = sum(count for _, _, count in order)
-        rows = _divide(total, tp_size, self.megatron)
-        return _run_of_rows(order, tp_rank * rows, (tp_rank + 1) * rows)
+        return self._of_rank(order, tp_rank, tp_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedRows(_Rows):
+    """Rows of one tensor that has parts below one another, ordered by group instead.
+
+    The tensor has all groups' rows of the first part, then of the second, and so on; the parameter
+    has all parts of the first group, then of the second. Ranks take whole groups.
+    """
+
+    num_groups: int
+    rows_of_group: tuple[int, ...]  # of each part
+
+    @override
+    def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
+        groups = _divide(self.num_groups, tp_size, self.megatron)
+        parts = _parts(self.hf, [self.num_groups * rows for rows in self.rows_of_group])
+        return [
+            (name, first + group * rows, rows)
+            for group in range(tp_rank * groups, (tp_rank + 1) * groups)
+            for (name, first), rows in zip(parts, self.rows_of_group, strict=True)
+        ]
 
 
 def _parts(hf: dict[str, Shape], rows: list[int]) -> list[tuple[str, int]]:

@@ -138,4 +138,7 @@ def named_parameters(chunks: Sequence[MegatronModule]) -> dict[str, torch.nn.Par
 
 def is_linear_weight(name: str) -> bool:
     """Whether the checkpoint name is that of a linear layer's matrix in a decoder layer."""
-    return re.search(r"\.linear_(qkv|proj|fc1|fc2)\.weight$", name) is not None
+    return (
+        re.search(r"\.linear_(qkv|q_proj|q_up_proj|kv_up_proj|proj|fc1|fc2)\.weight$", name)
+        is not None
+    )

@@ -42,6 +42,24 @@ _CHARACTERS = (
 _WIDE_HEADS = {"head_dim": 16}
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _OF_FAMILY: dict[str, dict[str, Any]] = {
+    # One layer without experts; then two of four groups, and of their four experts all but one.
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 14,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 1,
+        "num_mtp_layers": 0,
+    },
     # The window is in three layers; the last has none, and is not rotated.
     "exaone4": {**_WIDE_HEADS, "sliding_window": 7},
     "glm4": _WIDE_HEADS,
@@ -104,6 +122,23 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 40},
     "qwen3": _WIDE_HEADS,
     "qwen3_moe": {**_WIDE_HEADS, **_EXPERTS, "norm_topk_prob": True},
+    # The third layer has attention, the others have linear attention of 12 value heads.
+    "qwen3_next": {
+        **_WIDE_HEADS,
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 40,
+        "linear_conv_kernel_dim": 3,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 6,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 12,
+        "layer_types": [f"{kind}_attention" for kind in ("linear", "linear", "full", "linear")],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+        },
+    },
     "seed_oss": _WIDE_HEADS,
 }
 

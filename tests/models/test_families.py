@@ -1,5 +1,6 @@
 import inspect
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 from transformers import AutoConfig
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, Rope
+from megatron_oprd.models.architecture import Architecture, Latent, MixtureOfExperts, Rope
 from megatron_oprd.models.families import FAMILIES, mapping_table, read_architecture
 from megatron_oprd.models.families.decoder import Family, each_layer
+from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.mapping import Copy
 from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
@@ -84,6 +86,31 @@ GLM4_MOE_4 = {
     "rope_theta": 1000000, "routed_scaling_factor": 1.0, "tie_word_embeddings": False,
     "topk_group": 1, "torch_dtype": "bfloat16", "transformers_version": "4.54.1",
     "use_cache": True, "use_qk_norm": False, "vocab_size": 1001,
+}  # fmt: skip
+# As DeepSeek-V3's, but for the sizes.
+DEEPSEEK_V3_4 = {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModel": "modeling_deepseek.DeepseekV3Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    },
+    "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3,
+    "hidden_act": "silu", "hidden_size": 48, "initializer_range": 0.02, "intermediate_size": 80,
+    "kv_lora_rank": 20, "max_position_embeddings": 163840, "model_type": "deepseek_v3",
+    "moe_intermediate_size": 24, "moe_layer_freq": 1, "n_group": 4, "n_routed_experts": 16,
+    "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 6,
+    "num_experts_per_tok": 4, "num_hidden_layers": 5, "num_key_value_heads": 6,
+    "num_nextn_predict_layers": 1, "q_lora_rank": 28, "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 4, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn",
+    },
+    "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+    "tie_word_embeddings": False, "topk_group": 2, "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16", "transformers_version": "4.46.3", "use_cache": True,
+    "v_head_dim": 8, "vocab_size": 1001,
 }  # fmt: skip
 MIXTRAL_4 = {
     "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
@@ -292,6 +319,21 @@ WRITTEN_BY_4: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                                  norm_topk_prob=True, shared_ffn_hidden_size=24,
                                  sigmoid_router=True, first_dense_layers=1)},
     ),
+    # 0.1 ln 40 + 1 twice, once for queries and once for keys.
+    "deepseek_v3": (
+        DEEPSEEK_V3_4,
+        {"family": "DeepseekV3ForCausalLM", "head_dim": 16, "layernorm_epsilon": 1e-5,
+         "tied": False, "num_query_groups": 6, "max_position_embeddings": 163840,
+         "softmax_scale": (0.1 * math.log(40) + 1) ** 2 / 4,
+         "latent": Latent(query_rank=28, key_value_rank=20, unrotated_dim=12, rotated_dim=4,
+                          value_dim=8, norm_epsilon=1e-6),
+         "rope": Rope(theta=1e4, rope_type="yarn", interleaved=True, factor=40.0, beta_fast=32.0,
+                      beta_slow=1.0, original_max_position_embeddings=4096, truncate=True),
+         "moe": MixtureOfExperts(num_experts=16, num_experts_per_token=4, ffn_hidden_size=24,
+                                 norm_topk_prob=True, shared_ffn_hidden_size=24,
+                                 sigmoid_router=True, routed_scaling_factor=2.5,
+                                 first_dense_layers=3, num_groups=4, num_groups_per_token=2)},
+    ),
     "minimax_m2": (
         MINIMAX_M2_4,
         {"family": "MiniMaxM2ForCausalLM", "head_dim": 32, "layernorm_epsilon": 1e-6, "tied": False,
@@ -428,7 +470,7 @@ def test_configurations_of_transformers_4(models: Path, tmp_path: Path, name: st
     everything = list(json.loads((models / "llama" / "config.json").read_text()))
     folder = copy_with_config(models / "llama", tmp_path / name, drop=everything)
     (folder / "config.json").write_text(json.dumps(config))
-    assert read_architecture(HFCheckpoint(folder)) == Architecture(**COMMON, **expected)
+    assert read_architecture(HFCheckpoint(folder)) == Architecture(**(COMMON | expected))
 
 
 @pytest.mark.parametrize("name", WRITTEN_BY_4)
@@ -441,7 +483,17 @@ def test_configurations_of_transformers_5(models: Path, tmp_path: Path, name: st
     written = json.loads((folder / "config.json").read_text())
     assert "rope_parameters" in written
     assert "rope_theta" not in written
-    assert read_architecture(HFCheckpoint(folder)) == Architecture(**COMMON, **expected)
+    assert read_architecture(HFCheckpoint(folder)) == Architecture(**(COMMON | expected))
+
+
+def test_a_copy_of_the_class_under_another_model_type(models: Path, tmp_path: Path) -> None:
+    """Kimi K2 is read, and handed on, under the model_type that transformers and engines know."""
+    found = read(models, tmp_path, "deepseek_v3", model_type="kimi_k2")
+    assert found == read(models, tmp_path / "as_it_is", "deepseek_v3")
+    opened = open_checkpoint(tmp_path / "changed")
+    opened.check_tensors()
+    assert opened.source.config["model_type"] == "deepseek_v3"
+    assert AutoConfig.from_pretrained(opened.source.hf_folder).model_type == "deepseek_v3"
 
 
 @pytest.mark.parametrize(
@@ -504,6 +556,12 @@ def test_configurations_of_transformers_5(models: Path, tmp_path: Path, name: st
         ("qwen3_moe", {"shared_expert_intermediate_size": 32}),
         ("qwen3_moe", {"n_group": 4}),
         ("qwen3", {"num_experts": 8}),
+        ("qwen3_next", {"attention_bias": True}),
+        ("qwen3_next", {"decoder_sparse_step": 2}),
+        ("qwen3_next", {"layer_types": ["linear_attention"] * 3}),
+        ("qwen3_next", {"layer_types": ["linear_attention", "sliding_attention"] * 2}),
+        ("qwen3_next", {"linear_num_value_heads": 5}),
+        ("qwen3_next", {"mlp_only_layers": [0]}),
         ("seed_oss", {"attention_bias": False}),
         ("seed_oss", {"attention_out_bias": True}),
         ("seed_oss", {"mlp_bias": True}),
@@ -513,7 +571,22 @@ def test_configurations_of_transformers_5(models: Path, tmp_path: Path, name: st
         ("smollm3", {"layer_types": ["sliding_attention"] * 4}),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}),
-        ("glm4_moe", {"n_group": 2}),
+        ("deepseek_v3", {"attention_bias": True}),
+        ("deepseek_v3", {"auto_map": {"AutoModelForCausalLM": "modeling.Other"}}),
+        ("deepseek_v3", {"first_k_dense_replace": 4}),
+        ("deepseek_v3", {"head_dim": 16}),
+        ("deepseek_v3", {"moe_layer_freq": 2}),
+        ("deepseek_v3", {"n_group": 3}),
+        ("deepseek_v3", {"n_shared_experts": 0}),
+        ("deepseek_v3", {"norm_topk_prob": False}),
+        ("deepseek_v3", {"num_experts_per_tok": 3}),
+        ("deepseek_v3", {"num_experts_per_tok": 5}),
+        ("deepseek_v3", {"num_key_value_heads": 2}),
+        ("deepseek_v3", {"qk_head_dim": 17}),
+        ("deepseek_v3", {"scoring_func": "softmax"}),
+        ("deepseek_v3", {"topk_group": 5}),
+        ("deepseek_v3", {"topk_method": "greedy"}),
+        ("glm4_moe", {"n_group": 3}),
         ("glm4_moe", {"topk_group": 2}),
         ("glm4_moe", {"norm_topk_prob": False}),
         ("glm4_moe", {"n_shared_experts": 0}),

@@ -33,6 +33,8 @@ NEUTRAL: dict[str, Any] = {
 }
 # In a family's class only.
 NEUTRAL_OF_FAMILY: dict[str, dict[str, Any]] = {
+    # While there are no tensors of such layers.
+    "deepseek_v3": {"num_mtp_layers": 2, "output_router_logits": True, "pretraining_tp": 2},
     # While layer_types is written out.
     "exaone4": {"sliding_window_pattern": 2},
     # While there are no tensors of such layers.
@@ -60,6 +62,7 @@ NEUTRAL_OF_FAMILY: dict[str, dict[str, Any]] = {
         "router_aux_loss_coef": 0.5,
     },
     # The width of MLPs in layers without experts, and the router's training.
+    "qwen3_next": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
     "qwen3_moe": {
         "sliding_window": 2,
         "output_router_logits": True,

@@ -1,6 +1,7 @@
 """Scales belong to blocks of the Hugging Face tensors, however ranks share them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from megatron_oprd.weights.mapping import QKV, GatedMLP, Mapping, RowSplit
 
 # No width is a multiple of 128, and no rank's share of one is.
 HIDDEN = 200
-HEADS = {"num_attention_heads": 8, "num_query_groups": 4, "head_dim": 24}
+HEADS: dict[str, Any] = {"num_attention_heads": 8, "num_query_groups": 4, "head_dim": 24}
 MAPPINGS: dict[str, Mapping] = {
     "qkv": QKV(
         megatron="qkv", hf={"q": (192, HIDDEN), "k": (96, HIDDEN), "v": (96, HIDDEN)}, **HEADS

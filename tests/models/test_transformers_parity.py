@@ -139,7 +139,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "smollm3",
         {"no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True, "rope_parameters": YARN},
     ),
-    "glm4_moe": ("glm4_moe", {"attention_bias": True}),
+    "glm4_moe": ("glm4_moe", {"attention_bias": True, "n_group": 2}),
     "glm4_moe_normed": (
         "glm4_moe",
         {
@@ -147,6 +147,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 2,
             "num_experts_per_tok": 3,
             "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
+        },
+    ),
+    # YaRN's factor is on the scores, and not on cosine and sine.
+    "deepseek_v3_moe": (
+        "deepseek_v3",
+        {"rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 2.0}},
+    ),
+    # Queries without a narrow state, halves rotated in the place of neighbours; no groups. The
+    # norms of narrow states have not this epsilon.
+    "deepseek_v3_moe_plain": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None,
+            "rms_norm_eps": 1e-2,
+            "rope_interleave": False,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 3,
+            "first_k_dense_replace": 2,
+            "rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5},
         },
     ),
     "minimax_m2_moe": ("minimax_m2", {}),
@@ -164,6 +184,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe_normed": (
         "qwen2_moe",
         {"qkv_bias": False, "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
+    "qwen3_next_moe": ("qwen3_next", {}),
+    # One key head for all ranks; probabilities as they are.
+    "qwen3_next_moe_raw": (
+        "qwen3_next",
+        {
+            "num_key_value_heads": 1,
+            "norm_topk_prob": False,
+            "layer_types": [f"{kind}_attention" for kind in ("full", "linear", "full", "linear")],
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
+        },
     ),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe_window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}),
@@ -233,11 +264,21 @@ COMBINATIONS = [
     ("qwen3_moe_window", "tp1"),
     *(("glm4_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("glm4_moe_normed", layout) for layout in ("tp1", "ep2_pp2")),
+    *(
+        ("deepseek_v3_moe", layout)
+        for layout in ("tp1", "tp2_pp2", "ep2_pp2_vpp2", "tp2_sp_etp1_ep2")
+    ),
+    *(("deepseek_v3_moe_plain", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("minimax_m2_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("minimax_m2_moe_yarn", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("mixtral_moe", layout) for layout in ("tp1", "ep2_pp2")),
     *(("qwen2_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("qwen2_moe_normed", layout) for layout in ("tp1", "tp2_sp_etp1")),
+    *(
+        ("qwen3_next_moe", layout)
+        for layout in ("tp1", "tp2_pp2", "ep2_pp2_vpp2", "tp2_sp_etp1_ep2")
+    ),
+    *(("qwen3_next_moe_raw", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("qwen3_moe", layout) for layout in ALL_LAYOUTS),
     *(("qwen3_moe_raw_tied", layout) for layout in ("tp1", "ep2_pp2", "tp2_sp_etp1_ep2")),
 ]
@@ -324,6 +365,10 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
     (f"missing {NORM}.mlp.router.expert_bias", "glm4_moe"): (
         1,
         {f"{MLP}.gate.e_score_correction_bias"},
+    ),
+    (f"missing {NORM}.self_attention.linear_kv_up_proj.layer_norm_weight", "deepseek_v3_moe"): (
+        1,
+        {f"{ATTENTION}.kv_a_layernorm.weight"},
     ),
     (f"missing {NORM}.mlp.router.expert_bias", "minimax_m2_moe"): (
         1,

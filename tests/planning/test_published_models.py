@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_oprd.config.load import load_config
+from megatron_oprd.config.schema import RunConfig
+from megatron_oprd.errors import UserError
 from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.estimate import (
     MemoryEstimate,
@@ -19,6 +21,11 @@ from megatron_oprd.planning.time import Hardware
 from tests.planning.models import EXAMPLES, model_folder
 
 H100 = Hardware(memory_gb=80, tflops=989, bandwidth=3350, mfu=0.4)
+# Parameters without embedding, final norm and LM head, which are counted beside: by hand.
+LARGE_TEACHERS = {
+    "DeepSeek-V3": 671_026_419_200 - 2 * 129_280 * 7168 - 7168,
+    "Qwen3-Next-80B-A3B-Instruct": 79_674_391_296 - 2 * 151_936 * 2048 - 2048,
+}
 PAIRS = {
     "qwen": ("qwen3_32b_to_4b.yaml", "Qwen3-4B", "Qwen3-32B"),
     "llama": ("llama31_70b_to_8b.yaml", "Llama-3.1-8B", "Llama-3.1-70B-Instruct"),
@@ -209,3 +216,42 @@ def test_pipeline_bubble(tmp_path: Path) -> None:
     assert interleaved.workload.num_micro_batches == m == 64
     ratio = plain.seconds.student / interleaved.seconds.student
     assert ratio == pytest.approx((1 + 1 / m) / (1 + 1 / 2 / m))
+
+
+def large_teacher(directory: Path, student: str, teacher: str) -> RunConfig:
+    """On 64 GPUs: 8 stages of 8 ranks, with the experts shared out."""
+    layout = (
+        "tensor_model_parallel_size=8", "sequence_parallel=true", "pipeline_model_parallel_size=8",
+    )  # fmt: skip
+    return load_config(
+        EXAMPLES / "qwen3_32b_to_4b.yaml",
+        [
+            f"model.student={model_folder(directory, student)}",
+            f"model.teacher={model_folder(directory, teacher)}",
+            "teacher.precision=bf16",
+            "teacher.expert_model_parallel_size=8",
+            "teacher.expert_tensor_parallel_size=1",
+            *(f"parallel.{one}" for one in layout),
+        ],
+    )
+
+
+@pytest.mark.parametrize("teacher", LARGE_TEACHERS)
+def test_a_large_teacher_fits_on_64_gpus(tmp_path: Path, teacher: str) -> None:
+    """Every layer is on one stage; of its matrices a rank has an eighth."""
+    config = large_teacher(tmp_path, "Qwen3-8B", teacher)
+    found = estimate_memory(
+        config, read_models(config), KERNELS["transformer_engine"], num_gpus=64, memory_gb=80
+    )
+    weights = [teacher_bytes(found.layout, pp_rank=rank, itemsize=2).weights for rank in range(8)]
+    built = sum(found.layout.teacher.extent.layers_per_stage)
+    count = found.layout.teacher.architecture.num_layers
+    # What every rank holds whole (norms, routers, narrow states' matrices) is a few percent.
+    eighth = 2 * LARGE_TEACHERS[teacher] * built / count / 8
+    assert sum(weights) == pytest.approx(eighth, rel=0.1)
+
+
+def test_a_student_with_linear_attention_has_no_plan(tmp_path: Path) -> None:
+    config = large_teacher(tmp_path, "Qwen3-Next-80B-A3B-Instruct", "Qwen3-8B")
+    with pytest.raises(UserError, match=r"model\.student = .* has linear attention, and plan"):
+        read_models(config)

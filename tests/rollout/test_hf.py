@@ -41,6 +41,8 @@ CONFIGS = {
     "qwen3-moe": tiny_config("qwen3_moe"),
     "minimax-m2": tiny_config("minimax_m2"),
     "mixtral": tiny_config("mixtral"),
+    "deepseek-v3": tiny_config("deepseek_v3"),
+    "qwen3-next": tiny_config("qwen3_next"),
     "glm4-moe": tiny_config("glm4_moe"),
     "phi3": Phi3Config(**COMMON, intermediate_size=64, num_attention_heads=4, eos_token_id=EOS_ID),
 }  # fmt: skip

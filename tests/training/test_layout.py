@@ -8,7 +8,7 @@ import pytest
 from megatron_oprd.config.load import load_config
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
-from megatron_oprd.models.architecture import Architecture, Rope
+from megatron_oprd.models.architecture import Architecture, DeltaNet, Rope
 from megatron_oprd.training.layout import RunLayout, make_layout
 
 MODEL = Architecture(
@@ -67,6 +67,29 @@ def test_heads_that_do_not_divide(tmp_path: Path, tp: int, groups: int, message:
     found = config(tmp_path, f"parallel.tensor_model_parallel_size={tp}")
     with pytest.raises(UserError, match=message):
         layout(found, dataclasses.replace(MODEL, num_query_groups=groups), world_size=tp)
+
+
+LINEAR = dataclasses.replace(
+    MODEL,
+    num_query_groups=12,
+    delta=DeltaNet(num_key_heads=4, values_per_key=2, key_dim=4, value_dim=4, kernel_size=4),
+    delta_layers=(True, True, True, False),
+)
+
+
+def test_linear_attention_divides_its_key_heads(tmp_path: Path) -> None:
+    layout(config(tmp_path, "parallel.tensor_model_parallel_size=2"), LINEAR, world_size=2)
+    found = config(tmp_path, "parallel.tensor_model_parallel_size=3")
+    with pytest.raises(UserError, match=r"= 3 does not divide the 4 key heads of model\.student"):
+        layout(found, LINEAR, world_size=3)
+
+
+def test_linear_attention_refuses_context_parallelism(tmp_path: Path) -> None:
+    found = config(tmp_path, "parallel.context_parallel_size=2")
+    with pytest.raises(
+        UserError, match=r"context_parallel_size = 2, but model\.student has linear"
+    ):
+        layout(found, LINEAR, world_size=2)
 
 
 def test_an_engine_that_is_split_otherwise_than_heads(tmp_path: Path) -> None:

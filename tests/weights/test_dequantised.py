@@ -20,7 +20,10 @@ from megatron_oprd.weights.hf_files import HFCheckpoint, HFFolder
 from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config, with_vision
 
 FP8 = torch.float8_e4m3fn
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek's
+)
 UP = "model.layers.1.mlp.up_proj.weight"  # [64, 32]
 
 
@@ -172,6 +175,31 @@ def test_mixture_of_experts(tmp_path: Path) -> None:
     opened = open_checkpoint(tmp_path / "moe")
     opened.check_tensors()
     assert torch.equal(opened.source.read(name), expected[name])
+
+
+def test_deepseek_v3_as_published(tmp_path: Path) -> None:
+    """Blocks at the edges of odd matrices, and a layer that predicts further tokens."""
+    folder = tmp_path / "model"
+    save_tiny_model(folder, tiny_config("deepseek_v3"), seed=0)
+    expected = quantise(folder, "ragged_blocks", torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.4.self_attn.q_a_proj.weight"
+    first = "model.layers.0.self_attn.q_a_proj.weight"
+    for suffix in ("", "_scale_inv"):
+        tensors[name + suffix] = tensors[first + suffix].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    published = copy_with_config(folder, tmp_path / "published", num_nextn_predict_layers=1)
+    opened = open_checkpoint(published)
+    opened.check_tensors()
+    assert sorted(opened.source.names()) == sorted(expected)
+    read = {one: opened.source.read(one) for one in expected}
+    assert all(torch.equal(read[one], tensor) for one, tensor in expected.items())
+    in_fp8 = {
+        one.rpartition(".")[0].rpartition(".")[2]
+        for one in tensors
+        if one + "_scale_inv" in tensors
+    }
+    assert in_fp8 == set(LINEAR) - {"q_proj", "k_proj", "v_proj"}
 
 
 def test_the_decoder_of_a_model_with_images(tmp_path: Path) -> None:

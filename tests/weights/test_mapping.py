@@ -13,7 +13,16 @@ from transformers.core_model_loading import revert_weight_conversion
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import FAMILIES, mapping_table
 from megatron_oprd.parallel.layout import ParallelLayout
-from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
+from megatron_oprd.weights.mapping import (
+    QKV,
+    ColumnSplit,
+    Copy,
+    GatedMLP,
+    GroupedRows,
+    Mapping,
+    RowSplit,
+    Vocabulary,
+)
 from tests.helpers.tiny import tiny_config
 
 SIZES = (1, 2, 4)
@@ -29,6 +38,18 @@ def qkv(heads: int, groups: int, dim: int, *, bias: bool = False) -> QKV:
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=dim,
+    )
+
+
+def gated_qkv(heads: int, groups: int, dim: int) -> QKV:
+    rows = {"q": 2 * heads * dim, "k": groups * dim, "v": groups * dim}
+    return QKV(
+        megatron="qkv",
+        hf={name: (count, HIDDEN) for name, count in rows.items()},
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=dim,
+        has_gate=True,
     )
 
 
@@ -51,15 +72,22 @@ HEADS = [(4, 4), (8, 4), (16, 4), (4, 1), (8, 2)]
 VOCABULARIES = [(97, 100), (97, 128), (16, 16), (9, 16), (5, 8)]
 GATED = GatedMLP(megatron="fc1", hf={"gate": (12, HIDDEN), "up": (12, HIDDEN)})
 ROW_SPLIT = RowSplit(megatron="fc2", hf={"down": (HIDDEN, 12)})
+GROUPED = GroupedRows(
+    megatron="conv", hf={"c": (4 * 9, 1, 3)}, num_groups=4, rows_of_group=(2, 2, 5)
+)
 ALL_KINDS: dict[str, Mapping] = {
     "copy": Copy(megatron="norm", hf={"n": (HIDDEN,)}),
     "copy_matrix": Copy(megatron="router", hf={"r": (3, HIDDEN)}),
     "row_split": ROW_SPLIT,
+    "column_split": ColumnSplit(megatron="up", hf={"up": (12, HIDDEN)}),
+    "column_split_of_numbers": ColumnSplit(megatron="steps", hf={"steps": (12,)}),
     "gated_mlp": GATED,
     **{f"vocabulary_{n}_{padded}": vocabulary(n, padded) for n, padded in VOCABULARIES},
     **{f"qkv_{heads}_{groups}": qkv(heads, groups, 4) for heads, groups in HEADS},
     **{f"qkv_bias_{heads}_{groups}": qkv(heads, groups, 4, bias=True) for heads, groups in HEADS},
     "fused_gated_mlp": fused(GATED),
+    **{f"gated_qkv_{heads}_{groups}": gated_qkv(heads, groups, 4) for heads, groups in HEADS},
+    "grouped_rows": GROUPED,
     **{f"fused_qkv_{heads}_{groups}": fused(qkv(heads, groups, 4)) for heads, groups in HEADS},
 }
 
@@ -130,6 +158,32 @@ def test_qkv_is_interleaved_by_group(heads: int, groups: int, bias: bool, tp_siz
     whole = torch.cat([q, k, v], dim=1).reshape(-1, *trailing)
     shards = to_shards(mapping, tensors, tp_size)
     for shard, expected in zip(shards, whole.chunk(tp_size), strict=True):
+        assert torch.equal(shard, expected)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+def test_gates_are_behind_the_queries_of_their_group(heads: int, groups: int, tp_size: int) -> None:
+    mapping = gated_qkv(heads, groups, 4)
+    tensors = numbered(mapping)
+    # [heads * (query, gate), h] --> [groups, heads of a group, query or gate, dim, h]
+    q = tensors["q"].reshape(groups, heads // groups, 2, 4, HIDDEN)
+    query, gate = (q[:, :, which].reshape(groups, -1, HIDDEN) for which in (0, 1))
+    k, v = (tensors[name].reshape(groups, 4, HIDDEN) for name in "kv")
+    whole = torch.cat([query, gate, k, v], dim=1).reshape(-1, HIDDEN)
+    shards = to_shards(mapping, tensors, tp_size)
+    for shard, expected in zip(shards, whole.chunk(tp_size), strict=True):
+        assert torch.equal(shard, expected)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_grouped_rows_have_all_parts_of_a_group(tp_size: int) -> None:
+    tensors = numbered(GROUPED)
+    parts = [part.reshape(4, -1, 1, 3) for part in tensors["c"].split([8, 8, 20])]
+    whole = torch.cat(parts, dim=1).reshape(-1, 1, 3)
+    for shard, expected in zip(
+        to_shards(GROUPED, tensors, tp_size), whole.chunk(tp_size), strict=True
+    ):
         assert torch.equal(shard, expected)
 
 

@@ -146,6 +146,20 @@ def test_minimax_m2_says_how_many_predict_further_tokens(tmp_path: Path) -> None
     assert sorted(opened.source.names()) == sorted(weights)
 
 
+def test_qwen3_nexts_further_layer_has_a_name_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_tiny_model(folder, tiny_config("qwen3_next"), seed=0)
+    weights = load_file(folder / "model.safetensors")
+    further = {
+        "mtp.layers.0.input_layernorm.weight": torch.ones(32),
+        "mtp.norm.weight": torch.ones(32),
+    }
+    save_file(weights | further, folder / "model.safetensors", {"format": "pt"})
+    opened = open_checkpoint(folder)
+    opened.check_tensors()
+    assert sorted(opened.source.names()) == sorted(weights)
+
+
 @pytest.mark.parametrize("family", ["minimax_m2", "mixtral", "qwen2_moe"])
 def test_experts_fused_by_transformers(tmp_path: Path, family: str) -> None:
     """Its own form has Mixtral's other names as well."""

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import (
+    deepseek_v3,
     exaone4,
     glm4,
     glm4_moe,
@@ -27,6 +28,7 @@ from megatron_oprd.models.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
 )
@@ -40,6 +42,7 @@ from megatron_oprd.weights.source import WeightSource
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
     for module in (
+        deepseek_v3,
         exaone4,
         glm4,
         glm4_moe,
@@ -56,6 +59,7 @@ FAMILIES: dict[str, Family] = {
         qwen2_moe,
         qwen3,
         qwen3_moe,
+        qwen3_next,
         seed_oss,
         smollm3,
     )
@@ -97,12 +101,23 @@ def read_architecture(checkpoint: Folder) -> Architecture:
             f"{', '.join(sorted(FAMILIES | NESTED))}"
         )
     family = FAMILIES[names[0]]
-    family.check(raw, source)
+    own = family.under_its_model_type(raw)
+    family.check(own, source)
     return family.architecture(_read_config(checkpoint, source), source)
 
 
+def under_known_model_type(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that transformers reads: under the model_type of its own class."""
+    names = config.get("architectures") or [None]
+    family = FAMILIES.get(names[0])
+    return config if family is None else family.under_its_model_type(config)
+
+
 def _read_config(checkpoint: Folder, source: str) -> PretrainedConfig:
+    known = under_known_model_type(checkpoint.config)
     try:
+        if known is not checkpoint.config:
+            return AutoConfig.for_model(**without_quantization(known))
         return AutoConfig.from_pretrained(checkpoint.hf_folder, local_files_only=True)
     except Exception as error:  # transformers' checks raise exceptions of many types
         raise UserError(f"{source}: {' '.join(str(error).split())}") from error

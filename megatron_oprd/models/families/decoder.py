@@ -28,6 +28,8 @@ class Family:
     mappings: Callable[[Architecture, int], list[Mapping]]
     # config.json -> beginnings of tensors' names that are no part of the model that is trained.
     unread: Callable[[dict[str, Any]], tuple[str, ...]] = lambda raw: ()
+    # model_types of folders whose own code is that of this family's class.
+    other_model_types: tuple[str, ...] = ()
 
     def check(self, raw: dict[str, Any], source: str) -> None:
         """Refuses a configuration that this family's model would not compute exactly."""
@@ -37,6 +39,12 @@ class Family:
                 f"whose model_type is {self.model_type!r}"
             )
         check_fields(raw, required=self.fields, source=source)
+
+    def under_its_model_type(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """The same configuration for transformers' class, where a folder brings its own along."""
+        if raw.get("model_type") not in self.other_model_types:
+            return raw
+        return raw | {"model_type": self.model_type}
 
 
 def off(value: Any) -> bool:
@@ -150,6 +158,13 @@ def read_windows(config: Any, source: str, *, by_layer: bool) -> dict[str, Any]:
     return {"sliding_window": window, "sliding_layers": sliding}
 
 
+def own_code_of(**classes: str) -> Check:
+    """A check of ``auto_map``: the code in the folder has the names of transformers' classes."""
+    return lambda auto_map: all(
+        str(path).rpartition(".")[2] == classes.get(name) for name, path in auto_map.items()
+    )
+
+
 def check_experts(experts: int, chosen: int, source: str, *, field: str) -> None:
     """Refuses a router that normalises its probabilities and has less than two experts to choose.
 
@@ -160,6 +175,38 @@ def check_experts(experts: int, chosen: int, source: str, *, field: str) -> None
             f"{source}: num_experts_per_tok = {chosen} is not between 2 and the {experts} experts "
             f"({field}); with one the router would not train"
         )
+
+
+def read_groups(config: Any, source: str) -> tuple[int, int]:
+    """Reads the numbers of groups of experts, and of those that a token chooses.
+
+    Raises:
+        UserError: The numbers do not fit each other, or Megatron would rank groups otherwise than
+            transformers.
+    """
+    groups, chosen_groups = config.n_group, config.topk_group
+    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+    if groups < 1 or experts % groups or not 1 <= chosen_groups <= groups:
+        raise UserError(
+            f"{source}: n_group = {groups} and topk_group = {chosen_groups} do not fit the "
+            f"{experts} experts: n_group has to divide them, and topk_group to be from 1 to n_group"
+        )
+    # All groups are chosen, so that groups have no effect.
+    if chosen_groups == groups:
+        return 1, 1
+    if chosen > chosen_groups * (experts // groups):
+        raise UserError(
+            f"{source}: topk_group = {chosen_groups} groups of n_group = {groups} have "
+            f"{chosen_groups * (experts // groups)} experts, fewer than num_experts_per_tok = "
+            f"{chosen}"
+        )
+    # transformers ranks groups by their two best experts, Megatron by so many as come on each.
+    if chosen // chosen_groups != 2:
+        raise UserError(
+            f"{source}: num_experts_per_tok = {chosen} with topk_group = {chosen_groups} is not "
+            "supported: there have to be two experts for each chosen group"
+        )
+    return groups, chosen_groups
 
 
 def read_experts(config: Any, source: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from megatron_oprd.models.families.decoder import (
     equals,
     layers_behind_the_last,
     on,
+    read_groups,
     read_shared,
 )
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
@@ -32,9 +33,7 @@ FIELDS: dict[str, Check] = {
     "qkv_bias": equals(False),
     # Transformers puts it among the rotary settings.
     "partial_rotary_factor": anything,
-    # Others choose groups of experts first, or leave probabilities as they are.
-    "n_group": equals(1),
-    "topk_group": equals(1),
+    # Otherwise probabilities stay as they are: Megatron always normalises sigmoids.
     "norm_topk_prob": on,
     # For the load-balancing loss, which distillation does not have.
     "output_router_logits": anything,
@@ -46,11 +45,13 @@ FIELDS: dict[str, Check] = {
     "use_qk_norm": anything,
     "first_k_dense_replace": anything,
     "moe_intermediate_size": anything,
+    "n_group": anything,
     "n_routed_experts": anything,
     "n_shared_experts": anything,
     "num_experts_per_tok": anything,
     "num_local_experts": anything,
     "routed_scaling_factor": anything,
+    "topk_group": anything,
 }
 
 
@@ -93,6 +94,7 @@ def _mixture_of_experts(config: Any, source: str) -> MixtureOfExperts:
             f"{source}: first_k_dense_replace = {config.first_k_dense_replace} has to be from 0 to "
             f"{config.num_hidden_layers - 1}, so that the last layer has experts"
         )
+    num_groups, num_groups_per_token = read_groups(config, source)
     return MixtureOfExperts(
         num_experts=experts,
         num_experts_per_token=chosen,
@@ -103,6 +105,8 @@ def _mixture_of_experts(config: Any, source: str) -> MixtureOfExperts:
         sigmoid_router=True,
         routed_scaling_factor=float(config.routed_scaling_factor),
         first_dense_layers=config.first_k_dense_replace,
+        num_groups=num_groups,
+        num_groups_per_token=num_groups_per_token,
     )
 
 
