@@ -14,6 +14,7 @@ from megatron_oprd.models.architecture import (
 )
 from megatron_oprd.models.families import FAMILIES
 from megatron_oprd.models.families.decoder import Family
+from megatron_oprd.weights.expert_parts import stored_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,8 @@ def _tensors(family: Family, *, everything: bool) -> set[str]:
         tied=not everything,
         max_position_embeddings=2,
         qkv_bias=everything,
+        output_bias=everything,
+        mlp_bias=everything,
         qk_norm=everything,
         moe=MixtureOfExperts(
             num_experts=2,
@@ -90,7 +93,7 @@ def _tensors(family: Family, *, everything: bool) -> set[str]:
         ),
     )
     table = family.mappings(architecture, architecture.vocab_size)
-    return {_pattern(name) for mapping in table for name in mapping.hf}
+    return {_pattern(name) for name in stored_shapes(table)}
 
 
 def _pattern(name: str) -> str:

@@ -119,6 +119,16 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Activation:
+    """What a gated MLP makes of gate and up: function(gate) * (up + offset)."""
+
+    function: str = "silu"  # "silu", or "quick_gelu": x * sigmoid(1.702 x)
+    up_offset: float = 0.0
+    # Gates are at most this, and ups are between this and its negative; None: as they come.
+    clamp: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixtureOfExperts:
     """Gated MLPs with a router that picks some for each token."""
 
@@ -138,7 +148,7 @@ class MixtureOfExperts:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder with RMSNorm, rotary positions, grouped-query attention and gated SiLU."""
+    """A decoder with RMSNorm, rotary positions, grouped-query attention and gated MLPs."""
 
     family: str  # the Hugging Face class in `architectures`
     num_layers: int
@@ -154,6 +164,10 @@ class Architecture:
     max_position_embeddings: int  # tokens of the longest sequence
     length_field: str = "max_position_embeddings"  # the configuration's field that sets this limit
     qkv_bias: bool = False
+    output_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False  # of the gated MLPs, or of the router and the experts
+    attention_sinks: bool = False  # a learned logit of each head in the softmax's denominator
+    activation: Activation = Activation()  # of the gated MLPs
     qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
     qk_norm_over_all_heads: bool = False  # with qk_norm: one norm of all heads together
     pre_norms: bool = True  # RMSNorm of the inputs of attention and MLP

@@ -141,7 +141,7 @@ class _Rows(Mapping):
     def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
         trailing = tuple(slice(0, n) for n in self._trailing)
         pieces, row = [], 0
-        for name, start, count in self._segments(tp_rank, tp_size):
+        for name, start, count in _joined(self._segments(tp_rank, tp_size)):
             pieces.append(
                 Piece(
                     hf=name,
@@ -156,6 +156,17 @@ class _Rows(Mapping):
     def local_shape(self, tp_size: int) -> Shape:
         rows = sum(count for _, _, count in self._segments(0, tp_size))
         return (rows, *self._trailing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split(_Rows):
+    """A tensor whose rows are split: attention sinks, a number for each query head."""
+
+    @override
+    def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
+        ((name, shape),) = self.hf.items()
+        count = _divide(shape[0], tp_size, self.megatron)
+        return [(name, tp_rank * count, count)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +251,19 @@ def _run_of_rows(
             run.append((name, start + first - row, last - first))
         row += count
     return run
+
+
+def _joined(
+    segments: list[tuple[str | None, int, int]],
+) -> list[tuple[str | None, int, int]]:
+    """The segments with those that follow on one another in one tensor made one: one read each."""
+    joined: list[tuple[str | None, int, int]] = []
+    for name, start, count in segments:
+        if joined and joined[-1][0] == name and sum(joined[-1][1:]) == start:
+            joined[-1] = (name, joined[-1][1], joined[-1][2] + count)
+        else:
+            joined.append((name, start, count))
+    return joined
 
 
 def _divide(size: int, parts: int, parameter: str) -> int:

@@ -54,6 +54,23 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "n_shared_experts": 2,
         "routed_scaling_factor": 1.5,
     },
+    # Every other layer has a window. The limit clamps some of the gates and ups.
+    "gpt_oss": {
+        **_WIDE_HEADS,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": 6,
+        "swiglu_limit": 0.75,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
     # Neither 1 nor 1 / sqrt(head_dim).
     "granite": {
         "embedding_multiplier": 3.0,
@@ -189,7 +206,7 @@ def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> T
     noise = torch.randn(shape, generator=generator)
     if name.endswith("norm.weight"):
         return 1.0 + 0.3 * noise
-    if name.endswith(".bias"):
+    if name.endswith((".bias", "_bias", ".sinks")):
         return 0.3 * noise
     if name.endswith("embed_tokens.weight"):
         return 0.5 * noise

@@ -614,6 +614,7 @@ def test_a_family_file_has_every_name_as_written_on_disk(family: Family) -> None
         for name in (mapping.megatron, *mapping.hf):
             name = re.sub(r"(?<=layers\.)\d+", "{layer}", name)
             name = re.sub(r"(?<=experts\.)\d+", "{expert}", name)
+            name = re.sub(r"(?<=\[)\d+", "{expert}", name)
             assert f'"{name}"' in source, name
 
 

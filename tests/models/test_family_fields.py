@@ -37,6 +37,7 @@ NEUTRAL_OF_FAMILY: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window_pattern": 2},
     # While there are no tensors of such layers.
     "glm4_moe": {"num_mtp_layers": 2, "output_router_logits": True},
+    "gpt_oss": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
     "llama": {"pretraining_tp": 2},
     # Sequences end before.
     "ministral3": {"max_position_embeddings": 512},

@@ -149,6 +149,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
         },
     ),
+    "gpt_oss_moe": ("gpt_oss", {}),
+    # One key head for all ranks, and no limit that anything reaches.
+    "gpt_oss_moe_tied": (
+        "gpt_oss",
+        {"num_key_value_heads": 1, "swiglu_limit": 700.0, "tie_word_embeddings": True},
+    ),
     "minimax_m2_moe": ("minimax_m2", {}),
     # One key head for all ranks; three experts for each token.
     "minimax_m2_moe_yarn": (
@@ -233,6 +239,9 @@ COMBINATIONS = [
     ("qwen3_moe_window", "tp1"),
     *(("glm4_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("glm4_moe_normed", layout) for layout in ("tp1", "ep2_pp2")),
+    *(("gpt_oss_moe", layout) for layout in ("tp1", "tp2_sp_etp1", "ep2_pp2_vpp2")),
+    *(("gpt_oss_moe", layout) for layout in ("tp2_sp_pp2_etp1_ep2", "ep4", "tp2_sp_etp1_ep2")),
+    *(("gpt_oss_moe_tied", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("minimax_m2_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("minimax_m2_moe_yarn", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("mixtral_moe", layout) for layout in ("tp1", "ep2_pp2")),
@@ -259,6 +268,7 @@ MISTAKEN = ("llama", "llama_tied", "qwen2", "qwen3_tied", "qwen3_moe", "phi3", "
 ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
 QKV = {f"{ATTENTION}.{part}_proj.weight" for part in "qkv"}
 NORM = "decoder.layers.1"
+BIAS = ("", "_bias")
 MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
     ("swapped_kv", "llama"): (1, QKV - {f"{ATTENTION}.q_proj.weight"}),
     ("swapped_kv", "qwen3_tied"): (1, QKV - {f"{ATTENTION}.q_proj.weight"}),
@@ -338,6 +348,24 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
         {f"{ATTENTION}.k_norm.weight"},
     ),
     ("full_rotary", "minimax_m2_moe"): (0, set()),
+    # Ones in the place of the sinks and of one expert's biases.
+    (f"missing {NORM}.self_attention.core_attention.softmax_offset", "gpt_oss_moe"): (
+        1,
+        {f"{ATTENTION}.sinks"},
+    ),
+    (f"missing {NORM}.self_attention.linear_proj.bias", "gpt_oss_moe"): (
+        1,
+        {f"{ATTENTION}.o_proj.bias"},
+    ),
+    ("permuted_experts", "gpt_oss_moe"): (
+        1,
+        {f"{MLP}.experts.{part}_proj{kind}" for part in ("gate_up", "down") for kind in BIAS},
+    ),
+    ("swapped_gate_up_of_experts", "gpt_oss_moe"): (
+        1,
+        {f"{MLP}.experts.gate_up_proj{kind}" for kind in BIAS},
+    ),
+    ("shorter_window", "gpt_oss_moe"): (0, set()),
     (f"missing {NORM}.mlp.shared_experts.gate_weight", "qwen2_moe"): (
         1,
         {f"{MLP}.shared_expert_gate.weight"},

@@ -50,6 +50,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 20},
     "smollm3": {"teacher_family": "seed_oss", "tied": True},
     "olmo2": {"teacher_family": "glm4"},
+    # The experts' width is intermediate_size. No window is shorter than the sequences.
+    "gpt_oss": {
+        "intermediate_size": 96,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 256,
+    },
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 160},
 }
 TP2 = ["parallel.tensor_model_parallel_size=2"]
@@ -88,6 +95,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "smollm3": ("smollm3", 1, []),
     "olmo2": ("olmo2", 1, []),
     "shared-expert": ("qwen2_moe", 1, []),
+    "sinks": ("gpt_oss", 1, []),
     "shared-expert-sp": ("qwen2_moe", 2, SP2),
     "olmo2-bf16-tp": ("olmo2", 2, [*BF16, *TP2]),
     "llama-output": ("llama", 1, OUTPUT),
@@ -139,7 +147,7 @@ class Case:
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     directory = tmp_path_factory.mktemp("allocations")
     pairs = {
-        family: save_pair(directory / family, family, teacher_layers=6, **WIDTHS, **fields)
+        family: save_pair(directory / family, family, teacher_layers=6, **WIDTHS | fields)
         for family, fields in FAMILIES.items()
     }
     common = [
@@ -316,8 +324,9 @@ def test_flops(cases: dict[str, Case], name: str) -> None:
         whole = 4 * a.num_attention_heads * a.head_dim * length * length
         return n * (whole - attention_flops(a, first=0, last=length))
 
-    # The last divides the vocabulary unevenly. In a window attention computes whole blocks.
-    if "ep" in name or name in ("mistral-window", "llama-sp-output"):
+    # The last divides the vocabulary unevenly. In a window attention computes whole blocks, and
+    # with sinks another token.
+    if "ep" in name or name in ("mistral-window", "sinks", "llama-sp-output"):
         return
     for rank, measured in enumerate(case.measured):
         teacher = student = 0

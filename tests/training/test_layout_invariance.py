@@ -164,6 +164,8 @@ MOE_PAIRS = {
     "sigmoid_router_student": {"family": "glm4_moe", "teacher_family": "qwen3"},
     # Sigmoids in the router and norms over all heads, in one layer.
     "sigmoids_and_wide_norms": {"family": "minimax_m2", "teacher_layers": 6},
+    # Attention sinks, biases of experts, windows by layer.
+    "sinks": {"family": "gpt_oss", "teacher_layers": 6},
     # An expert for all tokens, with its gate.
     "shared_expert": {"family": "qwen2_moe", "teacher_family": "mixtral"},
 }
@@ -352,6 +354,12 @@ CASES = [
         for layout in ("tp2_sp_etp1_ep2", "ep2_pp2_vpp2_full", "tp2_sp_ep2")
     ),
     *(
+        ("sinks", "default", layout)
+        for layout in ("tp2_sp_etp1_ep2", "packed", "cp2_full", "ep2_pp2_vpp2_full")
+    ),
+    ("sinks", "default", "tp2_sp_etp1"),
+    ("sinks", FP8[0], "tp2_sp_etp1_ep2"),
+    *(
         ("qwen3_deeper", method, layout)
         for method in FP8
         for layout in ("tp2", "tp2_sp_full", "pp2_vpp2_target_groups", "tp4_sp", "cp2_tp2_sp")
@@ -489,6 +497,11 @@ FURTHER: set[tuple[str, ...]] = {
     *(("sigmoids_and_wide_norms", "default", layout) for layout in ("ep2_pp2", "tp2_sp_ep2")),
     ("post_norms", FP8[0], "tp2_sp_full"),
     ("sigmoid_router", FP8[0], "tp2_sp_etp1_ep2"),
+    *(
+        ("sinks", "default", layout)
+        for layout in ("packed", "cp2_full", "ep2_pp2_vpp2_full", "tp2_sp_etp1")
+    ),
+    ("sinks", FP8[0], "tp2_sp_etp1_ep2"),
 }
 # Left to the nightly run: the pairs that go through the same layouts as llama_tied_deeper, without
 # its second step, and most layouts of some settings (the main run has those that differ most).

@@ -13,6 +13,7 @@ from megatron_oprd.models.families import (
     exaone4,
     glm4,
     glm4_moe,
+    gpt_oss,
     granite,
     llama,
     minimax_m2,
@@ -43,6 +44,7 @@ FAMILIES: dict[str, Family] = {
         exaone4,
         glm4,
         glm4_moe,
+        gpt_oss,
         granite,
         llama,
         minimax_m2,
@@ -80,7 +82,7 @@ def read_architecture(checkpoint: Folder) -> Architecture:
             way that is not handled.
     """
     source = str(checkpoint.folder / "config.json")
-    # Weights in FP8 are read as their values.
+    # Quantised weights are read as their values.
     read_quantization(checkpoint.config, source)
     raw = without_quantization(checkpoint.config)
     if (nested := nested_model(checkpoint)) is not None:
