@@ -43,6 +43,14 @@ YARN = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    # Biases of all linear layers but the head, of some of them.
+    "llama_biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "granite_biased": ("granite", {"attention_bias": False, "mlp_bias": True}),
+    "smollm3_biased": ("smollm3", {"attention_bias": True, "mlp_bias": False}),
+    "seed_oss_biased": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+    "qwen3_biased": ("qwen3", {"attention_bias": True, "num_key_value_heads": 1}),
+    "olmo2_biased": ("olmo2", {"attention_bias": True}),
+    "olmo3_biased": ("olmo3", {"attention_bias": True}),
     "llama3_rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama_linear": (
         "llama",
@@ -172,6 +180,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"qkv_bias": False, "norm_topk_prob": True, "tie_word_embeddings": True},
     ),
     "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe_biased": ("qwen3_moe", {"attention_bias": True}),
     "qwen3_moe_window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}),
     "qwen3_moe_raw_tied": (
         "qwen3_moe",
@@ -206,6 +215,10 @@ MOE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 ALL_LAYOUTS = LAYOUTS | MOE_LAYOUTS
 # What differs does not depend on the layout, or on the layer's number only.
 FEW_LAYOUTS = {
+    "llama_biased": ("tp1", "tp2", "tp2_sp", "pp2_vpp2"),
+    **dict.fromkeys(("granite_biased", "smollm3_biased", "seed_oss_biased"), ("tp1", "tp2_sp")),
+    **dict.fromkeys(("qwen3_biased", "olmo2_biased"), ("tp1", "tp2_sp")),
+    "olmo3_biased": ("tp2",),
     **dict.fromkeys(
         ("llama_linear", "qwen3_yarn", "qwen2_yarn", "mistral_window"), ("tp1", "tp2", "pp2")
     ),
@@ -237,6 +250,7 @@ COMBINATIONS = [
         for layout in FEW_LAYOUTS.get(model, LAYOUTS)
     ),
     ("qwen3_moe_window", "tp1"),
+    ("qwen3_moe_biased", "tp2_sp_ep2"),
     *(("glm4_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("glm4_moe_normed", layout) for layout in ("tp1", "ep2_pp2")),
     *(("gpt_oss_moe", layout) for layout in ("tp1", "tp2_sp_etp1", "ep2_pp2_vpp2")),
@@ -353,6 +367,15 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
         1,
         {f"{ATTENTION}.sinks"},
     ),
+    (f"missing {NORM}.self_attention.linear_proj.bias", "llama_biased"): (
+        1,
+        {f"{ATTENTION}.o_proj.bias"},
+    ),
+    (f"missing {NORM}.mlp.linear_fc1.bias", "llama_biased"): (
+        1,
+        {f"{MLP}.{part}_proj.bias" for part in ("gate", "up")},
+    ),
+    (f"missing {NORM}.mlp.linear_fc2.bias", "granite_biased"): (1, {f"{MLP}.down_proj.bias"}),
     (f"missing {NORM}.self_attention.linear_proj.bias", "gpt_oss_moe"): (
         1,
         {f"{ATTENTION}.o_proj.bias"},

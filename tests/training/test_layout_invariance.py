@@ -148,6 +148,16 @@ POST_NORMS = {
     # Two rotations in each model.
     "two_ropes": {"family": "olmo3"},
 }
+# Biases of q, k, v, o and the MLP; of the MLP alone in the teacher.
+BIASES = {
+    "biases": {
+        "family": "llama",
+        "teacher_family": "granite",
+        "mlp_bias": True,
+        "attention_bias": True,
+        "teacher_fields": {"attention_bias": False},
+    },
+}
 # Factors on embeddings, scores, residuals and logits.
 MULTIPLIERS = {
     "multipliers": {"family": "granite", "teacher_family": "exaone4", "tied": True},
@@ -337,6 +347,7 @@ CASES = [
         for layout in ("tp2", "tp2_sp_packed", "pp2_vpp2_full", "cp2", "tp4_sp")
     ),
     *(("two_ropes", "default", layout) for layout in ("tp2_sp_packed", "pp2_vpp2_full", "cp2")),
+    *(("biases", "default", layout) for layout in ("tp2_sp_full", "pp2_vpp2_full")),
     *(("multipliers", "reverse_kl", layout) for layout in ("tp2_sp_full", "pp2_vpp2")),
     ("multipliers", "logprobs", "tp2"),
     *(("moe", "default", layout) for layout in ("mbs1", "tp2_sp", "pp2_vpp2", *MOE_LAYOUTS)),
@@ -491,6 +502,7 @@ FURTHER: set[tuple[str, ...]] = {
     *(("post_norms", "default", layout) for layout in ("pp2_vpp2_full", "cp2", "tp4_sp")),
     *(("two_ropes", "default", layout) for layout in ("pp2_vpp2_full", "cp2")),
     ("multipliers", "reverse_kl", "pp2_vpp2"),
+    ("biases", "default", "pp2_vpp2_full"),
     *(("shared_expert", "default", layout) for layout in ("ep2_pp2_vpp2_full", "tp2_sp_ep2")),
     ("sigmoid_router", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
     ("sigmoid_router_student", "default", "ep2_pp2"),
@@ -540,6 +552,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             | WINDOWS
             | WITHOUT_ROPE
             | POST_NORMS
+            | BIASES
             | MULTIPLIERS
             | OTHER_VOCABULARY
             | MOE_PAIRS

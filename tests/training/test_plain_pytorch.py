@@ -35,6 +35,7 @@ PAIRS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"family": "qwen2_moe", "teacher_family": "mixtral"},
     "glm4_moe": {"family": "glm4_moe"},
     "gpt_oss": {"family": "gpt_oss"},
+    "biased": {"family": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen3_moe": {"family": "qwen3_moe"},
     "qwen3_moe_raw": {"family": "qwen3_moe", "norm_topk_prob": False, "num_experts_per_tok": 3},
 }
@@ -80,6 +81,7 @@ STEPS = {
     "shared_expert": Step(pair="qwen2_moe"),
     "sigmoid_router": Step(pair="glm4_moe"),
     "sinks": Step(pair="gpt_oss"),
+    "biases": Step(pair="biased"),
     "deeper": Step(pair="qwen2_deeper", matches=((0, 0), (1, 2), (2, 4), (3, 6))),
     "deeper_tied": Step(pair="qwen3_deeper_tied", matches=((0, 0), (1, 2), (2, 4), (3, 6))),
     "several_student_layers_to_one": Step(
