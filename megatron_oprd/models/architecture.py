@@ -122,7 +122,8 @@ class Rope:
 class Activation:
     """What a gated MLP makes of gate and up: function(gate) * (up + offset)."""
 
-    function: str = "silu"  # "silu", or "quick_gelu": x * sigmoid(1.702 x)
+    # "silu"; "gelu_tanh": GELU with tanh in the place of erf; "quick_gelu": x * sigmoid(1.702 x).
+    function: str = "silu"
     up_offset: float = 0.0
     # Gates are at most this, and ups are between this and its negative; None: as they come.
     clamp: float | None = None
@@ -170,6 +171,7 @@ class Architecture:
     activation: Activation = Activation()  # of the gated MLPs
     qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
     qk_norm_over_all_heads: bool = False  # with qk_norm: one norm of all heads together
+    zero_centered_norms: bool = False  # norms multiply with 1 + their weight
     pre_norms: bool = True  # RMSNorm of the inputs of attention and MLP
     moe: MixtureOfExperts | None = None  # replaces the gated MLPs; None: dense
     # Latest positions that a token attends to, itself included, and for each layer whether it has
@@ -181,6 +183,7 @@ class Architecture:
     rotated_layers: tuple[bool, ...] = ()
     softmax_scale: float | None = None  # on attention's scores; None: 1 / sqrt(head_dim)
     embedding_multiplier: float = 1.0  # on the embedding's output
+    rounds_embedding_multiplier: bool = False  # to the dtype of the weights
     residual_multiplier: float = 1.0  # on outputs of attention and MLP, before they are added
     logits_divisor: float = 1.0  # of the LM head's output
     post_norms: bool = False  # RMSNorm of the outputs of attention and MLP, before they are added

@@ -15,8 +15,6 @@ from megatron_oprd.models.architecture import Architecture
 # The supported values of arguments without a counterpart in `Architecture`. An absent argument or
 # None passes.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "apply_layernorm_1p": (False,),
-    "layernorm_zero_centered_gamma": (False,),
     "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope", "yarn"),
     "gated_linear_unit": (True,),
@@ -40,7 +38,11 @@ _FIXED_MOE: dict[str, tuple[Any, ...]] = {
 }
 _ABSENT_MOE = ("moe_router_num_groups", "moe_router_group_topk", "moe_latent_size")
 # Names of functions, by `Activation.function`.
-_ACTIVATIONS = {"silu": ("silu", "swish"), "quick_gelu": ("quick_gelu",)}
+_ACTIVATIONS = {
+    "silu": ("silu", "swish"),
+    "quick_gelu": ("quick_gelu",),
+    "gelu_tanh": ("fast_gelu",),
+}
 # Megatron's constants of llama3 scaling, which are not among its arguments.
 _LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -117,6 +119,10 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
         "rotary_percent": ("partial_rotary_factor", b.rope.partial_rotary_factor),
         "norm_epsilon": ("rms_norm_eps", b.layernorm_epsilon),
         "layernorm_epsilon": ("rms_norm_eps", b.layernorm_epsilon),
+        **dict.fromkeys(
+            ("apply_layernorm_1p", "layernorm_zero_centered_gamma"),
+            ("norms of 1 + weight", b.zero_centered_norms),
+        ),
         "swiglu": ("silu of gates", b.activation.function == "silu"),
         "quick_geglu": ("quick GELU of gates", b.activation.function == "quick_gelu"),
         "glu_linear_offset": ("what is added to ups", b.activation.up_offset),

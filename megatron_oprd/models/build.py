@@ -25,7 +25,15 @@ from megatron_oprd.models.layers import final_norm_class, layer_spec
 from megatron_oprd.models.rotary import RotaryTransformerConfig, set_frequencies
 from megatron_oprd.parallel.context import ParallelContext
 
-_ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU with tanh, as transformers' ``gelu_pytorch_tanh``."""
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh}
+# Megatron's fused kernels have these, with gates.
+_FUSED_ACTIVATIONS = ("silu", "quick_gelu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -129,6 +137,7 @@ def transformer_config(
             None if a.sliding_rope is None else a.sliding_rope.attention_factor - 1.0
         ),
         normalization="RMSNorm",
+        layernorm_zero_centered_gamma=a.zero_centered_norms,
         gated_linear_unit=True,
         activation_func=_ACTIVATIONS[a.activation.function],
         glu_linear_offset=a.activation.up_offset,
@@ -174,7 +183,7 @@ def transformer_config(
         # sum gradients instead of averaging.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        bias_activation_fusion=fused_kernels,
+        bias_activation_fusion=fused_kernels and a.activation.function in _FUSED_ACTIVATIONS,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         recompute_granularity=recompute.recompute_granularity,
@@ -260,7 +269,7 @@ def build_model(
             pg_collection=context.groups,
             vp_stage=chunk if vpp else None,
         )
-        model.embedding_multiplier = architecture.embedding_multiplier
+        model.embedding_multiplier = _embedding_multiplier(architecture, config.params_dtype)
         model.logits_divisor = architecture.logits_divisor
         set_frequencies(
             model, architecture, max_sequence_length=max_sequence_length, device=context.device
@@ -279,6 +288,14 @@ def build_model(
                 model.output_layer = _frozen_head(config, context, padded_vocab_size)
         chunks.append(model)
     return chunks
+
+
+def _embedding_multiplier(architecture: Architecture, dtype: torch.dtype) -> float:
+    multiplier = architecture.embedding_multiplier
+    if not architecture.rounds_embedding_multiplier:
+        return multiplier
+    # In bf16 transformers' Gemma 3 multiplies with 73.5, not with the root of 5376, 73.32.
+    return torch.tensor(multiplier, dtype=dtype).item()
 
 
 def _check_attention(config: TransformerConfig, architecture: Architecture) -> None:

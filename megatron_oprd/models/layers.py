@@ -172,6 +172,14 @@ class RMSNorm(torch.nn.RMSNorm):
         # With this mark Megatron sums the gradient over the tensor-parallel ranks, each of which
         # sees a slice.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._zero_centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension; multiplies with the weight, or with 1 + weight in fp32."""
+        if not self._zero_centered:
+            return super().forward(x)
+        weight = 1.0 + self.weight.float()
+        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 class ScaledDotProductAttention(MegatronModule):

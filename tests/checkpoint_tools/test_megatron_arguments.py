@@ -73,7 +73,7 @@ def test_arguments_that_agree(converted: Path, tmp_path: Path, kind: str) -> Non
         ({"qk_layernorm": True}, "qk_layernorm = True"),
         ({"add_qkv_bias": True}, "add_qkv_bias = True"),
         ({"use_rope_scaling": True}, "use_rope_scaling = True"),
-        ({"apply_layernorm_1p": True}, "apply_layernorm_1p = True, which is not supported"),
+        ({"apply_layernorm_1p": True}, "1 \\+ weight = False where .*apply_layernorm_1p = True"),
         ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, "activation_func = "),
         ({"no_rope_freq": [0, 1]}, "no_rope_freq = "),
         ({"softmax_scale": 0.5}, "softmax_scale = 0.5, which is not supported"),

@@ -25,7 +25,8 @@ def mutate(
         name: One of ``swapped_kv``, ``flat_qkv``, ``flat_qkv_bias``, ``swapped_gate_up``,
             ``permuted_experts``, ``shifted_embedding``, ``other_rope_theta``, ``unscaled_rope``,
             ``full_rotary``, ``no_attention_factor``, ``longer_window``, ``shorter_window``
-            (in layer 0), ``swapped_gate_up_of_experts``, ``all_rotated``, or ``missing <norm>``.
+            (in layer 0), ``swapped_gate_up_of_experts``, ``all_rotated``,
+            ``unscaled_embedding``, or ``missing <norm>``.
         architecture: The model's.
         parameters: Its parameters under their layout-independent names.
         chunks: The model.
@@ -85,6 +86,9 @@ def mutate(
     def longer_window() -> None:
         chunks[0].decoder.layers[1].self_attention.core_attention.window += 1
 
+    def unscaled_embedding() -> None:
+        chunks[0].embedding_multiplier = 1.0
+
     def all_rotated() -> None:
         chunks[0].config.no_rope_freq = None
 
@@ -108,6 +112,7 @@ def mutate(
         "shorter_window": shorter_window,
         "swapped_gate_up_of_experts": swapped_gate_up_of_experts,
         "all_rotated": all_rotated,
+        "unscaled_embedding": unscaled_embedding,
     }
     if name.startswith("missing "):
         change(name.removeprefix("missing "), torch.ones_like)

@@ -85,6 +85,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 256}),
     "mistral_window": ("mistral", {"sliding_window": 5}),
     # Decoders of models with vision.
+    "vision_gemma3": ("gemma3_text", {"tie_word_embeddings": True}),
     "mistral3": ("mistral", {"sliding_window": 6}),
     "mistral3_tied": ("mistral", {"tie_word_embeddings": True}),
     "mistral3_ministral3": ("ministral3", {}),
@@ -123,6 +124,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
             },
         },
+    ),
+    "gemma3": ("gemma3_text", {}),
+    # One key head for all ranks, biases, a pattern in the place of layer_types.
+    "gemma3_biased_tied": (
+        "gemma3_text",
+        {"num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True}
+        | {"layer_types": None, "sliding_window_pattern": 2},
     ),
     "glm4": ("glm4", {"attention_bias": True}),
     "glm4_yarn": (
@@ -215,6 +223,9 @@ MOE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 ALL_LAYOUTS = LAYOUTS | MOE_LAYOUTS
 # What differs does not depend on the layout, or on the layer's number only.
 FEW_LAYOUTS = {
+    "gemma3": ("tp1", "tp2_sp", "pp2_vpp2"),
+    "gemma3_biased_tied": ("tp1", "tp2_sp"),
+    "vision_gemma3": ("tp1", "pp2"),
     "llama_biased": ("tp1", "tp2", "tp2_sp", "pp2_vpp2"),
     **dict.fromkeys(("granite_biased", "smollm3_biased", "seed_oss_biased"), ("tp1", "tp2_sp")),
     **dict.fromkeys(("qwen3_biased", "olmo2_biased"), ("tp1", "tp2_sp")),
@@ -344,6 +355,17 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
         1,
         {"model.layers.1.post_attention_layernorm.weight"},
     ),
+    # Norms of 1 + weight: 2 in the place of the weight's.
+    (f"missing {NORM}.self_attention.q_layernorm.weight", "gemma3"): (
+        1,
+        {f"{ATTENTION}.q_norm.weight"},
+    ),
+    (f"missing {NORM}.mlp.linear_fc1.layer_norm_weight", "gemma3"): (
+        1,
+        {"model.layers.1.pre_feedforward_layernorm.weight"},
+    ),
+    ("longer_window", "gemma3"): (1, set()),
+    ("unscaled_embedding", "gemma3"): (0, set()),
     (f"missing {NORM}.mlp.linear_fc2.post_layernorm.weight", "glm4"): (
         1,
         {"model.layers.1.post_mlp_layernorm.weight"},
@@ -432,7 +454,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     cases: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
     for number, (model, (family, fields)) in enumerate(MODELS.items()):
         config = tiny_config(family, **fields)
-        nested = model.startswith("mistral3")
+        nested = model.startswith(("mistral3", "vision"))
         save_tiny_model(root / model, with_vision(config) if nested else config, seed=number)
     for model, layout in [case for case in COMBINATIONS if case in selected]:
         ranks, parallel = ALL_LAYOUTS[layout]

@@ -50,6 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 20},
     "smollm3": {"teacher_family": "seed_oss", "tied": True},
     "olmo2": {"teacher_family": "glm4"},
+    "gemma3_text": {"tied": True, "sliding_window": 255, "layer_types": None},
     # The experts' width is intermediate_size. No window is shorter than the sequences.
     "gpt_oss": {
         "intermediate_size": 96,
@@ -95,6 +96,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "smollm3": ("smollm3", 1, []),
     "olmo2": ("olmo2", 1, []),
     "shared-expert": ("qwen2_moe", 1, []),
+    "gemma": ("gemma3_text", 1, []),
     "sinks": ("gpt_oss", 1, []),
     "shared-expert-sp": ("qwen2_moe", 2, SP2),
     "olmo2-bf16-tp": ("olmo2", 2, [*BF16, *TP2]),

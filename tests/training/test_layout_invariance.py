@@ -158,6 +158,8 @@ BIASES = {
         "teacher_fields": {"attention_bias": False},
     },
 }
+# Norms of 1 + weight, before and behind; GELU; scaled embeddings; two rotations.
+GEMMA = {"zero_centered_norms": {"family": "gemma3_text", "teacher_layers": 4, "tied": True}}
 # Factors on embeddings, scores, residuals and logits.
 MULTIPLIERS = {
     "multipliers": {"family": "granite", "teacher_family": "exaone4", "tied": True},
@@ -348,6 +350,10 @@ CASES = [
     ),
     *(("two_ropes", "default", layout) for layout in ("tp2_sp_packed", "pp2_vpp2_full", "cp2")),
     *(("biases", "default", layout) for layout in ("tp2_sp_full", "pp2_vpp2_full")),
+    *(
+        ("zero_centered_norms", "default", layout)
+        for layout in ("tp2_sp_packed", "pp2_vpp2_full", "cp2")
+    ),
     *(("multipliers", "reverse_kl", layout) for layout in ("tp2_sp_full", "pp2_vpp2")),
     ("multipliers", "logprobs", "tp2"),
     *(("moe", "default", layout) for layout in ("mbs1", "tp2_sp", "pp2_vpp2", *MOE_LAYOUTS)),
@@ -503,6 +509,7 @@ FURTHER: set[tuple[str, ...]] = {
     *(("two_ropes", "default", layout) for layout in ("pp2_vpp2_full", "cp2")),
     ("multipliers", "reverse_kl", "pp2_vpp2"),
     ("biases", "default", "pp2_vpp2_full"),
+    *(("zero_centered_norms", "default", layout) for layout in ("pp2_vpp2_full", "cp2")),
     *(("shared_expert", "default", layout) for layout in ("ep2_pp2_vpp2_full", "tp2_sp_ep2")),
     ("sigmoid_router", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
     ("sigmoid_router_student", "default", "ep2_pp2"),
@@ -553,6 +560,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             | WITHOUT_ROPE
             | POST_NORMS
             | BIASES
+            | GEMMA
             | MULTIPLIERS
             | OTHER_VOCABULARY
             | MOE_PAIRS

@@ -11,6 +11,8 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import (
     exaone4,
+    gemma3,
+    gemma3_images,
     glm4,
     glm4_moe,
     gpt_oss,
@@ -42,6 +44,7 @@ FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
     for module in (
         exaone4,
+        gemma3,
         glm4,
         glm4_moe,
         gpt_oss,
@@ -65,7 +68,9 @@ FAMILIES: dict[str, Family] = {
 
 
 # Models whose decoder is of a family above.
-NESTED: dict[str, Nested] = {module.NESTED.name: module.NESTED for module in (mistral3,)}
+NESTED: dict[str, Nested] = {
+    module.NESTED.name: module.NESTED for module in (gemma3_images, mistral3)
+}
 
 
 # Whatever has a configuration.

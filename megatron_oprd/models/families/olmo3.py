@@ -6,10 +6,8 @@ layers without a window have an extended one.
 
 from typing import Any
 
-from megatron_oprd.errors import UserError
-from megatron_oprd.models.architecture import ROPE_TYPES, Architecture, read_rope
+from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families.decoder import (
-    LAYER_TYPES,
     SHARED_FIELDS,
     Check,
     Family,
@@ -17,7 +15,7 @@ from megatron_oprd.models.families.decoder import (
     each_layer,
     equals,
     read_shared,
-    read_windows,
+    read_windows_with_ropes,
 )
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
 
@@ -39,30 +37,12 @@ FIELDS: dict[str, Check] = {
 def architecture(config: Any, source: str) -> Architecture:
     """Translates a transformers configuration object."""
     shared = read_shared(config, source)
-    windows = read_windows(config, source, by_layer=True)
-    ropes = {
-        kind: read_rope(
-            config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES, layer_type=kind
-        )
-        for kind in LAYER_TYPES
-    }
-    if not windows and len({ropes[kind] for kind in config.layer_types}) > 1:
-        raise UserError(
-            f"{source}: sliding_window = {config.sliding_window} has to be below "
-            f"max_position_embeddings = {config.max_position_embeddings}, since layers with the "
-            "window have a rope of their own"
-        )
-    others, sliding = ropes["full_attention"], ropes["sliding_attention"]
-    if not windows:
-        others = ropes[config.layer_types[0]]
     return Architecture(
         family=NAME,
         **shared,
         qkv_bias=config.attention_bias,
         output_bias=config.attention_bias,
-        **windows,
-        rope=others,
-        sliding_rope=sliding if windows and sliding != others else None,
+        **read_windows_with_ropes(config, source, head_dim=shared["head_dim"]),
         qk_norm=True,
         qk_norm_over_all_heads=True,
         pre_norms=False,
