@@ -8,6 +8,7 @@ the model's Hugging Face configuration (`--hf-config`). Exports the model's weig
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from megatron_oprd.models.open_checkpoint import OpenedCheckpoint, open_checkpoi
 from megatron_oprd.weights.casting import config_with_dtype, count_overflows, overflow_error
 from megatron_oprd.weights.disk import describe_files
 from megatron_oprd.weights.distcp_file import AlternatingBuffers
+from megatron_oprd.weights.expert_parts import Stacked, has_parts
 from megatron_oprd.weights.hf_files import CONFIG_FILE
 from megatron_oprd.weights.hf_writer import (
     DEFAULT_MAX_SHARD_SIZE,
@@ -84,7 +86,9 @@ def open_megatron(megatron: Path, hf_config: Path | None) -> OpenedCheckpoint:
         )
     opened = open_checkpoint(megatron, hf_config=hf_config)
     opened.check_tensors()
-    return opened
+    # As folders have them, where they have experts stacked.
+    source = Stacked(opened.source) if has_parts(opened.table) else opened.source
+    return dataclasses.replace(opened, source=source)
 
 
 def hf_content(

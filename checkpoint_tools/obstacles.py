@@ -16,6 +16,7 @@ from megatron_oprd.models.architecture import (
 )
 from megatron_oprd.models.families import FAMILIES
 from megatron_oprd.models.families.decoder import Family
+from megatron_oprd.weights.expert_parts import stored_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,8 @@ def _tensors_with(family: Family, query_rank: int | None, *, everything: bool) -
         tied=not everything,
         max_position_embeddings=2,
         qkv_bias=everything,
+        output_bias=everything,
+        mlp_bias=everything,
         qk_norm=everything,
         delta=DeltaNet(num_key_heads=1, values_per_key=1, key_dim=2, value_dim=2, kernel_size=2),
         delta_layers=(True, False),
@@ -108,7 +111,7 @@ def _tensors_with(family: Family, query_rank: int | None, *, everything: bool) -
         ),
     )
     table = family.mappings(architecture, architecture.vocab_size)
-    return {_pattern(name) for mapping in table for name in mapping.hf}
+    return {_pattern(name) for name in stored_shapes(table)}
 
 
 def _pattern(name: str) -> str:

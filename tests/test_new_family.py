@@ -24,9 +24,12 @@ def test_an_unknown_class() -> None:
     assert values["NAME"] == "'Gemma2ForCausalLM'"
     assert "'final_logit_softcapping': equals(30.0)" in values["FIELDS"]
     assert "hidden_size" not in values["FIELDS"]
-    assert "#   model.layers.*.pre_feedforward_layernorm.weight: (32,)" in text
     assert ast.literal_eval(values["_OF_FAMILY"]) == {"gemma2": {"head_dim": 16}}
     assert ast.literal_eval(values["MODELS"]) == {"gemma2": ("gemma2", {})}
+
+
+def test_tensors_of_an_unknown_class() -> None:
+    assert "#   model.layers.*.mlp.c_fc.weight: (64, 32)" in cases("starcoder2")
 
 
 @pytest.mark.parametrize(

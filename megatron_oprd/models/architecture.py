@@ -119,6 +119,17 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Activation:
+    """What a gated MLP makes of gate and up: function(gate) * (up + offset)."""
+
+    # "silu"; "gelu_tanh": GELU with tanh in the place of erf; "quick_gelu": x * sigmoid(1.702 x).
+    function: str = "silu"
+    up_offset: float = 0.0
+    # Gates are at most this, and ups are between this and its negative; None: as they come.
+    clamp: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixtureOfExperts:
     """Gated MLPs with a router that picks some for each token."""
 
@@ -172,7 +183,7 @@ class DeltaNet:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder with RMSNorm, rotary positions, grouped-query attention and gated SiLU."""
+    """A decoder with RMSNorm, rotary positions, grouped-query attention and gated MLPs."""
 
     family: str  # the Hugging Face class in `architectures`
     num_layers: int
@@ -188,6 +199,10 @@ class Architecture:
     max_position_embeddings: int  # tokens of the longest sequence
     length_field: str = "max_position_embeddings"  # the configuration's field that sets this limit
     qkv_bias: bool = False
+    output_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False  # of the gated MLPs, or of the router and the experts
+    attention_sinks: bool = False  # a learned logit of each head in the softmax's denominator
+    activation: Activation = Activation()  # of the gated MLPs
     qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
     qk_norm_over_all_heads: bool = False  # with qk_norm: one norm of all heads together
     latent: Latent | None = None  # replaces the projections of queries, keys and values
@@ -195,7 +210,7 @@ class Architecture:
     # In the place of attention, and for each layer whether it is there. None and () without.
     delta: DeltaNet | None = None
     delta_layers: tuple[bool, ...] = ()
-    zero_centred_norms: bool = False  # norms multiply with one more than their weight
+    zero_centered_norms: bool = False  # norms multiply with 1 + their weight
     pre_norms: bool = True  # RMSNorm of the inputs of attention and MLP
     moe: MixtureOfExperts | None = None  # replaces the gated MLPs; None: dense
     # Latest positions that a token attends to, itself included, and for each layer whether it has
@@ -207,6 +222,7 @@ class Architecture:
     rotated_layers: tuple[bool, ...] = ()
     softmax_scale: float | None = None  # on attention's scores; None: 1 / sqrt(head_dim)
     embedding_multiplier: float = 1.0  # on the embedding's output
+    rounds_embedding_multiplier: bool = False  # to the dtype of the weights
     residual_multiplier: float = 1.0  # on outputs of attention and MLP, before they are added
     logits_divisor: float = 1.0  # of the LM head's output
     post_norms: bool = False  # RMSNorm of the outputs of attention and MLP, before they are added

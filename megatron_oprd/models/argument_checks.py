@@ -15,32 +15,32 @@ from megatron_oprd.models.architecture import Architecture
 # The supported values of arguments without a counterpart in `Architecture`. An absent argument or
 # None passes.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "add_bias_linear": (False,),
     "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope", "yarn"),
-    "swiglu": (True,),
     "gated_linear_unit": (True,),
     "squared_relu": (False,),
-    "quick_geglu": (False,),
     "openai_gelu": (False,),
     "qk_l2_norm": (False,),
-    "softmax_type": ("vanilla",),
     "apply_residual_connection_post_layernorm": (False,),
-    "glu_linear_offset": (0,),
     "is_hybrid_model": (False,),
     "mtp_num_layers": (0,),
 }
 # Supported only if absent or None.
 _ABSENT = (
     "linear_attention_freq", "experimental_attention_variant",
-    "activation_func_clamp_value", "hybrid_override_pattern",
-    "hybrid_layer_pattern", "heterogeneous_layers_config_path",
+    "hybrid_override_pattern", "hybrid_layer_pattern", "heterogeneous_layers_config_path",
     "heterogeneous_layers_config_encoded_json",
 )  # fmt: skip
 _FIXED_MOE: dict[str, tuple[Any, ...]] = {
     "moe_apply_probs_on_input": (False,),
 }
 _ABSENT_MOE = ("moe_latent_size",)
+# Names of functions, by `Activation.function`.
+_ACTIVATIONS = {
+    "silu": ("silu", "swish"),
+    "quick_gelu": ("quick_gelu",),
+    "gelu_tanh": ("fast_gelu",),
+}
 # Megatron's constants of llama3 scaling, which are not among its arguments.
 _LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -89,7 +89,8 @@ def _of_other_kinds(a: Mapping[str, Any], b: Architecture) -> Iterator[str]:
     function = a.get("activation_func")
     if isinstance(function, dict):  # as Megatron-Bridge writes a function
         function = function.get("_target_")
-    if isinstance(function, str) and function.rpartition(".")[2].lower() not in ("silu", "swish"):
+    names = _ACTIVATIONS[b.activation.function]
+    if isinstance(function, str) and function.rpartition(".")[2].lower() not in names:
         yield "activation_func"
     latent = b.latent is not None
     if bool(a.get("multi_latent_attention")) != latent:
@@ -123,10 +124,19 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
         "rotary_percent": ("partial_rotary_factor", b.rope.partial_rotary_factor),
         "norm_epsilon": ("rms_norm_eps", b.layernorm_epsilon),
         "layernorm_epsilon": ("rms_norm_eps", b.layernorm_epsilon),
-        "add_qkv_bias": ("biases of q, k and v", b.qkv_bias),
+        **dict.fromkeys(
+            ("apply_layernorm_1p", "layernorm_zero_centered_gamma"),
+            ("norms of 1 + weight", b.zero_centered_norms),
+        ),
+        "swiglu": ("silu of gates", b.activation.function == "silu"),
+        "quick_geglu": ("quick GELU of gates", b.activation.function == "quick_gelu"),
+        "glu_linear_offset": ("what is added to ups", b.activation.up_offset),
+        "activation_func_clamp_value": ("clamp of gates and ups", b.activation.clamp),
+        "softmax_type": (
+            "attention sinks",
+            "learnable" if b.attention_sinks else "vanilla",
+        ),
         "qk_layernorm": ("norms of q and k", b.qk_norm),
-        "apply_layernorm_1p": ("norms with 1 + weight", b.zero_centred_norms),
-        "layernorm_zero_centered_gamma": ("norms with 1 + weight", b.zero_centred_norms),
         "attention_output_gate": ("gate of attention", b.attention_gate),
         "untie_embeddings_and_output_weights": ("tie_word_embeddings", not b.tied),
         "share_embeddings_and_output_weights": ("tie_word_embeddings", b.tied),
@@ -143,6 +153,11 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
         "num_experts": ("experts", None if b.moe is None else b.moe.num_experts),
         "num_moe_experts": ("experts", None if b.moe is None else b.moe.num_experts),
     }
+    # Megatron has one option for the biases of all linear layers, and another for q, k and v alone.
+    of_all = b.output_bias if b.output_bias == b.mlp_bias else "of one of them only"
+    expected["add_bias_linear"] = ("biases of o and of the MLP", of_all)
+    if not a.get("add_bias_linear"):
+        expected["add_qkv_bias"] = ("biases of q, k and v", b.qkv_bias)
     if b.latent is not None:
         # Heads have no kv_channels; norms of the narrow states are under this name.
         del expected["kv_channels"], expected["position_embedding_type"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -24,6 +25,15 @@ from megatron_oprd.models.layers import final_norm_class, layer_spec
 from megatron_oprd.models.rotary import RotaryTransformerConfig, set_frequencies
 from megatron_oprd.parallel.context import ParallelContext
 
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU with tanh, as transformers' ``gelu_pytorch_tanh``."""
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh}
+# Megatron's fused kernels have these, with gates.
+_FUSED_ACTIVATIONS = ("silu", "quick_gelu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -128,13 +138,17 @@ def transformer_config(
             None if a.sliding_rope is None else a.sliding_rope.attention_factor - 1.0
         ),
         normalization="RMSNorm",
+        layernorm_zero_centered_gamma=a.zero_centered_norms,
         gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        activation_func=_ACTIVATIONS[a.activation.function],
+        glu_linear_offset=a.activation.up_offset,
+        activation_func_clamp_value=a.activation.clamp,
+        add_bias_linear=a.mlp_bias,
+        attention_output_bias=a.output_bias,
         add_qkv_bias=a.qkv_bias,
+        softmax_type="learnable" if a.attention_sinks else "vanilla",
         qk_layernorm=a.qk_norm,
         attention_output_gate=a.attention_gate,
-        layernorm_zero_centered_gamma=a.zero_centred_norms,
         softmax_scale=a.softmax_scale,
         rotary_interleaved=a.rope.interleaved,
         # Positions to the left of a token and to its right; then, by layer, whether it counts.
@@ -171,7 +185,7 @@ def transformer_config(
         # sum gradients instead of averaging.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        bias_activation_fusion=fused_kernels,
+        bias_activation_fusion=fused_kernels and a.activation.function in _FUSED_ACTIVATIONS,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         recompute_granularity=recompute.recompute_granularity,
@@ -210,10 +224,11 @@ def build_model(
             Transformer Engine.
 
     Raises:
-        UserError: A sliding window under context parallelism, with Transformer Engine.
+        UserError: A sliding window or attention sinks under context parallelism, with Transformer
+            Engine.
     """
-    if architecture.sliding_window is not None and context.transformer_engine:
-        _check_window(config, architecture)
+    if context.transformer_engine and config.context_parallel_size > 1:
+        _check_attention(config, architecture)
     vpp, moe = config.virtual_pipeline_model_parallel_size, architecture.moe
     norm = final_norm_class(transformer_engine=context.transformer_engine)
     stages = len(extent.layers_per_stage)
@@ -257,7 +272,7 @@ def build_model(
             pg_collection=context.groups,
             vp_stage=chunk if vpp else None,
         )
-        model.embedding_multiplier = architecture.embedding_multiplier
+        model.embedding_multiplier = _embedding_multiplier(architecture, config.params_dtype)
         model.logits_divisor = architecture.logits_divisor
         set_frequencies(
             model, architecture, max_sequence_length=max_sequence_length, device=context.device
@@ -278,13 +293,26 @@ def build_model(
     return chunks
 
 
-def _check_window(config: TransformerConfig, architecture: Architecture) -> None:
-    if config.context_parallel_size > 1:
+def _embedding_multiplier(architecture: Architecture, dtype: torch.dtype) -> float:
+    multiplier = architecture.embedding_multiplier
+    if not architecture.rounds_embedding_multiplier:
+        return multiplier
+    # In bf16 transformers' Gemma 3 multiplies with 73.5, not with the root of 5376, 73.32.
+    return torch.tensor(multiplier, dtype=dtype).item()
+
+
+def _check_attention(config: TransformerConfig, architecture: Architecture) -> None:
+    found = []
+    if architecture.sliding_window is not None:
+        found.append(f"a sliding window of {architecture.sliding_window} positions")
+    if architecture.attention_sinks:
+        found.append("attention sinks")
+    if found:
         raise UserError(
             f"parallel.context_parallel_size = {config.context_parallel_size}, but a "
-            f"{architecture.family} has a sliding window of {architecture.sliding_window} "
-            "positions, which Transformer Engine's attention does not keep where keys pass from "
-            "rank to rank; give 1, and tensor or pipeline parallelism instead"
+            f"{architecture.family} has {' and '.join(found)}, which Transformer Engine's "
+            "attention does not keep where keys pass from rank to rank; give 1, and tensor or "
+            "pipeline parallelism instead"
         )
 
 
@@ -333,11 +361,28 @@ def _prepare_experts(model: GPTModel, context: ParallelContext) -> None:
             router.expert_bias = torch.nn.Parameter(bias, requires_grad=False)
         if layer.mlp.shared_experts is not None:
             layer.mlp.shared_experts.to(context.device)  # its gate, likewise
-        for parameter in layer.mlp.experts.parameters():
+        for expert in getattr(layer.mlp.experts, "local_experts", ()):
+            if expert.linear_fc2.bias is not None:
+                expert.linear_fc2.register_forward_hook(_copied)
+        for name, parameter in layer.mlp.experts.named_parameters():
+            if name.rpartition(".")[2].startswith("bias"):
+                # Megatron would sum its gradient over the tensor-parallel ranks, which is right
+                # where each sees a slice of the sequence, not where each has tokens of its own.
+                parameter.sequence_parallel = False
+                # As a weight: else the norm of gradients misses those of ranks but the first.
+                parameter.tensor_model_parallel = True
             # Sums its gradients over the expert-data-parallel group. Megatron sets this only under
             # expert parallelism, but the two groups also differ where experts are split over fewer
             # ranks than the other matrices.
             parameter.allreduce = False
+
+
+def _copied(
+    module: torch.nn.Module, inputs: Any, result: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A forward hook: Megatron adds an expert's bias in place, which autograd refuses on a view."""
+    output, bias = result
+    return output.clone() if output.requires_grad else output, bias
 
 
 def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:

@@ -28,10 +28,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
 
 from megatron_oprd.models.rotary import RotaryTransformerConfig
+from megatron_oprd.models.sinks import mark_sinks, with_sinks, without_sinks
 from megatron_oprd.parallel.layout import context_parallel_positions
 
 Tap = Callable[[Tensor], Tensor]
@@ -99,7 +103,13 @@ class PackedRotation(Attention):
             if slides:
                 config = copy.copy(config)
                 config.yarn_mscale = of_sliding
+        if config.attention_output_bias != config.add_bias_linear:
+            # Megatron has one option for the biases here and in the MLP.
+            config = copy.copy(config)
+            config.add_bias_linear = config.attention_output_bias
         super().__init__(config, submodules, layer_number, **kwargs)
+        if config.softmax_type == "learnable":
+            mark_sinks(self.core_attention.softmax_offset)
 
     def forward(
         self,
@@ -169,15 +179,14 @@ class RMSNorm(torch.nn.RMSNorm):
         # With this mark Megatron sums the gradient over the tensor-parallel ranks, each of which
         # sees a slice.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self._zero_centred = config.layernorm_zero_centered_gamma
+        self._zero_centered = config.layernorm_zero_centered_gamma
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises the last dimension."""
-        if not self._zero_centred:
+        """Normalises the last dimension; multiplies with the weight, or with 1 + weight in fp32."""
+        if not self._zero_centered:
             return super().forward(x)
-        # In fp32: in bf16 the sum with one would lose most of a small weight.
-        normalised = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
-        return (normalised * (1 + self.weight.float())).to(x.dtype)
+        weight = 1.0 + self.weight.float()
+        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -210,6 +219,17 @@ class ScaledDotProductAttention(MegatronModule):
         ):
             assert config.window_size is not None
             self.window = config.window_size[0] + 1
+        self.tp_group = pg_collection.tp
+        # The name is that of Megatron's own modules.
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            self.softmax_offset = torch.nn.Parameter(
+                torch.empty(
+                    config.num_attention_heads // self.tp_group.size(),
+                    device=torch.cuda.current_device(),
+                    dtype=config.params_dtype,
+                )
+            )
 
     def forward(
         self,
@@ -252,6 +272,20 @@ class ScaledDotProductAttention(MegatronModule):
 
     def _attend_to(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attends where the mask [queries, keys] is true; without one to all earlier positions."""
+        length, _, _, dim = query.shape
+        sinks = self.softmax_offset
+        if sinks is not None:
+            scale = self.softmax_scale or dim**-0.5
+            query, key, value, mask = with_sinks(query, key, value, mask, sinks, scale)
+            return without_sinks(
+                self._attend_over(query, key, value, mask, scale), length=length, dim=dim
+            ).flatten(2)
+        return self._attend_over(query, key, value, mask, self.softmax_scale).flatten(2)
+
+    def _attend_over(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """Torch's attention: query [s, b, heads, dim] --> [s, b, heads, dim]."""
         # [s, b, n, d] --> [b, n, s, d]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         # The kernels that keep no [s, s] matrix want equal widths. Zeros change no score.
@@ -265,11 +299,25 @@ class ScaledDotProductAttention(MegatronModule):
             v,
             attn_mask=mask,
             is_causal=mask is None,
-            scale=self.softmax_scale,
+            scale=scale,
             enable_gqa=True,
         )
-        # [b, n, s, d] --> [s, b, n * d]
-        return out[..., :width].permute(2, 0, 1, 3).flatten(2)
+        # [b, n, s, d] --> [s, b, n, d]
+        return out[..., :width].permute(2, 0, 1, 3)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The sinks' entry in a checkpoint, split over the tensor-parallel ranks; {} without."""
+        assert metadata is not None
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
     def _mask(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether a token attends to another, by their positions: [queries, keys]."""

@@ -66,6 +66,24 @@ def check_divides(
         )
 
 
+def check_expert_biases(
+    architecture: Architecture,
+    layout: ParallelLayout,
+    *,
+    model: str,  # for messages
+    spelling: Spelling = as_flag,  # form of a size in messages
+) -> None:
+    """Raises `UserError` if Megatron would have to divide experts with biases over ranks."""
+    size = layout.expert_tensor_size
+    if architecture.moe is not None and architecture.mlp_bias and size != 1:
+        name = "expert_tensor_parallel_size"
+        raise UserError(
+            f"{spelling(name, size)}, but Megatron does not divide experts with biases over ranks, "
+            f"and those of {model} have them; give {spelling(name, 1)} (by default it is "
+            "tensor_model_parallel_size), and expert_model_parallel_size to share them out"
+        )
+
+
 def refuse_expert_sizes(
     layout: ParallelLayout, *, models: str, spelling: Spelling = as_flag
 ) -> None:
@@ -91,3 +109,4 @@ def check_layout(architecture: Architecture, layout: ParallelLayout, *, model: s
     if architecture.moe is None:
         refuse_expert_sizes(layout, models=f"{model} has no")
     check_divides(architecture, layout, model=model)
+    check_expert_biases(architecture, layout, model=model)

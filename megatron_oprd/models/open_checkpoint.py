@@ -17,6 +17,7 @@ from megatron_oprd.models.families import (
 )
 from megatron_oprd.weights.accounting import check_tensors, check_tied_head
 from megatron_oprd.weights.dequantised import Dequantised
+from megatron_oprd.weights.expert_parts import ExpertParts, has_parts
 from megatron_oprd.weights.fused_experts import UnfusedExperts, has_fused_experts
 from megatron_oprd.weights.hf_files import CONFIG_FILE, HFCheckpoint, HFFolder
 from megatron_oprd.weights.mapping import Mapping
@@ -29,6 +30,7 @@ from megatron_oprd.weights.megatron_checkpoint import (
     is_megatron,
     resolve_checkpoint_folder,
 )
+from megatron_oprd.weights.mxfp4 import DequantisedMXFP4
 from megatron_oprd.weights.quantization import read_quantization
 from megatron_oprd.weights.source import WeightSource
 from megatron_oprd.weights.text_part import TextPart
@@ -87,23 +89,34 @@ def open_checkpoint(
     checkpoint = open_folder(path)
     architecture = read_architecture(checkpoint)
     checkpoint.leave_out(unread_tensors(checkpoint))
+    table = mapping_table(architecture, padded_vocab_size=architecture.vocab_size)
     return OpenedCheckpoint(
-        source=UnfusedExperts(checkpoint) if has_fused_experts(checkpoint) else checkpoint,
+        source=_with_single_experts(checkpoint, table),
         architecture=architecture,
-        table=mapping_table(architecture, padded_vocab_size=architecture.vocab_size),
+        table=table,
     )
+
+
+def _with_single_experts(checkpoint: WeightSource, table: list[Mapping]) -> WeightSource:
+    """The folder with one tensor for each expert's layer, as the table has them."""
+    if has_parts(table):
+        return ExpertParts(checkpoint)
+    return UnfusedExperts(checkpoint) if has_fused_experts(checkpoint) else checkpoint
 
 
 def open_folder(path: Path) -> HFCheckpoint | Dequantised:
     """Opens a Hugging Face folder of any architecture; of a known nested model its decoder.
 
-    Weights in FP8 with scales are read as their values. Raises `UserError` if the folder cannot be
+    Quantised weights are read as their values. Raises `UserError` if the folder cannot be
     read, its weights are quantised otherwise, or a nested model's decoder is not supported.
     """
     checkpoint = HFCheckpoint(path)
     quantization = read_quantization(checkpoint.config, str(path / CONFIG_FILE))
     checkpoint = _decoder(checkpoint)
-    return checkpoint if quantization is None else Dequantised(checkpoint, quantization)
+    if quantization is None:
+        return checkpoint
+    form = DequantisedMXFP4 if quantization.is_mxfp4 else Dequantised
+    return form(checkpoint, quantization)
 
 
 def _decoder(checkpoint: HFCheckpoint) -> HFCheckpoint:

@@ -21,7 +21,7 @@ from megatron_oprd.models.architecture import Architecture, Rope
 
 @dataclass
 class RotaryTransformerConfig(TransformerConfig):
-    """Megatron's configuration with an additional factor on cosine and sine."""
+    """Megatron's configuration with fields that its attention lacks."""
 
     # Megatron's attention multiplies cosine and sine by YaRN's concentration factor if these fields
     # exist, whatever the rope type. The factor is (0.1 m ln(s) + 1) / (0.1 n ln(s) + 1) of mscale
@@ -33,6 +33,8 @@ class RotaryTransformerConfig(TransformerConfig):
     # yarn_mscale of layers with a sliding window, which then have their own frequencies as well;
     # None: all layers are alike.
     sliding_yarn_mscale: float | None = None
+    # Whether attention's output projection has a bias; add_bias_linear is the MLP's.
+    attention_output_bias: bool = False
 
 
 class RotaryByKind(torch.nn.Module):

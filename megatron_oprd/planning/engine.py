@@ -9,6 +9,7 @@ from megatron_oprd.rollout.costs import EngineBytes, EngineLoad
 from megatron_oprd.rollout.kind import EngineKind, Place
 from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.training.layout import RunLayout
+from megatron_oprd.weights.expert_parts import stored_shapes
 
 
 def engine_of(layout: RunLayout) -> EngineKind:
@@ -89,7 +90,7 @@ def sync_bytes(layout: RunLayout) -> int:
 
 def _tensor_sizes(layout: RunLayout) -> list[int]:
     """Elements of every tensor in which the student's weights are sent to an engine."""
-    return [math.prod(s) for mapping in layout.student.table for s in mapping.hf.values()]
+    return [math.prod(shape) for shape in stored_shapes(layout.student.table).values()]
 
 
 def _itemsize(layout: RunLayout) -> int:

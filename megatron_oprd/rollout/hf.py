@@ -229,13 +229,16 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Maps checkpoint names to a model's tensors, or to views of them.
 
     transformers 5 stores a layer's experts in two tensors, ``experts.gate_up_proj`` [e, 2f, h] and
-    ``experts.down_proj`` [e, h, f]; checkpoints have three tensors per expert.
+    ``experts.down_proj`` [e, h, f]; checkpoints have three tensors per expert. GPT-OSS's, which
+    have biases, are stacked there as well.
     """
     state = model.state_dict()
     tensors = {}
     for name, tensor in state.items():
         prefix, _, fused = name.rpartition(".")
-        if fused == "gate_up_proj" and prefix.endswith(".experts"):
+        if f"{name}_bias" in state:
+            tensors[name] = tensor
+        elif fused == "gate_up_proj" and prefix.endswith(".experts"):
             for expert, gate_up in enumerate(tensor):
                 gate, up = gate_up.chunk(2)
                 tensors[f"{prefix}.{expert}.gate_proj.weight"] = gate

@@ -6,7 +6,12 @@ from megatron_oprd.config.schema import ParallelConfig, RunConfig
 from megatron_oprd.distill.layer_map import LayerPair
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import Architecture
-from megatron_oprd.models.layout_checks import as_setting, check_divides, refuse_expert_sizes
+from megatron_oprd.models.layout_checks import (
+    as_setting,
+    check_divides,
+    check_expert_biases,
+    refuse_expert_sizes,
+)
 from megatron_oprd.parallel.context import data_parallel_size
 from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.rollout.registry import engine_kind
@@ -21,9 +26,9 @@ def check_models(
         UserError: A setting does not fit.
     """
     _check_batch(config, data_parallel_size(config.parallel, world_size))
-    check_divides(
-        student, ParallelLayout.of(config.parallel), model="model.student", spelling=as_setting
-    )
+    layout = ParallelLayout.of(config.parallel)
+    check_divides(student, layout, model="model.student", spelling=as_setting)
+    check_expert_biases(student, layout, model="model.student", spelling=as_setting)
     _check_engine(config, student, world_size)
     _check_teacher_experts(config, teacher, world_size)
     for setting, arch in (("model.student", student), ("model.teacher", teacher)):
@@ -190,7 +195,9 @@ def _check_teacher_experts(config: RunConfig, teacher: Architecture, world_size:
                 f"teacher.{name} = {own[name]}, but model.teacher has no mixture of experts; leave "
                 "it out"
             )
-    check_divides(teacher, ParallelLayout.of(parallel), model="model.teacher", spelling=spelling)
+    layout = ParallelLayout.of(parallel)
+    check_divides(teacher, layout, model="model.teacher", spelling=spelling)
+    check_expert_biases(teacher, layout, model="model.teacher", spelling=spelling)
     etp, ep = parallel.expert_tensor_size, parallel.expert_model_parallel_size
     pp = parallel.pipeline_model_parallel_size
     if world_size % (etp * ep * pp):

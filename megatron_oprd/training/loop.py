@@ -50,6 +50,7 @@ from megatron_oprd.training.stopping import StopRequests
 from megatron_oprd.training.terminal import TerminalLogger
 from megatron_oprd.training.trackers import open_trackers
 from megatron_oprd.weights.casting import config_with_dtype
+from megatron_oprd.weights.expert_parts import stored_shapes
 from megatron_oprd.weights.export import Exporter
 from megatron_oprd.weights.hf_writer import HFContent, write_hf_folder
 from megatron_oprd.weights.safetensors_file import TensorSpec
@@ -308,8 +309,7 @@ def _export(
     content = HFContent(
         tensors={
             name: TensorSpec(shape=shape, dtype=dtype)
-            for mapping in plan.layout.student.table
-            for name, shape in mapping.hf.items()
+            for name, shape in stored_shapes(plan.layout.student.table).items()
         },
         config=config,
         companion_files=plan.student_checkpoint.companion_files(),

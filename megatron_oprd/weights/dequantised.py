@@ -30,14 +30,17 @@ class Dequantised:
             belong to no weight.
     """
 
+    # Of values, where the configuration names no dtype.
+    DEFAULT_DTYPE = "float32"
+
     def __init__(self, checkpoint: HFCheckpoint, quantization: Quantization) -> None:
         self._checkpoint, self._quantization = checkpoint, quantization
         config = without_quantization(checkpoint.config)
         checkpoint.replace_config(config)
-        named = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        named = str(config.get("dtype") or config.get("torch_dtype") or self.DEFAULT_DTYPE)
         if named not in _READ_AS:
             raise UserError(
-                f"{self.folder}: config.json has dtype = {named!r}; weights in FP8 are read as "
+                f"{self.folder}: config.json has dtype = {named!r}; quantised weights are read as "
                 f"{', '.join(_READ_AS)}"
             )
         self._dtype = _READ_AS[named]

@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.weights.expert_parts import stacked, stored_names, stored_shapes
 from megatron_oprd.weights.mapping import Mapping
 from megatron_oprd.weights.megatron_keys import named_parameters
 
@@ -64,7 +65,9 @@ class Exporter:
         in_table = {mapping.megatron for mapping in table}
         assert in_table == self._stage_of.keys(), in_table ^ self._stage_of.keys()
         frozen = [one for one in table if _unit(one.megatron) not in trainable_units]
-        self.frozen_names = frozenset(name for mapping in frozen for name in mapping.hf)
+        self._frozen = frozenset(name for mapping in frozen for name in mapping.hf)
+        self._stored_shapes = stored_shapes(table)
+        self.frozen_names = frozenset(stored_names(self._frozen))
 
     @torch.no_grad()
     def stream(
@@ -78,14 +81,28 @@ class Exporter:
     ) -> Iterator[tuple[str, Tensor | None]]:
         """Yields every Hugging Face tensor, in the table's order; all ranks have to exhaust it.
 
+        Experts that the model's folders have stacked are stacked, one layer's at a time.
+
         A parameter's shards go from their stage to the others on the pipeline group, and are then
         gathered in each stage on the tensor-parallel group (an expert's on the expert group). So
         every shard crosses between stages once. One parameter at a time is in memory.
         """
         dtype = dtype or next(iter(self._parameters.values())).dtype
+        parts = self._parts(value, dtype, trainable_only=trainable_only, wanted=wanted)
+        yield from stacked(parts, self._stored_shapes)
+
+    def _parts(
+        self,
+        value: Callable[[torch.nn.Parameter], Tensor],
+        dtype: torch.dtype,
+        *,
+        trainable_only: bool,
+        wanted: bool,
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """Yields the tensors under the table's names."""
         for mapping in self._table:
             # Decided alike on all ranks, so nothing is communicated for these.
-            if trainable_only and mapping.hf.keys() <= self.frozen_names:
+            if trainable_only and mapping.hf.keys() <= self._frozen:
                 continue
             shards = self._shards(mapping, value, dtype)
             if not wanted:

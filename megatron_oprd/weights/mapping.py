@@ -141,7 +141,7 @@ class _Rows(Mapping):
     def pieces(self, tp_rank: int, tp_size: int) -> list[Piece]:
         trailing = tuple(slice(0, n) for n in self._trailing)
         pieces, row = [], 0
-        for name, start, count in self._segments(tp_rank, tp_size):
+        for name, start, count in _joined(self._segments(tp_rank, tp_size)):
             pieces.append(
                 Piece(
                     hf=name,
@@ -167,7 +167,7 @@ class _Rows(Mapping):
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnSplit(_Rows):
-    """A column-parallel linear layer: [out, in] --> [out/tp, in]."""
+    """A column-parallel linear layer: [out, in] --> [out/tp, in]; or a number for each head."""
 
     @override
     def _segments(self, tp_rank: int, tp_size: int) -> list[tuple[str | None, int, int]]:
@@ -294,6 +294,19 @@ def _run_of_rows(
             run.append((name, start + first - row, last - first))
         row += count
     return run
+
+
+def _joined(
+    segments: list[tuple[str | None, int, int]],
+) -> list[tuple[str | None, int, int]]:
+    """The segments with those that follow on one another in one tensor made one: one read each."""
+    joined: list[tuple[str | None, int, int]] = []
+    for name, start, count in segments:
+        if joined and joined[-1][0] == name and sum(joined[-1][1:]) == start:
+            joined[-1] = (name, joined[-1][1], joined[-1][2] + count)
+        else:
+            joined.append((name, start, count))
+    return joined
 
 
 def _divide(size: int, parts: int, parameter: str) -> int:

@@ -83,7 +83,7 @@ def slots(mapping: Mapping, layers: int) -> list[Slot]:
 def is_gated(mapping: Mapping) -> bool:
     """Whether Megatron stores the parameter's gate and up halves as separate tensors or chunks."""
     # Chunks of one tensor by default, two tensors (`halves`) under singleton_local_shards.
-    return mapping.megatron.endswith("linear_fc1.weight")
+    return mapping.megatron.endswith(("linear_fc1.weight", "linear_fc1.bias"))
 
 
 def halves(key: str) -> tuple[str, str]:
@@ -96,11 +96,14 @@ def is_no_weight(key: str) -> bool:
     return _OTHERS.match(key) is not None
 
 
-# An expert's weight, numbered within the rank: SequentialMLP has a module for each expert,
+# An expert's weight or bias, numbered within the rank: SequentialMLP has a module for each expert,
 # TEGroupedMLP one module for all.
-_EXPERT_WEIGHTS = (
-    re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])\.weight"),
-    re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)"),
+_EXPERT_PARAMETERS = (
+    re.compile(
+        r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])"
+        r"\.(?P<kind>weight|bias)"
+    ),
+    re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.(?P<kind>weight|bias)(?P<expert>\d+)"),
 )
 
 
@@ -125,10 +128,10 @@ def named_parameters(chunks: Sequence[MegatronModule]) -> dict[str, torch.nn.Par
                 for local, shared in layer.submodules_config.sharded_state_dict_keys_map.items():
                     if rest.startswith(local):
                         rest = shared + rest.removeprefix(local)
-                for pattern in _EXPERT_WEIGHTS:
+                for pattern in _EXPERT_PARAMETERS:
                     if expert := pattern.fullmatch(rest):
                         number = layer.mlp.local_expert_indices[int(expert["expert"])]
-                        rest = f"mlp.experts.experts.{number}.{expert['linear']}.weight"
+                        rest = f"mlp.experts.experts.{number}.{expert['linear']}.{expert['kind']}"
                 # Megatron's layer_number starts at 1.
                 name = f"decoder.layers.{layer.layer_number - 1}.{rest}"
             assert name not in named, f"two parameters are called {name}"

@@ -1,9 +1,10 @@
 """Reads which tensors of a published checkpoint are quantised, and with which scales.
 
-Two forms are read, both with weights in FP8 (e4m3) beside scales in floating point: transformers'
+Three forms are read. Two have weights in FP8 (e4m3) beside scales in floating point: transformers'
 `fp8`, with ``weight_scale_inv`` for each block, and compressed-tensors' `float-quantized`, with
-``weight_scale`` for each tensor, row or block. A weight is its code times its scale. Activations
-are not quantised here, whatever the configuration says of them.
+``weight_scale`` for each tensor, row or block. The third is GPT-OSS's `mxfp4`, with 4 bits and a
+power of two for each group of 32. A weight is its code times its scale. Activations are not
+quantised here, whatever the configuration says of them.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ _INSTEAD = {
     "awq": "the model's bf16 folder, or its FP8 one",
     "gptq": "the model's bf16 folder, or its FP8 one",
     "bitsandbytes": "the folder that was quantised",
-    "mxfp4": "a bf16 copy of the model",
 }
 # Fields that only engines with quantised activations read, or notes of the tool that wrote them.
 _FP8_UNREAD = {
@@ -30,12 +30,13 @@ _COMPRESSED_UNREAD = {
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How weights are stored in FP8."""
+    """How weights are stored."""
 
     scale_suffix: str  # of the name of a weight's scales, behind the weight's own
     # Rows and columns of a matrix with one scale; None: as the scales' shape says, which is one
     # scale, or one a row.
     block: tuple[int, int] | None
+    is_mxfp4: bool = False  # of 4 bits; otherwise FP8
 
 
 def read_quantization(config: dict[str, Any], source: str) -> Quantization | None:
@@ -51,10 +52,12 @@ def read_quantization(config: dict[str, Any], source: str) -> Quantization | Non
         return _fp8(found, source)
     if method == "compressed-tensors":
         return _compressed(found, source)
+    if method == "mxfp4":
+        return _mxfp4(found, source)
     raise UserError(
         f"{source} has {FIELD} with quant_method = {method!r}, which is not supported; give "
         f"{_INSTEAD.get(str(method), 'the folder of the model that was quantised')}. Supported are "
-        "fp8 and compressed-tensors with FP8 weights"
+        "fp8, compressed-tensors with FP8 weights, and mxfp4"
     )
 
 
@@ -75,6 +78,13 @@ def _fp8(found: dict[str, Any], source: str) -> Quantization:
             continue
         _check(value, accepted.get(name), name, source)
     return Quantization(scale_suffix="_scale_inv", block=_block(block, "weight_block_size", source))
+
+
+def _mxfp4(found: dict[str, Any], source: str) -> Quantization:
+    for name, value in found.items():
+        if name not in ("quant_method", "modules_to_not_convert", "dequantize") and value:
+            _check(value, None, name, source)
+    return Quantization(scale_suffix="_scales", block=None, is_mxfp4=True)
 
 
 def _compressed(found: dict[str, Any], source: str) -> Quantization:

@@ -78,7 +78,11 @@ def test_arguments_that_agree(converted: Path, tmp_path: Path, kind: str) -> Non
         ({"no_rope_freq": [0, 1]}, "no_rope_freq = "),
         ({"softmax_scale": 0.5}, "softmax_scale = 0.5, which is not supported"),
         ({"rotary_interleaved": True}, "rotary_interleaved = True, which is not supported"),
-        ({"add_bias_linear": True}, "add_bias_linear = True, which is not supported"),
+        ({"add_bias_linear": True}, "o and of the MLP = False where .*add_bias_linear = True"),
+        ({"softmax_type": "learnable"}, "sinks = 'vanilla' where .*softmax_type = 'learnable'"),
+        ({"activation_func_clamp_value": 7.0}, "clamp of .* = None where .*clamp_value = 7"),
+        ({"glu_linear_offset": 1.0}, r"added to ups = 0\.0 where .*glu_linear_offset = 1"),
+        ({"quick_geglu": True}, "quick GELU of gates = False where .*quick_geglu = True"),
         ({"position_embedding_type": "yarn"}, "rope_type = 'rope' where .*embedding_type = 'yarn'"),
         ({"seq_len_interpolation_factor": 4}, "linear rope factor = 1 where .*factor = 4"),
         ({"window_size": [128, 0]}, r"sliding_window = None in layers \[\] where .*window_size = "),
@@ -130,6 +134,23 @@ def test_an_adapter_is_refused(converted: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps({"model": {}, "peft": {"dim": 8}}))
     with pytest.raises(UserError, match="adapter"):
         open_checkpoint(folder, hf_config=converted / "hf")
+
+
+OF_GPT_OSS = {
+    "add_bias_linear": True, "add_qkv_bias": False, "quick_geglu": True, "swiglu": False,
+    "glu_linear_offset": 1, "activation_func_clamp_value": 0.75, "softmax_type": "learnable",
+    "activation_func": {"_target_": "megatron.core.activations.quick_gelu"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", [{}, {"softmax_type": "vanilla"}, {"add_bias_linear": False}])
+def test_sinks_biases_and_activation(other: dict[str, Any]) -> None:
+    architecture = FAMILIES["GptOssForCausalLM"].architecture(tiny_config("gpt_oss"), "config.json")
+    if not other:
+        check_arguments("folder", "args", OF_GPT_OSS, architecture, "config")
+        return
+    with pytest.raises(UserError, match=f"where its args says {next(iter(other))} = "):
+        check_arguments("folder", "args", OF_GPT_OSS | other, architecture, "config")
 
 
 WINDOW = {"window_size": [4, 0]}

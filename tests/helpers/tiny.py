@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    Gemma3Config,
     GenerationConfig,
     Mistral3Config,
     PretrainedConfig,
@@ -62,6 +63,17 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     },
     # The window is in three layers; the last has none, and is not rotated.
     "exaone4": {**_WIDE_HEADS, "sliding_window": 7},
+    # Every third layer has no window, and the rotation of the others is another.
+    "gemma3_text": {
+        **_WIDE_HEADS,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 6,
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
     "glm4": _WIDE_HEADS,
     # One layer without experts, then two shared experts in one MLP.
     "glm4_moe": {
@@ -71,6 +83,23 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "n_shared_experts": 2,
         "routed_scaling_factor": 1.5,
+    },
+    # Every other layer has a window. The limit clamps some of the gates and ups.
+    "gpt_oss": {
+        **_WIDE_HEADS,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": 6,
+        "swiglu_limit": 0.75,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
     },
     # Neither 1 nor 1 / sqrt(head_dim).
     "granite": {
@@ -170,8 +199,26 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     )
 
 
-def with_vision(text: PretrainedConfig) -> Mistral3Config:
+def with_vision(text: PretrainedConfig) -> PretrainedConfig:
     """A config of a model with the decoder ``text`` and one layer that sees images."""
+    if text.model_type == "gemma3_text":
+        return Gemma3Config(
+            text_config=text.to_dict(),
+            vision_config={
+                "model_type": "siglip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "patch_size": 4,
+                "image_size": 16,
+            },
+            tie_word_embeddings=text.tie_word_embeddings,
+            mm_tokens_per_image=4,
+            image_token_index=10,
+            boi_token_index=11,
+            eoi_token_index=12,
+        )
     vision = {
         "model_type": "pixtral",
         "hidden_size": 16,
@@ -224,7 +271,7 @@ def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> T
     noise = torch.randn(shape, generator=generator)
     if name.endswith("norm.weight"):
         return 1.0 + 0.3 * noise
-    if name.endswith(".bias"):
+    if name.endswith((".bias", "_bias", ".sinks")):
         return 0.3 * noise
     if name.endswith("embed_tokens.weight"):
         return 0.5 * noise
@@ -241,7 +288,7 @@ def save_tiny_model(
     they are cast to ``dtype``. The folder has config.json, generation_config.json,
     model.safetensors, and the tokenizer's files with a chat template.
     """
-    nested = isinstance(config, Mistral3Config)
+    nested = isinstance(config, Mistral3Config | Gemma3Config)
     kind = AutoModelForImageTextToText if nested else AutoModelForCausalLM
     model = kind.from_config(config).to(dtype)
     generator = torch.Generator().manual_seed(seed)

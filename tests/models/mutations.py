@@ -24,8 +24,9 @@ def mutate(
     Args:
         name: One of ``swapped_kv``, ``flat_qkv``, ``flat_qkv_bias``, ``swapped_gate_up``,
             ``permuted_experts``, ``shifted_embedding``, ``other_rope_theta``, ``unscaled_rope``,
-            ``full_rotary``, ``no_attention_factor``, ``longer_window``,
-            ``all_rotated``, or ``missing <norm>``.
+            ``full_rotary``, ``no_attention_factor``, ``longer_window``, ``shorter_window``
+            (in layer 0), ``swapped_gate_up_of_experts``, ``all_rotated``,
+            ``unscaled_embedding``, or ``missing <norm>``.
         architecture: The model's.
         parameters: Its parameters under their layout-independent names.
         chunks: The model.
@@ -50,10 +51,14 @@ def mutate(
 
     def permuted_experts() -> None:
         for linear in ("linear_fc1", "linear_fc2"):
-            names = [n for n in parameters if n.startswith(f"{LAYER}.mlp.experts") and linear in n]
-            values = [parameters[name].data.clone() for name in names]
-            for name, value in zip(names, values[1:] + values[:1], strict=True):
-                parameters[name].data.copy_(value)
+            of_linear = [
+                n for n in parameters if n.startswith(f"{LAYER}.mlp.experts") and linear in n
+            ]
+            for kind in ("weight", "bias"):
+                names = [name for name in of_linear if name.endswith(kind)]
+                values = [parameters[name].data.clone() for name in names]
+                for name, value in zip(names, values[1:] + values[:1], strict=True):
+                    parameters[name].data.copy_(value)
 
     def set_frequencies(rotary_dim: int) -> None:
         exponents = torch.arange(0, rotary_dim, 2) / rotary_dim
@@ -70,8 +75,19 @@ def mutate(
         for layer in chunks[0].decoder.layers:
             layer.self_attention._yarn_concentration_factor = 1.0  # megatron-core 0.19 keeps it
 
+    def swapped_gate_up_of_experts() -> None:
+        for name in parameters:
+            if name.startswith(f"{LAYER}.mlp.experts") and "linear_fc1" in name:
+                change(name, lambda rows: rows.roll(rows.shape[0] // 2, 0))
+
+    def shorter_window() -> None:
+        chunks[0].decoder.layers[0].self_attention.core_attention.window -= 1
+
     def longer_window() -> None:
         chunks[0].decoder.layers[1].self_attention.core_attention.window += 1
+
+    def unscaled_embedding() -> None:
+        chunks[0].embedding_multiplier = 1.0
 
     def all_rotated() -> None:
         chunks[0].config.no_rope_freq = None
@@ -93,7 +109,10 @@ def mutate(
         "full_rotary": lambda: set_frequencies(architecture.head_dim),
         "no_attention_factor": no_attention_factor,
         "longer_window": longer_window,
+        "shorter_window": shorter_window,
+        "swapped_gate_up_of_experts": swapped_gate_up_of_experts,
         "all_rotated": all_rotated,
+        "unscaled_embedding": unscaled_embedding,
     }
     if name.startswith("missing "):
         change(name.removeprefix("missing "), torch.ones_like)

@@ -39,6 +39,7 @@ NEUTRAL_OF_FAMILY: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window_pattern": 2},
     # While there are no tensors of such layers.
     "glm4_moe": {"num_mtp_layers": 2, "output_router_logits": True},
+    "gpt_oss": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
     "llama": {"pretraining_tp": 2},
     # Sequences end before.
     "ministral3": {"max_position_embeddings": 512},
@@ -75,8 +76,12 @@ def neutral(family: str) -> dict[str, Any]:
     return NEUTRAL | NEUTRAL_OF_FAMILY.get(family, {})
 
 
+# The root of the width, a factor on embeddings, is the same in bf16.
+BASE: dict[str, dict[str, Any]] = {"gemma3_text": {"hidden_size": 64}}
+
+
 def base(family: str) -> PretrainedConfig:
-    return tiny_config(family, bos_token_id=5)
+    return tiny_config(family, bos_token_id=5, **BASE.get(family, {}))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +89,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("configs")
     for family in MODEL_TYPES:
         config = base(family)
-        config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
+        name = type(config).__name__.removesuffix("Config").removesuffix("Text")
+        config.architectures = [f"{name}ForCausalLM"]
         config.save_pretrained(root / family)
     return root
 
@@ -100,8 +106,11 @@ def other(value: Any) -> Any:
     if isinstance(value, str):
         return "gelu"
     if isinstance(value, list):
-        return [*value[:-1], "sliding_attention"]
+        last = "full" if value[-1:] == ["sliding_attention"] else "sliding"
+        return [*value[:-1], f"{last}_attention"]
     if isinstance(value, dict):
+        if "full_attention" in value:  # a rotation for each kind of layer
+            return value | {"full_attention": {"rope_type": "default", "rope_theta": 777.0}}
         return value | {"rope_theta": 777.0}
     assert value is None
     return 8

@@ -72,14 +72,25 @@ def test_grouped_experts_number_their_matrices() -> None:
     assert "local_expert_indices_offset + i" in source
 
 
-def test_windows_are_refused_where_keys_pass_between_ranks() -> None:
-    """Transformer Engine has windows under other kinds of context parallelism only."""
-    architecture = FAMILIES["MistralForCausalLM"].architecture(
-        tiny_config("mistral", sliding_window=5), "config.json"
-    )
+@pytest.mark.parametrize(
+    ("family", "fields", "what"),
+    [
+        ("mistral", {"sliding_window": 5}, "a sliding window of 5 positions"),
+        ("gpt_oss", {}, "a sliding window of 6 positions and attention sinks"),
+        ("gpt_oss", {"sliding_window": 256}, "attention sinks"),
+    ],
+)
+def test_what_is_refused_where_keys_pass_between_ranks(
+    family: str, fields: dict[str, Any], what: str
+) -> None:
+    """Transformer Engine has these under other kinds of context parallelism only."""
+    (own,) = (one for one in FAMILIES.values() if one.model_type == family)
+    architecture = own.architecture(tiny_config(family, **fields), "config.json")
     config: Any = SimpleNamespace(context_parallel_size=2)
     context: Any = SimpleNamespace(transformer_engine=True)
-    with pytest.raises(UserError, match=r"context_parallel_size = 2, .*window of 5 pos.*; give 1"):
+    with pytest.raises(
+        UserError, match=f"context_parallel_size = 2, .* has {what}, which .*; give 1"
+    ):
         build_model(
             architecture,
             None,  # type: ignore[arg-type]

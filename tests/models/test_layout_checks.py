@@ -55,6 +55,12 @@ def test_layouts_that_fit() -> None:
         ),
         (MOE, {"tensor_model": 3}, "--expert-tensor-parallel-size 3 does not divide the 20 feed"),
         (MOE, {"expert_model": 3}, "--expert-model-parallel-size 3 does not divide the 8 experts"),
+        (
+            dataclasses.replace(MOE, mlp_bias=True),
+            {"expert_tensor": 2},
+            "--expert-tensor-parallel-size 2, but Megatron does not divide experts with biases over"
+            " ranks, and those of MODEL have them; give --expert-tensor-parallel-size 1",
+        ),
         (DENSE, {"expert_model": 2}, "--expert-model-parallel-size 2, but MODEL has no mixture of"),
         (DENSE, {"expert_tensor": 1}, "--expert-tensor-parallel-size 1, but MODEL has no mixture"),
     ],

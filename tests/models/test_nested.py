@@ -26,7 +26,7 @@ INNER = "language_model."
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("nested")
-    for family in ("mistral", "ministral3"):
+    for family in ("mistral", "ministral3", "gemma3_text"):
         save_tiny_model(root / family, with_vision(tiny_config(family)), seed=3)
         (root / family / "preprocessor_config.json").write_text("{}")
     return root
@@ -40,7 +40,7 @@ def decoder_of(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("family", ["mistral", "ministral3"])
+@pytest.mark.parametrize("family", ["mistral", "ministral3", "gemma3_text"])
 def test_the_decoder_is_a_model_of_its_own(
     models: Path, caplog: pytest.LogCaptureFixture, family: str
 ) -> None:

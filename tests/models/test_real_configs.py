@@ -24,6 +24,7 @@ from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import mapping_table, read_architecture
 from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.training.layout import make_layout
+from megatron_oprd.weights.expert_parts import stored_shapes
 from megatron_oprd.weights.hf_files import HFFolder
 from megatron_oprd.weights.mapping import Index, Mapping, Shape
 from tests.helpers.ranks import run_ranks
@@ -62,6 +63,9 @@ PARAMETERS = {
     "Seed-OSS-36B-Instruct": 36_151_104_512,
     "SmolLM3-3B": 3_075_098_624,
     "granite-3.3-8b-instruct": 8_170_864_640,
+    "gemma-3-27b-it": 27_009_346_304,  # the decoder
+    "gpt-oss-120b": 116_829_156_672,
+    "gpt-oss-20b": 20_914_757_184,
 }
 WORLD_SIZE = 32
 MULTIPLE = 128
@@ -90,6 +94,9 @@ LAYOUTS = {
     "glm_4.5_air": Layout(model="GLM-4.5-Air", layers=(11, 12, 12, 11), ep=8, etp=1),
     # 2 key/value heads on 8 ranks.
     "glm4_32b": Layout(model="GLM-4-32B-0414", layers=(16, 15, 15, 15)),
+    "gemma3_27b": Layout(model="gemma-3-27b-it", layers=(16, 16, 15, 15)),
+    "gpt_oss_120b": Layout(model="gpt-oss-120b", layers=(9,) * 4, ep=8, etp=1),
+    "gpt_oss_20b": Layout(model="gpt-oss-20b", layers=(6,) * 4, ep=8, etp=1),
     "granite_8b": Layout(model="granite-3.3-8b-instruct", layers=(10,) * 4),
     "kimi_k2": Layout(model="Kimi-K2-Instruct", layers=(16, 15, 15, 15), ep=8, etp=1),
     "llama_70b": Layout(model="Llama-3.1-70B-Instruct", layers=(20,) * 4),
@@ -124,6 +131,9 @@ NIGHTLY = (
     "deepseek_v3",
     "exaone_32b",
     "glm4_32b",
+    "gemma3_27b",
+    "gpt_oss_120b",
+    "gpt_oss_20b",
     "granite_8b",
     "kimi_k2",
     "minimax_m2",
@@ -300,7 +310,7 @@ def test_every_tensor_is_consumed_once(tmp_path: Path, name: str) -> None:
     tensors = revert_weight_conversion(model, model.state_dict())
     if architecture.tied:
         assert tensors.pop("lm_head.weight").shape == tensors["model.embed_tokens.weight"].shape
-    shapes = {name: shape for mapping in table for name, shape in mapping.hf.items()}
+    shapes = stored_shapes(table)
     assert shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert set(Counter(name for mapping in table for name in mapping.hf).values()) == {1}
 

@@ -43,6 +43,14 @@ YARN = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    # Biases of all linear layers but the head, of some of them.
+    "llama_biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "granite_biased": ("granite", {"attention_bias": False, "mlp_bias": True}),
+    "smollm3_biased": ("smollm3", {"attention_bias": True, "mlp_bias": False}),
+    "seed_oss_biased": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+    "qwen3_biased": ("qwen3", {"attention_bias": True, "num_key_value_heads": 1}),
+    "olmo2_biased": ("olmo2", {"attention_bias": True}),
+    "olmo3_biased": ("olmo3", {"attention_bias": True}),
     "llama3_rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama_linear": (
         "llama",
@@ -77,6 +85,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 256}),
     "mistral_window": ("mistral", {"sliding_window": 5}),
     # Decoders of models with vision.
+    "vision_gemma3": ("gemma3_text", {"tie_word_embeddings": True}),
     "mistral3": ("mistral", {"sliding_window": 6}),
     "mistral3_tied": ("mistral", {"tie_word_embeddings": True}),
     "mistral3_ministral3": ("ministral3", {}),
@@ -115,6 +124,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
             },
         },
+    ),
+    "gemma3": ("gemma3_text", {}),
+    # One key head for all ranks, biases, a pattern in the place of layer_types.
+    "gemma3_biased_tied": (
+        "gemma3_text",
+        {"num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True}
+        | {"layer_types": None, "sliding_window_pattern": 2},
     ),
     "glm4": ("glm4", {"attention_bias": True}),
     "glm4_yarn": (
@@ -169,6 +185,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5},
         },
     ),
+    "gpt_oss_moe": ("gpt_oss", {}),
+    # One key head for all ranks, and no limit that anything reaches.
+    "gpt_oss_moe_tied": (
+        "gpt_oss",
+        {"num_key_value_heads": 1, "swiglu_limit": 700.0, "tie_word_embeddings": True},
+    ),
     "minimax_m2_moe": ("minimax_m2", {}),
     # One key head for all ranks; three experts for each token.
     "minimax_m2_moe_yarn": (
@@ -197,6 +219,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe_biased": ("qwen3_moe", {"attention_bias": True}),
     "qwen3_moe_window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}),
     "qwen3_moe_raw_tied": (
         "qwen3_moe",
@@ -231,6 +254,13 @@ MOE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 ALL_LAYOUTS = LAYOUTS | MOE_LAYOUTS
 # What differs does not depend on the layout, or on the layer's number only.
 FEW_LAYOUTS = {
+    "gemma3": ("tp1", "tp2_sp", "pp2_vpp2"),
+    "gemma3_biased_tied": ("tp1", "tp2_sp"),
+    "vision_gemma3": ("tp1", "pp2"),
+    "llama_biased": ("tp1", "tp2", "tp2_sp", "pp2_vpp2"),
+    **dict.fromkeys(("granite_biased", "smollm3_biased", "seed_oss_biased"), ("tp1", "tp2_sp")),
+    **dict.fromkeys(("qwen3_biased", "olmo2_biased"), ("tp1", "tp2_sp")),
+    "olmo3_biased": ("tp2",),
     **dict.fromkeys(
         ("llama_linear", "qwen3_yarn", "qwen2_yarn", "mistral_window"), ("tp1", "tp2", "pp2")
     ),
@@ -262,6 +292,7 @@ COMBINATIONS = [
         for layout in FEW_LAYOUTS.get(model, LAYOUTS)
     ),
     ("qwen3_moe_window", "tp1"),
+    ("qwen3_moe_biased", "tp2_sp_ep2"),
     *(("glm4_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("glm4_moe_normed", layout) for layout in ("tp1", "ep2_pp2")),
     *(
@@ -269,6 +300,9 @@ COMBINATIONS = [
         for layout in ("tp1", "tp2_pp2", "ep2_pp2_vpp2", "tp2_sp_etp1_ep2")
     ),
     *(("deepseek_v3_moe_plain", layout) for layout in ("tp1", "tp2_sp_etp1")),
+    *(("gpt_oss_moe", layout) for layout in ("tp1", "tp2_sp_etp1", "ep2_pp2_vpp2")),
+    *(("gpt_oss_moe", layout) for layout in ("tp2_sp_pp2_etp1_ep2", "ep4", "tp2_sp_etp1_ep2")),
+    *(("gpt_oss_moe_tied", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("minimax_m2_moe", layout) for layout in ("tp1", "tp2_sp_ep2", "ep2_pp2_vpp2")),
     *(("minimax_m2_moe_yarn", layout) for layout in ("tp1", "tp2_sp_etp1")),
     *(("mixtral_moe", layout) for layout in ("tp1", "ep2_pp2")),
@@ -296,6 +330,7 @@ MISTAKEN = ("llama", "llama_tied", "qwen2", "qwen3_tied", "qwen3_moe", "phi3", "
 ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
 QKV = {f"{ATTENTION}.{part}_proj.weight" for part in "qkv"}
 NORM = "decoder.layers.1"
+BIAS = ("", "_bias")
 MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
     ("swapped_kv", "llama"): (1, QKV - {f"{ATTENTION}.q_proj.weight"}),
     ("swapped_kv", "qwen3_tied"): (1, QKV - {f"{ATTENTION}.q_proj.weight"}),
@@ -357,6 +392,17 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
         1,
         {"model.layers.1.post_attention_layernorm.weight"},
     ),
+    # Norms of 1 + weight: 2 in the place of the weight's.
+    (f"missing {NORM}.self_attention.q_layernorm.weight", "gemma3"): (
+        1,
+        {f"{ATTENTION}.q_norm.weight"},
+    ),
+    (f"missing {NORM}.mlp.linear_fc1.layer_norm_weight", "gemma3"): (
+        1,
+        {"model.layers.1.pre_feedforward_layernorm.weight"},
+    ),
+    ("longer_window", "gemma3"): (1, set()),
+    ("unscaled_embedding", "gemma3"): (0, set()),
     (f"missing {NORM}.mlp.linear_fc2.post_layernorm.weight", "glm4"): (
         1,
         {"model.layers.1.post_mlp_layernorm.weight"},
@@ -379,6 +425,33 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
         {f"{ATTENTION}.k_norm.weight"},
     ),
     ("full_rotary", "minimax_m2_moe"): (0, set()),
+    # Ones in the place of the sinks and of one expert's biases.
+    (f"missing {NORM}.self_attention.core_attention.softmax_offset", "gpt_oss_moe"): (
+        1,
+        {f"{ATTENTION}.sinks"},
+    ),
+    (f"missing {NORM}.self_attention.linear_proj.bias", "llama_biased"): (
+        1,
+        {f"{ATTENTION}.o_proj.bias"},
+    ),
+    (f"missing {NORM}.mlp.linear_fc1.bias", "llama_biased"): (
+        1,
+        {f"{MLP}.{part}_proj.bias" for part in ("gate", "up")},
+    ),
+    (f"missing {NORM}.mlp.linear_fc2.bias", "granite_biased"): (1, {f"{MLP}.down_proj.bias"}),
+    (f"missing {NORM}.self_attention.linear_proj.bias", "gpt_oss_moe"): (
+        1,
+        {f"{ATTENTION}.o_proj.bias"},
+    ),
+    ("permuted_experts", "gpt_oss_moe"): (
+        1,
+        {f"{MLP}.experts.{part}_proj{kind}" for part in ("gate_up", "down") for kind in BIAS},
+    ),
+    ("swapped_gate_up_of_experts", "gpt_oss_moe"): (
+        1,
+        {f"{MLP}.experts.gate_up_proj{kind}" for kind in BIAS},
+    ),
+    ("shorter_window", "gpt_oss_moe"): (0, set()),
     (f"missing {NORM}.mlp.shared_experts.gate_weight", "qwen2_moe"): (
         1,
         {f"{MLP}.shared_expert_gate.weight"},
@@ -422,7 +495,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     cases: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
     for number, (model, (family, fields)) in enumerate(MODELS.items()):
         config = tiny_config(family, **fields)
-        nested = model.startswith("mistral3")
+        nested = model.startswith(("mistral3", "vision"))
         save_tiny_model(root / model, with_vision(config) if nested else config, seed=number)
     for model, layout in [case for case in COMBINATIONS if case in selected]:
         ranks, parallel = ALL_LAYOUTS[layout]

@@ -9,6 +9,7 @@ import torch
 
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.training.checkpoints import read_manifest, whole_checkpoints
+from megatron_oprd.weights.expert_parts import Stacked, has_parts
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from tests.helpers.closeness import assert_close_relative
 from tests.helpers.pairs import LINEAR_UPDATES, save_pair
@@ -49,6 +50,8 @@ SAVERS = {
     "moe_tp2_sp": (2, TP2_SP),
     "moe_ep2_vpp2": (4, [*EP2, *VPP2]),
     "moe_dp2_ep2": (4, EP2),
+    "sinks_one": (1, []),
+    "sinks_tp2_sp": (2, [*TP2_SP, *ETP1]),
     "projector_one": (1, PROJECTOR),
     "projector_tp2_sp": (2, [*TP2_SP, *PROJECTOR]),
     "projector_dp2": (2, PROJECTOR),
@@ -93,6 +96,7 @@ LOADERS = {
     "moe_tp2_sp_etp1_from_ep2_vpp2": (2, [*TP2_SP, *ETP1], "moe_ep2_vpp2"),
     "moe_tp2_sp_ep2_from_dp2_ep2": (4, [*TP2_SP, *EP2], "moe_dp2_ep2"),
     "moe_ep2_pp2_from_tp2_sp": (4, [*EP2, *PP2], "moe_tp2_sp"),
+    "sinks_one_from_tp2_sp": (1, [], "sinks_tp2_sp"),
     "projector_one_from_tp2_sp": (1, PROJECTOR, "projector_tp2_sp"),
     "projector_pp2_from_dp2": (2, [*PP2, *PROJECTOR], "projector_dp2"),
     "projector_tp2_sp_from_dp2": (2, [*TP2_SP, *PROJECTOR], "projector_dp2"),
@@ -119,7 +123,7 @@ NIGHTLY = {
     *("dp2_from_plain", "one_from_vpp2", "vpp2_from_one", "dp2_from_one", "dp2_tp2_from_one"),
     *("output_tied_vpp2", "output_tied_one_from_vpp2"),
     *("moe_tp2_sp", "moe_one_from_ep2", "moe_ep2_from_one", "moe_ep2_pp2_from_tp2_sp"),
-    "projector_tp2_sp_from_dp2",
+    *("projector_tp2_sp_from_dp2", "sinks_one", "sinks_tp2_sp", "sinks_one_from_tp2_sp"),
     *("odd_tied_dp2_from_pp2", "odd_tied_one_from_dp3_B", "odd_tied_pp2_from_dp3_B"),
     *("odd_tied_dp3_from_one", "odd_tied_dp4_B_from_pp2"),
     *("plain_pp2_from_dp2", "output_tied_pp2_from_one"),
@@ -135,7 +139,7 @@ NIGHTLY = {
     *("odd_tp2_sp_B_from_dp3_B", "odd_bf16_plain_from_dp3_B", "odd_bf16_tp2_sp_B_from_dp3_B"),
 }
 REFERENCE = {"shallow_from_shallow_pp2": "shallow", "shallow_pp2": "shallow", "shallow": "shallow"}
-for kind in ("moe", "output", "output_tied", "odd", "odd_tied", "odd_bf16", "projector"):
+for kind in ("moe", "sinks", "output", "output_tied", "odd", "odd_tied", "odd_bf16", "projector"):
     of_kind = [name for name in (*SAVERS, *LOADERS) if name.startswith(f"{kind}_")]
     REFERENCE |= dict.fromkeys(of_kind, f"{kind}_one")
 
@@ -165,11 +169,19 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     root = tmp_path_factory.mktemp("checkpoints")
     dense = str(save_pair(root / "pair", "qwen3"))
     moe = str(save_pair(root / "moe_pair", "qwen3_moe"))
+    sinks = str(save_pair(root / "sinks_pair", "gpt_oss"))
     tied = str(save_pair(root / "tied_pair", "llama", tied=True))
     sizes: dict[str, Any] = {"hidden_size": 40, "intermediate_size": 72, "head_dim": 12}
     odd = str(save_pair(root / "odd_pair", "qwen3", **sizes))
     odd_tied = str(save_pair(root / "odd_tied_pair", "qwen3", tied=True, **sizes))
-    pairs = {"odd_tied_": odd_tied, "odd_": odd, "moe_": moe, "output_tied_": tied, "": dense}
+    pairs = {
+        "odd_tied_": odd_tied,
+        "odd_": odd,
+        "moe_": moe,
+        "sinks_": sinks,
+        "output_tied_": tied,
+        "": dense,
+    }
 
     def case(name: str, overrides: list[str], load: str | None, steps: int) -> dict[str, Any]:
         return {
@@ -246,9 +258,10 @@ def test_a_checkpoint_is_read_as_the_students_weights(results: Path, name: str) 
     opened = open_checkpoint(results / name)
     opened.check_tensors()
     expected = torch.load(results / f"{name}_saved.pt")
-    assert opened.source.names() == list(expected)
+    source = Stacked(opened.source) if has_parts(opened.table) else opened.source
+    assert source.names() == list(expected)
     for tensor, values in expected.items():
-        assert torch.equal(opened.source.read(tensor), values), tensor
+        assert torch.equal(source.read(tensor), values), tensor
 
 
 def test_checkpoint_carries_hugging_face_files(results: Path) -> None:

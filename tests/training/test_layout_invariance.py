@@ -148,6 +148,18 @@ POST_NORMS = {
     # Two rotations in each model.
     "two_ropes": {"family": "olmo3"},
 }
+# Biases of q, k, v, o and the MLP; of the MLP alone in the teacher.
+BIASES = {
+    "biases": {
+        "family": "llama",
+        "teacher_family": "granite",
+        "mlp_bias": True,
+        "attention_bias": True,
+        "teacher_fields": {"attention_bias": False},
+    },
+}
+# Norms of 1 + weight, before and behind; GELU; scaled embeddings; two rotations.
+GEMMA = {"zero_centered_norms": {"family": "gemma3_text", "teacher_layers": 4, "tied": True}}
 # Factors on embeddings, scores, residuals and logits.
 MULTIPLIERS = {
     "multipliers": {"family": "granite", "teacher_family": "exaone4", "tied": True},
@@ -175,6 +187,8 @@ MOE_PAIRS = {
         "teacher_family": "qwen3_moe",
         "rms_norm_eps": 0.01,
     },
+    # Attention sinks, biases of experts, windows by layer.
+    "sinks": {"family": "gpt_oss", "teacher_layers": 6},
     # An expert for all tokens, with its gate.
     "shared_expert": {"family": "qwen2_moe", "teacher_family": "mixtral"},
 }
@@ -346,6 +360,11 @@ CASES = [
         for layout in ("tp2", "tp2_sp_packed", "pp2_vpp2_full", "cp2", "tp4_sp")
     ),
     *(("two_ropes", "default", layout) for layout in ("tp2_sp_packed", "pp2_vpp2_full", "cp2")),
+    *(("biases", "default", layout) for layout in ("tp2_sp_full", "pp2_vpp2_full")),
+    *(
+        ("zero_centered_norms", "default", layout)
+        for layout in ("tp2_sp_packed", "pp2_vpp2_full", "cp2")
+    ),
     *(("multipliers", "reverse_kl", layout) for layout in ("tp2_sp_full", "pp2_vpp2")),
     ("multipliers", "logprobs", "tp2"),
     *(("moe", "default", layout) for layout in ("mbs1", "tp2_sp", "pp2_vpp2", *MOE_LAYOUTS)),
@@ -370,6 +389,12 @@ CASES = [
         ("shared_expert", "default", layout)
         for layout in ("tp2_sp_etp1_ep2", "ep2_pp2_vpp2_full", "tp2_sp_ep2")
     ),
+    *(
+        ("sinks", "default", layout)
+        for layout in ("tp2_sp_etp1_ep2", "packed", "cp2_full", "ep2_pp2_vpp2_full")
+    ),
+    ("sinks", "default", "tp2_sp_etp1"),
+    ("sinks", FP8[0], "tp2_sp_etp1_ep2"),
     *(
         ("qwen3_deeper", method, layout)
         for method in FP8
@@ -502,6 +527,8 @@ FURTHER: set[tuple[str, ...]] = {
     *(("post_norms", "default", layout) for layout in ("pp2_vpp2_full", "cp2", "tp4_sp")),
     *(("two_ropes", "default", layout) for layout in ("pp2_vpp2_full", "cp2")),
     ("multipliers", "reverse_kl", "pp2_vpp2"),
+    ("biases", "default", "pp2_vpp2_full"),
+    *(("zero_centered_norms", "default", layout) for layout in ("pp2_vpp2_full", "cp2")),
     *(("shared_expert", "default", layout) for layout in ("ep2_pp2_vpp2_full", "tp2_sp_ep2")),
     ("linear_attention", "default", "tp2_pp2"),
     ("linear_attention", FP8[0], "tp2_sp_packed"),
@@ -530,6 +557,11 @@ FURTHER: set[tuple[str, ...]] = {
     ("shallow_first_teacher", "tp2_sp_pp2_full"),
     (EARLY, "tp2_sp_full"),
     ("bridge", "default", "tp2_sp_pp2_full"),
+    *(
+        ("sinks", "default", layout)
+        for layout in ("packed", "cp2_full", "ep2_pp2_vpp2_full", "tp2_sp_etp1")
+    ),
+    ("sinks", FP8[0], "tp2_sp_etp1_ep2"),
 }
 # Left to the nightly run: the pairs that go through the same layouts as llama_tied_deeper, without
 # its second step, and most layouts of some settings (the main run has those that differ most).
@@ -568,6 +600,8 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             | WINDOWS
             | WITHOUT_ROPE
             | POST_NORMS
+            | BIASES
+            | GEMMA
             | MULTIPLIERS
             | OTHER_VOCABULARY
             | MOE_PAIRS

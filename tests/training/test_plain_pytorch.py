@@ -1,6 +1,7 @@
 """A step is what the same step in plain PyTorch over transformers' models is."""
 
 import itertools
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ PAIRS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"family": "qwen2_moe", "teacher_family": "mixtral"},
     "deepseek_v3": {"family": "deepseek_v3"},
     "glm4_moe": {"family": "glm4_moe"},
+    "gemma3": {"family": "gemma3_text", "tied": True},
+    "gpt_oss": {"family": "gpt_oss"},
+    "biased": {"family": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen3_moe": {"family": "qwen3_moe"},
     "qwen3_moe_raw": {"family": "qwen3_moe", "norm_topk_prob": False, "num_experts_per_tok": 3},
 }
@@ -79,6 +83,9 @@ STEPS = {
     "shared_expert": Step(pair="qwen2_moe"),
     "latent": Step(pair="deepseek_v3"),
     "sigmoid_router": Step(pair="glm4_moe"),
+    "sinks": Step(pair="gpt_oss"),
+    "zero_centered_norms": Step(pair="gemma3"),
+    "biases": Step(pair="biased"),
     "deeper": Step(pair="qwen2_deeper", matches=((0, 0), (1, 2), (2, 4), (3, 6))),
     "deeper_tied": Step(pair="qwen3_deeper_tied", matches=((0, 0), (1, 2), (2, 4), (3, 6))),
     "several_student_layers_to_one": Step(
@@ -487,9 +494,13 @@ def test_equals_plain_pytorch(results: Path, name: str) -> None:
         assert_close_relative(gradient, of_projectors[name_of_one].grad, 5e-5, what=name_of_one)
     trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
     assert 0 < len(trained) <= len(parameters)
+    # Biases of stacked experts: of each expert a vector.
+    vectors = {id(one) for name, one in parameters.items() if name.endswith("_bias")}
     groups = [
         {
-            "params": [one for one in part if (one.dim() > 1) == is_matrix],
+            "params": [
+                one for one in part if (one.dim() > 1 and id(one) not in vectors) == is_matrix
+            ],
             "lr": lr,
             "weight_decay": 0.1 if is_matrix else 0.0,
         }
@@ -522,7 +533,8 @@ def _with_fused_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Experts stacked as in transformers' models: [e, gate and up, h] and [e, h, f]."""
     fused: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if ".experts." not in name:
+        # GPT-OSS's are stacked already.
+        if re.search(r"\.experts\.\d", name) is None:
             fused[name] = tensor
         elif ".experts.0.gate_proj" in name:
             experts = name.removesuffix("0.gate_proj.weight")

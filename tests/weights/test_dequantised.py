@@ -223,7 +223,7 @@ def test_the_decoder_of_a_model_with_images(tmp_path: Path) -> None:
     [
         ({"quant_method": "awq", "bits": 4}, "quant_method = 'awq'.*give the model's bf16 folder"),
         ({"quant_method": "gptq"}, "quant_method = 'gptq'.*or its FP8 one"),
-        ({"quant_method": "mxfp4"}, "quant_method = 'mxfp4'.*a bf16 copy"),
+        ({"quant_method": "mxfp4", "bits": 4}, "bits = 4, which is not known"),
         ({"quant_method": "other"}, "'other'.*the folder of the model that was quantised"),
         ({"bits": 4}, "quant_method = None"),
         (fp8([128, 128], scale_fmt="ue8m0"), r"scale_fmt = 'ue8m0', which is not one of \['float"),
@@ -271,5 +271,5 @@ def test_refused_by_the_tensors(
 def test_another_dtype(folder: Path, tmp_path: Path) -> None:
     quantise(folder, "blocks", torch.bfloat16)
     other = copy_with_config(folder, tmp_path / "other", dtype="float64")
-    with pytest.raises(UserError, match="dtype = 'float64'; weights in FP8 are read as float32"):
+    with pytest.raises(UserError, match="dtype = 'float64'; quantised weights are read as float32"):
         open_checkpoint(other)

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -72,6 +73,7 @@ HEADS = [(4, 4), (8, 4), (16, 4), (4, 1), (8, 2)]
 VOCABULARIES = [(97, 100), (97, 128), (16, 16), (9, 16), (5, 8)]
 GATED = GatedMLP(megatron="fc1", hf={"gate": (12, HIDDEN), "up": (12, HIDDEN)})
 ROW_SPLIT = RowSplit(megatron="fc2", hf={"down": (HIDDEN, 12)})
+SPLIT = ColumnSplit(megatron="sinks", hf={"s": (8,)})
 GROUPED = GroupedRows(
     megatron="conv", hf={"c": (4 * 9, 1, 3)}, num_groups=4, rows_of_group=(2, 2, 5)
 )
@@ -80,7 +82,7 @@ ALL_KINDS: dict[str, Mapping] = {
     "copy_matrix": Copy(megatron="router", hf={"r": (3, HIDDEN)}),
     "row_split": ROW_SPLIT,
     "column_split": ColumnSplit(megatron="up", hf={"up": (12, HIDDEN)}),
-    "column_split_of_numbers": ColumnSplit(megatron="steps", hf={"steps": (12,)}),
+    "column_split_of_numbers": SPLIT,
     "gated_mlp": GATED,
     **{f"vocabulary_{n}_{padded}": vocabulary(n, padded) for n, padded in VOCABULARIES},
     **{f"qkv_{heads}_{groups}": qkv(heads, groups, 4) for heads, groups in HEADS},
@@ -219,6 +221,20 @@ def test_row_split_splits_columns(tp_size: int) -> None:
 
 
 @pytest.mark.parametrize("tp_size", SIZES)
+def test_split_gives_each_rank_its_rows(tp_size: int) -> None:
+    tensors = numbered(SPLIT)
+    assert torch.equal(torch.cat(to_shards(SPLIT, tensors, tp_size)), tensors["s"])
+    (piece,) = SPLIT.pieces(tp_size - 1, tp_size)
+    assert piece.hf_index == (slice(8 - 8 // tp_size, 8),)
+
+
+def test_neighbours_in_one_tensor_are_one_piece() -> None:
+    """So that an expert stored as one tensor is read once."""
+    assert len(fused(GATED).pieces(0, 1)) == 1
+    assert len(fused(GATED).pieces(1, 2)) == len(GATED.pieces(0, 1)) == 2
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
 @pytest.mark.parametrize(("size", "padded"), VOCABULARIES)
 def test_vocabulary_is_padded_with_zeros(size: int, padded: int, tp_size: int) -> None:
     mapping = vocabulary(size, padded)
@@ -248,13 +264,28 @@ def architecture(family: str, *, tied: bool) -> Architecture:
     return own.architecture(tiny_config(family, tie_word_embeddings=tied), "config.json")
 
 
+def parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The tensors that a table has for one in files: GPT-OSS's experts one by one."""
+    if not re.search(r"mlp\.experts\.(gate_up|down)_proj(_bias)?$", name):
+        return [(name, tensor)]
+    of_experts = []
+    for number, one in enumerate(tensor):
+        # Gate and up take turns in the last dimension.
+        halves = [one[..., 0::2], one[..., 1::2]] if "gate_up" in name else [one]
+        rows = torch.cat([half.t() if half.dim() == 2 else half for half in halves])
+        of_experts.append((f"{name}[{number}]", rows))
+    return of_experts
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", [family.model_type for family in FAMILIES.values()])
 def test_a_table_has_every_tensor_of_transformers_model(family: str, tied: bool) -> None:
     model = AutoModelForCausalLM.from_config(tiny_config(family, tie_word_embeddings=tied))
     # As transformers writes them: it fuses experts in its models, not in its checkpoints.
     written = revert_weight_conversion(model, model.state_dict())
-    tensors = {name: tensor.double() for name, tensor in written.items()}
+    tensors = {
+        part: value.double() for name, one in written.items() for part, value in parts(name, one)
+    }
     if tied:
         assert torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"])
     table = mapping_table(architecture(family, tied=tied), padded_vocab_size=104)

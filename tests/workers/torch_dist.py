@@ -18,10 +18,11 @@ from torch import Tensor
 
 from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.models.architecture import Architecture
-from megatron_oprd.models.families import mapping_table, read_architecture
+from megatron_oprd.models.families import mapping_table
+from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.parallel.context import ParallelContext, parallel_run
-from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.megatron_keys import named_parameters
+from megatron_oprd.weights.source import WeightSource
 
 # Rows of the embedding become a multiple of this times the tensor-parallel size.
 VOCAB_MULTIPLE = 8
@@ -35,8 +36,8 @@ def run(case: dict[str, Any], directory: Path) -> None:
     writes the names of the parameters that then differ from the folder's.
     """
     parallel = ParallelConfig(**case["parallel"])
-    hf = HFCheckpoint(case["hf"])
-    architecture = read_architecture(hf)
+    opened = open_checkpoint(Path(case["hf"]))
+    hf, architecture = opened.source, opened.architecture
     checkpoint = directory / case["checkpoint"]
     with parallel_run(parallel, seed=0) as context:
         layers = case["layers_per_stage"] or _even(architecture, parallel)
@@ -117,7 +118,8 @@ def _build(
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
+        add_bias_linear=a.mlp_bias,
+        softmax_type="learnable" if a.attention_sinks else "vanilla",
         add_qkv_bias=a.qkv_bias,
         qk_layernorm=a.qk_norm,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -174,7 +176,7 @@ def _layer_spec(a: Architecture) -> ModuleSpec:
 def _expected(
     chunks: list[GPTModel],
     architecture: Architecture,
-    hf: HFCheckpoint,
+    hf: WeightSource,
     parallel: ParallelConfig,
     context: ParallelContext,
 ) -> dict[str, Tensor]:

@@ -12,8 +12,11 @@ from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import (
     deepseek_v3,
     exaone4,
+    gemma3,
+    gemma3_images,
     glm4,
     glm4_moe,
+    gpt_oss,
     granite,
     llama,
     minimax_m2,
@@ -44,8 +47,10 @@ FAMILIES: dict[str, Family] = {
     for module in (
         deepseek_v3,
         exaone4,
+        gemma3,
         glm4,
         glm4_moe,
+        gpt_oss,
         granite,
         llama,
         minimax_m2,
@@ -67,7 +72,9 @@ FAMILIES: dict[str, Family] = {
 
 
 # Models whose decoder is of a family above.
-NESTED: dict[str, Nested] = {module.NESTED.name: module.NESTED for module in (mistral3,)}
+NESTED: dict[str, Nested] = {
+    module.NESTED.name: module.NESTED for module in (gemma3_images, mistral3)
+}
 
 
 # Whatever has a configuration.
@@ -84,7 +91,7 @@ def read_architecture(checkpoint: Folder) -> Architecture:
             way that is not handled.
     """
     source = str(checkpoint.folder / "config.json")
-    # Weights in FP8 are read as their values.
+    # Quantised weights are read as their values.
     read_quantization(checkpoint.config, source)
     raw = without_quantization(checkpoint.config)
     if (nested := nested_model(checkpoint)) is not None:

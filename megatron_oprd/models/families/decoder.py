@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.models.architecture import Architecture, MixtureOfExperts, check_fields
+from megatron_oprd.models.architecture import (
+    ROPE_TYPES,
+    Architecture,
+    MixtureOfExperts,
+    check_fields,
+    read_rope,
+)
 from megatron_oprd.weights.mapping import Mapping
 
 Check = Callable[[Any], bool]
@@ -163,6 +169,29 @@ def own_code_of(**classes: str) -> Check:
     return lambda auto_map: all(
         str(path).rpartition(".")[2] == classes.get(name) for name, path in auto_map.items()
     )
+
+
+def read_windows_with_ropes(config: Any, source: str, *, head_dim: int) -> dict[str, Any]:
+    """Reads the arguments of `Architecture` on windows, and on a rotation of each kind of layers.
+
+    Raises:
+        UserError: The fields contradict each other.
+    """
+    windows = read_windows(config, source, by_layer=True)
+    ropes = {
+        kind: read_rope(config, source, head_dim=head_dim, rope_types=ROPE_TYPES, layer_type=kind)
+        for kind in LAYER_TYPES
+    }
+    if not windows and len({ropes[kind] for kind in config.layer_types}) > 1:
+        raise UserError(
+            f"{source}: sliding_window = {config.sliding_window} has to be below "
+            f"max_position_embeddings = {config.max_position_embeddings}, since layers with the "
+            "window have a rope of their own"
+        )
+    if not windows:
+        return {"rope": ropes[config.layer_types[0]]}
+    others, sliding = ropes["full_attention"], ropes["sliding_attention"]
+    return {**windows, "rope": others, "sliding_rope": sliding if sliding != others else None}
 
 
 def check_experts(experts: int, chosen: int, source: str, *, field: str) -> None:

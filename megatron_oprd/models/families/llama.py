@@ -7,9 +7,9 @@ from megatron_oprd.models.families.decoder import (
     SHARED_FIELDS,
     Check,
     Family,
+    anything,
     each_layer,
     equals,
-    off,
     read_shared,
 )
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
@@ -18,9 +18,9 @@ NAME = "LlamaForCausalLM"
 
 FIELDS: dict[str, Check] = {
     **SHARED_FIELDS,
-    # The table has no biases.
-    "attention_bias": off,
-    "mlp_bias": off,
+    # `architecture` reads these: biases of q, k, v and o, and of the MLP.
+    "attention_bias": anything,
+    "mlp_bias": anything,
     # Only other tools write these two.
     "qkv_bias": equals(False),
     "use_qk_norm": equals(False),
@@ -33,6 +33,9 @@ def architecture(config: Any, source: str) -> Architecture:
     return Architecture(
         family=NAME,
         **shared,
+        qkv_bias=config.attention_bias,
+        output_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
         rope=read_rope(config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES),
     )
 
@@ -46,6 +49,36 @@ def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
         hf={"model.embed_tokens.weight": (vocab, hidden)},
         padded_vocab_size=padded_vocab_size,
     )
+    attention_biases: list[Mapping] = [
+        QKV(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.bias",
+            hf={
+                "model.layers.{layer}.self_attn.q_proj.bias": (heads * head_dim,),
+                "model.layers.{layer}.self_attn.k_proj.bias": (groups * head_dim,),
+                "model.layers.{layer}.self_attn.v_proj.bias": (groups * head_dim,),
+            },
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.bias",
+            hf={"model.layers.{layer}.self_attn.o_proj.bias": (hidden,)},
+        ),
+    ]
+    mlp_biases: list[Mapping] = [
+        GatedMLP(
+            megatron="decoder.layers.{layer}.mlp.linear_fc1.bias",
+            hf={
+                "model.layers.{layer}.mlp.gate_proj.bias": (ffn,),
+                "model.layers.{layer}.mlp.up_proj.bias": (ffn,),
+            },
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.mlp.linear_fc2.bias",
+            hf={"model.layers.{layer}.mlp.down_proj.bias": (hidden,)},
+        ),
+    ]
     layer: list[Mapping] = [
         Copy(
             megatron="decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
@@ -66,6 +99,7 @@ def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
             megatron="decoder.layers.{layer}.self_attention.linear_proj.weight",
             hf={"model.layers.{layer}.self_attn.o_proj.weight": (hidden, heads * head_dim)},
         ),
+        *(attention_biases if a.output_bias else []),
         GatedMLP(
             megatron="decoder.layers.{layer}.mlp.linear_fc1.weight",
             hf={
@@ -77,6 +111,7 @@ def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
             megatron="decoder.layers.{layer}.mlp.linear_fc2.weight",
             hf={"model.layers.{layer}.mlp.down_proj.weight": (hidden, ffn)},
         ),
+        *(mlp_biases if a.mlp_bias else []),
         Copy(
             megatron="decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
             hf={"model.layers.{layer}.post_attention_layernorm.weight": (hidden,)},

@@ -18,6 +18,7 @@ class Nested:
     decoders: Mapping[str, str]  # text_config's model_type -> the decoder's class, alone
     decoder_prefix: str  # in front of the names of the decoder's tensors
     other_prefixes: tuple[str, ...]  # beginnings of the names of all other tensors
+    tied_by_default: bool = False  # of the decoder's class, where nothing is written
     # Fields beside text_config. Those of parts that are not read have no effect on text.
     fields: Mapping[str, Check]
 
@@ -39,11 +40,12 @@ class Nested:
             )
         check_fields(raw, required={**self.fields, "text_config": anything}, source=source)
         tied, of_text = (one.get("tie_word_embeddings") for one in (raw, text))
-        # The decoder's class has false where nothing is written, and so have published folders.
-        if tied is not None and tied != bool(of_text):
+        found = self.tied_by_default if of_text is None else bool(of_text)
+        if tied is not None and tied != found:
+            missing = f"missing, which is {str(self.tied_by_default).lower()}"
             raise UserError(
                 f"{source}: tie_word_embeddings = {tied}, but text_config's is "
-                f"{'missing, which is false' if of_text is None else of_text}; give both the value "
+                f"{missing if of_text is None else of_text}; give both the value "
                 "that fits the weights (false where they have an lm_head)"
             )
 

@@ -11,9 +11,9 @@ from megatron_oprd.models.families.decoder import (
     SHARED_FIELDS,
     Check,
     Family,
+    anything,
     each_layer,
     equals,
-    off,
     read_shared,
 )
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
@@ -22,8 +22,8 @@ NAME = "Olmo2ForCausalLM"
 
 FIELDS: dict[str, Check] = {
     **SHARED_FIELDS,
-    # The table has no biases.
-    "attention_bias": off,
+    # `architecture` reads it: biases of q, k, v and o.
+    "attention_bias": anything,
     # Only other tools write these two.
     "qkv_bias": equals(False),
     "use_qk_norm": equals(True),
@@ -36,6 +36,8 @@ def architecture(config: Any, source: str) -> Architecture:
     return Architecture(
         family=NAME,
         **shared,
+        qkv_bias=config.attention_bias,
+        output_bias=config.attention_bias,
         rope=read_rope(config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES),
         qk_norm=True,
         qk_norm_over_all_heads=True,
@@ -53,6 +55,23 @@ def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
         hf={"model.embed_tokens.weight": (vocab, hidden)},
         padded_vocab_size=padded_vocab_size,
     )
+    attention_biases: list[Mapping] = [
+        QKV(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.bias",
+            hf={
+                "model.layers.{layer}.self_attn.q_proj.bias": (heads * head_dim,),
+                "model.layers.{layer}.self_attn.k_proj.bias": (groups * head_dim,),
+                "model.layers.{layer}.self_attn.v_proj.bias": (groups * head_dim,),
+            },
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.bias",
+            hf={"model.layers.{layer}.self_attn.o_proj.bias": (hidden,)},
+        ),
+    ]
     layer: list[Mapping] = [
         QKV(
             megatron="decoder.layers.{layer}.self_attention.linear_qkv.weight",
@@ -77,6 +96,7 @@ def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
             megatron="decoder.layers.{layer}.self_attention.linear_proj.weight",
             hf={"model.layers.{layer}.self_attn.o_proj.weight": (hidden, heads * head_dim)},
         ),
+        *(attention_biases if a.output_bias else []),
         GatedMLP(
             megatron="decoder.layers.{layer}.mlp.linear_fc1.weight",
             hf={

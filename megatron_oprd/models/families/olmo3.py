@@ -6,19 +6,16 @@ layers without a window have an extended one.
 
 from typing import Any
 
-from megatron_oprd.errors import UserError
-from megatron_oprd.models.architecture import ROPE_TYPES, Architecture, read_rope
+from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families.decoder import (
-    LAYER_TYPES,
     SHARED_FIELDS,
     Check,
     Family,
     anything,
     each_layer,
     equals,
-    off,
     read_shared,
-    read_windows,
+    read_windows_with_ropes,
 )
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
 
@@ -26,8 +23,8 @@ NAME = "Olmo3ForCausalLM"
 
 FIELDS: dict[str, Check] = {
     **SHARED_FIELDS,
-    # The table has no biases.
-    "attention_bias": off,
+    # `architecture` reads it: biases of q, k, v and o.
+    "attention_bias": anything,
     # Only other tools write these two.
     "qkv_bias": equals(False),
     "use_qk_norm": equals(True),
@@ -40,28 +37,12 @@ FIELDS: dict[str, Check] = {
 def architecture(config: Any, source: str) -> Architecture:
     """Translates a transformers configuration object."""
     shared = read_shared(config, source)
-    windows = read_windows(config, source, by_layer=True)
-    ropes = {
-        kind: read_rope(
-            config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES, layer_type=kind
-        )
-        for kind in LAYER_TYPES
-    }
-    if not windows and len({ropes[kind] for kind in config.layer_types}) > 1:
-        raise UserError(
-            f"{source}: sliding_window = {config.sliding_window} has to be below "
-            f"max_position_embeddings = {config.max_position_embeddings}, since layers with the "
-            "window have a rope of their own"
-        )
-    others, sliding = ropes["full_attention"], ropes["sliding_attention"]
-    if not windows:
-        others = ropes[config.layer_types[0]]
     return Architecture(
         family=NAME,
         **shared,
-        **windows,
-        rope=others,
-        sliding_rope=sliding if windows and sliding != others else None,
+        qkv_bias=config.attention_bias,
+        output_bias=config.attention_bias,
+        **read_windows_with_ropes(config, source, head_dim=shared["head_dim"]),
         qk_norm=True,
         qk_norm_over_all_heads=True,
         pre_norms=False,
@@ -78,6 +59,23 @@ def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
         hf={"model.embed_tokens.weight": (vocab, hidden)},
         padded_vocab_size=padded_vocab_size,
     )
+    attention_biases: list[Mapping] = [
+        QKV(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.bias",
+            hf={
+                "model.layers.{layer}.self_attn.q_proj.bias": (heads * head_dim,),
+                "model.layers.{layer}.self_attn.k_proj.bias": (groups * head_dim,),
+                "model.layers.{layer}.self_attn.v_proj.bias": (groups * head_dim,),
+            },
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.bias",
+            hf={"model.layers.{layer}.self_attn.o_proj.bias": (hidden,)},
+        ),
+    ]
     layer: list[Mapping] = [
         QKV(
             megatron="decoder.layers.{layer}.self_attention.linear_qkv.weight",
@@ -102,6 +100,7 @@ def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
             megatron="decoder.layers.{layer}.self_attention.linear_proj.weight",
             hf={"model.layers.{layer}.self_attn.o_proj.weight": (hidden, heads * head_dim)},
         ),
+        *(attention_biases if a.output_bias else []),
         GatedMLP(
             megatron="decoder.layers.{layer}.mlp.linear_fc1.weight",
             hf={

@@ -10,7 +10,6 @@ from megatron_oprd.models.families.decoder import (
     anything,
     each_layer,
     equals,
-    off,
     read_shared,
     read_windows,
 )
@@ -20,8 +19,8 @@ NAME = "Qwen3ForCausalLM"
 
 FIELDS: dict[str, Check] = {
     **SHARED_FIELDS,
-    # The table has no biases.
-    "attention_bias": off,
+    # `architecture` reads it: biases of q, k, v and o.
+    "attention_bias": anything,
     # Only other tools write these two.
     "qkv_bias": equals(False),
     "use_qk_norm": equals(True),
@@ -39,6 +38,8 @@ def architecture(config: Any, source: str) -> Architecture:
     return Architecture(
         family=NAME,
         **shared,
+        qkv_bias=config.attention_bias,
+        output_bias=config.attention_bias,
         **read_windows(config, source, by_layer=True),
         rope=read_rope(config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES),
         qk_norm=True,
@@ -54,6 +55,23 @@ def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
         hf={"model.embed_tokens.weight": (vocab, hidden)},
         padded_vocab_size=padded_vocab_size,
     )
+    attention_biases: list[Mapping] = [
+        QKV(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.bias",
+            hf={
+                "model.layers.{layer}.self_attn.q_proj.bias": (heads * head_dim,),
+                "model.layers.{layer}.self_attn.k_proj.bias": (groups * head_dim,),
+                "model.layers.{layer}.self_attn.v_proj.bias": (groups * head_dim,),
+            },
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.bias",
+            hf={"model.layers.{layer}.self_attn.o_proj.bias": (hidden,)},
+        ),
+    ]
     layer: list[Mapping] = [
         Copy(
             megatron="decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
@@ -82,6 +100,7 @@ def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
             megatron="decoder.layers.{layer}.self_attention.linear_proj.weight",
             hf={"model.layers.{layer}.self_attn.o_proj.weight": (hidden, heads * head_dim)},
         ),
+        *(attention_biases if a.output_bias else []),
         GatedMLP(
             megatron="decoder.layers.{layer}.mlp.linear_fc1.weight",
             hf={

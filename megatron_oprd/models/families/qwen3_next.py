@@ -84,7 +84,7 @@ def architecture(config: Any, source: str) -> Architecture:
         ),
         qk_norm=True,
         attention_gate=True,
-        zero_centred_norms=True,
+        zero_centered_norms=True,
         delta=_delta(config, source),
         delta_layers=_delta_layers(config, source),
         moe=MixtureOfExperts(

@@ -10,7 +10,6 @@ from megatron_oprd.models.families.decoder import (
     anything,
     each_layer,
     equals,
-    off,
     on,
     read_shared,
 )
@@ -20,10 +19,11 @@ NAME = "SeedOssForCausalLM"
 
 FIELDS: dict[str, Check] = {
     **SHARED_FIELDS,
-    # The table has biases of q, k and v only.
+    # The table always has biases of q, k and v.
     "attention_bias": on,
-    "attention_out_bias": off,
-    "mlp_bias": off,
+    # `architecture` reads these.
+    "attention_out_bias": anything,
+    "mlp_bias": anything,
     # Only other tools write these two.
     "qkv_bias": equals(True),
     "use_qk_norm": equals(False),
@@ -41,6 +41,8 @@ def architecture(config: Any, source: str) -> Architecture:
         **shared,
         rope=read_rope(config, source, head_dim=shared["head_dim"], rope_types=ROPE_TYPES),
         qkv_bias=True,
+        output_bias=config.attention_out_bias,
+        mlp_bias=config.mlp_bias,
     )
 
 
@@ -53,6 +55,25 @@ def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
         hf={"model.embed_tokens.weight": (vocab, hidden)},
         padded_vocab_size=padded_vocab_size,
     )
+    attention_biases: list[Mapping] = [
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.bias",
+            hf={"model.layers.{layer}.self_attn.o_proj.bias": (hidden,)},
+        ),
+    ]
+    mlp_biases: list[Mapping] = [
+        GatedMLP(
+            megatron="decoder.layers.{layer}.mlp.linear_fc1.bias",
+            hf={
+                "model.layers.{layer}.mlp.gate_proj.bias": (ffn,),
+                "model.layers.{layer}.mlp.up_proj.bias": (ffn,),
+            },
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.mlp.linear_fc2.bias",
+            hf={"model.layers.{layer}.mlp.down_proj.bias": (hidden,)},
+        ),
+    ]
     layer: list[Mapping] = [
         Copy(
             megatron="decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
@@ -84,6 +105,7 @@ def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
             megatron="decoder.layers.{layer}.self_attention.linear_proj.weight",
             hf={"model.layers.{layer}.self_attn.o_proj.weight": (hidden, heads * head_dim)},
         ),
+        *(attention_biases if a.output_bias else []),
         GatedMLP(
             megatron="decoder.layers.{layer}.mlp.linear_fc1.weight",
             hf={
@@ -95,6 +117,7 @@ def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
             megatron="decoder.layers.{layer}.mlp.linear_fc2.weight",
             hf={"model.layers.{layer}.mlp.down_proj.weight": (hidden, ffn)},
         ),
+        *(mlp_biases if a.mlp_bias else []),
         Copy(
             megatron="decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
             hf={"model.layers.{layer}.post_attention_layernorm.weight": (hidden,)},

@@ -1,0 +1,166 @@
+"""Gemma 3 (1B), and the decoder of Gemma 3 (4B to 27B).
+
+Differs from Qwen3 in norms of (1 + weight), also behind attention and MLP; in embeddings scaled by
+the root of their width; in the scale of attention's scores, a setting of its own; in GELU in the
+place of SiLU; and in sliding windows, by layer, whose layers have a rotation of their own.
+"""
+
+from typing import Any
+
+from megatron_oprd.models.architecture import Activation, Architecture
+from megatron_oprd.models.families.decoder import (
+    SHARED_FIELDS,
+    Check,
+    Family,
+    anything,
+    each_layer,
+    equals,
+    off,
+    read_shared,
+    read_windows_with_ropes,
+)
+from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
+
+NAME = "Gemma3ForCausalLM"
+
+GELU = "gelu_pytorch_tanh"
+
+FIELDS: dict[str, Check] = {
+    **SHARED_FIELDS,
+    "hidden_act": equals(GELU),
+    "hidden_activation": equals(GELU),
+    # Neither is published with this class; transformers computes with the second only.
+    "attn_logit_softcapping": equals(None),
+    "final_logit_softcapping": equals(None),
+    "use_bidirectional_attention": off,
+    # `architecture` reads these: the first for biases of q, k, v and o.
+    "attention_bias": anything,
+    "query_pre_attn_scalar": anything,
+    "sliding_window": anything,
+    "layer_types": anything,
+    # Transformers makes layer_types and the rotary settings of these where a file has none.
+    "sliding_window_pattern": anything,
+    "_sliding_window_pattern": anything,
+    "rope_local_base_freq": anything,
+    # A kind of cache, for generation.
+    "cache_implementation": anything,
+}
+
+
+def architecture(config: Any, source: str) -> Architecture:
+    """Translates a transformers configuration object."""
+    shared = read_shared(config, source)
+    return Architecture(
+        family=NAME,
+        **shared,
+        **read_windows_with_ropes(config, source, head_dim=shared["head_dim"]),
+        qkv_bias=config.attention_bias,
+        output_bias=config.attention_bias,
+        qk_norm=True,
+        zero_centered_norms=True,
+        post_norms=True,
+        softmax_scale=config.query_pre_attn_scalar**-0.5,
+        activation=Activation(function="gelu_tanh"),
+        embedding_multiplier=config.hidden_size**0.5,
+        rounds_embedding_multiplier=True,
+    )
+
+
+def mappings(a: Architecture, padded_vocab_size: int) -> list[Mapping]:
+    """The table: Megatron's parameters, and the tensors on disk that each is made of."""
+    hidden, ffn, vocab = a.hidden_size, a.ffn_hidden_size, a.vocab_size
+    heads, groups, head_dim = a.num_attention_heads, a.num_query_groups, a.head_dim
+    embedding = Vocabulary(
+        megatron="embedding.word_embeddings.weight",
+        hf={"model.embed_tokens.weight": (vocab, hidden)},
+        padded_vocab_size=padded_vocab_size,
+    )
+    attention_biases: list[Mapping] = [
+        QKV(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.bias",
+            hf={
+                "model.layers.{layer}.self_attn.q_proj.bias": (heads * head_dim,),
+                "model.layers.{layer}.self_attn.k_proj.bias": (groups * head_dim,),
+                "model.layers.{layer}.self_attn.v_proj.bias": (groups * head_dim,),
+            },
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.bias",
+            hf={"model.layers.{layer}.self_attn.o_proj.bias": (hidden,)},
+        ),
+    ]
+    layer: list[Mapping] = [
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
+            hf={"model.layers.{layer}.input_layernorm.weight": (hidden,)},
+        ),
+        QKV(
+            megatron="decoder.layers.{layer}.self_attention.linear_qkv.weight",
+            hf={
+                "model.layers.{layer}.self_attn.q_proj.weight": (heads * head_dim, hidden),
+                "model.layers.{layer}.self_attn.k_proj.weight": (groups * head_dim, hidden),
+                "model.layers.{layer}.self_attn.v_proj.weight": (groups * head_dim, hidden),
+            },
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.q_layernorm.weight",
+            hf={"model.layers.{layer}.self_attn.q_norm.weight": (head_dim,)},
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.k_layernorm.weight",
+            hf={"model.layers.{layer}.self_attn.k_norm.weight": (head_dim,)},
+        ),
+        RowSplit(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.weight",
+            hf={"model.layers.{layer}.self_attn.o_proj.weight": (hidden, heads * head_dim)},
+        ),
+        *(attention_biases if a.output_bias else []),
+        GatedMLP(
+            megatron="decoder.layers.{layer}.mlp.linear_fc1.weight",
+            hf={
+                "model.layers.{layer}.mlp.gate_proj.weight": (ffn, hidden),
+                "model.layers.{layer}.mlp.up_proj.weight": (ffn, hidden),
+            },
+        ),
+        RowSplit(
+            megatron="decoder.layers.{layer}.mlp.linear_fc2.weight",
+            hf={"model.layers.{layer}.mlp.down_proj.weight": (hidden, ffn)},
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+            hf={"model.layers.{layer}.pre_feedforward_layernorm.weight": (hidden,)},
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.self_attention.linear_proj.post_layernorm.weight",
+            hf={"model.layers.{layer}.post_attention_layernorm.weight": (hidden,)},
+        ),
+        Copy(
+            megatron="decoder.layers.{layer}.mlp.linear_fc2.post_layernorm.weight",
+            hf={"model.layers.{layer}.post_feedforward_layernorm.weight": (hidden,)},
+        ),
+    ]
+    final_norm = Copy(
+        megatron="decoder.final_layernorm.weight",
+        hf={"model.norm.weight": (hidden,)},
+    )
+    head = Vocabulary(
+        megatron="output_layer.weight",
+        hf={"lm_head.weight": (vocab, hidden)},
+        padded_vocab_size=padded_vocab_size,
+    )
+    return [embedding, *each_layer(a, layer), final_norm, *([] if a.tied else [head])]
+
+
+FAMILY = Family(
+    name=NAME,
+    model_type="gemma3_text",
+    fields=FIELDS,
+    architecture=architecture,
+    mappings=mappings,
+)
