@@ -248,8 +248,6 @@ def _saved_by_attention(shape: LayerShape, recompute_attention: bool) -> int:
         saved -= 0 if a.qk_norm else shape.query_bytes + 2 * shape.key_bytes
         saved += shape.row_tokens * shape.row_tokens * cp  # the mask
     in_blocks = a.sliding_window is not None and cp == 1 and shape.row_tokens > a.sliding_window
-    if a.attention_sinks and not shape.kernels.transformer_engine:
-        saved += _of_sinks(shape)
     if (shape.is_packed or in_blocks) and not shape.kernels.transformer_engine:
         saved += shape.query_bytes  # concatenated, for linear_proj
     if not recompute_attention:
@@ -299,19 +297,6 @@ def _saved_by_latent_attention(shape: LayerShape, recompute_attention: bool) -> 
     if not recompute_attention:
         saved += shape.tokens * heads * _FP32  # log-sum-exp of each row
     return saved
-
-
-def _of_sinks(shape: LayerShape) -> int:
-    """Bytes saved beside those of attention without sinks, where `models.sinks` makes copies."""
-    a = shape.architecture
-    # Eight dimensions and a token more, of query, key, value and output.
-    wider = (a.head_dim + 8) / a.head_dim * (shape.row_tokens + 1) / shape.row_tokens
-    copies = round(2 * wider * (shape.query_bytes + shape.key_bytes))
-    # The copies take the place of query and key after the rotation and, without a norm that has
-    # views of it, of the joint tensor.
-    kept = shape.query_bytes + shape.key_bytes
-    kept += 0 if a.qk_norm else shape.query_bytes + 2 * shape.key_bytes
-    return copies - kept
 
 
 def _saved_by_norms(shape: LayerShape) -> int:

@@ -32,9 +32,13 @@ def test_lengths_and_ends() -> None:
 @pytest.mark.parametrize("window", [None, (1, 0)])
 def test_attention_asks_the_device_for_nothing(window: tuple[int, int] | None) -> None:
     """On the meta device there are no values: whoever asks for one gets an error."""
-    groups: Any = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))
+    alone = SimpleNamespace(size=lambda: 1)
+    groups: Any = SimpleNamespace(cp=alone, tp=alone)
     config: Any = SimpleNamespace(
-        attention_dropout=0.0, window_size=window, window_attn_skip_freq=None
+        attention_dropout=0.0,
+        window_size=window,
+        window_attn_skip_freq=None,
+        softmax_type="vanilla",
     )
     attention = ScaledDotProductAttention(
         config, 1, AttnMaskType.causal, "self", pg_collection=groups

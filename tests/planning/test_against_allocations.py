@@ -50,14 +50,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 20},
     "smollm3": {"teacher_family": "seed_oss", "tied": True},
     "olmo2": {"teacher_family": "glm4"},
+    # Windows are longer than the sequences.
     "gemma3_text": {"tied": True, "sliding_window": 255, "layer_types": None},
-    # The experts' width is intermediate_size. No window is shorter than the sequences.
-    "gpt_oss": {
-        "intermediate_size": 96,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "sliding_window": 256,
-    },
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 160},
 }
 # Heads are of one width, as attention through torch makes them, and all layers have experts.
@@ -115,7 +109,6 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "shared-expert": ("qwen2_moe", 1, []),
     "latent": ("deepseek_v3", 1, []),
     "gemma": ("gemma3_text", 1, []),
-    "sinks": ("gpt_oss", 1, []),
     "shared-expert-sp": ("qwen2_moe", 2, SP2),
     "olmo2-bf16-tp": ("olmo2", 2, [*BF16, *TP2]),
     "llama-output": ("llama", 1, OUTPUT),
@@ -345,9 +338,8 @@ def test_flops(cases: dict[str, Case], name: str) -> None:
         whole = 4 * a.num_attention_heads * a.head_dim * length * length
         return n * (whole - attention_flops(a, first=0, last=length))
 
-    # The last divides the vocabulary unevenly. In a window attention computes whole blocks, and
-    # with sinks another token.
-    if "ep" in name or name in ("mistral-window", "sinks", "llama-sp-output"):
+    # The last divides the vocabulary unevenly. In a window attention computes whole blocks.
+    if "ep" in name or name in ("mistral-window", "llama-sp-output"):
         return
     for rank, measured in enumerate(case.measured):
         teacher = student = 0
