@@ -34,6 +34,7 @@ PAIRS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"family": "qwen2_moe", "teacher_family": "mixtral"},
     "deepseek_v3": {"family": "deepseek_v3"},
     "glm4_moe": {"family": "glm4_moe"},
+    "qwen3_next": {"family": "qwen3_next", "rms_norm_eps": 0.01},
     "qwen3_moe": {"family": "qwen3_moe"},
     "qwen3_moe_raw": {"family": "qwen3_moe", "norm_topk_prob": False, "num_experts_per_tok": 3},
 }
@@ -78,6 +79,7 @@ STEPS = {
     "post_norms": Step(pair="olmo2"),
     "shared_expert": Step(pair="qwen2_moe"),
     "latent": Step(pair="deepseek_v3"),
+    "linear_attention": Step(pair="qwen3_next"),
     "sigmoid_router": Step(pair="glm4_moe"),
     "deeper": Step(pair="qwen2_deeper", matches=((0, 0), (1, 2), (2, 4), (3, 6))),
     "deeper_tied": Step(pair="qwen3_deeper_tied", matches=((0, 0), (1, 2), (2, 4), (3, 6))),
