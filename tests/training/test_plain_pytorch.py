@@ -38,6 +38,7 @@ PAIRS: dict[str, dict[str, Any]] = {
     "gemma3": {"family": "gemma3_text", "tied": True},
     "gpt_oss": {"family": "gpt_oss"},
     "biased": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "qwen3_next": {"family": "qwen3_next", "rms_norm_eps": 0.01},
     "qwen3_moe": {"family": "qwen3_moe"},
     "qwen3_moe_raw": {"family": "qwen3_moe", "norm_topk_prob": False, "num_experts_per_tok": 3},
 }
@@ -82,6 +83,7 @@ STEPS = {
     "post_norms": Step(pair="olmo2"),
     "shared_expert": Step(pair="qwen2_moe"),
     "latent": Step(pair="deepseek_v3"),
+    "linear_attention": Step(pair="qwen3_next"),
     "sigmoid_router": Step(pair="glm4_moe"),
     "sinks": Step(pair="gpt_oss"),
     "zero_centered_norms": Step(pair="gemma3"),
