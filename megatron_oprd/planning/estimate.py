@@ -14,8 +14,9 @@ from megatron_oprd.planning.activations import KERNELS, Kernels
 from megatron_oprd.planning.communication import SentBytes, sent_bytes
 from megatron_oprd.planning.engine import engine_bytes, engine_of, num_engines
 from megatron_oprd.planning.flops import StageFlops, decode_flops, prefill_flops, stage_flops
+from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.memory import RankMemory, rank_memories, teacher_bytes
-from megatron_oprd.planning.time import Hardware, StepSeconds, step_seconds
+from megatron_oprd.planning.time import StepSeconds, step_seconds
 from megatron_oprd.planning.workload import Workload, workload
 from megatron_oprd.rollout.costs import EngineBytes
 from megatron_oprd.training.layout import RunLayout, make_layout

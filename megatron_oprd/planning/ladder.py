@@ -12,7 +12,7 @@ from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.planning.activations import Kernels
 from megatron_oprd.planning.estimate import MemoryEstimate, Models, estimate_memory
-from megatron_oprd.planning.time import Hardware
+from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.rollout.registry import engine_kind
 
 _MOST_CHANGES = 3

@@ -217,7 +217,8 @@ def _rank_memory(
         if phase in ("student", "optimizer") or is_back or not config.optimizer.offload_states:
             phases[phase]["gradients"] = gradients
     phases["teacher"]["targets"] = targets
-    phases["teacher"]["workspace"] = teacher.decoding + teacher_workspace(layout, workload, kernels)
+    workspace = teacher_workspace(layout, workload, kernels, pp_rank=pp_rank)
+    phases["teacher"]["workspace"] = teacher.decoding + workspace
     phases["student"]["targets"] = peak.targets
     phases["student"]["activations"] = peak.activations
     phases["student"]["workspace"] = peak.workspace

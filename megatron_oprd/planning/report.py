@@ -19,9 +19,10 @@ from megatron_oprd.planning.engine import (
     responses_of_engine,
 )
 from megatron_oprd.planning.estimate import MemoryEstimate, WorkEstimate
+from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.memory import ITEMS, PHASES, RankMemory, teacher_bytes
 from megatron_oprd.planning.parameters import count_parameters
-from megatron_oprd.planning.time import Hardware
+from megatron_oprd.planning.time import PassSeconds
 from megatron_oprd.rollout.registry import ENGINES
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 
@@ -171,6 +172,7 @@ def messages_table(work: WorkEstimate) -> Table:
         "tokens to experts": (most["teacher_experts"], most["student_experts"], 0),
         "pipeline": (most["teacher_pp"], most["student_pp"], 0),
         "data parallel": (0, most["gradients"], most["parameters"]),
+        "data parallel, experts": (0, most["expert_gradients"], most["expert_parameters"]),
         "weight sync, a whole stage": (0, 0, most["weight_sync"]),
         "weights into the engine": (0, 0, most["into_engine"]),
     }
@@ -181,28 +183,44 @@ def messages_table(work: WorkEstimate) -> Table:
 
 
 def work_table(layout: RunLayout, work: WorkEstimate, hardware: Hardware) -> Table:
-    """Table of FLOPs and seconds per phase."""
+    """Table of FLOPs and time per phase, with what of it are messages and the pipeline's bubble."""
     table = Table(
         title="A step's work",
-        caption=f"{hardware.mfu:.0%} of {hardware.tflops:g} TFLOP/s, {hardware.bandwidth:g} GB/s; "
-        "decoding at the memory's bandwidth, at best",
+        caption=f"{hardware.mfu:.0%} of {hardware.tflops:g} TFLOP/s; memory {hardware.bandwidth:g} "
+        f"GB/s, a node's GPUs {hardware.node_bandwidth:g}, other nodes "
+        f"{hardware.network_bandwidth:g}",
     )
-    for name in ("phase", "PFLOP", "seconds", "share"):
+    for name in ("phase", "PFLOP", "time", "share", "messages", "bubble"):
         table.add_column(name, justify="left" if name == "phase" else "right")
     seconds = work.seconds
-    rows: list[tuple[str, float | None, float]] = [
+    phases: list[tuple[str, float | None, float]] = [
         ("rollout: prompts", work.prefill, seconds.prefill),
         ("rollout: responses", work.decode, seconds.decode),
-        ("teacher", sum(stage.teacher for stage in work.stages), seconds.teacher),
-        ("student", sum(stage.student for stage in work.stages), seconds.student),
+        ("teacher", sum(stage.teacher for stage in work.stages), seconds.teacher.total),
+        ("student", sum(stage.student for stage in work.stages), seconds.student.total),
+        ("gradients", None, seconds.gradients),
         ("optimizer", None, seconds.optimizer),
+        ("parameters", None, seconds.parameters),
+        ("copies, GPU and host", None, seconds.copies),
+        ("weight sync", None, seconds.sync),
     ]
-    for name, flops, duration in rows:
+    passes = {"teacher": seconds.teacher, "student": seconds.student}
+    for name, flops, duration in phases:
+        if not duration:
+            continue
         # Work is counted per replica; the table shows the run's.
-        shown = "" if flops is None else f"{flops * layout.data_parallel_size / 1e15:,.2f}"
-        table.add_row(name, shown, f"{duration:,.1f}", f"{duration / seconds.total:.0%}")
+        shown = "" if flops is None else f"{flops * layout.data_parallel_size / 1e15:,.3g}"
+        one = passes.get(name, PassSeconds())
+        parts = [one.messages, one.bubble]
+        table.add_row(
+            name,
+            shown,
+            in_time(duration),
+            f"{duration / seconds.total:.0%}",
+            *(in_time(part) if part else "" for part in parts),
+        )
     table.add_section()
-    table.add_row("together", "", f"{seconds.total:,.1f}", "")
+    table.add_row("together", "", in_time(seconds.total))
     return table
 
 
@@ -342,6 +360,14 @@ def _layers(layout: RunLayout, model: ModelLayout, pp_rank: int) -> str:
 def _layer_numbers(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list[int]:
     stages = layout.stages_of_rank(pp_rank)
     return [layer for stage in stages for layer in model.extent.layers_of_stage(stage)]
+
+
+def in_time(seconds: float) -> str:
+    """A duration in the unit that suits it."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:,.{1 if seconds < 100 * size else 0}f} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def _gb(num_bytes: float) -> str:

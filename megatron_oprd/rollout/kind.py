@@ -142,9 +142,13 @@ class EngineKind(ABC):
         """Raises UserError if the longest sequence does not fit, on a GPU with ``memory_gb``."""
         return
 
-    def seconds_of_token(self, num_layers: int) -> float:
-        """The least time between two tokens of a response, whatever the GPU's speed."""
-        return 0.0
+    def seconds_of_token(self, rollout: RolloutConfig, *, num_layers: int, working: float) -> float:
+        """The time between two tokens of a response.
+
+        ``working`` is what the GPU needs for it at least, by its memory's bandwidth or its
+        arithmetic; both in seconds.
+        """
+        return working
 
     def memory_changes(self, rollout: RolloutConfig) -> MemoryChanges:
         """Changes of settings with which the engine needs less memory, to try in turn."""

@@ -142,6 +142,10 @@ class RunLayout:
         """The student's layers on each stage that run in training, i.e. up to the deepest tap."""
         return _first_layers(self.student.extent.layers_per_stage, self.num_running_layers)
 
+    def running_layers_of_stage(self, stage: int) -> range:
+        """The layers of ``running_per_stage`` on a stage, counted from 0 over the whole model."""
+        return self.student.extent.layers_of_stage(stage)[: self.running_per_stage[stage]]
+
     @property
     def target_bytes_per_row(self) -> int:
         """Bytes of the targets of one supervised position, on the rank that keeps most of them."""

@@ -15,7 +15,7 @@ from megatron_oprd.config.load import load_config
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.estimate import estimate_memory, estimate_work, read_models
-from megatron_oprd.planning.time import Hardware
+from megatron_oprd.planning.hardware import Hardware
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.ranks import ROOT
 from tests.helpers.stub_models import num_parameters, save_stub_model

@@ -12,6 +12,7 @@ from megatron_oprd.config.schema import RolloutConfig
 from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges
 from megatron_oprd.rollout.kind import EngineKind, Place
 from megatron_oprd.rollout.vllm.memory import check_kv_cache, memory_changes, vllm_bytes
+from megatron_oprd.rollout.vllm.speed import seconds_of_token
 
 if TYPE_CHECKING:
     import torch
@@ -136,6 +137,10 @@ class VLLMKind(EngineKind):
     def check_memory(self, rollout: RolloutConfig, engine: EngineBytes, memory_gb: float) -> None:
         """See `memory.check_kv_cache`."""
         check_kv_cache(rollout.vllm, engine, memory_gb=memory_gb)
+
+    def seconds_of_token(self, rollout: RolloutConfig, *, num_layers: int, working: float) -> float:
+        """See `speed.seconds_of_token`."""
+        return seconds_of_token(rollout, num_layers=num_layers, working=working)
 
     def memory_changes(self, rollout: RolloutConfig) -> MemoryChanges:
         """See `memory.memory_changes`."""
