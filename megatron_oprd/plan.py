@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_oprd.config.load import load_config
-from megatron_oprd.config.schema import RunConfig, TeacherPromptConfig
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.console import make_console
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.parallel.context import fewest_ranks
@@ -19,6 +19,8 @@ from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.estimate import estimate_memory, estimate_work, read_models
 from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.ladder import check_fits
+from megatron_oprd.planning.recommend import Lengths, recommend
+from megatron_oprd.planning.recommended import print_recommended
 from megatron_oprd.planning.report import as_json, print_plan, write_json
 
 
@@ -31,15 +33,17 @@ def main() -> int:
     num_gpus = arguments.gpus or fewest_ranks(config.parallel)
     hardware = Hardware(**{name: getattr(arguments, name) for name in _HARDWARE})
     kernels = KERNELS[arguments.layers]
+    prompt = arguments.prompt_tokens or config.data.max_prompt_tokens
+    response = arguments.response_tokens or config.rollout.max_new_tokens
+    if arguments.recommend:
+        lengths = Lengths(prompt=prompt, response=response)
+        found = recommend(config, models, kernels, hardware, num_gpus=num_gpus, lengths=lengths)
+        print_recommended(make_console(highlight=False), found, hardware, num_gpus=num_gpus)
+        return 0
     memory = estimate_memory(
         config, models, kernels, num_gpus=num_gpus, memory_gb=hardware.memory_gb
     )
-    work = estimate_work(
-        memory.layout,
-        hardware,
-        prompt_tokens=arguments.prompt_tokens or config.data.max_prompt_tokens,
-        response_tokens=arguments.response_tokens or config.rollout.max_new_tokens,
-    )
+    work = estimate_work(memory.layouts, hardware, prompt_tokens=prompt, response_tokens=response)
     if arguments.json is not None:
         write_json(arguments.json, as_json(memory, work, hardware))
     print_plan(make_console(highlight=False), memory, work, hardware)
@@ -49,18 +53,17 @@ def main() -> int:
 
 # Not in config/: options of this command, and their relation to the run's settings.
 def _check(arguments: argparse.Namespace, config: RunConfig) -> None:
-    """Rejects impossible numbers, and runs that a plan does not cover."""
-    if config.extra_teachers or config.teacher_prompt != TeacherPromptConfig():
-        what = "extra_teachers" if config.extra_teachers else "teacher_prompt"
-        raise UserError(
-            f"{what} is set, but a plan is for one teacher that reads the student's sequences; "
-            f"leave {what} out to see the run without it"
-        )
+    """Rejects impossible numbers."""
     flags = {name: flag for name, (flag, _, _) in _HARDWARE.items()}
     for option in ("gpus", *_HARDWARE, "prompt_tokens", "response_tokens"):
         value, flag = getattr(arguments, option), flags.get(option, _flag(option))
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{flag} {value} is out of range; it has to be above 0, and finite")
+    if arguments.recommend and arguments.json is not None:
+        raise UserError(
+            f"--json {arguments.json} has no effect with --recommend; give the settings of a "
+            "recommended layout, and --json without --recommend"
+        )
     if arguments.mfu > 1:
         raise UserError(
             f"--mfu {arguments.mfu} is out of range; it is a share of the peak, at most 1"
@@ -96,6 +99,12 @@ _HARDWARE = {
         "share of the peak that is reached while a GPU computes, without messages and bubble",
     ),
     "gpus_per_node": ("--gpus-per-node", "NUMBER", "GPUs that are linked to each other directly"),
+    "host_memory_gb": (
+        "--host-memory",
+        "GB",
+        "a node's memory for what is offloaded and for checkpoints, in 10^9 bytes; only "
+        "--recommend compares it",
+    ),
     "node_bandwidth": (
         "--node-bandwidth",
         "GB/S",
@@ -149,6 +158,11 @@ def _parse() -> argparse.Namespace:
         default="transformer_engine",
         help="implementation of the layers: with Transformer Engine, without it (local), or "
         "without it on a CPU; default: %(default)s",
+    )
+    parser.add_argument(
+        "--recommend",
+        action="store_true",
+        help="rank the layouts that fit by the time of a step, and print the five fastest",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write it all as JSON")
     parser.add_argument("overrides", nargs="*", help="settings, as in optimizer.lr=1e-5")

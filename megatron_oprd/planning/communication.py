@@ -57,8 +57,9 @@ class SentBytes:
 def sent_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> SentBytes:
     """Bytes sent by each rank of pipeline rank ``pp_rank``."""
     forward, backward = _hidden_states_sent(layout, layout.student, pp_rank)
+    read = workload.of_teacher
     of_student = _sliced_bytes(layout, layout.student, workload)
-    of_teacher = _sliced_bytes(layout, layout.teacher, workload)
+    of_teacher = _sliced_bytes(layout, layout.teacher, read)
     counts = count_parameters(layout, layout.student, pp_rank)
     gradients, parameters = _data_parallel(
         layout, counts.trainable, parameter_replicas(layout), counts
@@ -67,15 +68,15 @@ def sent_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> SentBy
         layout, counts.trainable_experts, expert_replicas(layout), counts
     )
     return SentBytes(
-        teacher_tp=_teacher_tp(layout, workload, pp_rank),
+        teacher_tp=_teacher_tp(layout, read, pp_rank),
         student_tp=_student_tp(layout, workload, pp_rank),
         teacher_experts=layout.teacher.architecture.num_with_experts(
             _teacher_layers(layout, pp_rank)
         )
-        * _tokens_to_experts(layout, layout.teacher, workload),
+        * _tokens_to_experts(layout, layout.teacher, read),
         student_experts=_student_experts(layout, workload, pp_rank),
         teacher_cp=len(_teacher_layers(layout, pp_rank))
-        * _keys_and_values(layout, layout.teacher, workload),
+        * _keys_and_values(layout, layout.teacher, read),
         student_cp=_student_cp(layout, workload, pp_rank),
         teacher_pp=_hidden_states_sent(layout, layout.teacher, pp_rank)[0] * of_teacher,
         student_pp=(forward + backward) * of_student,

@@ -38,7 +38,9 @@ def stage_flops(layout: RunLayout, workload: Workload, stage: int) -> StageFlops
     linear, attention = _forward(layout.student.architecture, workload, running)
     teacher = sum(
         _forward(
-            layout.teacher.architecture, workload, layout.teacher.extent.layers_of_stage(stage)
+            layout.teacher.architecture,
+            workload.of_teacher,
+            layout.teacher.extent.layers_of_stage(stage),
         )
     )
     if layout.config.recompute.recompute_granularity == "selective":

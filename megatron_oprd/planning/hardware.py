@@ -16,6 +16,7 @@ class Hardware:
     bandwidth: float = 3350.0  # of memory
     mfu: float = 0.4  # share of the peak in the models' passes while a GPU computes
     gpus_per_node: int = 8
+    host_memory_gb: float = 2000.0  # of a node, for what is offloaded and for checkpoints
     # Of a GPU to the others of its node. NCCL's developers give 370 for rings over NVLink 4, whose
     # line rate is 450 (NVIDIA/nccl-tests, issue 212).
     node_bandwidth: float = 370.0

@@ -58,7 +58,7 @@ def teacher_workspace(
     teacher = layout.config.teacher
     if teacher.precision == "fp8" and not uses_engine(teacher):
         kernels = replace(kernels, fused_swiglu=False)  # these teachers use Megatron's local layers
-    shapes = _shapes(layout, layout.teacher, workload, kernels, pp_rank)
+    shapes = _shapes(layout, layout.teacher, workload.of_teacher, kernels, pp_rank)
     # The chunk's input, and the output on its way to the next stage.
     others = 1 + (layout.config.parallel.pipeline_model_parallel_size > 1)
     return max(forward_workspace(shape) + others * shape.hidden_bytes for shape in shapes)
@@ -92,6 +92,12 @@ def kept_target_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) ->
         _target_bytes_of_stage(layout, workload.kept_rows, workload.kept_output_rows, stage)
         for stage in stages
     )
+
+
+def tap_bytes(layout: RunLayout, workload: Workload, kernels: Kernels, *, pp_rank: int) -> int:
+    """Bytes that a teacher's taps on a pipeline rank keep for one micro-batch's backward pass."""
+    shape = _shapes(layout, layout.student, workload, kernels, pp_rank)[0]
+    return len(layout.pairs_of_rank(pp_rank)) * saved_by_tap(shape, workload.target_rows)
 
 
 def _student_chunk(

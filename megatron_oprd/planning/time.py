@@ -11,7 +11,7 @@ Decoding is as fast as the engine's kind says (`EngineKind.seconds_of_token`). A
 unknown and counts as 0. Not counted: latencies of the trainer's collectives, loading and logging.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from megatron_oprd.models.build import DTYPES
@@ -46,6 +46,11 @@ class PassSeconds:
     experts: float = 0.0  # tokens to experts and back
     pipeline: float = 0.0  # hidden states to other stages
     bubble: float = 0.0  # while the pipeline fills and drains
+
+    def __add__(self, other: "PassSeconds") -> "PassSeconds":
+        """Both passes, one after the other."""
+        names = [part.name for part in fields(self)]
+        return PassSeconds(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     @property
     def messages(self) -> float:
@@ -89,17 +94,31 @@ class StepSeconds:
         return self.rollout + passes + self.update + self.copies + self.sync
 
 
-def step_seconds(layout: RunLayout, workload: Workload, hardware: Hardware) -> StepSeconds:
-    """Estimates the seconds of a step's phases."""
+def step_seconds(
+    layouts: Sequence[RunLayout], workload: Workload, hardware: Hardware
+) -> StepSeconds:
+    """Estimates the seconds of a step's phases.
+
+    ``layouts`` are those of all teachers, the first teacher's first. Every teacher reads all
+    sequences, also those that another teaches.
+    """
+    layout, *others = layouts
     pp_ranks = range(layout.config.parallel.pipeline_model_parallel_size)
     sent = [sent_bytes(layout, workload, pp_rank=pp_rank) for pp_rank in pp_ranks]
     teacher = _slowest(
         _teacher_pass(layout, workload, hardware, pp_rank, sent[pp_rank]) for pp_rank in pp_ranks
     )
+    for other in others:
+        teacher += _slowest(
+            _teacher_pass(
+                other, workload, hardware, pp_rank, sent_bytes(other, workload, pp_rank=pp_rank)
+            )
+            for pp_rank in pp_ranks
+        )
     student = _slowest(
         _student_pass(layout, workload, hardware, pp_rank, sent[pp_rank]) for pp_rank in pp_ranks
     )
-    prefill, decode = _rollout_seconds(layout, workload, hardware)
+    prefill, decode = rollout_seconds(layout, workload, hardware)
     return StepSeconds(
         prefill=prefill,
         decode=decode,
@@ -110,7 +129,7 @@ def step_seconds(layout: RunLayout, workload: Workload, hardware: Hardware) -> S
         parameters=max(
             _over_replicas(layout, hardware, one.parameters, one.expert_parameters) for one in sent
         ),
-        copies=_copies(layout, workload, hardware, teacher),
+        copies=_copies(layouts, workload, hardware, teacher),
         sync=max(_weight_sync(layout, hardware, one) for one in sent),
     )
 
@@ -219,7 +238,7 @@ def _optimizer(layout: RunLayout, hardware: Hardware, pp_rank: int) -> float:
 
 
 def _copies(
-    layout: RunLayout, workload: Workload, hardware: Hardware, teacher: PassSeconds
+    layouts: Sequence[RunLayout], workload: Workload, hardware: Hardware, teacher: PassSeconds
 ) -> float:
     """Seconds of copies between GPU and host.
 
@@ -227,14 +246,16 @@ def _copies(
     compute; it does not go back, since it does not change. Optimizer states come and go once, as
     the weights of an engine that sleeps in the host's memory.
     """
+    layout = layouts[0]
     config = layout.config
     itemsize = DTYPES[config.model.params_dtype].itemsize
     seconds = 0.0
     for pp_rank in range(config.parallel.pipeline_model_parallel_size):
         weights = states = 0
-        if config.teacher.offload == "cpu":
-            of_teacher = teacher_bytes(layout, pp_rank=pp_rank, itemsize=itemsize)
-            weights = of_teacher.weights - of_teacher.head
+        for one in layouts:
+            if one.config.teacher.offload == "cpu":
+                of_teacher = teacher_bytes(one, pp_rank=pp_rank, itemsize=itemsize)
+                weights += of_teacher.weights - of_teacher.head
         if config.optimizer.offload_states:
             counts = count_parameters(layout, layout.student, pp_rank)
             states = optimizer_bytes(counts, layout, itemsize=itemsize)
@@ -272,7 +293,7 @@ def _weight_sync(layout: RunLayout, hardware: Hardware, sent: SentBytes) -> floa
     return seconds + hardware.seconds_for_bytes(2 * sent.into_engine)
 
 
-def _rollout_seconds(
+def rollout_seconds(
     layout: RunLayout, workload: Workload, hardware: Hardware
 ) -> tuple[float, float]:
     """Seconds of prefill and of decoding."""
@@ -289,6 +310,13 @@ def _rollout_seconds(
     computing = hardware.seconds_for_flops(decode_flops(layout, workload) * share)
     # Bound by memory or by arithmetic, whichever is slower; then by what the engine adds.
     working = max(hardware.seconds_for_bytes(engine.weights + cache), computing / max(steps, 1))
-    kind, layers = engine_of(layout), layout.student.architecture.num_layers
-    of_token = kind.seconds_of_token(layout.config.rollout, num_layers=layers, working=working)
+    student = layout.student.architecture
+    at_once = min(responses, max(engine.num_responses, 1))
+    itemsize = DTYPES[layout.config.model.params_dtype].itemsize
+    of_token = engine_of(layout).seconds_of_token(
+        layout.config.rollout,
+        num_layers=student.num_layers,
+        working=working,
+        message_bytes=at_once * student.hidden_size * itemsize,
+    )
     return hardware.seconds_for_flops(prefill_flops(layout, workload) * share), steps * of_token

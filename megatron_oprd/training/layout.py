@@ -26,7 +26,8 @@ from megatron_oprd.training.layout_checks import (
 from megatron_oprd.weights.mapping import Mapping
 
 
-@dataclass(frozen=True, kw_only=True)
+# Compared by identity: plans keep what they have counted of a model.
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ModelLayout:
     """One model of the run."""
 

@@ -53,7 +53,7 @@ def memory(
 def work(estimate: MemoryEstimate) -> WorkEstimate:
     config = estimate.layout.config
     return estimate_work(
-        estimate.layout,
+        estimate.layouts,
         H100,
         prompt_tokens=config.data.max_prompt_tokens,
         response_tokens=config.rollout.max_new_tokens,

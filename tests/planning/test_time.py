@@ -30,7 +30,7 @@ def seconds_with(
     config = qwen(*overrides)
     kernel = KERNELS["transformer_engine"]
     found = estimate_memory(config, read_models(config), kernel, num_gpus=num_gpus, memory_gb=80)
-    return step_seconds(found.layout, found.largest, hardware)
+    return step_seconds(found.layouts, found.largest, hardware)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,22 @@ def test_tokens_as_published(model: str) -> None:
     billions, layers, transformers, vllm = QWEN[model]
     working = billions * 2 / A100_GB_PER_S
     for name, published in (("hf", transformers), ("vllm", vllm)):
-        found = ENGINES[name].seconds_of_token(RolloutConfig(), num_layers=layers, working=working)
+        found = ENGINES[name].seconds_of_token(
+            RolloutConfig(), num_layers=layers, working=working, message_bytes=0
+        )
         assert found == pytest.approx(1 / published, rel=0.15), name
 
 
 def test_all_reduces_of_an_engine() -> None:
-    """Two of 9 microseconds a layer; a smaller part of the weights is read faster."""
-    rollout = RolloutConfig(engine="vllm")
-    alone = ENGINES["vllm"].seconds_of_token(rollout, num_layers=36, working=0.002)
-    rollout.vllm.tensor_model_parallel_size = 2
-    both = ENGINES["vllm"].seconds_of_token(rollout, num_layers=36, working=0.002)
-    assert both - alone == pytest.approx(36 * 2 * 9e-6)
+    """Two a layer, as long as published for small and for large messages."""
+
+    def seconds(num_gpus: int, message_bytes: int) -> float:
+        rollout = RolloutConfig(engine="vllm")
+        rollout.vllm.tensor_model_parallel_size = num_gpus
+        return ENGINES["vllm"].seconds_of_token(
+            rollout, num_layers=36, working=0.002, message_bytes=message_bytes
+        )
+
+    for num_gpus, message_bytes, microseconds in ((2, 4096, 8.8), (8, 4096, 9.3), (8, 2**19, 30.4)):
+        more = seconds(num_gpus, message_bytes) - seconds(1, message_bytes)
+        assert more == pytest.approx(36 * 2 * microseconds * 1e-6)

@@ -164,7 +164,7 @@ def test_a_server(qwen: Callable[..., RunConfig]) -> None:
     assert other.phases["rollout"].pop("workspace") == LARGEST
     assert owner.phases == other.phases
     assert found.engine is None
-    seconds = step_seconds(found.layout, found.largest, gpu(80))
+    seconds = step_seconds(found.layouts, found.largest, gpu(80))
     assert (seconds.prefill, seconds.decode) == (0, 0)
     assert seconds.student.total > 0
     assert sent_bytes(found.layout, found.largest, pp_rank=0).into_engine == WEIGHTS
@@ -190,7 +190,7 @@ def test_seconds(qwen: Callable[..., RunConfig]) -> None:
     assert found.engine is not None
     assert (found.engine.num_responses, found.largest.num_sequences) == (8, 64)
     read = WEIGHTS + 8 * (1024 + 8192 / 2) * OF_TOKEN
-    seconds = step_seconds(found.layout, found.largest, gpu(80))
+    seconds = step_seconds(found.layouts, found.largest, gpu(80))
     assert seconds.decode == pytest.approx(2 * 8191 * (read / 3350e9 + 0.00272 / 24 * 36), rel=2e-3)
 
 

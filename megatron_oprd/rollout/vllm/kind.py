@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 
 from megatron_oprd.config.engines.vllm import MAX_TEMPERATURE, VLLMConfig
 from megatron_oprd.config.schema import RolloutConfig
-from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges
+from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges, SettingChange
 from megatron_oprd.rollout.kind import EngineKind, Place
-from megatron_oprd.rollout.vllm.memory import check_kv_cache, memory_changes, vllm_bytes
-from megatron_oprd.rollout.vllm.speed import seconds_of_token
+from megatron_oprd.rollout.vllm.memory import (
+    alternatives,
+    check_kv_cache,
+    memory_changes,
+    vllm_bytes,
+)
+from megatron_oprd.rollout.vllm.speed import overhead_of_token
 
 if TYPE_CHECKING:
     import torch
@@ -138,9 +143,18 @@ class VLLMKind(EngineKind):
         """See `memory.check_kv_cache`."""
         check_kv_cache(rollout.vllm, engine, memory_gb=memory_gb)
 
-    def seconds_of_token(self, rollout: RolloutConfig, *, num_layers: int, working: float) -> float:
-        """See `speed.seconds_of_token`."""
-        return seconds_of_token(rollout, num_layers=num_layers, working=working)
+    def seconds_of_token(
+        self, rollout: RolloutConfig, *, num_layers: int, working: float, message_bytes: int
+    ) -> float:
+        """See `speed.overhead_of_token`."""
+        size = rollout.vllm.tensor_model_parallel_size
+        return working + overhead_of_token(num_layers, size, message_bytes)
+
+    def alternatives(
+        self, rollout: RolloutConfig, *, gpus_per_node: int
+    ) -> list[tuple[SettingChange, ...]]:
+        """See `memory.alternatives`."""
+        return alternatives(rollout.vllm, gpus_per_node=gpus_per_node)
 
     def memory_changes(self, rollout: RolloutConfig) -> MemoryChanges:
         """See `memory.memory_changes`."""
