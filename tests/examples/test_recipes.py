@@ -21,7 +21,6 @@ from megatron_oprd.planning.estimate import (
     read_models,
 )
 from megatron_oprd.planning.hardware import Hardware
-from megatron_oprd.planning.recommend import Lengths, recommend
 from megatron_oprd.planning.time import StepSeconds
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.ranks import ROOT
@@ -164,20 +163,6 @@ def test_the_plan_is_what_the_recipe_says(stubs: Path, tmp_path: Path, name: str
     config = load_config(on_stubs(stubs, tmp_path, name), [])
     line = planned(config, num_gpus(name))
     assert line in (RECIPES / name).read_text().splitlines(), f"the plan is now: {line}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-def test_the_layout_is_the_recommended_one(stubs: Path, tmp_path: Path, name: str) -> None:
-    """Within 2%, as several layouts may be about as fast."""
-    config = load_config(on_stubs(stubs, tmp_path, name), [])
-    lengths = Lengths(prompt=config.data.max_prompt_tokens, response=config.rollout.max_new_tokens)
-    models, gpus = read_models(config), num_gpus(name)
-    kernels = KERNELS["transformer_engine"]
-    best = recommend(config, models, kernels, H100, num_gpus=gpus, lengths=lengths)[0]
-    own = estimate_memory(config, models, kernels, num_gpus=gpus, memory_gb=80)
-    seconds = step_of(own).total
-    assert seconds <= 1.02 * best.seconds.total, f"faster: {best.change}"
 
 
 @pytest.mark.parametrize("name", RUNS)
