@@ -7,18 +7,21 @@ weights are not read, and no process group is started.
 
 import argparse
 import math
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_oprd.config.load import load_config
-from megatron_oprd.config.schema import RunConfig, TeacherPromptConfig
+from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.console import make_console
 from megatron_oprd.errors import UserError, run_entry_point
 from megatron_oprd.parallel.context import fewest_ranks
 from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.estimate import estimate_memory, estimate_work, read_models
+from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.ladder import check_fits
+from megatron_oprd.planning.recommend import Lengths, recommend
+from megatron_oprd.planning.recommended import print_recommended
 from megatron_oprd.planning.report import as_json, print_plan, write_json
-from megatron_oprd.planning.time import Hardware
 
 
 def main() -> int:
@@ -28,22 +31,19 @@ def main() -> int:
     _check(arguments, config)
     models = read_models(config)
     num_gpus = arguments.gpus or fewest_ranks(config.parallel)
-    hardware = Hardware(
-        memory_gb=arguments.gpu_memory,
-        tflops=arguments.gpu_tflops,
-        bandwidth=arguments.gpu_bandwidth,
-        mfu=arguments.mfu,
-    )
+    hardware = Hardware(**{name: getattr(arguments, name) for name in _HARDWARE})
     kernels = KERNELS[arguments.layers]
+    prompt = arguments.prompt_tokens or config.data.max_prompt_tokens
+    response = arguments.response_tokens or config.rollout.max_new_tokens
+    if arguments.recommend:
+        lengths = Lengths(prompt=prompt, response=response)
+        found = recommend(config, models, kernels, hardware, num_gpus=num_gpus, lengths=lengths)
+        print_recommended(make_console(highlight=False), found, hardware, num_gpus=num_gpus)
+        return 0
     memory = estimate_memory(
-        config, models, kernels, num_gpus=num_gpus, memory_gb=arguments.gpu_memory
+        config, models, kernels, num_gpus=num_gpus, memory_gb=hardware.memory_gb
     )
-    work = estimate_work(
-        memory.layout,
-        hardware,
-        prompt_tokens=arguments.prompt_tokens or config.data.max_prompt_tokens,
-        response_tokens=arguments.response_tokens or config.rollout.max_new_tokens,
-    )
+    work = estimate_work(memory.layouts, hardware, prompt_tokens=prompt, response_tokens=response)
     if arguments.json is not None:
         write_json(arguments.json, as_json(memory, work, hardware))
     print_plan(make_console(highlight=False), memory, work, hardware)
@@ -53,22 +53,17 @@ def main() -> int:
 
 # Not in config/: options of this command, and their relation to the run's settings.
 def _check(arguments: argparse.Namespace, config: RunConfig) -> None:
-    """Rejects impossible numbers, and runs that a plan does not cover."""
-    if config.extra_teachers or config.teacher_prompt != TeacherPromptConfig():
-        what = "extra_teachers" if config.extra_teachers else "teacher_prompt"
-        raise UserError(
-            f"{what} is set, but a plan is for one teacher that reads the student's sequences; "
-            f"leave {what} out to see the run without it"
-        )
-    for option in (
-        "gpus", "gpu_memory", "gpu_tflops", "gpu_bandwidth", "mfu", "prompt_tokens",
-        "response_tokens",
-    ):  # fmt: skip
-        value = getattr(arguments, option)
+    """Rejects impossible numbers."""
+    flags = {name: flag for name, (flag, _, _) in _HARDWARE.items()}
+    for option in ("gpus", *_HARDWARE, "prompt_tokens", "response_tokens"):
+        value, flag = getattr(arguments, option), flags.get(option, _flag(option))
         if value is not None and not 0 < value < math.inf:
-            raise UserError(
-                f"{_flag(option)} {value} is out of range; it has to be above 0, and finite"
-            )
+            raise UserError(f"{flag} {value} is out of range; it has to be above 0, and finite")
+    if arguments.recommend and arguments.json is not None:
+        raise UserError(
+            f"--json {arguments.json} has no effect with --recommend; give the settings of a "
+            "recommended layout, and --json without --recommend"
+        )
     if arguments.mfu > 1:
         raise UserError(
             f"--mfu {arguments.mfu} is out of range; it is a share of the peak, at most 1"
@@ -88,6 +83,47 @@ def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
+# The fields of `Hardware`: option, unit, meaning.
+_HARDWARE = {
+    "memory_gb": (
+        "--gpu-memory",
+        "GB",
+        "memory of a GPU that the run may take, in 10^9 bytes (what such a GPU has beyond its "
+        "name, about 7%%, is left to CUDA, NCCL and the allocator)",
+    ),
+    "tflops": ("--gpu-tflops", "TFLOP/S", "peak of bf16 matrix products"),
+    "bandwidth": ("--gpu-bandwidth", "GB/S", "memory bandwidth"),
+    "mfu": (
+        "--mfu",
+        "SHARE",
+        "share of the peak that is reached while a GPU computes, without messages and bubble",
+    ),
+    "gpus_per_node": ("--gpus-per-node", "NUMBER", "GPUs that are linked to each other directly"),
+    "host_memory_gb": (
+        "--host-memory",
+        "GB",
+        "a node's memory for what is offloaded and for checkpoints, in 10^9 bytes; only "
+        "--recommend compares it",
+    ),
+    "node_bandwidth": (
+        "--node-bandwidth",
+        "GB/S",
+        "what NCCL reaches between a GPU and the others of its node, one way",
+    ),
+    "network_bandwidth": (
+        "--network-bandwidth",
+        "GB/S",
+        "what it reaches between a GPU and other nodes over the GPU's own network card, one way",
+    ),
+    "host_bandwidth": (
+        "--host-bandwidth",
+        "GB/S",
+        "copies between a GPU and its host's memory, one way",
+    ),
+    "disk_bandwidth": ("--disk-bandwidth", "GB/S", "a node's writing of checkpoints"),
+}
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_oprd.plan",
@@ -96,34 +132,16 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("--gpus", type=int, help="GPUs of the run; default: one replica")
-    parser.add_argument(
-        "--gpu-memory",
-        type=float,
-        default=80.0,
-        metavar="GB",
-        help="memory of a GPU that the run may take, in 10^9 bytes (what such a GPU has beyond its "
-        "name, about 7%%, is left to CUDA, NCCL and the allocator); default: %(default)g",
-    )
-    parser.add_argument(
-        "--gpu-tflops",
-        type=float,
-        default=989.0,
-        metavar="TFLOP/S",
-        help="peak of bf16 matrix products; default: %(default)g",
-    )
-    parser.add_argument(
-        "--gpu-bandwidth",
-        type=float,
-        default=3350.0,
-        metavar="GB/S",
-        help="memory bandwidth; default: %(default)g",
-    )
-    parser.add_argument(
-        "--mfu",
-        type=float,
-        default=0.4,
-        help="share of the peak that is reached while a stage computes; default: %(default)g",
-    )
+    for field in fields(Hardware):
+        option, unit, meaning = _HARDWARE[field.name]
+        parser.add_argument(
+            option,
+            dest=field.name,
+            type=int if field.name == "gpus_per_node" else float,
+            default=field.default,
+            metavar=unit,
+            help=f"{meaning}; default: %(default)g",
+        )
     parser.add_argument(
         "--prompt-tokens",
         type=int,
@@ -140,6 +158,11 @@ def _parse() -> argparse.Namespace:
         default="transformer_engine",
         help="implementation of the layers: with Transformer Engine, without it (local), or "
         "without it on a CPU; default: %(default)s",
+    )
+    parser.add_argument(
+        "--recommend",
+        action="store_true",
+        help="rank the layouts that fit by the time of a step, and print the five fastest",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write it all as JSON")
     parser.add_argument("overrides", nargs="*", help="settings, as in optimizer.lr=1e-5")

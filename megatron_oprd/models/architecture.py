@@ -1,7 +1,7 @@
 """Typed record of the Hugging Face configuration fields that determine a decoder's numbers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,6 +246,10 @@ class Architecture:
     def has_experts(self, layer: int) -> bool:
         """Whether a layer, from 0, has experts in the place of its MLP."""
         return self.moe is not None and layer >= self.moe.first_dense_layers
+
+    def num_with_experts(self, layers: Sequence[int]) -> int:
+        """How many of some layers have experts."""
+        return sum(map(self.has_experts, layers))
 
     def padded_vocab_size(self, multiple: int) -> int:
         """The vocabulary rounded up to ``multiple`` rows."""

@@ -5,21 +5,24 @@ of causal attention (only the causal half); norms, rotary embeddings and losses 
 backward pass costs twice its forward pass, attention's 2.5 times, because it recomputes the scores.
 """
 
+from collections.abc import Sequence
+
 from megatron_oprd.models.architecture import Architecture
 
 
-def linear_flops(a: Architecture) -> int:
-    """FLOPs of one layer's linear layers for one token."""
+def linear_flops(a: Architecture, layers: Sequence[int]) -> int:
+    """FLOPs of the linear layers of ``layers`` (numbers from 0) for one token."""
     attention = _attention_weights(a)
-    if a.moe is None:
-        mlp = 3 * a.hidden_size * a.ffn_hidden_size
-    else:
+    sparse = a.num_with_experts(layers)
+    mlps = (len(layers) - sparse) * 3 * a.hidden_size * a.ffn_hidden_size
+    if a.moe is not None:
         moe = a.moe
         mlp = 3 * a.hidden_size * moe.ffn_hidden_size * moe.num_experts_per_token
         mlp += 3 * a.hidden_size * (moe.shared_ffn_hidden_size or 0)
         # The router, and the shared expert's gate.
         mlp += a.hidden_size * (moe.num_experts + moe.shared_expert_gate)
-    return 2 * (attention + mlp)
+        mlps += sparse * mlp
+    return 2 * (len(layers) * attention + mlps)
 
 
 def _attention_weights(a: Architecture) -> int:

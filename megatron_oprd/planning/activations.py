@@ -10,7 +10,7 @@ assumed to get equal shares of the tokens.
 from dataclasses import dataclass
 
 from megatron_oprd.config.schema import ParallelConfig
-from megatron_oprd.models.architecture import Architecture
+from megatron_oprd.models.architecture import Architecture, MixtureOfExperts
 
 _FP32 = 4
 _INT64 = 8
@@ -44,12 +44,18 @@ class LayerShape:
     """Sizes of one layer's tensors on one rank, for one micro-batch."""
 
     architecture: Architecture
+    has_experts: bool  # in the place of the gated MLP
     parallel: ParallelConfig
     kernels: Kernels
     num_rows: int  # rows of the micro-batch
     row_tokens: int  # tokens of a row on a context-parallel rank, [s/cp]
     is_packed: bool  # a row has several sequences
     itemsize: int  # bytes per element of the hidden states
+
+    @property
+    def moe(self) -> MixtureOfExperts | None:
+        """The layer's experts; None for a layer with a gated MLP."""
+        return self.architecture.moe if self.has_experts else None
 
     @property
     def tp(self) -> int:
@@ -84,7 +90,7 @@ class LayerShape:
     @property
     def mlp_tokens(self) -> int:
         """Tokens of this rank's MLP; a token counts once for each of its experts on this rank."""
-        moe = self.architecture.moe
+        moe = self.moe
         if moe is None:
             return self.tokens
         # Equal shares. Expert-tensor-parallel ranks gather each other's tokens.
@@ -93,7 +99,7 @@ class LayerShape:
     @property
     def mlp_width(self) -> int:
         """This rank's share of a gated MLP's width, f/tp."""
-        moe = self.architecture.moe
+        moe = self.moe
         if moe is None:
             return self.architecture.ffn_hidden_size // self.tp
         return moe.ffn_hidden_size // self.parallel.expert_tensor_size
@@ -158,15 +164,15 @@ def backward_workspace(shape: LayerShape) -> int:
     """
     a, f = shape.architecture, shape.mlp_bytes
     linear_fc2 = a.hidden_size * shape.mlp_width * shape.itemsize
-    if a.moe is not None and shape.kernels.transformer_engine:
+    if shape.moe is not None and shape.kernels.transformer_engine:
         # Transformer Engine's grouped GEMM produces the gradients of all local experts at once.
-        linear_fc2 *= a.moe.num_experts // shape.parallel.expert_model_parallel_size
+        linear_fc2 *= shape.moe.num_experts // shape.parallel.expert_model_parallel_size
     steps = [
         f + linear_fc2,  # gradients of linear_fc2's input and weight
         f * (2 if shape.kernels.fused_swiglu else 1),  # of gate and up, minus what is freed by then
         2 * linear_fc2 - f,  # of linear_fc1's weight, minus what is freed by then
     ]
-    if a.moe is not None:
+    if shape.moe is not None:
         # The dispatched gradient, its copy in the experts' order, and the experts' output.
         return max(steps) + 3 * shape.dispatched_bytes + 2 * shape.hidden_bytes
     # The incoming gradient, gathered; the layer's output, if recomputed; with sequence parallelism,
@@ -217,7 +223,7 @@ def logprob_workspace(shape: LayerShape, rows: int, *, vocab_size: int) -> int:
 
 def forward_workspace(shape: LayerShape) -> int:
     """Bytes of a forward pass without saved activations, at the end of the gated MLP."""
-    a, moe = shape.architecture, shape.architecture.moe
+    a, moe = shape.architecture, shape.moe
     if moe is None:
         # Without a norm before it and without slices, the MLP's input is the residual.
         is_residual = not a.pre_norms and not shape.parallel.sequence_parallel
@@ -309,7 +315,7 @@ def _saved_by_mlp(shape: LayerShape) -> int:
     # The norms, and the input of linear_fc1 or the router.
     saved = _saved_by_norms(shape) + shape.hidden_bytes
     saved += _num_inner(shape) * shape.mlp_bytes
-    moe = shape.architecture.moe
+    moe = shape.moe
     if moe is not None:
         saved += shape.dispatched_bytes  # linear_fc1's input
         k, tokens = moe.num_experts_per_token, shape.sliced_tokens
@@ -332,7 +338,7 @@ def _num_inner(shape: LayerShape) -> int:
     if shape.kernels.fused_swiglu:
         return 3
     # With experts one more, because outputs are scaled with their probability.
-    return 5 if shape.architecture.moe is None else 6
+    return 5 if shape.moe is None else 6
 
 
 def _norm(shape: LayerShape, *, vectors: int, width: int) -> int:

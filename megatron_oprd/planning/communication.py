@@ -11,6 +11,7 @@ from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.planning.engine import engine_place, sync_bytes
 from megatron_oprd.planning.parameters import (
+    ParameterCounts,
     count_parameters,
     expert_replicas,
     has_output_loss,
@@ -41,8 +42,10 @@ class SentBytes:
     student_cp: int  # with gradients
     teacher_pp: int  # to neighbouring stages
     student_pp: int
-    gradients: int  # reduction on the data-parallel group
-    parameters: int  # gather of updated parameters on the data-parallel group
+    gradients: int  # reduction on the data-parallel group, without those of experts
+    parameters: int  # gather of updated parameters on that group, without experts
+    expert_gradients: int  # the same on the group of ranks with the same experts
+    expert_parameters: int
     # For the rollout engines, by all ranks of the stage in a replica (and in replicas that share
     # its experts): its shards to the other stages, then all shards within the stage.
     weight_sync: int
@@ -54,56 +57,67 @@ class SentBytes:
 def sent_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> SentBytes:
     """Bytes sent by each rank of pipeline rank ``pp_rank``."""
     forward, backward = _hidden_states_sent(layout, layout.student, pp_rank)
+    read = workload.of_teacher
     of_student = _sliced_bytes(layout, layout.student, workload)
-    of_teacher = _sliced_bytes(layout, layout.teacher, workload)
-    gradients, parameters = _data_parallel(layout, pp_rank)
+    of_teacher = _sliced_bytes(layout, layout.teacher, read)
+    counts = count_parameters(layout, layout.student, pp_rank)
+    gradients, parameters = _data_parallel(
+        layout, counts.trainable, parameter_replicas(layout), counts
+    )
+    expert_gradients, expert_parameters = _data_parallel(
+        layout, counts.trainable_experts, expert_replicas(layout), counts
+    )
     return SentBytes(
-        teacher_tp=_teacher_tp(layout, workload, pp_rank),
+        teacher_tp=_teacher_tp(layout, read, pp_rank),
         student_tp=_student_tp(layout, workload, pp_rank),
-        teacher_experts=_teacher_layers(layout, pp_rank)
-        * _tokens_to_experts(layout, layout.teacher, workload),
+        teacher_experts=layout.teacher.architecture.num_with_experts(
+            _teacher_layers(layout, pp_rank)
+        )
+        * _tokens_to_experts(layout, layout.teacher, read),
         student_experts=_student_experts(layout, workload, pp_rank),
-        teacher_cp=_teacher_layers(layout, pp_rank)
-        * _keys_and_values(layout, layout.teacher, workload),
+        teacher_cp=len(_teacher_layers(layout, pp_rank))
+        * _keys_and_values(layout, layout.teacher, read),
         student_cp=_student_cp(layout, workload, pp_rank),
         teacher_pp=_hidden_states_sent(layout, layout.teacher, pp_rank)[0] * of_teacher,
         student_pp=(forward + backward) * of_student,
         gradients=gradients,
         parameters=parameters,
+        expert_gradients=expert_gradients,
+        expert_parameters=expert_parameters,
         weight_sync=_weight_sync(layout, pp_rank),
         into_engine=_into_engine(layout, pp_rank),
     )
 
 
-def _teacher_layers(layout: RunLayout, pp_rank: int) -> int:
-    counts = layout.teacher.extent.layers_per_stage
-    return sum(counts[stage] for stage in layout.stages_of_rank(pp_rank))
+def _teacher_layers(layout: RunLayout, pp_rank: int) -> list[int]:
+    of_stage = layout.teacher.extent.layers_of_stage
+    return [layer for stage in layout.stages_of_rank(pp_rank) for layer in of_stage(stage)]
 
 
 def _teacher_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
-    steps = 2 * _parallel_halves(layout.teacher) * _teacher_layers(layout, pp_rank)
+    layers = _teacher_layers(layout, pp_rank)
+    steps = 2 * _parallel_halves(layout.teacher, layers)
     # The embedding's output: a scatter with sequence parallelism, else an all-reduce.
     if pp_rank == 0:
         steps += 1 if layout.config.parallel.sequence_parallel else 2
     if has_output_loss(layout, pp_rank) and layout.config.parallel.sequence_parallel:
         # The hidden states, gathered for the LM head.
         steps += 1
-    passes = _teacher_layers(layout, pp_rank)
     return _ring(layout, steps * _whole_bytes(layout, layout.teacher, workload)) + _squares(
-        layout, layout.teacher, workload, passes
+        layout, layout.teacher, workload, len(layers)
     )
 
 
 def _student_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
     stages = layout.stages_of_rank(pp_rank)
     sequence_parallel = layout.config.parallel.sequence_parallel
-    running = sum(layout.running_per_stage[stage] for stage in stages)
-    recomputed = sum(num_recomputed(layout, stage) for stage in stages)
+    running, recomputed = _student_layers(layout, pp_rank)
     # Per half layer a gather and a scatter (one all-reduce without sequence parallelism). With
     # sequence parallelism, the backward pass gathers the input of the half's first linear layer
     # again.
     in_backward = 3 if sequence_parallel else 2
-    steps = _parallel_halves(layout.student) * (2 * (running + recomputed) + in_backward * running)
+    steps = 2 * _parallel_halves(layout.student, running + recomputed)
+    steps += in_backward * _parallel_halves(layout.student, running)
     if pp_rank == 0:
         steps += 2
     if has_output_loss(layout, pp_rank):
@@ -120,14 +134,29 @@ def _student_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
         # Without it only those of query and key heads.
         a = layout.student.architecture
         heads = a.num_attention_heads + a.num_query_groups if a.qk_norm_over_all_heads else 2
-        sent += _ring(layout, 2 * running * heads * a.head_dim * _FP32)
-    return sent + _squares(layout, layout.student, workload, 2 * running + recomputed)
+        sent += _ring(layout, 2 * len(running) * heads * a.head_dim * _FP32)
+    passes = 2 * len(running) + len(recomputed)
+    return sent + _squares(layout, layout.student, workload, passes)
 
 
-def _parallel_halves(model: ModelLayout) -> int:
-    """Tensor-parallel halves of a layer: attention, and an MLP or an expert for all tokens."""
+def _student_layers(layout: RunLayout, pp_rank: int) -> tuple[list[int], list[int]]:
+    """The rank's layers that run, and those of them that run again in the backward pass."""
+    running: list[int] = []
+    recomputed: list[int] = []
+    for stage in layout.stages_of_rank(pp_rank):
+        layers = layout.running_layers_of_stage(stage)
+        running += layers
+        recomputed += layers[: num_recomputed(layout, stage)]
+    return running, recomputed
+
+
+def _parallel_halves(model: ModelLayout, layers: list[int]) -> int:
+    """Tensor-parallel halves of some layers: attention, and an MLP or an expert for all tokens."""
     moe = model.architecture.moe
-    return 2 if moe is None or moe.shared_ffn_hidden_size is not None else 1
+    halves = 2 * len(layers)
+    if moe is not None and moe.shared_ffn_hidden_size is None:
+        halves -= model.architecture.num_with_experts(layers)
+    return halves
 
 
 def _squares(layout: RunLayout, model: ModelLayout, workload: Workload, passes: int) -> int:
@@ -140,10 +169,8 @@ def _squares(layout: RunLayout, model: ModelLayout, workload: Workload, passes: 
 
 
 def _student_experts(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
-    stages = layout.stages_of_rank(pp_rank)
-    passes = sum(
-        2 * layout.running_per_stage[stage] + num_recomputed(layout, stage) for stage in stages
-    )
+    running, recomputed = _student_layers(layout, pp_rank)
+    passes = layout.student.architecture.num_with_experts([*running, *running, *recomputed])
     return passes * _tokens_to_experts(layout, layout.student, workload)
 
 
@@ -160,13 +187,10 @@ def _tokens_to_experts(layout: RunLayout, model: ModelLayout, workload: Workload
 
 
 def _student_cp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
-    stages = layout.stages_of_rank(pp_rank)
+    running, recomputed = _student_layers(layout, pp_rank)
     forward_again = layout.config.recompute.recompute_granularity == "selective"
-    passes = sum(
-        # Forward, and the gradients, which are scattered where keys and values were gathered.
-        (2 + forward_again) * layout.running_per_stage[stage] + num_recomputed(layout, stage)
-        for stage in stages
-    )
+    # Forward, and the gradients, which are scattered where keys and values were gathered.
+    passes = (2 + forward_again) * len(running) + len(recomputed)
     return passes * _keys_and_values(layout, layout.student, workload)
 
 
@@ -188,27 +212,19 @@ def _hidden_states_sent(layout: RunLayout, model: ModelLayout, pp_rank: int) -> 
     return sum(stage != last for stage in stages), sum(stage != 0 for stage in stages)
 
 
-def _data_parallel(layout: RunLayout, pp_rank: int) -> tuple[int, int]:
-    """Bytes for gradients and for parameters."""
-    config = layout.config
-    counts = count_parameters(layout, layout.student, pp_rank)
+def _data_parallel(
+    layout: RunLayout, number: int, replicas: int, counts: ParameterCounts
+) -> tuple[int, int]:
+    """Bytes for the gradients of ``number`` parameters, and for the parameters themselves."""
+    config, share = layout.config, (replicas - 1) / replicas
+    if not config.optimizer.use_distributed_optimizer:
+        return round(2 * share * number * _FP32), 0
     itemsize = DTYPES[config.model.params_dtype].itemsize
-    gradients = parameters = 0.0
     # Experts have their own optimizer, and each of the two optimizers gathers all parameters,
     # unless the forward pass gathers them.
     twice = counts.trainable_experts and not config.optimizer.overlap_param_gather
     times = 2 if twice else 1
-    for number, replicas in (
-        (counts.trainable, parameter_replicas(layout)),
-        (counts.trainable_experts, expert_replicas(layout)),
-    ):
-        share = (replicas - 1) / replicas
-        if config.optimizer.use_distributed_optimizer:
-            gradients += share * number * _FP32
-            parameters += share * number * itemsize * times
-        else:
-            gradients += 2 * share * number * _FP32
-    return round(gradients), round(parameters)
+    return round(share * number * _FP32), round(share * number * itemsize * times)
 
 
 def _weight_sync(layout: RunLayout, pp_rank: int) -> int:

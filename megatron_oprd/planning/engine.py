@@ -57,7 +57,9 @@ def engine_load(layout: RunLayout, workload: Workload, *, memory_gb: float) -> E
     moe = a.moe
     ffn = a.ffn_hidden_size
     if moe is not None:
-        ffn = moe.ffn_hidden_size * moe.num_experts_per_token + (moe.shared_ffn_hidden_size or 0)
+        of_token = moe.ffn_hidden_size * moe.num_experts_per_token
+        of_token += moe.shared_ffn_hidden_size or 0
+        ffn = max(of_token, ffn if moe.first_dense_layers else 0)
     return EngineLoad(
         itemsize=_itemsize(layout),
         num_weights=sum(_tensor_sizes(layout)),

@@ -1,6 +1,7 @@
 """Cost of a run from configurations alone: memory, time, and a check of host memory."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_oprd.config.schema import RunConfig
@@ -14,12 +15,14 @@ from megatron_oprd.planning.activations import KERNELS, Kernels
 from megatron_oprd.planning.communication import SentBytes, sent_bytes
 from megatron_oprd.planning.engine import engine_bytes, engine_of, num_engines
 from megatron_oprd.planning.flops import StageFlops, decode_flops, prefill_flops, stage_flops
+from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.memory import RankMemory, rank_memories, teacher_bytes
-from megatron_oprd.planning.time import Hardware, StepSeconds, step_seconds
+from megatron_oprd.planning.other_teachers import with_other_teachers
+from megatron_oprd.planning.time import StepSeconds, step_seconds
 from megatron_oprd.planning.workload import Workload, workload
 from megatron_oprd.rollout.costs import EngineBytes
-from megatron_oprd.training.layout import RunLayout, make_layout
-from megatron_oprd.training.plan import alone
+from megatron_oprd.training.layout import RunLayout
+from megatron_oprd.training.plan import alone, place_teachers
 from megatron_oprd.weights.hf_files import HFFolder
 from megatron_oprd.weights.megatron_checkpoint import is_megatron
 
@@ -31,6 +34,18 @@ class Models:
     student: Architecture
     teacher: Architecture
     bridge_rank: int | None = None  # None: no bridge
+    # Of each of ``extra_teachers`` the architecture and the bridge's rank.
+    others: tuple[tuple[Architecture, int | None], ...] = ()
+
+    def placed(self, config: RunConfig, *, num_gpus: int) -> list[RunLayout]:
+        """The student with each of its teachers, placed as the run places them.
+
+        Raises UserError if the settings do not fit the models or the number of GPUs.
+        """
+        teachers = [(config, self.teacher, self.bridge_rank)]
+        for extra, (teacher, bridge_rank) in zip(config.extra_teachers, self.others, strict=True):
+            teachers.append((alone(config, extra), teacher, bridge_rank))
+        return place_teachers(self.student, teachers, world_size=num_gpus)
 
 
 def read_models(config: RunConfig) -> Models:
@@ -53,6 +68,13 @@ def read_models(config: RunConfig) -> Models:
         student=student,
         teacher=_read(config.model.teacher, config.model.teacher_hf_config),
         bridge_rank=bridge_rank,
+        others=tuple(
+            (
+                _read(extra.model, extra.hf_config),
+                None if extra.bridge is None else open_bridge(Path(extra.bridge)).rank,
+            )
+            for extra in config.extra_teachers
+        ),
     )
 
 
@@ -69,10 +91,16 @@ def _read(folder: str, hf_config: str | None) -> Architecture:
 class MemoryEstimate:
     """Memory of a run."""
 
-    layout: RunLayout  # placement of both models
+    layout: RunLayout  # placement of the student and the first teacher
+    others: tuple[RunLayout, ...] = ()  # the same with each further teacher
     largest: Workload  # step with prompts and responses of maximum length
     ranks: list[RankMemory]  # one entry per distinct rank
     engine: EngineBytes | None = None  # the rollout engine on the trainer's GPUs, if it is there
+
+    @property
+    def layouts(self) -> tuple[RunLayout, ...]:
+        """The layouts of all teachers, the first teacher's first."""
+        return (self.layout, *self.others)
 
     @property
     def fullest(self) -> RankMemory:
@@ -92,23 +120,28 @@ def estimate_memory(
 
     Raises UserError if the settings do not fit the models or the number of GPUs.
     """
-    layout = make_layout(
-        config,
-        student=models.student,
-        teacher=models.teacher,
-        world_size=num_gpus,
-        bridge_rank=models.bridge_rank,
-    )
+    layouts = models.placed(config, num_gpus=num_gpus)
     largest = workload(
-        layout,
+        layouts[0],
         prompt_tokens=config.data.max_prompt_tokens,
         response_tokens=config.rollout.max_new_tokens,
+        others=layouts[1:],
     )
+    return memory_of(layouts, largest, kernels, memory_gb=memory_gb)
+
+
+def memory_of(
+    layouts: Sequence[RunLayout], largest: Workload, kernels: Kernels, *, memory_gb: float
+) -> MemoryEstimate:
+    """`estimate_memory` of models that are placed; ``largest`` is the step of maximum length."""
+    layout, *others = layouts
     engine = engine_bytes(layout, largest, memory_gb=memory_gb)
+    ranks = rank_memories(layout, largest, kernels, engine)
     return MemoryEstimate(
         layout=layout,
+        others=tuple(others),
         largest=largest,
-        ranks=rank_memories(layout, largest, kernels, engine),
+        ranks=[with_other_teachers(rank, others, largest, kernels) for rank in ranks],
         engine=engine,
     )
 
@@ -122,14 +155,21 @@ class WorkEstimate:
     stages: list[StageFlops]  # FLOPs of each stage of a replica
     prefill: int  # FLOPs of rollout engines for a replica's share, prompts
     decode: int  # FLOPs of rollout engines for a replica's share, responses
+    other_teachers: int  # FLOPs of a replica's passes of further teachers
     seconds: StepSeconds
 
 
 def estimate_work(
-    layout: RunLayout, hardware: Hardware, *, prompt_tokens: int, response_tokens: int
+    layouts: Sequence[RunLayout], hardware: Hardware, *, prompt_tokens: int, response_tokens: int
 ) -> WorkEstimate:
-    """Estimates a step with prompts and responses of the given lengths, in tokens."""
-    typical = workload(layout, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
+    """Estimates a step with prompts and responses of the given lengths, in tokens.
+
+    ``layouts`` are those of all teachers, the first teacher's first.
+    """
+    layout, *others = layouts
+    typical = workload(
+        layout, prompt_tokens=prompt_tokens, response_tokens=response_tokens, others=others
+    )
     pp_ranks = range(layout.config.parallel.pipeline_model_parallel_size)
     stages = range(len(layout.student.extent.layers_per_stage))
     return WorkEstimate(
@@ -138,7 +178,10 @@ def estimate_work(
         stages=[stage_flops(layout, typical, stage) for stage in stages],
         prefill=prefill_flops(layout, typical),
         decode=decode_flops(layout, typical),
-        seconds=step_seconds(layout, typical, hardware),
+        other_teachers=sum(
+            stage_flops(one, typical, stage).teacher for one in others for stage in stages
+        ),
+        seconds=step_seconds(layouts, typical, hardware),
     )
 
 
@@ -152,7 +195,8 @@ def check_host_memory(
 
     ``available_bytes`` is the host's free memory. Raises UserError if it is too little.
     """
-    memory = _estimate(config, num_ranks)
+    # Those of further teachers are added below, each with its name.
+    memory = _estimate(replace(config, extra_teachers=[]), num_ranks)
     fullest = max(memory.ranks, key=lambda rank: rank.host_bytes + rank.checkpoint_bytes)
     once = max(rank.written_once_bytes for rank in memory.ranks)
     needs: dict[str, int] = {}

@@ -34,14 +34,20 @@ class StageFlops:
 
 def stage_flops(layout: RunLayout, workload: Workload, stage: int) -> StageFlops:
     """FLOPs of a stage; virtual stages are numbered in the order in which a token passes them."""
-    teacher_layers = layout.teacher.extent.layers_per_stage[stage]
-    running = layout.running_per_stage[stage]
-    linear, attention = _forward(layout.student.architecture, workload)
-    teacher = sum(_forward(layout.teacher.architecture, workload))
+    running = layout.running_layers_of_stage(stage)
+    linear, attention = _forward(layout.student.architecture, workload, running)
+    teacher = sum(
+        _forward(
+            layout.teacher.architecture,
+            workload.of_teacher,
+            layout.teacher.extent.layers_of_stage(stage),
+        )
+    )
     if layout.config.recompute.recompute_granularity == "selective":
-        recompute = attention * running
+        recompute = attention
     else:
-        recompute = (linear + attention) * num_recomputed(layout, stage)
+        again = running[: num_recomputed(layout, stage)]
+        recompute = sum(_forward(layout.student.architecture, workload, again))
     # The student's logits, and two products for the gradients of hidden states and head. The
     # teacher's logits are computed in the student's pass.
     rows = workload.output_rows * workload.num_micro_batches
@@ -49,9 +55,9 @@ def stage_flops(layout: RunLayout, workload: Workload, stage: int) -> StageFlops
     logits = rows * lm_head_flops(layout.student.architecture) if at_head else 0
     of_teacher = rows * lm_head_flops(layout.teacher.architecture) if at_head else 0
     return StageFlops(
-        teacher=teacher * teacher_layers,
-        student_forward=(linear + attention) * running + logits + of_teacher,
-        student_backward=backward_flops(linear, attention) * running + 2 * logits,
+        teacher=teacher,
+        student_forward=linear + attention + logits + of_teacher,
+        student_backward=backward_flops(linear, attention) + 2 * logits,
         student_recompute=recompute,
     )
 
@@ -59,9 +65,8 @@ def stage_flops(layout: RunLayout, workload: Workload, stage: int) -> StageFlops
 def prefill_flops(layout: RunLayout, workload: Workload) -> int:
     """FLOPs of the engines' forward pass over as many prompts as a replica has."""
     a, prompt = layout.student.architecture, workload.prompt_tokens
-    of_sequence = a.num_layers * (
-        prompt * linear_flops(a) + attention_flops(a, first=0, last=prompt)
-    )
+    of_sequence = prompt * linear_flops(a, range(a.num_layers))
+    of_sequence += a.num_layers * attention_flops(a, first=0, last=prompt)
     return workload.num_sequences * (of_sequence + lm_head_flops(a))
 
 
@@ -69,14 +74,13 @@ def decode_flops(layout: RunLayout, workload: Workload) -> int:
     """FLOPs of decoding as many responses as a replica has."""
     a, prompt = layout.student.architecture, workload.prompt_tokens
     tokens = workload.response_tokens - 1  # the first comes from the prompt's forward pass
-    of_sequence = a.num_layers * (
-        tokens * linear_flops(a) + attention_flops(a, first=prompt, last=prompt + tokens)
-    )
+    of_sequence = tokens * linear_flops(a, range(a.num_layers))
+    of_sequence += a.num_layers * attention_flops(a, first=prompt, last=prompt + tokens)
     return workload.num_sequences * (of_sequence + tokens * lm_head_flops(a))
 
 
-def _forward(a: Architecture, workload: Workload) -> tuple[int, int]:
-    """FLOPs of one layer in a replica's step: linear layers, attention."""
+def _forward(a: Architecture, workload: Workload, layers: range) -> tuple[int, int]:
+    """FLOPs of some layers in a replica's step: linear layers, attention."""
     length = workload.prompt_tokens + workload.response_tokens
     attention = workload.num_sequences * attention_flops(a, first=0, last=length)
-    return workload.tokens * linear_flops(a), attention
+    return workload.tokens * linear_flops(a, layers), len(layers) * attention

@@ -1,33 +1,21 @@
 """Search for the smallest change of settings with which a run fits."""
 
-import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
-from megatron_oprd.config.checks import check_values
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.planning.activations import Kernels
+from megatron_oprd.planning.changes import Change, changed
 from megatron_oprd.planning.estimate import MemoryEstimate, Models, estimate_memory
-from megatron_oprd.planning.time import Hardware
+from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.rollout.registry import engine_kind
 
 _MOST_CHANGES = 3
 _LARGEST_TP = 8  # beyond a node's fast links it rarely pays
 _LARGEST_PP = 16
-
-
-@dataclass(frozen=True)
-class Change:
-    """Settings that are changed together, as (dotted name, value)."""
-
-    settings: tuple[tuple[str, Any], ...]
-
-    def __str__(self) -> str:
-        return " ".join(f"{key}={_as_written(value)}" for key, value in self.settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +88,9 @@ def _estimate_with(
     memory_gb: float,
 ) -> MemoryEstimate | None:
     """Memory with some changes; None if they are incompatible with settings, models or GPUs."""
-    changed = copy.deepcopy(config)
-    for change in changes:
-        for key, value in change.settings:
-            group, _, name = key.rpartition(".")
-            setattr(attrgetter(group)(changed), name, value)
     try:
-        check_values(changed)
-        return estimate_memory(changed, models, kernels, num_gpus=num_gpus, memory_gb=memory_gb)
+        new = changed(config, changes)
+        return estimate_memory(new, models, kernels, num_gpus=num_gpus, memory_gb=memory_gb)
     except UserError:
         return None
 
@@ -154,12 +137,7 @@ def _ladder(config: RunConfig) -> list[list[Change]]:
         *([_change(change) for change in changes] for changes in of_engine.costly),
     ]
     # Drop changes that are already set.
-    return [new for steps in rungs if (new := [s for s in steps if not _is_so(s, config)])]
-
-
-def _is_so(change: Change, config: RunConfig) -> bool:
-    values = [attrgetter(key)(config) for key, _ in change.settings]
-    return values == [value for _, value in change.settings]
+    return [new for steps in rungs if (new := [s for s in steps if not s.is_in(config)])]
 
 
 def _change(*settings: tuple[str, Any]) -> Change:
@@ -174,10 +152,3 @@ def _doubled(number: int, most: int) -> Iterator[int]:
 def _halved(number: int, least: int) -> Iterator[int]:
     while (number := number // 2) >= least:
         yield number
-
-
-def _as_written(value: Any) -> str:
-    """Formats a value as on the command line."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)

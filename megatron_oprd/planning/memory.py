@@ -48,17 +48,17 @@ def teacher_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> TeacherB
     in_fp8 = layers_in_fp8(teacher, sum(layout.teacher.extent.layers_per_stage))
     weights = largest = 0
     shapes: dict[str, tuple[int, ...]] = {}  # one per kind: layers and experts are alike
-    for mapping in held_parameters(layout, layout.teacher, pp_rank):
+    for mapping, number in held_parameters(layout, layout.teacher, pp_rank):
         kind = kind_of(mapping.megatron)
         if kind not in shapes:
             shapes[kind] = mapping.local_shape(mapping.split_at(place)[1])
         shape = shapes[kind]
         is_linear = len(shape) == 2 and not mapping.is_replicated
         if is_linear and layer_of(mapping.megatron) in in_fp8:
-            weights += _fp8_bytes(*shape, recipe=teacher.fp8_recipe)
+            weights += number * _fp8_bytes(*shape, recipe=teacher.fp8_recipe)
             largest = max(largest, math.prod(shape))
         else:
-            weights += math.prod(shape) * itemsize
+            weights += number * math.prod(shape) * itemsize
     a = layout.teacher.architecture
     # The last stage has a copy of the tied embedding.
     if a.tied and pp_rank > 0 and has_output_loss(layout, pp_rank):
@@ -217,7 +217,8 @@ def _rank_memory(
         if phase in ("student", "optimizer") or is_back or not config.optimizer.offload_states:
             phases[phase]["gradients"] = gradients
     phases["teacher"]["targets"] = targets
-    phases["teacher"]["workspace"] = teacher.decoding + teacher_workspace(layout, workload, kernels)
+    workspace = teacher_workspace(layout, workload, kernels, pp_rank=pp_rank)
+    phases["teacher"]["workspace"] = teacher.decoding + workspace
     phases["student"]["targets"] = peak.targets
     phases["student"]["activations"] = peak.activations
     phases["student"]["workspace"] = peak.workspace

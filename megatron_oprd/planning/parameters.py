@@ -108,14 +108,31 @@ class ParameterCounts:
     replicated: int
 
 
-def held_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list[Mapping]:
-    """A model's parameters at the first place of a pipeline rank."""
-    place, stages = ParallelLayout.of(model.parallel), layout.stages_of_rank(pp_rank)
-    return [
-        mapping
-        for mapping in model.table
-        if mapping.is_held_at(place) and stage_of(mapping.megatron, model) in stages
-    ]
+def held_parameters(
+    layout: RunLayout, model: ModelLayout, pp_rank: int
+) -> list[tuple[Mapping, int]]:
+    """A model's parameters at the first place of a pipeline rank.
+
+    Those that differ only in the number of their expert are one, with how many they are.
+    """
+    by_stage = _held_by_stage(model)
+    return [one for stage in layout.stages_of_rank(pp_rank) for one in by_stage.get(stage, [])]
+
+
+# A search plans a layout with many other settings, and a large mixture of experts has 10^4 tensors.
+@functools.lru_cache(maxsize=64)
+def _held_by_stage(model: ModelLayout) -> dict[int | None, list[tuple[Mapping, int]]]:
+    place = ParallelLayout.of(model.parallel)
+    found: dict[tuple[int | None, str], tuple[Mapping, int]] = {}
+    for mapping in model.table:
+        if mapping.is_held_at(place):
+            key = layer_of(mapping.megatron), kind_of(mapping.megatron)
+            first, number = found.get(key, (mapping, 0))
+            found[key] = first, number + 1
+    by_stage: dict[int | None, list[tuple[Mapping, int]]] = {}
+    for mapping, number in found.values():
+        by_stage.setdefault(stage_of(mapping.megatron, model), []).append((mapping, number))
+    return by_stage
 
 
 def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> ParameterCounts:
@@ -124,14 +141,15 @@ def count_parameters(layout: RunLayout, model: ModelLayout, pp_rank: int) -> Par
     is_student = model is layout.student
     sizes: dict[str, int] = {}  # one per kind: layers and experts are alike
     counts: Counter[str] = Counter()
-    for mapping in held_parameters(layout, model, pp_rank):
+    for mapping, number in held_parameters(layout, model, pp_rank):
         name = mapping.megatron
         kind = kind_of(name)
         if kind not in sizes:
             sizes[kind] = math.prod(mapping.local_shape(mapping.split_at(place)[1]))
-        counts["total"] += sizes[kind]
+        counts["total"] += number * sizes[kind]
         if is_student and trains(name, layout):
-            counts["trainable" if mapping.expert is None else "trainable_experts"] += sizes[kind]
+            of_kind = "trainable" if mapping.expert is None else "trainable_experts"
+            counts[of_kind] += number * sizes[kind]
             counts["replicated"] += sizes[kind] if mapping.is_replicated else 0
     if model.architecture.tied and pp_rank > 0 and has_output_loss(layout, pp_rank):
         # Megatron keeps a copy of a tied embedding on the last stage.

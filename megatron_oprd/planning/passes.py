@@ -51,24 +51,28 @@ def student_chunks(
     ]
 
 
-def teacher_workspace(layout: RunLayout, workload: Workload, kernels: Kernels) -> int:
-    """Temporary bytes of the teacher's pass, on every rank."""
+def teacher_workspace(
+    layout: RunLayout, workload: Workload, kernels: Kernels, *, pp_rank: int
+) -> int:
+    """Temporary bytes of the teacher's pass on a pipeline rank."""
     teacher = layout.config.teacher
     if teacher.precision == "fp8" and not uses_engine(teacher):
         kernels = replace(kernels, fused_swiglu=False)  # these teachers use Megatron's local layers
-    shape = layer_shape(layout, layout.teacher, workload, kernels)
+    shapes = _shapes(layout, layout.teacher, workload.of_teacher, kernels, pp_rank)
     # The chunk's input, and the output on its way to the next stage.
     others = 1 + (layout.config.parallel.pipeline_model_parallel_size > 1)
-    return forward_workspace(shape) + others * shape.hidden_bytes
+    return max(forward_workspace(shape) + others * shape.hidden_bytes for shape in shapes)
 
 
 def logprob_check_workspace(
     layout: RunLayout, workload: Workload, kernels: Kernels, *, pp_rank: int
 ) -> int:
     """Temporary bytes for comparing log-probabilities with the rollout engine's."""
-    shape = layer_shape(layout, layout.student, workload, kernels)
-    needed = forward_workspace(shape) + shape.hidden_bytes  # the chunk's input
     vocab_size, student = layout.student.padded_vocab_size, layout.student.architecture
+    shapes = _shapes(layout, layout.student, workload, kernels, pp_rank)
+    shape = shapes[0]  # hidden states are the same in all
+    # With the chunk's input.
+    needed = max(map(forward_workspace, shapes)) + shape.hidden_bytes
     if any(is_last_stage(layout, stage) for stage in layout.stages_of_rank(pp_rank)):
         positions = workload.micro_batch_size * workload.response_tokens
         rows = min(CHUNK_TOKENS, positions // layout.config.parallel.context_parallel_size)
@@ -90,11 +94,19 @@ def kept_target_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) ->
     )
 
 
+def tap_bytes(layout: RunLayout, workload: Workload, kernels: Kernels, *, pp_rank: int) -> int:
+    """Bytes that a teacher's taps on a pipeline rank keep for one micro-batch's backward pass."""
+    shape = _shapes(layout, layout.student, workload, kernels, pp_rank)[0]
+    return len(layout.pairs_of_rank(pp_rank)) * saved_by_tap(shape, workload.target_rows)
+
+
 def _student_chunk(
     layout: RunLayout, workload: Workload, kernels: Kernels, stage: int
 ) -> ChunkBytes:
-    shape = layer_shape(layout, layout.student, workload, kernels)
-    saved, recomputed = _saved_by_chunk(layout, shape, workload.target_rows, stage)
+    pp_rank = stage % layout.config.parallel.pipeline_model_parallel_size
+    shapes = _shapes(layout, layout.student, workload, kernels, pp_rank)
+    shape = shapes[0]  # hidden states are the same in all
+    saved, recomputed = _saved_by_chunk(layout, shapes, workload.target_rows, stage)
     vocab_size = layout.student.padded_vocab_size
     embedding = embedding_workspace(shape, padded_vocab_size=vocab_size)
     head = 0
@@ -110,7 +122,9 @@ def _student_chunk(
     return ChunkBytes(
         saved=saved,
         recomputed=recomputed,
-        workspace=max(backward_workspace(shape), tap_workspace(shape, workload.target_rows), head)
+        workspace=max(
+            *map(backward_workspace, shapes), tap_workspace(shape, workload.target_rows), head
+        )
         + _messages(layout) * shape.hidden_bytes,
         end_workspace=embedding if stage == 0 else 0,
         targets=_target_bytes_of_stage(layout, workload.target_rows, workload.output_rows, stage),
@@ -118,31 +132,39 @@ def _student_chunk(
     )
 
 
-def _saved_by_chunk(layout: RunLayout, shape: LayerShape, rows: int, stage: int) -> tuple[int, int]:
+def _saved_by_chunk(
+    layout: RunLayout, shapes: list[LayerShape], rows: int, stage: int
+) -> tuple[int, int]:
     """Bytes that a chunk saves, and bytes that its backward pass saves again at most."""
-    recompute = layout.config.recompute
-    running = layout.running_per_stage[stage]
+    recompute, shape = layout.config.recompute, shapes[0]
+    layers = layout.running_layers_of_stage(stage)
+    running = len(layers)
     tapped = len(layout.pairs_of_stage(stage))
-    of_layer = saved_by_layer(
-        shape, recompute_attention=recompute.recompute_granularity == "selective"
-    )
+    of_kind = {
+        one.has_experts: saved_by_layer(
+            one, recompute_attention=recompute.recompute_granularity == "selective"
+        )
+        for one in shapes
+    }
+    of_layers = [of_kind[shape.architecture.has_experts(layer)] for layer in layers]
     of_taps = tapped * saved_by_tap(shape, rows)
     norm = (
         saved_by_norm(shape) if is_last_stage(layout, stage) else 0
     )  # it runs, whether it trains or not
     if recompute.recompute_method is None:
-        return running * of_layer + of_taps + norm, 0
-    with_tap = of_layer + of_taps // max(running, 1)
+        return sum(of_layers) + of_taps + norm, 0
+    of_tap = of_taps // max(running, 1)
     of_input = saved_by_recomputed(shape, distribute=recompute.distribute_saved_activations)
     number = recompute.recompute_num_layers
     assert number is not None
     if recompute.recompute_method == "uniform":
         # The first layer's input is already saved; when the last layers run again, the norm's
         # backward pass is done.
-        again = min(number, running) * with_tap - of_input - norm
+        runs = [of_layers[i : i + number] for i in range(0, running, number)]
+        again = max((sum(run) + len(run) * of_tap for run in runs), default=0) - of_input - norm
         return num_checkpoints(layout, stage) * of_input + norm, max(again, 0)
-    kept = max(running - number, 0) * with_tap
-    again = with_tap - of_input - kept - norm
+    kept = sum(of_layers[number:]) + max(running - number, 0) * of_tap
+    again = max(of_layers[:number], default=0) + of_tap - of_input - kept - norm
     return num_checkpoints(layout, stage) * of_input + kept + norm, max(again, 0)
 
 
@@ -162,17 +184,25 @@ def _target_bytes_of_stage(layout: RunLayout, rows: int, output_rows: int, stage
     return of_taps + output_rows * layout.output_target_bytes_per_row
 
 
-def layer_shape(
-    layout: RunLayout, model: ModelLayout, workload: Workload, kernels: Kernels
-) -> LayerShape:
-    """Sizes of a layer of ``model`` for the largest micro-batch."""
-    config = layout.config
-    return LayerShape(
-        architecture=model.architecture,
-        parallel=model.parallel,
-        kernels=kernels,
-        num_rows=workload.num_rows,
-        row_tokens=workload.row_tokens // config.parallel.context_parallel_size,
-        is_packed=config.batch.sequence_packing,
-        itemsize=DTYPES[config.model.params_dtype].itemsize,
-    )
+def _shapes(
+    layout: RunLayout, model: ModelLayout, workload: Workload, kernels: Kernels, pp_rank: int
+) -> list[LayerShape]:
+    """Sizes of each kind of layer on a pipeline rank, for the largest micro-batch."""
+    config, of_stage = layout.config, model.extent.layers_of_stage
+    layers = [layer for stage in layout.stages_of_rank(pp_rank) for layer in of_stage(stage)]
+    # In a mixture of experts the first layers may have none. A rank without layers of the teacher
+    # passes on the hidden states of any.
+    kinds = sorted({model.architecture.has_experts(layer) for layer in layers or [0]})
+    return [
+        LayerShape(
+            architecture=model.architecture,
+            has_experts=has_experts,
+            parallel=model.parallel,
+            kernels=kernels,
+            num_rows=workload.num_rows,
+            row_tokens=workload.row_tokens // config.parallel.context_parallel_size,
+            is_packed=config.batch.sequence_packing,
+            itemsize=DTYPES[config.model.params_dtype].itemsize,
+        )
+        for has_experts in kinds
+    ]

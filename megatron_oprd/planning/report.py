@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 from megatron_oprd.distill.trainable_projectors import num_parameters
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.build import DTYPES
+from megatron_oprd.planning.checkpoint import checkpoint_bytes
 from megatron_oprd.planning.engine import (
     engine_of,
     engine_place,
@@ -19,9 +21,10 @@ from megatron_oprd.planning.engine import (
     responses_of_engine,
 )
 from megatron_oprd.planning.estimate import MemoryEstimate, WorkEstimate
+from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.memory import ITEMS, PHASES, RankMemory, teacher_bytes
 from megatron_oprd.planning.parameters import count_parameters
-from megatron_oprd.planning.time import Hardware
+from megatron_oprd.planning.time import PassSeconds
 from megatron_oprd.rollout.registry import ENGINES
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 
@@ -40,11 +43,15 @@ def print_plan(
         messages_table(work),
         work_table(memory.layout, work, hardware),
     ):
-        console.print(table)
+        # One GPU sends nothing, for example.
+        if table.row_count:
+            console.print(table)
+    if memory.layout.config.checkpoint.is_on:
+        console.print(checkpoint_line(memory.layout, hardware))
     fullest = memory.fullest
     if memory.fits(hardware):
         console.print(
-            f"it fits: {fullest.peak_bytes / _GB:.1f} of {hardware.memory_gb:g} GB at the peak, "
+            f"it fits: {in_bytes(fullest.peak_bytes)} of {hardware.memory_gb:g} GB at the peak, "
             f"the {fullest.peak_phase} phase on {rank_name(fullest, memory.layout)}"
         )
 
@@ -66,6 +73,16 @@ def summary(memory: MemoryEstimate, work: WorkEstimate) -> str:
         f"{largest.num_micro_batches} micro-batches of at most {largest.micro_batch_size}"
         f"{_turns(memory)}",
     ]
+    if others := memory.others:
+        lines.append(
+            f"{len(others)} more teachers: they are counted in memory, FLOPs and times; the tables "
+            "of layers and messages are of the first"
+        )
+    if config.teacher_prompt.is_own:
+        lines.append(
+            "the teacher reads sequences of its own, of at most "
+            f"{layout.teacher_max_sequence_length} tokens"
+        )
     if layout.bridge_rank is not None:
         lines.append(f"targets behind the bridge: {layout.bridge_rank} numbers each")
     elif layout.trains_projectors:
@@ -115,9 +132,10 @@ def placement_table(layout: RunLayout) -> Table:
 
 def memory_table(memory: MemoryEstimate, hardware: Hardware) -> Table:
     """Table with a row per rank and a column per phase."""
+    unit, size = _unit(rank.peak_bytes for rank in memory.ranks)
     table = Table(
-        title="Memory of a rank in each phase, GB",
-        caption=f"10^9 bytes; {hardware.memory_gb:g} a GPU",
+        title=f"Memory of a rank in each phase, {unit}",
+        caption=f"10^9 bytes are a GB; {hardware.memory_gb:g} GB a GPU",
     )
     table.add_column("rank")
     for phase in PHASES:
@@ -126,7 +144,7 @@ def memory_table(memory: MemoryEstimate, hardware: Hardware) -> Table:
     for rank in memory.ranks:
         table.add_row(
             rank_name(rank, memory.layout),
-            *(_gb(rank.bytes_in(phase)) for phase in PHASES),
+            *(_gb(rank.bytes_in(phase), size) for phase in PHASES),
             rank.peak_phase,
             style="red" if rank.peak_bytes > hardware.memory_gb * _GB else None,
         )
@@ -136,74 +154,110 @@ def memory_table(memory: MemoryEstimate, hardware: Hardware) -> Table:
 def items_table(memory: MemoryEstimate) -> Table:
     """Table of the fullest rank's memory by item and phase."""
     rank = memory.fullest
-    table = Table(title=f"What takes it on the fullest rank ({rank_name(rank, memory.layout)}), GB")
+    unit, of_unit = _unit([rank.peak_bytes])
+    name = rank_name(rank, memory.layout)
+    table = Table(title=f"What takes it on the fullest rank ({name}), {unit}")
     table.add_column("")
     for phase in PHASES:
         table.add_column(phase, justify="right")
     for item in ITEMS:
         sizes = [rank.phases[phase].get(item, 0) for phase in PHASES]
         if any(sizes):
-            table.add_row(item, *(_gb(size) if size else "" for size in sizes))
+            table.add_row(item, *(_gb(size, of_unit) if size else "" for size in sizes))
     table.add_section()
-    table.add_row("together", *(_gb(rank.bytes_in(phase)) for phase in PHASES))
+    table.add_row("together", *(_gb(rank.bytes_in(phase), of_unit) for phase in PHASES))
     on_host = {
         "offloaded": rank.host_bytes,
         "while a checkpoint is written or read": rank.checkpoint_bytes + rank.written_once_bytes,
     }
     if any(on_host.values()):
-        shown = ", ".join(f"{_gb(size)} GB {what}" for what, size in on_host.items() if size)
+        shown = ", ".join(f"{in_bytes(size)} {what}" for what, size in on_host.items() if size)
         table.caption = f"on the host: {shown}"
     return table
 
 
 def messages_table(work: WorkEstimate) -> Table:
     """Table of bytes sent in a step, by the stage that sends most."""
-    table = Table(title="Sent in a step, GB (the stage that sends most)")
+    # Maximum of each kind of message; the maxima may be on different stages.
+    most = {name: max(getattr(sent, name) for sent in work.sent) for name in asdict(work.sent[0])}
+    unit, of_unit = _unit(most.values())
+    table = Table(title=f"Sent in a step, {unit} (the stage that sends most)")
     table.add_column("")
     table.add_column("teacher", justify="right")
     table.add_column("student", justify="right")
     table.add_column("update", justify="right")
-    # Maximum of each kind of message; the maxima may be on different stages.
-    most = {name: max(getattr(sent, name) for sent in work.sent) for name in asdict(work.sent[0])}
     rows = {
         "tensor parallel": (most["teacher_tp"], most["student_tp"], 0),
         "context parallel": (most["teacher_cp"], most["student_cp"], 0),
         "tokens to experts": (most["teacher_experts"], most["student_experts"], 0),
         "pipeline": (most["teacher_pp"], most["student_pp"], 0),
         "data parallel": (0, most["gradients"], most["parameters"]),
+        "data parallel, experts": (0, most["expert_gradients"], most["expert_parameters"]),
         "weight sync, a whole stage": (0, 0, most["weight_sync"]),
         "weights into the engine": (0, 0, most["into_engine"]),
     }
     for name, sizes in rows.items():
         if any(sizes):
-            table.add_row(name, *(_gb(size) if size else "" for size in sizes))
+            table.add_row(name, *(_gb(size, of_unit) if size else "" for size in sizes))
     return table
 
 
 def work_table(layout: RunLayout, work: WorkEstimate, hardware: Hardware) -> Table:
-    """Table of FLOPs and seconds per phase."""
+    """Table of FLOPs and time per phase, with what of it are messages and the pipeline's bubble."""
     table = Table(
         title="A step's work",
-        caption=f"{hardware.mfu:.0%} of {hardware.tflops:g} TFLOP/s, {hardware.bandwidth:g} GB/s; "
-        "decoding at the memory's bandwidth, at best",
+        caption=f"{hardware.mfu:.0%} of {hardware.tflops:g} TFLOP/s; memory {hardware.bandwidth:g} "
+        f"GB/s, a node's GPUs {hardware.node_bandwidth:g}, other nodes "
+        f"{hardware.network_bandwidth:g}",
     )
-    for name in ("phase", "PFLOP", "seconds", "share"):
+    for name in ("phase", "PFLOP", "time", "share", "messages", "bubble"):
         table.add_column(name, justify="left" if name == "phase" else "right")
     seconds = work.seconds
-    rows: list[tuple[str, float | None, float]] = [
+    phases: list[tuple[str, float | None, float]] = [
         ("rollout: prompts", work.prefill, seconds.prefill),
         ("rollout: responses", work.decode, seconds.decode),
-        ("teacher", sum(stage.teacher for stage in work.stages), seconds.teacher),
-        ("student", sum(stage.student for stage in work.stages), seconds.student),
+        (
+            "teachers" if work.other_teachers else "teacher",
+            sum(stage.teacher for stage in work.stages) + work.other_teachers,
+            seconds.teacher.total,
+        ),
+        ("student", sum(stage.student for stage in work.stages), seconds.student.total),
+        ("gradients", None, seconds.gradients),
         ("optimizer", None, seconds.optimizer),
+        ("parameters", None, seconds.parameters),
+        ("copies, GPU and host", None, seconds.copies),
+        ("weight sync", None, seconds.sync),
     ]
-    for name, flops, duration in rows:
+    passes = {phases[2][0]: seconds.teacher, "student": seconds.student}
+    for name, flops, duration in phases:
+        if not duration:
+            continue
         # Work is counted per replica; the table shows the run's.
-        shown = "" if flops is None else f"{flops * layout.data_parallel_size / 1e15:,.2f}"
-        table.add_row(name, shown, f"{duration:,.1f}", f"{duration / seconds.total:.0%}")
+        shown = "" if flops is None else f"{flops * layout.data_parallel_size / 1e15:,.3g}"
+        one = passes.get(name, PassSeconds())
+        parts = [one.messages, one.bubble]
+        table.add_row(
+            name,
+            shown,
+            in_time(duration),
+            f"{duration / seconds.total:.0%}",
+            *(in_time(part) if part else "" for part in parts),
+        )
     table.add_section()
-    table.add_row("together", "", f"{seconds.total:,.1f}", "")
+    table.add_row("together", "", in_time(seconds.total))
     return table
+
+
+def checkpoint_line(layout: RunLayout, hardware: Hardware) -> str:
+    """Size of a checkpoint, and the seconds in which it is written."""
+    size = checkpoint_bytes(layout)
+    world_size = layout.data_parallel_size * layout.config.parallel.replica_size
+    nodes = -(-world_size // hardware.gpus_per_node)
+    seconds = size / (nodes * hardware.disk_bandwidth * _GB)
+    return (
+        f"a checkpoint has {in_bytes(size)}: at least {in_time(seconds)} at "
+        f"{hardware.disk_bandwidth:g} GB/s from each of {nodes} nodes (--disk-bandwidth)"
+    )
 
 
 def as_json(memory: MemoryEstimate, work: WorkEstimate, hardware: Hardware) -> dict[str, Any]:
@@ -246,6 +300,7 @@ def as_json(memory: MemoryEstimate, work: WorkEstimate, hardware: Hardware) -> d
             "stages": [asdict(stage) for stage in work.stages],
         },
         "seconds": asdict(work.seconds) | {"total": work.seconds.total},
+        "checkpoint_bytes": checkpoint_bytes(layout),
     }
 
 
@@ -344,7 +399,31 @@ def _layer_numbers(layout: RunLayout, model: ModelLayout, pp_rank: int) -> list[
     return [layer for stage in stages for layer in model.extent.layers_of_stage(stage)]
 
 
-def _gb(num_bytes: float) -> str:
-    gb = num_bytes / _GB
+def in_time(seconds: float) -> str:
+    """A duration in the unit that suits it."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:,.{1 if seconds < 100 * size else 0}f} {unit}"
+    return f"{seconds * 1e6:.3g} us" if seconds else "0 s"
+
+
+def in_bytes(num_bytes: float) -> str:
+    """A size in the unit that suits it."""
+    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    for unit, size in units:
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def _unit(sizes: Iterable[float]) -> tuple[str, float]:
+    """The unit of a table in which these sizes stand: the largest is above 1."""
+    most = max(sizes, default=0)
+    return next((one for one in (("GB", 1e9), ("MB", 1e6)) if most >= one[1]), ("kB", 1e3))
+
+
+def _gb(num_bytes: float, unit: float = _GB) -> str:
+    """A size in a unit, by default GB."""
+    number = num_bytes / unit
     # Two significant digits for sizes that one decimal would show as 0.0.
-    return f"{gb:.1f}" if gb >= 0.05 or gb == 0 else f"{gb:.2g}"
+    return f"{number:.1f}" if number >= 0.05 or number == 0 else f"{number:.2g}"

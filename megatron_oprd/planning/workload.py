@@ -1,6 +1,9 @@
 """Workload of one data-parallel replica in a step."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 from megatron_oprd.data.batching import Rows
 from megatron_oprd.training.batches import (
@@ -36,6 +39,17 @@ class Workload:
     output_rows: int
     kept_output_rows: int  # of these, kept at the same time
     group_size: int  # micro-batches per group
+    # Tokens of a row and of a prompt as the teacher reads them: more, if it has prompts or tokens
+    # of its own.
+    teacher_row_tokens: int
+    teacher_prompt_tokens: int
+
+    @property
+    def of_teacher(self) -> Self:
+        """The workload as the teacher reads it."""
+        return replace(
+            self, row_tokens=self.teacher_row_tokens, prompt_tokens=self.teacher_prompt_tokens
+        )
 
     @property
     def tokens(self) -> int:
@@ -48,10 +62,23 @@ class Workload:
         return -(-self.num_micro_batches // self.group_size)
 
 
-def workload(layout: RunLayout, *, prompt_tokens: int, response_tokens: int) -> Workload:
-    """Builds the workload of a step in which all prompts and all responses have equal lengths."""
+def workload(
+    layout: RunLayout,
+    *,
+    prompt_tokens: int,
+    response_tokens: int,
+    others: Sequence[RunLayout] = (),
+) -> Workload:
+    """Builds the workload of a step in which all prompts and all responses have equal lengths.
+
+    ``others`` are the layouts of further teachers, whose targets share the memory of a group. A
+    teacher with sequences of its own reads sequences that are longer than the student's by the same
+    factor as the longest.
+    """
     config = layout.config
     length = prompt_tokens + response_tokens
+    longer = layout.teacher_max_sequence_length / layout.max_sequence_length
+    teacher_length = math.ceil(length * longer) if config.teacher_prompt.is_own else length
     replica = replica_batches(
         layout, [length] * (config.rollout.prompts_per_step * config.rollout.samples_per_prompt)
     )[0]
@@ -69,7 +96,7 @@ def workload(layout: RunLayout, *, prompt_tokens: int, response_tokens: int) -> 
     groups = groups_of_run(
         layout,
         [
-            target_bytes([layout], [count], output_count)
+            target_bytes([layout, *others], [count] * (1 + len(others)), output_count)
             for count, output_count in zip(rows, output_rows, strict=True)
         ],
     )
@@ -90,4 +117,8 @@ def workload(layout: RunLayout, *, prompt_tokens: int, response_tokens: int) -> 
         output_rows=max(output_rows),
         kept_output_rows=sum(output_rows[i] for i in largest),
         group_size=len(largest),
+        teacher_row_tokens=Rows(
+            [teacher_length] * size, is_packed=is_packed, multiple=multiple
+        ).length,
+        teacher_prompt_tokens=teacher_length - response_tokens,
     )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from megatron_oprd.config.schema import RolloutConfig
-from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges
+from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges, SettingChange
 from megatron_oprd.rollout.kind import EngineKind
 
 if TYPE_CHECKING:
@@ -111,12 +111,26 @@ class HFKind(EngineKind):
             read_cache=kv_cache,
         )
 
-    def seconds_of_token(self, num_layers: int) -> float:
-        """Launches from Python: 23 ms for 24 layers on an H100, measured with transformers 5."""
-        return 0.023 / 24 * num_layers
+    def seconds_of_token(
+        self, rollout: RolloutConfig, *, num_layers: int, working: float, message_bytes: int
+    ) -> float:
+        """Launches from Python, beside which the GPU works.
+
+        23 ms for 24 layers on an H100, measured with transformers 5.
+        """
+        return max(working, 0.023 / 24 * num_layers)
+
+    def alternatives(
+        self, rollout: RolloutConfig, *, gpus_per_node: int
+    ) -> list[tuple[SettingChange, ...]]:
+        """The batch as it is, and smaller ones."""
+        return [(), *((change,) for change in _smaller_batches(rollout))]
 
     def memory_changes(self, rollout: RolloutConfig) -> MemoryChanges:
         """Smaller batches."""
-        size = rollout.max_batch_size or rollout.prompts_per_step * rollout.samples_per_prompt
-        sizes = [size >> halvings for halvings in range(1, size.bit_length())]
-        return MemoryChanges(costly=[[("rollout.max_batch_size", size) for size in sizes]])
+        return MemoryChanges(costly=[_smaller_batches(rollout)])
+
+
+def _smaller_batches(rollout: RolloutConfig) -> list[SettingChange]:
+    size = rollout.max_batch_size or rollout.prompts_per_step * rollout.samples_per_prompt
+    return [("rollout.max_batch_size", size >> by) for by in range(1, size.bit_length())]

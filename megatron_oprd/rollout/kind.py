@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from megatron_oprd.config.schema import RolloutConfig
-from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges
+from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges, SettingChange
 
 if TYPE_CHECKING:
     # These import transformers and Megatron, which looking an engine up does not need.
@@ -142,9 +142,22 @@ class EngineKind(ABC):
         """Raises UserError if the longest sequence does not fit, on a GPU with ``memory_gb``."""
         return
 
-    def seconds_of_token(self, num_layers: int) -> float:
-        """The least time between two tokens of a response, whatever the GPU's speed."""
-        return 0.0
+    def seconds_of_token(
+        self, rollout: RolloutConfig, *, num_layers: int, working: float, message_bytes: int
+    ) -> float:
+        """The time between two tokens of a response.
+
+        ``working`` is what the GPU needs for it at least, by its memory's bandwidth or its
+        arithmetic; both in seconds. ``message_bytes`` are the hidden states of a token of every
+        response that is generated at once.
+        """
+        return working
+
+    def alternatives(
+        self, rollout: RolloutConfig, *, gpus_per_node: int
+    ) -> list[tuple[SettingChange, ...]]:
+        """Settings of the engine to choose from when a layout is recommended."""
+        return [()]
 
     def memory_changes(self, rollout: RolloutConfig) -> MemoryChanges:
         """Changes of settings with which the engine needs less memory, to try in turn."""

@@ -29,14 +29,16 @@ def step_flops(plan: RunPlan, rollouts: Sequence[Rollout], *, num_output_rows: i
     read_by_teacher = read_by_student
     if of_teacher is not None:
         read_by_teacher = [len(one.prompt_ids) + len(one.response_ids) for one in of_teacher]
-    linear, attention = _layer(layout.student.architecture, read_by_student)
-    total = layout.num_running_layers * (linear + attention + backward_flops(linear, attention))
+    running = range(layout.num_running_layers)
+    linear, attention = _layers(layout.student.architecture, running, read_by_student)
+    total = linear + attention + backward_flops(linear, attention)
     for number, teacher in enumerate(plan.teachers):
         model = teacher.layout.teacher
         # Only the first teacher may read other sequences. All read all sequences of the step, also
         # those that another teaches.
         lengths = read_by_student if number else read_by_teacher
-        total += sum(model.extent.layers_per_stage) * sum(_layer(model.architecture, lengths))
+        built = range(sum(model.extent.layers_per_stage))
+        total += sum(_layers(model.architecture, built, lengths))
     if layout.compares_outputs:
         # The head's backward pass has two products: for the hidden states, and for its weight.
         of_row = 3 * lm_head_flops(layout.student.architecture)
@@ -44,7 +46,7 @@ def step_flops(plan: RunPlan, rollouts: Sequence[Rollout], *, num_output_rows: i
     return total
 
 
-def _layer(a: Architecture, lengths: Sequence[int]) -> tuple[int, int]:
-    """FLOPs of one layer's forward pass: linear layers, attention."""
+def _layers(a: Architecture, layers: range, lengths: Sequence[int]) -> tuple[int, int]:
+    """FLOPs of some layers' forward pass: linear layers, attention."""
     attention = sum(attention_flops(a, first=0, last=length) for length in lengths)
-    return sum(lengths) * linear_flops(a), attention
+    return sum(lengths) * linear_flops(a, layers), len(layers) * attention

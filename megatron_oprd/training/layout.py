@@ -26,7 +26,8 @@ from megatron_oprd.training.layout_checks import (
 from megatron_oprd.weights.mapping import Mapping
 
 
-@dataclass(frozen=True, kw_only=True)
+# Compared by identity: plans keep what they have counted of a model.
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ModelLayout:
     """One model of the run."""
 
@@ -141,6 +142,10 @@ class RunLayout:
     def running_per_stage(self) -> tuple[int, ...]:
         """The student's layers on each stage that run in training, i.e. up to the deepest tap."""
         return _first_layers(self.student.extent.layers_per_stage, self.num_running_layers)
+
+    def running_layers_of_stage(self, stage: int) -> range:
+        """The layers of ``running_per_stage`` on a stage, counted from 0 over the whole model."""
+        return self.student.extent.layers_of_stage(stage)[: self.running_per_stage[stage]]
 
     @property
     def target_bytes_per_row(self) -> int:

@@ -171,18 +171,35 @@ def place(models: OpenedModels, *, world_size: int) -> list[RunLayout]:
     Raises:
         UserError: The settings do not fit the models or the number of processes.
     """
-    student = models.student.architecture
-    # The deepest layer that any teacher needs: the student is built once, for all of them.
-    running = 0
+    teachers = []
     for number, one in enumerate(models.teachers):
         with _naming(number):
-            pairs = matched_layers(one.config, student, one.opened.architecture)
+            rank = None if one.bridge is None else _bridge_rank(one.config, one.bridge)
+        teachers.append((one.config, one.opened.architecture, rank))
+    return place_teachers(models.student.architecture, teachers, world_size=world_size)
+
+
+def place_teachers(
+    student: Architecture,
+    teachers: Sequence[tuple[RunConfig, Architecture, int | None]],
+    *,
+    world_size: int,
+) -> list[RunLayout]:
+    """`place` for architectures alone.
+
+    ``teachers`` are, ``model.teacher`` first, the run with a teacher alone, its architecture, and
+    the rank of its bridge, None without one.
+    """
+    # The deepest layer that any teacher needs: the student is built once, for all of them.
+    running = 0
+    for number, (config, teacher, _) in enumerate(teachers):
+        with _naming(number):
+            pairs = matched_layers(config, student, teacher)
             running = max([running, *(pair.student + 1 for pair in pairs)])
-    if models.teachers[0].config.compares_outputs:
+    if teachers[0][0].compares_outputs:
         running = student.num_layers
     layouts: list[RunLayout] = []
-    for number, one in enumerate(models.teachers):
-        config = one.config
+    for number, (config, teacher, bridge_rank) in enumerate(teachers):
         if layouts:
             # The first teacher's layout divides the student's layers over the stages; the others
             # follow.
@@ -194,10 +211,10 @@ def place(models: OpenedModels, *, world_size: int) -> list[RunLayout]:
                 make_layout(
                     config,
                     student=student,
-                    teacher=one.opened.architecture,
+                    teacher=teacher,
                     world_size=world_size,
                     min_running_layers=running,
-                    bridge_rank=None if one.bridge is None else _bridge_rank(config, one.bridge),
+                    bridge_rank=bridge_rank,
                 )
             )
     return layouts

@@ -14,8 +14,14 @@ from megatron_oprd.bridge_build.models import plan_build
 from megatron_oprd.config.load import load_config
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.planning.activations import KERNELS
-from megatron_oprd.planning.estimate import estimate_memory, estimate_work, read_models
-from megatron_oprd.planning.time import Hardware
+from megatron_oprd.planning.estimate import (
+    MemoryEstimate,
+    estimate_memory,
+    estimate_work,
+    read_models,
+)
+from megatron_oprd.planning.hardware import Hardware
+from megatron_oprd.planning.time import StepSeconds
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.ranks import ROOT
 from tests.helpers.stub_models import num_parameters, save_stub_model
@@ -121,23 +127,27 @@ def num_gpus(name: str) -> int:
     return int(found[1]) * int(found[2])
 
 
-def planned(config: RunConfig, gpus: int) -> str:
-    """The line of a recipe that says what ``plan`` says."""
-    config.teacher_prompt, config.extra_teachers = type(config.teacher_prompt)(), []
-    memory = partial(estimate_memory, kernels=KERNELS["transformer_engine"], memory_gb=80)
-    estimate = memory(config, read_models(config), num_gpus=gpus)
-    assert estimate.fits(H100)
-    peak = max(rank.peak_bytes for rank in estimate.ranks)
-    seconds = estimate_work(
-        estimate.layout,
+def step_of(estimate: MemoryEstimate) -> StepSeconds:
+    """The time of a step with prompts and responses of the greatest length."""
+    config = estimate.layout.config
+    return estimate_work(
+        estimate.layouts,
         H100,
         prompt_tokens=config.data.max_prompt_tokens,
         response_tokens=config.rollout.max_new_tokens,
     ).seconds
-    rollouts = seconds.prefill + seconds.decode
+
+
+def planned(config: RunConfig, gpus: int) -> str:
+    """The line of a recipe that says what ``plan`` says."""
+    memory = partial(estimate_memory, kernels=KERNELS["transformer_engine"], memory_gb=80)
+    estimate = memory(config, read_models(config), num_gpus=gpus)
+    assert estimate.fits(H100)
+    peak = max(rank.peak_bytes for rank in estimate.ranks)
+    seconds = step_of(estimate)
     return (
         f"# Plan:      {gpus} GPUs of 80 GB: peak {peak / 1e9:.1f} GB, "
-        f"{seconds.total:.0f} s a step, rollouts {rollouts:.0f} s"
+        f"{seconds.total:.0f} s a step, rollouts {seconds.rollout:.0f} s"
     )
 
 
@@ -153,6 +163,22 @@ def test_the_plan_is_what_the_recipe_says(stubs: Path, tmp_path: Path, name: str
     config = load_config(on_stubs(stubs, tmp_path, name), [])
     line = planned(config, num_gpus(name))
     assert line in (RECIPES / name).read_text().splitlines(), f"the plan is now: {line}"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_transformers_is_never_ahead(stubs: Path, tmp_path: Path, name: str) -> None:
+    """Of the recipe's vLLM, with any batch of responses that fits beside the trainer."""
+    text = on_stubs(stubs, tmp_path, name)
+    gpus, config = num_gpus(name), load_config(text, [])
+    memory = partial(estimate_memory, kernels=KERNELS["transformer_engine"], memory_gb=80)
+    with_vllm = step_of(memory(config, read_models(config), num_gpus=gpus)).rollout
+    most = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    plain = "rollout.vllm={gpu_memory_utilization: 0.4, tensor_model_parallel_size: 1}"
+    for size in (most, 16, 4):
+        overrides = [plain, "rollout.engine=hf", f"rollout.max_batch_size={size}"]
+        other = load_config(text, overrides)
+        estimate = memory(other, read_models(other), num_gpus=gpus)
+        assert step_of(estimate).rollout > with_vllm, size
 
 
 @pytest.mark.parametrize("name", RUNS)

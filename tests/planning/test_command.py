@@ -112,8 +112,9 @@ def test_with_vllm(
         (["--response-tokens", "9000"], r"--response-tokens 9000 .*max_new_tokens = 8192"),
         (["--json", "nowhere/plan.json"], "--json nowhere/plan.json: cannot be written: No such"),
         (["model.teacher=nowhere"], "nowhere: it does not exist"),
-        (["extra_teachers=[{model: a}]"], "extra_teachers .*a plan is for one teacher"),
-        (["teacher_prompt.tokenizer=own"], "teacher_prompt .*a plan is for one teacher"),
+        (["--recommend", "--json", "plan.json"], "--json plan.json has no effect with --recommend"),
+        (["--recommend", "--gpu-memory", "5"], "no layout of 4 GPUs .*with 5 GB .*fits"),
+        (["--network-bandwidth", "0"], "--network-bandwidth 0.0 .*has to be above 0"),
         (["optimizer.learning_rate=1"], "unknown setting"),
     ],
 )  # fmt: skip

@@ -40,5 +40,14 @@ def test_linear_layers(tmp_path: Path) -> None:
     3.3B is the published number, with an embedding that takes no FLOPs and the LM head.
     """
     a = read_architecture(HFFolder(model_folder(tmp_path, "Qwen3-30B-A3B")))
-    active = a.num_layers * linear_flops(a) / 2 + 2 * a.vocab_size * a.hidden_size
+    active = linear_flops(a, range(a.num_layers)) / 2 + 2 * a.vocab_size * a.hidden_size
     assert 3.3e9 <= active < 3.4e9
+
+
+def test_first_layers_without_experts(tmp_path: Path) -> None:
+    """GLM-4.5-Air's first layer: the MLP of width 10944, not 8 experts of 1408 and a router."""
+    a = read_architecture(HFFolder(model_folder(tmp_path, "GLM-4.5-Air")))
+    first, second = (linear_flops(a, [layer]) for layer in (0, 1))
+    mlp, expert = 3 * 4096 * 10944, 3 * 4096 * 1408
+    assert second - first == 2 * ((8 + 1) * expert + 4096 * 128 - mlp)
+    assert linear_flops(a, range(a.num_layers)) == first + 45 * second

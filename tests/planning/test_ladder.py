@@ -6,8 +6,8 @@ from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory, read_models
+from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.ladder import check_fits, nearest_that_fits
-from megatron_oprd.planning.time import Hardware
 
 KERNEL = KERNELS["transformer_engine"]
 NO_RECOMPUTE = (

@@ -27,8 +27,8 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.estimate import MemoryEstimate, estimate_memory, read_models
+from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.ladder import nearest_that_fits
-from megatron_oprd.planning.time import Hardware
 from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.kind import EngineKind, Place

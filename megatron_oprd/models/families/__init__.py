@@ -3,6 +3,7 @@
 Each family is one file. A new one is a copy of the file most like it, named below.
 """
 
+import functools
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -160,4 +161,10 @@ def unread_tensors(checkpoint: Folder) -> tuple[str, ...]:
 
 def mapping_table(architecture: Architecture, *, padded_vocab_size: int) -> list[Mapping]:
     """Every parameter of the model, in the order of the Hugging Face model's own tensors."""
-    return FAMILIES[architecture.family].mappings(architecture, padded_vocab_size)
+    return list(_table(architecture, padded_vocab_size))
+
+
+# A search for a layout asks for the same few tables hundreds of times.
+@functools.lru_cache(maxsize=8)
+def _table(architecture: Architecture, padded_vocab_size: int) -> tuple[Mapping, ...]:
+    return tuple(FAMILIES[architecture.family].mappings(architecture, padded_vocab_size))

@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING
 
 from megatron_oprd.config.engines.vllm import MAX_TEMPERATURE, VLLMConfig
 from megatron_oprd.config.schema import RolloutConfig
-from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges
+from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges, SettingChange
 from megatron_oprd.rollout.kind import EngineKind, Place
-from megatron_oprd.rollout.vllm.memory import check_kv_cache, memory_changes, vllm_bytes
+from megatron_oprd.rollout.vllm.memory import (
+    alternatives,
+    check_kv_cache,
+    memory_changes,
+    vllm_bytes,
+)
+from megatron_oprd.rollout.vllm.speed import overhead_of_token
 
 if TYPE_CHECKING:
     import torch
@@ -136,6 +142,19 @@ class VLLMKind(EngineKind):
     def check_memory(self, rollout: RolloutConfig, engine: EngineBytes, memory_gb: float) -> None:
         """See `memory.check_kv_cache`."""
         check_kv_cache(rollout.vllm, engine, memory_gb=memory_gb)
+
+    def seconds_of_token(
+        self, rollout: RolloutConfig, *, num_layers: int, working: float, message_bytes: int
+    ) -> float:
+        """See `speed.overhead_of_token`."""
+        size = rollout.vllm.tensor_model_parallel_size
+        return working + overhead_of_token(num_layers, size, message_bytes)
+
+    def alternatives(
+        self, rollout: RolloutConfig, *, gpus_per_node: int
+    ) -> list[tuple[SettingChange, ...]]:
+        """See `memory.alternatives`."""
+        return alternatives(rollout.vllm, gpus_per_node=gpus_per_node)
 
     def memory_changes(self, rollout: RolloutConfig) -> MemoryChanges:
         """See `memory.memory_changes`."""

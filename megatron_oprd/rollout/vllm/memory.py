@@ -9,7 +9,7 @@ counted. Tests compare the number of cache blocks with vLLM's; nothing else here
 from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.config.schema import RolloutConfig
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges
+from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges, SettingChange
 
 _FP8, _FP32, _INT64 = 1, 4, 8
 # CUDA context of a second process on a device, awake or asleep; an assumption.
@@ -106,6 +106,26 @@ def memory_changes(vllm: VLLMConfig) -> MemoryChanges:
         cheap=[("rollout.vllm.sleep_level", 2)],
         costly=[[*sizes], [("rollout.max_staleness", 0)]],
     )
+
+
+# Shares of a GPU to choose from; more than this leaves a trainer little.
+_SHARES = (0.25, 0.4, 0.55, 0.7)
+
+
+def alternatives(vllm: VLLMConfig, *, gpus_per_node: int) -> list[tuple[SettingChange, ...]]:
+    """GPUs of an engine, which are of one node, with shares of them, or with the given cache."""
+    if vllm.uses_server:
+        return [()]
+    sizes = [size for size in range(1, gpus_per_node + 1) if gpus_per_node % size == 0]
+    shares: list[tuple[SettingChange, ...]] = [()]
+    if vllm.kv_cache_gb is None:
+        of_gpu = sorted({*_SHARES, vllm.gpu_memory_utilization})
+        shares = [(("rollout.vllm.gpu_memory_utilization", share),) for share in of_gpu]
+    return [
+        (("rollout.vllm.tensor_model_parallel_size", size), *share)
+        for size in sizes
+        for share in shares
+    ]
 
 
 def _workspace(rollout: RolloutConfig, load: EngineLoad, *, max_model_len: int) -> int:

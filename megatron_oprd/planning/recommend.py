@@ -1,0 +1,312 @@
+"""The layouts of a run that fit, by the time of a step.
+
+Chosen are the sizes of tensor, pipeline, expert and (if nothing fits without it) context
+parallelism, recompute, offload, and the settings that the rollout engine's kind names. All else is
+as configured: what changes the results (the teacher's precision, ``rollout.max_staleness``), the
+batch, targets' memory. Settings that the run itself would refuse are refused here by its own checks
+(`check_values`, `Models.placed`, `check_host_memory`).
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_oprd.config.checks import check_values
+from megatron_oprd.config.schema import RunConfig
+from megatron_oprd.errors import UserError
+from megatron_oprd.planning.activations import Kernels
+from megatron_oprd.planning.changes import Change, changed, unchecked
+from megatron_oprd.planning.engine import engine_bytes
+from megatron_oprd.planning.estimate import (
+    MemoryEstimate,
+    Models,
+    check_host_memory,
+    memory_of,
+)
+from megatron_oprd.planning.hardware import Hardware
+from megatron_oprd.planning.time import StepSeconds, rollout_seconds, step_seconds
+from megatron_oprd.planning.workload import Workload, workload
+from megatron_oprd.rollout.registry import engine_kind
+from megatron_oprd.training.layout import RunLayout
+from megatron_oprd.training.plan import alone
+
+_LARGEST_PP = 16  # deeper pipelines of these models are mostly bubble
+
+_RECOMPUTE = tuple(
+    Change(
+        (
+            ("recompute.recompute_granularity", granularity),
+            ("recompute.recompute_method", method),
+            ("recompute.recompute_num_layers", number),
+            ("recompute.distribute_saved_activations", False),
+        )
+    )
+    for granularity, method, number in (
+        (None, None, None),
+        ("selective", None, None),
+        ("full", "uniform", 1),
+    )
+)
+_OFFLOAD = tuple(
+    Change((("teacher.offload", teacher), ("optimizer.offload_states", states)))
+    for teacher, states in itertools.product(("none", "cpu"), (False, True))
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Tokens of a typical prompt and of a typical response, for the times."""
+
+    prompt: int
+    response: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layout with the fastest of the other settings with which it fits."""
+
+    change: Change  # what differs from the configuration that was given
+    memory: MemoryEstimate
+    seconds: StepSeconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trainer:
+    """A layout with a choice of recompute, and the time of a step without its rollouts."""
+
+    layouts: tuple[RunLayout, ...]  # of all teachers
+    largest: Workload
+    typical: Workload
+    sizes: Change
+    recompute: Change
+    seconds: float
+    bound: float  # with the fastest of the engine's settings
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of the run."""
+        layout = self.layouts[0]
+        return layout.data_parallel_size * layout.config.parallel.replica_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Engine:
+    """Settings of the rollout engine."""
+
+    change: Change
+    seconds: float  # of a step's rollouts
+    awake: int  # bytes on a GPU of the trainer
+
+
+def recommend(
+    config: RunConfig,
+    models: Models,
+    kernels: Kernels,
+    hardware: Hardware,
+    *,
+    num_gpus: int,
+    lengths: Lengths,
+    number: int = 5,
+) -> list[Candidate]:
+    """The ``number`` fastest layouts that fit, the fastest first; fewer if fewer fit.
+
+    Layouts differ in their parallel sizes. Ranks share sequences only if nothing fits otherwise.
+    """
+    for cp in _divisors(num_gpus):
+        trainers = list(
+            _trainers(config, models, hardware, num_gpus=num_gpus, cp=cp, lengths=lengths)
+        )
+        if found := _fastest(trainers, config, models, kernels, hardware, number):
+            return found
+    return []
+
+
+def _fastest(
+    trainers: list[_Trainer],
+    config: RunConfig,
+    models: Models,
+    kernels: Kernels,
+    hardware: Hardware,
+    number: int,
+) -> list[Candidate]:
+    """Tries the trainers in the order of their bounds until no later one can be among the first."""
+    best: dict[Change, Candidate] = {}
+    for trainer in sorted(trainers, key=lambda one: one.bound):
+        ranked = sorted(one.seconds.total for one in best.values())
+        if len(ranked) >= number and trainer.bound > ranked[number - 1]:
+            break
+        known = best.get(trainer.sizes)
+        found = _fastest_of(
+            trainer,
+            config,
+            models,
+            kernels,
+            hardware,
+            known.seconds.total if known else math.inf,
+        )
+        if found is not None:
+            best[trainer.sizes] = found
+    return sorted(best.values(), key=lambda one: (one.seconds.total, _peak(one)))[:number]
+
+
+def _peak(candidate: Candidate) -> int:
+    return candidate.memory.fullest.peak_bytes
+
+
+def _is_allowed(config: RunConfig, models: Models, hardware: Hardware, *, num_gpus: int) -> bool:
+    """Whether a run takes the settings of teacher and engine that its layout was not made with."""
+    try:
+        check_values(config)
+        models.placed(config, num_gpus=num_gpus)
+        check_host_memory(
+            config,
+            num_ranks=num_gpus,
+            ranks_on_host=min(hardware.gpus_per_node, num_gpus),
+            available_bytes=round(hardware.host_memory_gb * 1e9),
+        )
+    except UserError:
+        return False
+    return True
+
+
+def _fastest_of(
+    trainer: _Trainer,
+    config: RunConfig,
+    models: Models,
+    kernels: Kernels,
+    hardware: Hardware,
+    limit: float,
+) -> Candidate | None:
+    """The fastest choice of offload and engine with which the trainer fits, if below ``limit``."""
+    best: Candidate | None = None
+    engines = sorted(_engines(trainer, config, hardware), key=lambda one: one.seconds)
+    smallest = min(engines, key=lambda one: one.awake)
+
+    def settings(offload: Change, engine: _Engine) -> list[Change]:
+        return [trainer.sizes, trainer.recompute, offload, engine.change]
+
+    def memory_with(new: RunConfig) -> MemoryEstimate:
+        layouts = _with(trainer, new)
+        return memory_of(layouts, trainer.largest, kernels, memory_gb=hardware.memory_gb)
+
+    for offload in _OFFLOAD:
+        if trainer.seconds + engines[0].seconds >= limit:
+            break
+        # If the least engine is too much, all are.
+        least = memory_with(unchecked(config, settings(offload, smallest)))
+        if least.fullest.peak_bytes > hardware.memory_gb * 1e9:
+            continue
+        for engine in engines:
+            if trainer.seconds + engine.seconds >= limit:
+                break
+            new = unchecked(config, settings(offload, engine))
+            memory = memory_with(new)
+            if not memory.fits(hardware):
+                continue
+            step = step_seconds(memory.layouts, trainer.typical, hardware)
+            if step.total < limit and _is_allowed(new, models, hardware, num_gpus=trainer.num_gpus):
+                limit = step.total
+                changes = settings(offload, engine)
+                change = Change(tuple(one for group in changes for one in group.settings))
+                best = Candidate(change=change.new_in(config), memory=memory, seconds=step)
+    return best
+
+
+def _with(trainer: _Trainer, config: RunConfig) -> tuple[RunLayout, ...]:
+    """The trainer's layouts with other settings that place no layer elsewhere."""
+    first, *others = trainer.layouts
+    teachers = [
+        replace(one, config=alone(config, extra))
+        for one, extra in zip(others, config.extra_teachers, strict=True)
+    ]
+    return (replace(first, config=config), *teachers)
+
+
+def _engines(trainer: _Trainer, config: RunConfig, hardware: Hardware) -> list[_Engine]:
+    """The engine's alternatives, which need not be allowed."""
+    kind = engine_kind(config.rollout)
+    found = []
+    # An engine's GPUs are of one node, and engines are on all GPUs.
+    most = math.gcd(hardware.gpus_per_node, trainer.num_gpus)
+    for settings in kind.alternatives(config.rollout, gpus_per_node=most):
+        change = Change(settings)
+        layout = _with(trainer, unchecked(config, [trainer.sizes, change]))[0]
+        engine = engine_bytes(layout, trainer.largest, memory_gb=hardware.memory_gb)
+        seconds = sum(rollout_seconds(layout, trainer.typical, hardware))
+        awake = 0 if engine is None else engine.awake
+        found.append(_Engine(change=change, seconds=seconds, awake=awake))
+    return found
+
+
+def _trainers(
+    config: RunConfig,
+    models: Models,
+    hardware: Hardware,
+    *,
+    num_gpus: int,
+    cp: int,
+    lengths: Lengths,
+) -> Iterator[_Trainer]:
+    for sizes in _sizes(config, models, hardware, num_gpus=num_gpus, cp=cp):
+        try:
+            # Without recompute, which places no layer elsewhere.
+            plain = changed(config, [sizes, _RECOMPUTE[0]])
+            layouts = models.placed(plain, num_gpus=num_gpus)
+        except UserError:  # the run would say the same
+            continue
+        largest, typical = (
+            workload(layouts[0], prompt_tokens=prompt, response_tokens=response, others=layouts[1:])
+            for prompt, response in (
+                (config.data.max_prompt_tokens, config.rollout.max_new_tokens),
+                (lengths.prompt, lengths.response),
+            )
+        )
+        trainer = _Trainer(
+            layouts=tuple(layouts),
+            largest=largest,
+            typical=typical,
+            sizes=sizes,
+            recompute=_RECOMPUTE[0],
+            seconds=0.0,
+            bound=0.0,
+        )
+        fastest = min(one.seconds for one in _engines(trainer, config, hardware))
+        for recompute in _RECOMPUTE:
+            new = _with(trainer, unchecked(config, [sizes, recompute]))
+            step = step_seconds(new, typical, hardware)
+            # Copies and sync depend on choices that are made later; without them it is a bound.
+            seconds = step.total - step.rollout - step.copies - step.sync
+            yield replace(trainer, recompute=recompute, seconds=seconds, bound=seconds + fastest)
+
+
+def _sizes(
+    config: RunConfig, models: Models, hardware: Hardware, *, num_gpus: int, cp: int
+) -> Iterator[Change]:
+    """Parallel sizes that divide the GPUs; tensor parallelism stays within a node."""
+    experts = [a.moe.num_experts for a in (models.student, models.teacher) if a.moe is not None]
+    for tp in _divisors(hardware.gpus_per_node):
+        for pp in range(1, min(_LARGEST_PP, models.student.num_layers) + 1):
+            if num_gpus % (tp * pp * cp):
+                continue
+            # Whole experts: shares of one would be small matrices.
+            eps = [ep for ep in _divisors(num_gpus // pp) if not any(n % ep for n in experts)]
+            for ep in eps if experts else [1]:
+                yield Change(
+                    (
+                        ("parallel.tensor_model_parallel_size", tp),
+                        ("parallel.sequence_parallel", tp > 1),
+                        ("parallel.pipeline_model_parallel_size", pp),
+                        ("parallel.virtual_pipeline_model_parallel_size", None),
+                        ("parallel.num_layers_per_stage", None),
+                        ("parallel.context_parallel_size", cp),
+                        ("parallel.expert_model_parallel_size", ep),
+                        ("parallel.expert_tensor_parallel_size", 1 if experts and tp > 1 else None),
+                        ("teacher.expert_model_parallel_size", None),
+                        ("teacher.expert_tensor_parallel_size", None),
+                    )
+                )
+
+
+def _divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]

@@ -1,0 +1,169 @@
+"""Recommended layouts: the full enumeration's, and such that a run takes."""
+
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_oprd import plan
+from megatron_oprd.config.load import load_config
+from megatron_oprd.config.schema import RunConfig
+from megatron_oprd.errors import UserError
+from megatron_oprd.planning.activations import KERNELS
+from megatron_oprd.planning.estimate import estimate_memory, read_models
+from megatron_oprd.planning.hardware import Hardware
+from megatron_oprd.planning.recommend import Candidate, Lengths, recommend
+from megatron_oprd.planning.recommended import bound_by, layout_name, loses
+from megatron_oprd.planning.time import step_seconds
+from megatron_oprd.planning.workload import workload
+from megatron_oprd.training.plan import make_plan
+from tests.helpers.pairs import save_pair
+from tests.planning.models import EXAMPLES, model_folder
+
+KERNEL = KERNELS["transformer_engine"]
+LENGTHS = Lengths(prompt=512, response=2048)
+# Two GPUs a node, so that some groups cross nodes, and little memory, so that much does not fit.
+SMALL = Hardware(memory_gb=38, gpus_per_node=2)
+ENGINE = ["rollout.engine=vllm", "rollout.max_batch_size=null"]
+
+
+def found_for(config: RunConfig, hardware: Hardware, num_gpus: int) -> list[Candidate]:
+    return recommend(
+        config, read_models(config), KERNEL, hardware, num_gpus=num_gpus, lengths=LENGTHS
+    )
+
+
+def enumerated(load: Callable[..., RunConfig], hardware: Hardware, num_gpus: int) -> list[float]:
+    """The fastest of all settings of each layout that fits, from overrides alone."""
+    sizes = [
+        (tp, pp, 1)
+        for tp, pp in itertools.product((1, 2), (1, 2, 3, 4))
+        if num_gpus % (tp * pp) == 0
+    ]
+    recompute = (
+        ["recompute.recompute_granularity=null"],
+        ["recompute.recompute_granularity=selective"],
+        [
+            "recompute.recompute_granularity=full", "recompute.recompute_method=uniform",
+            "recompute.recompute_num_layers=1",
+        ],
+    )  # fmt: skip
+    plain = "recompute={recompute_granularity: null, recompute_method: null, "
+    plain += "recompute_num_layers: null}"
+    best: dict[tuple[int, int, int], float] = {}
+    for size, again, teacher, states, engine, share in itertools.product(
+        sizes, recompute, ("none", "cpu"), ("false", "true"), (1, 2), (0.25, 0.4, 0.55, 0.7)
+    ):
+        tp, pp, _ = size
+        try:
+            config = load(
+                *ENGINE,
+                plain,
+                *again,
+                f"parallel.tensor_model_parallel_size={tp}",
+                f"parallel.sequence_parallel={str(tp > 1).lower()}",
+                f"parallel.pipeline_model_parallel_size={pp}",
+                f"teacher.offload={teacher}",
+                f"optimizer.offload_states={states}",
+                f"rollout.vllm.tensor_model_parallel_size={engine}",
+                f"rollout.vllm.gpu_memory_utilization={share}",
+            )
+            memory = estimate_memory(
+                config, read_models(config), KERNEL, num_gpus=num_gpus,
+                memory_gb=hardware.memory_gb,
+            )  # fmt: skip
+        except UserError:
+            continue
+        if memory.fits(hardware):
+            typical = workload(memory.layout, prompt_tokens=512, response_tokens=2048)
+            seconds = step_seconds(memory.layouts, typical, hardware).total
+            best[size] = min(best.get(size, seconds), seconds)
+    return sorted(best.values())
+
+
+@pytest.mark.slow
+def test_the_ranking_is_the_full_enumerations(qwen: Callable[..., RunConfig]) -> None:
+    found = found_for(qwen(*ENGINE), SMALL, 4)
+    expected = enumerated(qwen, SMALL, 4)
+    assert [one.seconds.total for one in found] == pytest.approx(expected[:5])
+    assert len(expected) > 1
+
+
+def test_settings_give_what_the_table_says(qwen: Callable[..., RunConfig]) -> None:
+    """Pasted behind the same configuration, they make the run that was ranked."""
+    hardware = Hardware()
+    found = found_for(qwen(*ENGINE), hardware, 8)
+    assert len(found) == 5
+    totals = [one.seconds.total for one in found]
+    assert totals == sorted(totals)
+    assert len({layout_name(one) for one in found}) == 5
+    for one in found:
+        config = qwen(*ENGINE, *shlex.split(str(one.change)))
+        again = estimate_memory(config, read_models(config), KERNEL, num_gpus=8, memory_gb=80)
+        assert again.ranks == one.memory.ranks
+        assert again.fits(hardware)
+        typical = workload(again.layout, prompt_tokens=512, response_tokens=2048)
+        assert step_seconds(again.layouts, typical, hardware) == one.seconds
+        assert bound_by(one.seconds).endswith("%")
+    assert loses(found[1].seconds, found[0].seconds).count("+") == 1
+
+
+def test_a_run_takes_every_recommended_layout(tmp_path: Path) -> None:
+    """The checks of a dry run, with a mixture of experts as the teacher."""
+    pair = save_pair(tmp_path / "pair", "qwen3_moe", teacher_family="qwen3_moe", teacher_layers=6)
+    for gpus_per_node, num_gpus in ((2, 4), (8, 8)):
+        config = load_config(pair / "run.yaml", ["rollout.prompts_per_step=8"])
+        hardware = Hardware(gpus_per_node=gpus_per_node)
+        lengths = Lengths(
+            prompt=config.data.max_prompt_tokens, response=config.rollout.max_new_tokens
+        )
+        found = recommend(
+            config, read_models(config), KERNEL, hardware, num_gpus=num_gpus, lengths=lengths
+        )
+        assert found
+        for one in found:
+            overrides = ["rollout.prompts_per_step=8", *shlex.split(str(one.change))]
+            make_plan(load_config(pair / "run.yaml", overrides), world_size=num_gpus)
+
+
+def test_sequences_are_shared_only_if_nothing_fits_otherwise(
+    qwen: Callable[..., RunConfig],
+) -> None:
+    servers = ["rollout.engine=vllm", "rollout.vllm.servers=[http://127.0.0.1:8000]"]
+    long = [*servers, "data.max_prompt_tokens=1024", "rollout.max_new_tokens=30000"]
+    config = qwen(*long, "rollout.max_batch_size=null")
+    sizes = []
+    for memory_gb in (80, 20, 10, 5):
+        found = found_for(config, Hardware(memory_gb=memory_gb), 16)
+        sizes.append({one.memory.layout.config.parallel.context_parallel_size for one in found})
+    assert sizes[0] == {1}
+    assert all(len(one) <= 1 for one in sizes)
+
+
+def test_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five numbered rows, and each one's settings in one line."""
+    arguments = [
+        "--config", str(EXAMPLES / "qwen3_32b_to_4b.yaml"), "--gpus", "8", "--recommend",
+        f"model.student={model_folder(tmp_path, 'Qwen3-4B')}",
+        f"model.teacher={model_folder(tmp_path, 'Qwen3-32B')}",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    assert plan.main() == 0
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if line[:3] in {f"{n}: " for n in range(1, 6)}]
+    assert len(lines) == 5
+    assert "Layouts of 8 GPUs" in shown
+    file = tmp_path / "plan.json"
+    monkeypatch.setattr(
+        sys, "argv",
+        ["plan", *arguments[:4], *arguments[5:], "--json", str(file), *lines[0][3:].split()],
+    )  # fmt: skip
+    assert plan.main() == 0
+    assert json.loads(file.read_text())["fits"]
