@@ -31,6 +31,7 @@ from megatron_oprd.training.metrics import (
     pass_metrics,
     rollout_metrics,
     step_metrics,
+    surplus_metrics,
 )
 from megatron_oprd.training.plan import RunPlan, export_folder
 from megatron_oprd.training.profile import Profiler
@@ -156,7 +157,7 @@ def _train(
     ):
         # After the loggers, which have removed the records of steps that are done again.
         alarm = None if loggers is None else CollapseAlarm(output_dir / "metrics.jsonl")
-        source = RolloutSource(plan, context, engines, prompts)
+        source = RolloutSource(plan, context, engines, prompts, waiting=done.waiting)
         profiler = Profiler(config.profile, output_dir, rank=context.rank)
         stack.callback(profiler.close)
         for step in range(done.step, config.train_iters):
@@ -183,6 +184,7 @@ def _train(
                 step=step + 1,
                 skipped_steps=skipped_steps,
                 unsupervised_steps=unsupervised_steps,
+                waiting=source.waiting,
             )
             metrics = {
                 "step": step,
@@ -195,6 +197,7 @@ def _train(
                 "skipped_steps": skipped_steps,
                 "unsupervised_steps": unsupervised_steps,
                 **engine_metrics(of_step),
+                **surplus_metrics(of_step.surplus),
                 "peak_memory_gb": _peak_memory_gb(context),
             }
             metrics["seconds_step"] = seconds = time.perf_counter() - started

@@ -9,6 +9,7 @@ from megatron_oprd.training.layout import RunLayout
 from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.rollout_source import StepRollouts
 from megatron_oprd.training.step import StepResult
+from megatron_oprd.training.surplus import SurplusUse
 
 
 def step_metrics(result: StepResult, plan: RunPlan, step: int) -> dict[str, Any]:
@@ -122,7 +123,8 @@ def engine_metrics(of_step: StepRollouts) -> dict[str, Any]:
         "rollout_preemptions": None,
         "rollout_queue_seconds": None,
     }
-    if not of_step.work:
+    # Nothing is generated if enough was complete before (`rollout.oversample`).
+    if not any(one.tokens for one in of_step.work):
         return metrics
     longest = max(one.seconds for one in of_step.work)
     busy = sum(one.seconds for one in of_step.work) / len(of_step.work)
@@ -135,6 +137,18 @@ def engine_metrics(of_step: StepRollouts) -> dict[str, Any]:
             for i, one in enumerate(of_step.work)
         },
         **_use_metrics([one.use for one in of_step.work]),
+    }
+
+
+def surplus_metrics(use: SurplusUse | None) -> dict[str, Any]:
+    """What became of the responses that a step did not use; none without ``oversample``."""
+    if use is None:
+        return {}
+    return {
+        "rollout_stopped": use.stopped,
+        "rollout_dropped": use.dropped,
+        "rollout_dropped_tokens": use.dropped_tokens,
+        "rollout_longest_wait": use.longest_wait,
     }
 
 

@@ -15,6 +15,7 @@ from megatron_oprd.training import checkpoints
 from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.prompts import sent_prompts_of_step
 from megatron_oprd.training.rollouts import sampling_of_step
+from megatron_oprd.training.surplus import Surplus, SurplusUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class StepRollouts:
     seconds_rollout: float
     # Of each engine; empty if the rollouts were generated in the background or in an earlier step.
     work: tuple[EngineWork, ...] = ()
+    surplus: SurplusUse | None = None  # None: the step started what it used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +55,14 @@ class RolloutSource:
     The first step and the step after each checkpoint have rollouts of their own weights, so that a
     resumed run repeats the interrupted one.
 
+    With ``rollout.oversample`` no engine generates ahead of a step (`Surplus`).
+
     Args:
         plan: The run.
         context: This rank's place.
         engines: The run's engines.
         prompts: The run's prompts; on rank 0 only, which sends the others each step's.
+        waiting: `Surplus.waiting` of the step that the run goes on after.
     """
 
     def __init__(
@@ -66,14 +71,19 @@ class RolloutSource:
         context: ParallelContext,
         engines: EnginePool,
         prompts: Sequence[Prompt],
+        *,
+        waiting: Sequence[int] = (),
     ) -> None:
         self._plan = plan
         self._context = context
         self._engines = engines
         self._prompts = list(prompts)
+        self._surplus: Surplus | None = None
+        if plan.config.rollout.oversample:
+            self._surplus = Surplus(plan, context, engines, prompts, waiting=waiting)
         kind, rollout = engine_kind(plan.config.rollout), plan.config.rollout
         self._overlaps = kind.overlaps
-        self._swaps = kind.swaps_weights(rollout) and rollout.max_staleness > 1
+        self._swaps = kind.swaps_weights(rollout) and rollout.steps_ahead > 1
         self._ahead: deque[_Ahead] = deque()
         self._seconds_waited = 0.0
 
@@ -84,6 +94,8 @@ class RolloutSource:
             RuntimeError: A rollout comes from the wrong weights; on every rank.
             RolloutEngineError: An engine failed too often; on every rank.
         """
+        if self._surplus is not None:
+            return self._with_surplus(self._surplus, step)
         if not self._swaps:
             # The engines have to be idle before they get new weights.
             self.finish(weights_version=step)
@@ -124,6 +136,28 @@ class RolloutSource:
             seconds_rollout=waited + time.perf_counter() - synced,
             work=work,
         )
+
+    def _with_surplus(self, surplus: Surplus, step: int) -> StepRollouts:
+        started = time.perf_counter()
+        sent = self._engines.sync(version=step)
+        synced = time.perf_counter()
+        rollouts, use = surplus.generate(step)
+        work = tuple(self._engines.take_work())
+        seconds = time.perf_counter() - synced
+        self._engines.sleep()
+        return StepRollouts(
+            rollouts=rollouts,
+            weight_sync_bytes=sent,
+            seconds_weight_sync=synced - started,
+            seconds_rollout=seconds,
+            work=work,
+            surplus=use,
+        )
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """See `Surplus.waiting`; empty without ``rollout.oversample``."""
+        return () if self._surplus is None else self._surplus.waiting
 
     @property
     def _is_generating(self) -> bool:
@@ -179,7 +213,7 @@ class RolloutSource:
             return []  # the next group of steps comes when this one is used up
         steps = []
         for later in range(
-            step + 1, min(step + config.rollout.max_staleness + 1, config.train_iters)
+            step + 1, min(step + config.rollout.steps_ahead + 1, config.train_iters)
         ):
             # Not over a checkpoint: a resumed run could not repeat rollouts of older weights.
             if checkpoints.is_due(later, config):

@@ -112,5 +112,8 @@ def sampling_of_step(step: int, config: RunConfig) -> SamplingParams:
         samples_per_prompt=rollout.samples_per_prompt,
         # So that a prompt gets other responses in a later epoch.
         seed=config.seed + step,
-        logprobs=compares_logprobs(step, config),
+        # A response that was stopped may end in a step that compares: it needs those of all its
+        # tokens.
+        logprobs=compares_logprobs(step, config)
+        or (rollout.logprob_check_interval is not None and rollout.keeps_surplus),
     )

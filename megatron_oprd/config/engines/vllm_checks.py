@@ -36,7 +36,7 @@ def check_vllm(config: RunConfig) -> None:
         )
     if vllm.quantization is not None:
         _check_quantization(config)
-    if (ahead := config.rollout.max_staleness) > 1 and not vllm.uses_server:
+    if (ahead := config.rollout.steps_ahead) > 1 and not vllm.uses_server:
         raise UserError(
             f"rollout.max_staleness = {ahead}: an engine on the trainer's GPUs gets new weights "
             "between two rollouts only, so it generates one step ahead at most; give 1, or use "

@@ -130,7 +130,7 @@ def create_vllm(
             decode=model.decode,
             max_batch_size=rollout.max_batch_size,
             owner=model.owner,
-            swaps=rollout.max_staleness > 1,
+            swaps=rollout.steps_ahead > 1,
             config=vllm,
         )
     return VLLMEngine(
