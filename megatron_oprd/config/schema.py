@@ -595,8 +595,15 @@ class RolloutConfig(EngineConfig):
 
     logprob_check_interval: int | None = setting(None, ge=1)
     """Steps between two comparisons of the engine's log-probabilities with the student's; the first
-    is in step 0. The rollouts' tokens are compared before the update, and the whole student runs
-    forward once more for that. By default they are never compared."""
+    is in step 0. Compared are the rollouts' tokens and, if the step sent weights, tokens after
+    fixed prompts by these weights, before the update. The whole student runs forward once more for
+    that. By default they are never compared."""
+
+    logprob_check_prompts: int = setting(4, ge=1, only_with=when("rollout.logprob_check_interval"))
+    """The fixed prompts, which are the first of the data."""
+
+    logprob_check_tokens: int = setting(32, ge=1, only_with=when("rollout.logprob_check_interval"))
+    """Tokens of the response to each, at most ``max_new_tokens``."""
 
     logprob_warning_threshold: float = setting(
         0.1, gt=0, only_with=when("rollout.logprob_check_interval")

@@ -168,7 +168,7 @@ def _train(
             rollouts = taught_by(of_step.rollouts, config.teachers, seed=config.seed)
             compared: dict[str, Any] = {}
             if compares_logprobs(step, config):
-                compared = logprob_check.compare(rollouts, step=step)
+                compared = logprob_check.compare(rollouts, of_step.fixed, step=step)
             # The comparison above comes first: it needs the weights that generated the rollouts.
             result = distiller.step(rollouts, step)
             distiller.refresh_teacher(step + 1)

@@ -132,6 +132,13 @@ def sent_prompts_at(
     return _sent(found, context)
 
 
+def sent_first_prompts(
+    prompts: Sequence[Prompt], config: RunConfig, context: ParallelContext
+) -> list[Prompt]:
+    """The data's first ``rollout.logprob_check_prompts`` prompts on every rank."""
+    return _sent(list(prompts[: config.rollout.logprob_check_prompts]), context)
+
+
 def _sent(prompts: list[Prompt], context: ParallelContext) -> list[Prompt]:
     sent = [prompts]
     dist.broadcast_object_list(sent, src=0, group=context.control)

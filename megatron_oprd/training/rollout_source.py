@@ -13,8 +13,12 @@ from megatron_oprd.rollout.pool import EnginePool, EngineWork
 from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.plan import RunPlan
-from megatron_oprd.training.prompts import sent_prompts_of_step
-from megatron_oprd.training.rollouts import sampling_of_step
+from megatron_oprd.training.prompts import sent_first_prompts, sent_prompts_of_step
+from megatron_oprd.training.rollouts import (
+    compares_logprobs,
+    sampling_of_check,
+    sampling_of_step,
+)
 from megatron_oprd.training.surplus import Surplus, SurplusUse
 
 
@@ -31,6 +35,9 @@ class StepRollouts:
     # Of each engine; empty if the rollouts were generated in the background or in an earlier step.
     work: tuple[EngineWork, ...] = ()
     surplus: SurplusUse | None = None  # None: the step started what it used
+    # Responses to the run's first prompts by the weights of this step, with log-probabilities.
+    # Empty in a step that compares none, or that sent no weights.
+    fixed: tuple[Rollout, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +114,7 @@ class RolloutSource:
             # To generate now, or ahead, or in the middle. Otherwise the engines stay as they are.
             sent = self._engines.sync(version=step)
         synced = time.perf_counter()
+        fixed = self._fixed(step) if uses_weights else ()
         rollouts: list[Rollout] | None = None
         work: tuple[EngineWork, ...] = ()
         if is_fresh:
@@ -135,12 +143,14 @@ class RolloutSource:
             seconds_weight_sync=synced - started,
             seconds_rollout=waited + time.perf_counter() - synced,
             work=work,
+            fixed=fixed,
         )
 
     def _with_surplus(self, surplus: Surplus, step: int) -> StepRollouts:
         started = time.perf_counter()
         sent = self._engines.sync(version=step)
         synced = time.perf_counter()
+        fixed = self._fixed(step)
         rollouts, use = surplus.generate(step)
         work = tuple(self._engines.take_work())
         seconds = time.perf_counter() - synced
@@ -152,7 +162,20 @@ class RolloutSource:
             seconds_rollout=seconds,
             work=work,
             surplus=use,
+            fixed=fixed,
         )
+
+    def _fixed(self, step: int) -> tuple[Rollout, ...]:
+        """The engines' responses to the run's first prompts, right after a weight sync.
+
+        Whatever the age of the step's rollouts, these are of the step's own weights.
+        """
+        config = self._plan.config
+        if not compares_logprobs(step, config):
+            return ()
+        prompts = sent_first_prompts(self._prompts, config, self._context)
+        sampling = sampling_of_check(config)
+        return tuple(collect(self._engines, prompts, sampling, weights_version=step))
 
     @property
     def waiting(self) -> tuple[int, ...]:

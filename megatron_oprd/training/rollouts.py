@@ -117,3 +117,17 @@ def sampling_of_step(step: int, config: RunConfig) -> SamplingParams:
         logprobs=compares_logprobs(step, config)
         or (rollout.logprob_check_interval is not None and rollout.keeps_surplus),
     )
+
+
+def sampling_of_check(config: RunConfig) -> SamplingParams:
+    """The parameters of responses to fixed prompts, the same in every step.
+
+    They are sampled from the whole distribution: likely tokens alone would hide a difference.
+    """
+    rollout = config.rollout
+    return SamplingParams(
+        stop_token_ids=tuple(rollout.stop_token_ids),
+        max_new_tokens=min(rollout.logprob_check_tokens, rollout.max_new_tokens),
+        seed=config.seed,
+        logprobs=True,
+    )

@@ -130,6 +130,15 @@ def test_tokens_are_kept_as_long_as_they_may_be(root: Path) -> None:
     assert compared[0]["rollout_logprob_diff_max"] < 1e-4
 
 
+def test_fixed_prompts_are_answered_by_the_newest_weights(root: Path) -> None:
+    """Whatever the age of the rollouts: these are compared with weights that came later."""
+    compared = [one for one in records(root, "kept") if "rollout_logprob_diff_max" in one]
+    assert any(one["rollout_staleness"] > 0 for one in compared)
+    for one in compared:
+        assert one["weight_sync_logprob_diff_max"] < 1e-4
+        assert (one["rollout_logprob_diff_max"] < 1e-4) == (one["rollout_staleness"] == 0)
+
+
 def test_the_longest_wait(root: Path) -> None:
     """Each step that has started a prompt counts."""
     for name in ("dropped", "kept"):

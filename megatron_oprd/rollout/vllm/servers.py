@@ -137,11 +137,18 @@ class VLLMServersEngine:
             RolloutEngineError: No server is left that has weights.
             WrongWeightsError: A server has another run's weights.
         """
-        self.start(prompts, sampling)
-        return self.finish()
+        return self._finished(self._begun(prompts, sampling))
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
         """Starts `generate` in the background; see `OverlappingEngine`."""
+        self._under_way.append(self._begun(prompts, sampling))
+
+    def finish(self) -> list[Rollout]:
+        """Waits for the rollouts of the first `start`; result and errors as in `generate`."""
+        assert self._under_way, "nothing was begun"
+        return self._finished(self._under_way.popleft())
+
+    def _begun(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> _UnderWay:
         requests = requests_of(prompts, sampling)
         version, servers = self._with_weights()
         router = _Router(servers)
@@ -150,12 +157,10 @@ class VLLMServersEngine:
             lambda one: _respond(router, one, sampling, version=version, swaps=self._swaps),
             requests,
         )
-        self._under_way.append((prompts, sampling, pool, answers))
+        return prompts, sampling, pool, answers
 
-    def finish(self) -> list[Rollout]:
-        """Waits for the rollouts of the first `start`; result and errors as in `generate`."""
-        assert self._under_way, "nothing was begun"
-        prompts, sampling, pool, coming = self._under_way.popleft()
+    def _finished(self, under_way: _UnderWay) -> list[Rollout]:
+        prompts, sampling, pool, coming = under_way
         try:
             responses = list(coming)
         finally:
