@@ -208,6 +208,7 @@ def _train(
                     source.finish(weights_version=step + 1)
                     engines.sync(version=step + 1)
                     metrics.update(evaluator.evaluate(engines, step + 1))
+                    engines.take_work()  # which is none of the next step's
                     engines.sleep()
                     if alarm is not None:
                         metrics["collapse_alarm"] = alarm.raise_for(metrics)

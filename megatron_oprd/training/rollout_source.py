@@ -32,8 +32,8 @@ class StepRollouts:
     # Generation, or the wait for rollouts that were begun before, including a wait by an
     # evaluation.
     seconds_rollout: float
-    # Of each engine; empty if the rollouts were generated in the background or in an earlier step.
-    work: tuple[EngineWork, ...] = ()
+    # Of each engine since the step before.
+    work: tuple[EngineWork, ...]
     surplus: SurplusUse | None = None  # None: the step started what it used
     # Responses to the run's first prompts by the weights of this step, with log-probabilities.
     # Empty in a step that compares none, or that sent no weights.
@@ -93,6 +93,7 @@ class RolloutSource:
         self._swaps = kind.swaps_weights(rollout) and rollout.steps_ahead > 1
         self._ahead: deque[_Ahead] = deque()
         self._seconds_waited = 0.0
+        self._work: list[EngineWork] = []
 
     def of_step(self, step: int) -> StepRollouts:
         """The rollouts of a step; call it for each step in turn, when the student has its weights.
@@ -116,10 +117,8 @@ class RolloutSource:
         synced = time.perf_counter()
         fixed = self._fixed(step) if uses_weights else ()
         rollouts: list[Rollout] | None = None
-        work: tuple[EngineWork, ...] = ()
         if is_fresh:
             rollouts = self._generate(step, weights_version=step)
-            work = tuple(self._engines.take_work())
         for later in begun:
             done = None
             if self._overlaps:
@@ -135,6 +134,7 @@ class RolloutSource:
             rollouts = first.rollouts
             if rollouts is None:
                 rollouts = self._wait(first, weights_version=step)
+        work = self._take_work()
         if uses_weights and not self._is_generating:
             self._engines.sleep()
         return StepRollouts(
@@ -152,7 +152,7 @@ class RolloutSource:
         synced = time.perf_counter()
         fixed = self._fixed(step)
         rollouts, use = surplus.generate(step)
-        work = tuple(self._engines.take_work())
+        work = self._take_work()
         seconds = time.perf_counter() - synced
         self._engines.sleep()
         return StepRollouts(
@@ -175,7 +175,10 @@ class RolloutSource:
             return ()
         prompts = sent_first_prompts(self._prompts, config, self._context)
         sampling = sampling_of_check(config)
-        return tuple(collect(self._engines, prompts, sampling, weights_version=step))
+        self._note_work()
+        found = collect(self._engines, prompts, sampling, weights_version=step)
+        self._engines.take_work()  # the check's is not the step's
+        return tuple(found)
 
     @property
     def waiting(self) -> tuple[int, ...]:
@@ -200,6 +203,18 @@ class RolloutSource:
             for one in self._ahead
         )
         self._seconds_waited += time.perf_counter() - started
+        # Now: what the engines do next, as an evaluation, is none of the step's work.
+        self._note_work()
+
+    def _note_work(self) -> None:
+        work = self._engines.take_work()
+        before = self._work or [EngineWork(tokens=0, seconds=0.0)] * len(work)
+        self._work = [one + other for one, other in zip(before, work, strict=True)]
+
+    def _take_work(self) -> tuple[EngineWork, ...]:
+        self._note_work()
+        work, self._work = tuple(self._work), []
+        return work
 
     def _generate(self, step: int, *, weights_version: int) -> list[Rollout]:
         """A step's rollouts, generated now."""
