@@ -27,7 +27,7 @@ from megatron_oprd.rollout.engine import (
     SamplingParams,
     WrongWeightsError,
 )
-from megatron_oprd.rollout.function import UserFunction
+from megatron_oprd.rollout.function import RolloutFunctionError, UserFunction
 from megatron_oprd.rollout.sampling import samples_of
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ class EnginePool:
     ) -> list[Rollout] | None:
         """Generates for this engine's ``prompts``; returns None on ranks without an engine.
 
-        Raises UserError on every rank if ``function`` makes a mistake.
+        Raises RolloutFunctionError on every rank if ``function`` makes a mistake.
         """
 
         def generate(engine: RolloutEngine) -> list[Rollout]:
@@ -281,7 +281,7 @@ class EnginePool:
                 return result
             for of_engine in failures:
                 if of_engine is not None and of_engine.is_users:
-                    raise UserError(of_engine.message)
+                    raise RolloutFunctionError(of_engine.message)
             self._recover(failures)
 
     def _recover(self, failures: list[_Failure | None]) -> None:

@@ -18,6 +18,7 @@ from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.parallel.devices import peak_tflops
 from megatron_oprd.rollout.engine import RolloutEngineError
+from megatron_oprd.rollout.function import RolloutFunctionError
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.alarm import CollapseAlarm
 from megatron_oprd.training.checkpoints import Progress
@@ -146,7 +147,7 @@ def _train(
 
     with (
         _loggers(config, context, first_step=done.step, trackers=trackers) as loggers,
-        _saved_when_engines_fail(save_what_was_reached),
+        _saved_when_rollouts_fail(save_what_was_reached),
         open_engines(
             plan,
             context,
@@ -280,12 +281,15 @@ def _loggers(
 
 
 @contextlib.contextmanager
-def _saved_when_engines_fail(save: Callable[[], str]) -> Iterator[None]:
-    """When the engines fail for good, on all ranks, saves a checkpoint and extends the error."""
+def _saved_when_rollouts_fail(save: Callable[[], str]) -> Iterator[None]:
+    """Saves a checkpoint and extends the error when rollouts fail for good, on all ranks."""
     try:
         yield
     except RolloutEngineError as error:
         raise RolloutEngineError(f"{error}\n{save()}") from error
+    except RolloutFunctionError as error:
+        # A user's mistake is told in one line.
+        raise RolloutFunctionError(f"{error}; {save()}") from error
 
 
 def _peak_tflops(context: ParallelContext) -> float | None:
