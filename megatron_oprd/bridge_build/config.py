@@ -142,7 +142,7 @@ def _check_relations(config: BuildBridgeConfig) -> None:
             f"fit.num_prompts = {num_prompts} is not a multiple of rollout.prompts_per_step = "
             f"{per_step}, the prompts of one round"
         )
-    for name in ("max_staleness", "logprob_check_interval"):
+    for name in ("max_staleness", "oversample", "logprob_check_interval"):
         if (value := getattr(config.rollout, name)) != getattr(RolloutConfig(), name):
             raise UserError(
                 f"rollout.{name} = {shown(value)} has no effect on how a bridge is built; leave it "

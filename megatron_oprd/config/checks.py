@@ -370,6 +370,29 @@ def _check_rollout(config: RunConfig) -> None:
             f"rollout.function = {name} is not the name of a function; it has to be "
             "package.module:name"
         )
+    if config.rollout.oversample:
+        _check_oversample(config)
+
+
+def _check_oversample(config: RunConfig) -> None:
+    rollout = config.rollout
+    setting = f"rollout.oversample = {rollout.oversample}"
+    if rollout.function is not None:
+        raise UserError(
+            f"{setting} cannot be combined with rollout.function = {rollout.function}, whose "
+            "responses cannot be stopped and go on later; leave one of the two out"
+        )
+    if config.data.group_by is not None:
+        raise UserError(
+            f"{setting} cannot be combined with data.group_by = {config.data.group_by}, because "
+            "prompts that are left would come in a step of another group; leave one of the two out"
+        )
+    if rollout.oversample_interval >= rollout.max_new_tokens:
+        raise UserError(
+            f"rollout.oversample_interval = {rollout.oversample_interval} is not below "
+            f"rollout.max_new_tokens = {rollout.max_new_tokens}, so that no response would be "
+            f"stopped before its end; give less, such as {max(1, rollout.max_new_tokens // 8)}"
+        )
 
 
 def _check_batch(config: RunConfig) -> None:

@@ -5,7 +5,9 @@ docs/configuration.md is generated from this file (`megatron_oprd.reference`). T
 rollout engines are in `megatron_oprd.config.engines`.
 """
 
+import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from megatron_oprd.config.engines import EngineConfig
@@ -571,6 +573,17 @@ class RolloutConfig(EngineConfig):
     generates the rollouts of so many steps and one at once. The first step and the step after each
     checkpoint have rollouts of their own weights."""
 
+    oversample: float = setting(0.0, ge=0)
+    """Prompts that a step starts in addition, as a share of ``prompts_per_step``; 0.25 starts 10
+    for 8. The step uses the first ``prompts_per_step`` prompts of which all responses are complete.
+    The others are stopped, and come first in the next step: with their tokens as far as
+    ``max_staleness`` allows, else from their beginning. No engine then generates ahead of a step.
+    Where tokens are dropped, a step's responses are shorter than the student's on average."""
+
+    oversample_interval: int = setting(256, ge=1, only_with=when("rollout.oversample"))
+    """Tokens that each response grows by between two looks at which prompts are complete. Fewer
+    stop sooner; each look waits for all engines and lets them read the sequences again."""
+
     function: str | None = setting(None)
     """A function of your own that makes the responses with the run's engine, as
     ``package.module:name``: several turns, tools, environments. Tokens that it inserts are not
@@ -582,14 +595,38 @@ class RolloutConfig(EngineConfig):
 
     logprob_check_interval: int | None = setting(None, ge=1)
     """Steps between two comparisons of the engine's log-probabilities with the student's; the first
-    is in step 0. The rollouts' tokens are compared before the update, and the whole student runs
-    forward once more for that. By default they are never compared."""
+    is in step 0. Compared are the rollouts' tokens and, if the step sent weights, tokens after
+    fixed prompts by these weights, before the update. The whole student runs forward once more for
+    that. By default they are never compared."""
+
+    logprob_check_prompts: int = setting(4, ge=1, only_with=when("rollout.logprob_check_interval"))
+    """The fixed prompts, which are the first of the data."""
+
+    logprob_check_tokens: int = setting(32, ge=1, only_with=when("rollout.logprob_check_interval"))
+    """Tokens of the response to each, at most ``max_new_tokens``."""
 
     logprob_warning_threshold: float = setting(
         0.1, gt=0, only_with=when("rollout.logprob_check_interval")
     )
     """A mean absolute difference above this number, in nats for each token, gives a warning. bf16
     alone makes a difference of 0.04 in a model of 135M parameters."""
+
+    @property
+    def started_prompts(self) -> int:
+        """Prompts that a step starts."""
+        # As a decimal: 1.1 x 10 would be more than 11 in binary.
+        extra = Fraction(str(self.oversample)) * self.prompts_per_step
+        return self.prompts_per_step + math.ceil(extra)
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that engines may generate ahead; ``oversample`` has another use of staleness."""
+        return 0 if self.oversample else self.max_staleness
+
+    @property
+    def keeps_surplus(self) -> bool:
+        """Whether responses that a step has stopped go on in the next one."""
+        return self.oversample > 0 and self.max_staleness > 0
 
 
 @dataclass(kw_only=True)

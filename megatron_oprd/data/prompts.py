@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -228,9 +228,17 @@ def prompt_indices(
     its step number. A prompt can appear twice in a step only if the step spans the end of an epoch.
     The positions are not `Prompt.index` if prompts were dropped.
     """
+    places = range(step * prompts_per_step, (step + 1) * prompts_per_step)
+    return indices_at(places, num_prompts=num_prompts, seed=seed, shuffle=shuffle)
+
+
+def indices_at(
+    places: Iterable[int], *, num_prompts: int, seed: int, shuffle: bool = True
+) -> list[int]:
+    """The prompts at places of the stream of `prompt_indices`, which has the arguments."""
     permutations: dict[int, Sequence[int]] = {}
     indices = []
-    for position in range(step * prompts_per_step, (step + 1) * prompts_per_step):
+    for position in places:
         epoch, offset = divmod(position, num_prompts)
         if epoch not in permutations:
             permutations[epoch] = (

@@ -41,7 +41,9 @@ def num_engines(layout: RunLayout) -> int:
 
 def responses_of_engine(layout: RunLayout, workload: Workload) -> int:
     """Responses that the fullest engine generates in a step."""
-    return -(-layout.data_parallel_size * workload.num_sequences // num_engines(layout))
+    rollout = layout.config.rollout
+    started = layout.data_parallel_size * workload.num_sequences * rollout.started_prompts
+    return -(-started // (rollout.prompts_per_step * num_engines(layout)))
 
 
 def engine_load(layout: RunLayout, workload: Workload, *, memory_gb: float) -> EngineLoad:

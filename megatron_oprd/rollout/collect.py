@@ -31,8 +31,8 @@ def collect(
 ) -> list[Rollout]:
     """Generates a step's responses and distributes them; arguments and result as in `gather`.
 
-    Raises on every rank RolloutEngineError if an engine failed too often, and UserError if
-    ``function`` makes a mistake.
+    Raises on every rank RolloutEngineError if an engine failed too often, and
+    RolloutFunctionError if ``function`` makes a mistake.
     """
     share = share_of_engine(engines, prompts, sampling)
     return gather(

@@ -1,5 +1,6 @@
 """The interface of rollout engines: sampling parameters, rollouts and the engine protocol."""
 
+import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -74,9 +75,11 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineUse:
-    """How full an engine was while it generated."""
+    """How full an engine was while it generated, or each of the servers that it uses."""
 
-    kv_cache_peak: float  # largest share of the KV cache in use, of the moments it was looked at
+    # Largest share of each KV cache in use, of the moments it was looked at.
+    kv_cache_peaks: tuple[float, ...]
+    busy_seconds: tuple[float, ...]  # wall-clock in which each had responses under way
     preemptions: int  # responses that lost their cache for want of room, and computed it again
     queued_seconds: float  # sum over responses of the time before their first token's pass
     num_responses: int
@@ -84,7 +87,8 @@ class EngineUse:
     def __add__(self, other: "EngineUse") -> "EngineUse":
         """The use of both together."""
         return EngineUse(
-            kv_cache_peak=max(self.kv_cache_peak, other.kv_cache_peak),
+            kv_cache_peaks=tuple(map(max, self.kv_cache_peaks, other.kv_cache_peaks)),
+            busy_seconds=tuple(map(operator.add, self.busy_seconds, other.busy_seconds)),
             preemptions=self.preemptions + other.preemptions,
             queued_seconds=self.queued_seconds + other.queued_seconds,
             num_responses=self.num_responses + other.num_responses,

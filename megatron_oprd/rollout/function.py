@@ -25,6 +25,10 @@ from megatron_oprd.rollout.sampling import samples_of
 logger = logging.getLogger(__name__)
 
 
+class RolloutFunctionError(UserError):
+    """The function failed, or returned something else than it should; the run cannot go on."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResponseRequest:
     """One response that a function has to make; only the object itself is equal to it."""

@@ -27,7 +27,7 @@ from megatron_oprd.rollout.engine import (
     SamplingParams,
     WrongWeightsError,
 )
-from megatron_oprd.rollout.function import UserFunction
+from megatron_oprd.rollout.function import RolloutFunctionError, UserFunction
 from megatron_oprd.rollout.sampling import samples_of
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,19 @@ class EngineWork:
     """What an engine generated, and how long it took."""
 
     tokens: int  # of responses
-    seconds: float  # wall-clock, of `EnginePool.generate` on its owner
+    seconds: float  # wall-clock, of `EnginePool.generate` on its owner; not in the background
     use: EngineUse | None = None  # None if the engine does not measure it
+    window: float = 0.0  # wall-clock since the call of `take_work` before
+
+    def __add__(self, other: "EngineWork") -> "EngineWork":
+        """The work of both times together."""
+        use = self.use or other.use
+        return EngineWork(
+            tokens=self.tokens + other.tokens,
+            seconds=self.seconds + other.seconds,
+            use=self.use + other.use if self.use and other.use else use,
+            window=self.window + other.window,
+        )
 
 
 class EnginePool:
@@ -112,6 +123,7 @@ class EnginePool:
         self._own = starter.owners.index(context.rank) if context.rank in starter.owners else None
         self._engine: RolloutEngine | None = None
         self._work = EngineWork(tokens=0, seconds=0.0)
+        self._work_taken = time.perf_counter()
         self._under_way: deque[tuple[RolloutEngine | None, Sequence[Prompt], SamplingParams]] = (
             deque()
         )
@@ -161,7 +173,7 @@ class EnginePool:
     ) -> list[Rollout] | None:
         """Generates for this engine's ``prompts``; returns None on ranks without an engine.
 
-        Raises UserError on every rank if ``function`` makes a mistake.
+        Raises RolloutFunctionError on every rank if ``function`` makes a mistake.
         """
 
         def generate(engine: RolloutEngine) -> list[Rollout]:
@@ -170,10 +182,7 @@ class EnginePool:
                 rollouts = engine.generate(prompts, sampling)
             else:
                 rollouts = function.generate(engine, prompts, sampling)
-            self._work = EngineWork(
-                tokens=self._work.tokens + sum(one.num_written for one in rollouts),
-                seconds=self._work.seconds + time.perf_counter() - started,
-            )
+            self._add_work(rollouts, time.perf_counter() - started)
             return rollouts
 
         asked = sum(len(samples_of(prompt, sampling)) for prompt in prompts)
@@ -188,11 +197,20 @@ class EnginePool:
             return self._run(generate)
 
     def take_work(self) -> list[EngineWork]:
-        """What each engine did in `generate` since the last call; collective."""
-        work, self._work = self._work, EngineWork(tokens=0, seconds=0.0)
+        """What each engine did since the last call, of what has come to its end; collective."""
+        now = time.perf_counter()
+        work = replace(self._work, window=now - self._work_taken)
+        self._work, self._work_taken = EngineWork(tokens=0, seconds=0.0), now
         if isinstance(self._engine, MeasuringEngine):
             work = replace(work, use=self._engine.take_use())
         return self.told(work)
+
+    def _add_work(self, rollouts: Sequence[Rollout], seconds: float) -> None:
+        self._work = replace(
+            self._work,
+            tokens=self._work.tokens + sum(one.num_written for one in rollouts),
+            seconds=self._work.seconds + seconds,
+        )
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
         """Starts `generate` in the background; see `OverlappingEngine`."""
@@ -216,9 +234,13 @@ class EnginePool:
         def finish(engine: RolloutEngine) -> list[Rollout]:
             # Restarted meanwhile: the new engine does not have the request.
             if engine is not started:
-                return engine.generate(prompts, sampling)
-            assert isinstance(engine, OverlappingEngine)
-            return engine.finish()
+                rollouts = engine.generate(prompts, sampling)
+            else:
+                assert isinstance(engine, OverlappingEngine)
+                rollouts = engine.finish()
+            # How long it took is the engine's own to say (`EngineUse`).
+            self._add_work(rollouts, 0.0)
+            return rollouts
 
         with heartbeat("waiting for rollouts that were begun before"):
             return self._run(finish)
@@ -259,7 +281,7 @@ class EnginePool:
                 return result
             for of_engine in failures:
                 if of_engine is not None and of_engine.is_users:
-                    raise UserError(of_engine.message)
+                    raise RolloutFunctionError(of_engine.message)
             self._recover(failures)
 
     def _recover(self, failures: list[_Failure | None]) -> None:

@@ -74,7 +74,9 @@ def groups_of_run(layout: RunLayout, sizes: Sequence[int]) -> list[range]:
     """`target_groups` under the run's settings."""
     budget = layout.config.teacher.target_memory_gb
     return target_groups(
-        sizes, max_bytes=None if budget is None else budget * 1e9, multiple=_multiple(layout)
+        sizes,
+        max_bytes=None if budget is None else budget * 1e9,
+        multiple=micro_batch_multiple(layout),
     )
 
 
@@ -199,7 +201,7 @@ def make_response_micro_batches(
     return _shares(micro_batches, context)
 
 
-def _multiple(layout: RunLayout) -> int:
+def micro_batch_multiple(layout: RunLayout) -> int:
     """The number of a replica's micro-batches has to be a multiple of this."""
     # Megatron's interleaved schedule needs a multiple of the pipeline size.
     parallel = layout.config.parallel
@@ -215,7 +217,7 @@ def replica_batches(layout: RunLayout, lengths: Sequence[int]) -> list[list[list
         max_tokens=batch.max_tokens,
         micro_batch_size=batch.micro_batch_size,
         num_replicas=layout.data_parallel_size,
-        multiple=_multiple(layout),
+        multiple=micro_batch_multiple(layout),
         is_padded=not batch.sequence_packing,
     )
 

@@ -63,6 +63,7 @@ class Progress:
     step: int = 0  # steps done, skipped ones included
     skipped_steps: int = 0  # loss or gradient not finite
     unsupervised_steps: int = 0  # without any supervised position
+    waiting: tuple[int, ...] = ()  # see `megatron_oprd.training.surplus.Surplus`
 
 
 def is_due(steps_done: int, config: RunConfig) -> bool:
@@ -250,6 +251,8 @@ def load(
         step=manifest["step"],
         skipped_steps=manifest["skipped_steps"],
         unsupervised_steps=manifest["unsupervised_steps"],
+        # Older checkpoints of this version are of runs without `rollout.oversample`.
+        waiting=tuple(manifest.get("waiting", ())),
     )
 
 

@@ -46,6 +46,12 @@ def describe(plan: RunPlan) -> str:
             f"student: {not_run} layers past the deepest tap and the LM head are frozen and not "
             f"run; teacher: {not_built} layers and the LM head are not built"
         )
+    if config.rollout.oversample:
+        lines.append(
+            f"rollout.oversample = {config.rollout.oversample}: a step starts "
+            f"{config.rollout.started_prompts} prompts and uses the first "
+            f"{config.rollout.prompts_per_step} that are complete"
+        )
     if ahead := config.rollout.max_staleness:
         lines.append(
             f"rollout.max_staleness = {ahead}: rollouts may be of weights so many updates old"

@@ -17,7 +17,7 @@ from megatron_oprd.distill.output_space import VocabularyShard
 from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.student import whole_model
 from megatron_oprd.rollout.engine import Rollout
-from megatron_oprd.training.batches import make_response_micro_batches
+from megatron_oprd.training.batches import make_response_micro_batches, micro_batch_multiple
 from megatron_oprd.training.step import Distiller
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,19 @@ class LogprobDifference:
         )
 
 
+def _difference(rollouts: Sequence[Rollout], of_trainer: Sequence[Tensor]) -> LogprobDifference:
+    """The difference on the tokens of rollouts; ``of_trainer`` has each one's [t]."""
+    of_engine: list[float] = []
+    of_student: list[Tensor] = []
+    for rollout, values in zip(rollouts, of_trainer, strict=True):
+        assert rollout.logprobs is not None, "an engine reports no log-probabilities"
+        of_engine += rollout.logprobs
+        # The engine has none of tokens that a function of the user's inserted.
+        written = rollout.written or [True] * len(rollout.response_ids)
+        of_student.append(values[torch.tensor(written)])
+    return LogprobDifference.of(torch.tensor(of_engine), torch.cat(of_student))
+
+
 class LogprobCheck:
     """Compares the engine's log-probabilities of its rollouts with the student's.
 
@@ -73,48 +86,68 @@ class LogprobCheck:
         columns = slice(self._shard.start, self._shard.start + self._shard.size)
         self.is_meaningless = is_meaningless[columns].to(context.device)
 
-    def compare(self, rollouts: Sequence[Rollout], *, step: int) -> dict[str, Any]:
-        """Returns a step's metrics; warns on rank 0 if the mean difference is over the threshold.
+    def compare(
+        self, rollouts: Sequence[Rollout], fixed: Sequence[Rollout], *, step: int
+    ) -> dict[str, Any]:
+        """Returns a step's metrics; warns on rank 0 if a mean difference is over the threshold.
 
         Every rank has to call, with the same rollouts; the metrics are the same on every rank.
+
+        Args:
+            rollouts: The step's.
+            fixed: Responses to fixed prompts by the weights that the last sync sent; may be empty.
+            step: The step.
         """
         started = time.perf_counter()
-        of_engine = [rollout.logprobs for rollout in rollouts]
-        assert all(one is not None for one in of_engine), "an engine reports no log-probabilities"
-        # The engine has none of tokens that a function of the user's inserted.
-        written = [
-            is_so for one in rollouts for is_so in one.written or [True] * len(one.response_ids)
-        ]
-        of_trainer = self.student_logprobs(rollouts).cpu()[torch.tensor(written)]
-        found = LogprobDifference.of(
-            torch.tensor([value for one in of_engine for value in one or ()]), of_trainer
-        )
+        compared = [*rollouts, *fixed]
+        of_trainer = self._padded_logprobs(compared)
+        lengths = [len(one.response_ids) for one in compared]
+        by_rollout = of_trainer.cpu()[: sum(lengths)].split(lengths)
+        found = _difference(rollouts, by_rollout[: len(rollouts)])
+        reason = "Either it has other weights, or it computes otherwise"
+        if any(rollout.weights_version != step for rollout in rollouts):
+            reason = (
+                "The rollouts are of older weights (rollout.max_staleness), and the updates "
+                "since are part of the difference"
+            )
+        self._warn(found, f"step {step}: the rollout engine's log-probabilities", reason)
+        metrics = {
+            "rollout_logprob_diff_mean": found.diff_mean,
+            "rollout_logprob_diff_max": found.diff_max,
+            "rollout_kl": found.kl,
+            "rollout_k3_kl": found.k3_kl,
+        }
+        if fixed:
+            after_sync = _difference(fixed, by_rollout[len(rollouts) :])
+            self._warn(
+                after_sync,
+                f"step {step}: the rollout engine's log-probabilities after fixed prompts",
+                "They are of the weights that it was sent last: either it has others, or it "
+                "computes otherwise",
+            )
+            metrics["weight_sync_logprob_diff_mean"] = after_sync.diff_mean
+            metrics["weight_sync_logprob_diff_max"] = after_sync.diff_max
+        return {**metrics, "seconds_logprob_check": time.perf_counter() - started}
+
+    def _padded_logprobs(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """As `student_logprobs`, with the last rollout repeated until replicas can share them."""
+        layout = self._distiller.plan.layout
+        missing = -len(rollouts) % (layout.data_parallel_size * micro_batch_multiple(layout))
+        return self.student_logprobs([*rollouts, *[rollouts[-1]] * missing])
+
+    def _warn(self, found: LogprobDifference, what: str, reason: str) -> None:
         threshold = self._distiller.plan.config.rollout.logprob_warning_threshold
         # "not <=" and not ">", so that NaN warns too.
         if self._distiller.context.rank == 0 and not found.diff_mean <= threshold:
-            reason = "Either it has other weights, or it computes otherwise"
-            if any(rollout.weights_version != step for rollout in rollouts):
-                reason = (
-                    "The rollouts are of older weights (rollout.max_staleness), and the updates "
-                    "since are part of the difference"
-                )
             logger.warning(
-                "step %d: the rollout engine's log-probabilities differ from the student's by %.3g "
-                "nats a token on average, at most %.3g (rollout.logprob_warning_threshold = %g). "
-                "%s",
-                step,
+                "%s differ from the student's by %.3g nats a token on average, at most %.3g "
+                "(rollout.logprob_warning_threshold = %g). %s",
+                what,
                 found.diff_mean,
                 found.diff_max,
                 threshold,
                 reason,
             )
-        return {
-            "rollout_logprob_diff_mean": found.diff_mean,
-            "rollout_logprob_diff_max": found.diff_max,
-            "rollout_kl": found.kl,
-            "rollout_k3_kl": found.k3_kl,
-            "seconds_logprob_check": time.perf_counter() - started,
-        }
 
     def student_logprobs(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The student's log-probability of every response token of the global batch.

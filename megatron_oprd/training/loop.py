@@ -18,6 +18,7 @@ from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.parallel.devices import peak_tflops
 from megatron_oprd.rollout.engine import RolloutEngineError
+from megatron_oprd.rollout.function import RolloutFunctionError
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.alarm import CollapseAlarm
 from megatron_oprd.training.checkpoints import Progress
@@ -31,6 +32,7 @@ from megatron_oprd.training.metrics import (
     pass_metrics,
     rollout_metrics,
     step_metrics,
+    surplus_metrics,
 )
 from megatron_oprd.training.plan import RunPlan, export_folder
 from megatron_oprd.training.profile import Profiler
@@ -146,7 +148,7 @@ def _train(
 
     with (
         _loggers(config, context, first_step=done.step, trackers=trackers) as loggers,
-        _saved_when_engines_fail(save_what_was_reached),
+        _saved_when_rollouts_fail(save_what_was_reached),
         open_engines(
             plan,
             context,
@@ -157,7 +159,7 @@ def _train(
     ):
         # After the loggers, which have removed the records of steps that are done again.
         alarm = None if loggers is None else CollapseAlarm(output_dir / "metrics.jsonl")
-        source = RolloutSource(plan, context, engines, prompts)
+        source = RolloutSource(plan, context, engines, prompts, waiting=done.waiting)
         profiler = Profiler(config.profile, output_dir, rank=context.rank)
         stack.callback(profiler.close)
         for step in range(done.step, config.train_iters):
@@ -168,7 +170,7 @@ def _train(
             rollouts = taught_by(of_step.rollouts, config.teachers, seed=config.seed)
             compared: dict[str, Any] = {}
             if compares_logprobs(step, config):
-                compared = logprob_check.compare(rollouts, step=step)
+                compared = logprob_check.compare(rollouts, of_step.fixed, step=step)
             # The comparison above comes first: it needs the weights that generated the rollouts.
             result = distiller.step(rollouts, step)
             distiller.refresh_teacher(step + 1)
@@ -184,6 +186,7 @@ def _train(
                 step=step + 1,
                 skipped_steps=skipped_steps,
                 unsupervised_steps=unsupervised_steps,
+                waiting=source.waiting,
             )
             metrics = {
                 "step": step,
@@ -196,6 +199,7 @@ def _train(
                 "skipped_steps": skipped_steps,
                 "unsupervised_steps": unsupervised_steps,
                 **engine_metrics(of_step),
+                **surplus_metrics(of_step.surplus),
                 "peak_memory_gb": _peak_memory_gb(context),
             }
             metrics["seconds_step"] = seconds = time.perf_counter() - started
@@ -206,6 +210,7 @@ def _train(
                     source.finish(weights_version=step + 1)
                     engines.sync(version=step + 1)
                     metrics.update(evaluator.evaluate(engines, step + 1))
+                    engines.take_work()  # which is none of the next step's
                     engines.sleep()
                     if alarm is not None:
                         metrics["collapse_alarm"] = alarm.raise_for(metrics)
@@ -277,12 +282,15 @@ def _loggers(
 
 
 @contextlib.contextmanager
-def _saved_when_engines_fail(save: Callable[[], str]) -> Iterator[None]:
-    """When the engines fail for good, on all ranks, saves a checkpoint and extends the error."""
+def _saved_when_rollouts_fail(save: Callable[[], str]) -> Iterator[None]:
+    """Saves a checkpoint and extends the error when rollouts fail for good, on all ranks."""
     try:
         yield
     except RolloutEngineError as error:
         raise RolloutEngineError(f"{error}\n{save()}") from error
+    except RolloutFunctionError as error:
+        # A user's mistake is told in one line.
+        raise RolloutFunctionError(f"{error}; {save()}") from error
 
 
 def _peak_tflops(context: ParallelContext) -> float | None:

@@ -5,10 +5,12 @@ from typing import Any
 
 from megatron_oprd.distill.coefficients import coefficient_at
 from megatron_oprd.rollout.engine import EngineUse, Rollout
+from megatron_oprd.rollout.pool import EngineWork
 from megatron_oprd.training.layout import RunLayout
 from megatron_oprd.training.plan import RunPlan
 from megatron_oprd.training.rollout_source import StepRollouts
 from megatron_oprd.training.step import StepResult
+from megatron_oprd.training.surplus import SurplusUse
 
 
 def step_metrics(result: StepResult, plan: RunPlan, step: int) -> dict[str, Any]:
@@ -122,34 +124,64 @@ def engine_metrics(of_step: StepRollouts) -> dict[str, Any]:
         "rollout_preemptions": None,
         "rollout_queue_seconds": None,
     }
-    if not of_step.work:
-        return metrics
-    longest = max(one.seconds for one in of_step.work)
-    busy = sum(one.seconds for one in of_step.work) / len(of_step.work)
-    return metrics | {
-        "rollout_tokens_per_second": sum(one.tokens for one in of_step.work) / longest,
-        # Of the engines' time until the last one has finished.
-        "rollout_idle_share": 1 - busy / longest,
+    return metrics | _work_metrics(of_step.work)
+
+
+def _work_metrics(work: Sequence[EngineWork]) -> dict[str, Any]:
+    """How fast and how busy engines were; empty if they have generated nothing since the last step.
+
+    Rollouts in the background take the time that the engines, or the servers, measure themselves.
+    """
+    uses = [one.use for one in work if one.use is not None]
+    busy = [seconds for use in uses for seconds in use.busy_seconds]
+    waited = max(one.seconds for one in work)
+    longest = waited or max(busy, default=0.0)
+    tokens = sum(one.tokens for one in work)
+    if not tokens or not longest:
+        return {}
+    busy = busy or [one.seconds for one in work]
+    # Of the time until the last one has finished; in the background, of the step's.
+    window = waited or max(one.window for one in work)
+    return {
+        "rollout_tokens_per_second": tokens / longest,
+        "rollout_idle_share": max(0.0, 1 - sum(busy) / len(busy) / window),
         "rollout_tokens_per_second_of_engine": {
-            str(i): one.tokens / one.seconds if one.tokens else None
-            for i, one in enumerate(of_step.work)
+            str(i): one.tokens / seconds if one.tokens and (seconds := _seconds(one)) else None
+            for i, one in enumerate(work)
         },
-        **_use_metrics([one.use for one in of_step.work]),
+        **_use_metrics(uses),
     }
 
 
-def _use_metrics(of_engines: Sequence[EngineUse | None]) -> dict[str, Any]:
-    """How full engines were; empty if one of them does not say or generated nothing."""
-    found = [one for one in of_engines if one is not None]
-    if len(found) < len(of_engines):
+def _seconds(work: EngineWork) -> float:
+    """The time that an engine generated; 0 if only servers that it shares know."""
+    of_engine = () if work.use is None else work.use.busy_seconds
+    return work.seconds or (of_engine[0] if len(of_engine) == 1 else 0.0)
+
+
+def surplus_metrics(use: SurplusUse | None) -> dict[str, Any]:
+    """What became of the responses that a step did not use; none without ``oversample``."""
+    if use is None:
         return {}
     return {
-        "rollout_kv_cache_peak_of_engine": {
-            str(i): one.kv_cache_peak for i, one in enumerate(found)
-        },
-        "rollout_preemptions": sum(one.preemptions for one in found),
+        "rollout_stopped": use.stopped,
+        "rollout_dropped": use.dropped,
+        "rollout_dropped_tokens": use.dropped_tokens,
+        "rollout_longest_wait": use.longest_wait,
+    }
+
+
+def _use_metrics(uses: Sequence[EngineUse]) -> dict[str, Any]:
+    """How full engines, or servers, were; empty if none says."""
+    if not uses:
+        return {}
+    peaks = [peak for use in uses for peak in use.kv_cache_peaks]
+    responses = sum(one.num_responses for one in uses)
+    return {
+        "rollout_kv_cache_peak_of_engine": {str(i): peak for i, peak in enumerate(peaks)},
+        "rollout_preemptions": sum(one.preemptions for one in uses),
         "rollout_queue_seconds": (
-            sum(one.queued_seconds for one in found) / sum(one.num_responses for one in found)
+            sum(one.queued_seconds for one in uses) / responses if responses else None
         ),
     }
 

@@ -228,7 +228,6 @@ def check(models: OpenedModels, layouts: Sequence[RunLayout], *, builds_bridge: 
     """
     student = models.student
     _check_max_model_len(models.teachers[0].config, student.architecture)
-    _check_function(models.teachers[0].config)
     student.check_tensors()
     for number, (one, layout) in enumerate(zip(models.teachers, layouts, strict=True)):
         with _naming(number):
@@ -302,19 +301,6 @@ def _check_max_model_len(config: RunConfig, student: Architecture) -> None:
         raise UserError(
             f"{kind.setting('max_model_len')} = {found} is more than model.student's "
             f"{student.length_field} = {limit}; give at most that"
-        )
-
-
-def _check_function(config: RunConfig) -> None:
-    rollout = config.rollout
-    if rollout.function is None or not rollout.max_staleness:
-        return
-    if engine_kind(rollout).overlaps:
-        raise UserError(
-            f"rollout.max_staleness = {rollout.max_staleness} cannot be combined with "
-            f"rollout.function = {rollout.function} and rollout.engine = {rollout.engine}, which "
-            "would generate while the trainer computes, where the function cannot run; set "
-            "rollout.max_staleness = 0"
         )
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_oprd.config.schema import RunConfig, TeacherConfig
 from megatron_oprd.data.grouping import grouped_indices
-from megatron_oprd.data.prompts import Prompt, load_prompts, prompt_indices
+from megatron_oprd.data.prompts import Prompt, indices_at, load_prompts, prompt_indices
 from megatron_oprd.errors import UserError
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.rollout.engine import Rollout
@@ -102,6 +102,10 @@ def prompts_of_step(step: int, prompts: list[Prompt], config: RunConfig) -> list
     else:
         groups = [dict(prompt.columns)[column] for prompt in prompts]
         indices = grouped_indices(step, groups, **order)
+    return _at(indices, prompts)
+
+
+def _at(indices: Sequence[int], prompts: Sequence[Prompt]) -> list[Prompt]:
     return [
         dataclasses.replace(prompts[i], occurrence=indices[:position].count(i))
         for position, i in enumerate(indices)
@@ -112,7 +116,31 @@ def sent_prompts_of_step(
     step: int, prompts: list[Prompt], config: RunConfig, context: ParallelContext
 ) -> list[Prompt]:
     """The prompts of one step on every rank (``context.control``), from rank 0, which has them."""
-    sent = [prompts_of_step(step, prompts, config) if context.rank == 0 else []]
+    return _sent(prompts_of_step(step, prompts, config) if context.rank == 0 else [], context)
+
+
+def sent_prompts_at(
+    places: Sequence[int], prompts: Sequence[Prompt], config: RunConfig, context: ParallelContext
+) -> list[Prompt]:
+    """The prompts at places of the stream, sent as `sent_prompts_of_step` does."""
+    found: list[Prompt] = []
+    if context.rank == 0:
+        indices = indices_at(
+            places, num_prompts=len(prompts), seed=config.seed, shuffle=config.data.shuffle
+        )
+        found = _at(indices, prompts)
+    return _sent(found, context)
+
+
+def sent_first_prompts(
+    prompts: Sequence[Prompt], config: RunConfig, context: ParallelContext
+) -> list[Prompt]:
+    """The data's first ``rollout.logprob_check_prompts`` prompts on every rank."""
+    return _sent(list(prompts[: config.rollout.logprob_check_prompts]), context)
+
+
+def _sent(prompts: list[Prompt], context: ParallelContext) -> list[Prompt]:
+    sent = [prompts]
     dist.broadcast_object_list(sent, src=0, group=context.control)
     return sent[0]
 

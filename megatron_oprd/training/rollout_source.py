@@ -13,8 +13,13 @@ from megatron_oprd.rollout.pool import EnginePool, EngineWork
 from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.training import checkpoints
 from megatron_oprd.training.plan import RunPlan
-from megatron_oprd.training.prompts import sent_prompts_of_step
-from megatron_oprd.training.rollouts import sampling_of_step
+from megatron_oprd.training.prompts import sent_first_prompts, sent_prompts_of_step
+from megatron_oprd.training.rollouts import (
+    compares_logprobs,
+    sampling_of_check,
+    sampling_of_step,
+)
+from megatron_oprd.training.surplus import Surplus, SurplusUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +32,12 @@ class StepRollouts:
     # Generation, or the wait for rollouts that were begun before, including a wait by an
     # evaluation.
     seconds_rollout: float
-    # Of each engine; empty if the rollouts were generated in the background or in an earlier step.
-    work: tuple[EngineWork, ...] = ()
+    # Of each engine since the step before.
+    work: tuple[EngineWork, ...]
+    surplus: SurplusUse | None = None  # None: the step started what it used
+    # Responses to the run's first prompts by the weights of this step, with log-probabilities.
+    # Empty in a step that compares none, or that sent no weights.
+    fixed: tuple[Rollout, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +62,14 @@ class RolloutSource:
     The first step and the step after each checkpoint have rollouts of their own weights, so that a
     resumed run repeats the interrupted one.
 
+    With ``rollout.oversample`` no engine generates ahead of a step (`Surplus`).
+
     Args:
         plan: The run.
         context: This rank's place.
         engines: The run's engines.
         prompts: The run's prompts; on rank 0 only, which sends the others each step's.
+        waiting: `Surplus.waiting` of the step that the run goes on after.
     """
 
     def __init__(
@@ -66,16 +78,22 @@ class RolloutSource:
         context: ParallelContext,
         engines: EnginePool,
         prompts: Sequence[Prompt],
+        *,
+        waiting: Sequence[int] = (),
     ) -> None:
         self._plan = plan
         self._context = context
         self._engines = engines
         self._prompts = list(prompts)
+        self._surplus: Surplus | None = None
+        if plan.config.rollout.oversample:
+            self._surplus = Surplus(plan, context, engines, prompts, waiting=waiting)
         kind, rollout = engine_kind(plan.config.rollout), plan.config.rollout
         self._overlaps = kind.overlaps
-        self._swaps = kind.swaps_weights(rollout) and rollout.max_staleness > 1
+        self._swaps = kind.swaps_weights(rollout) and rollout.steps_ahead > 1
         self._ahead: deque[_Ahead] = deque()
         self._seconds_waited = 0.0
+        self._work: list[EngineWork] = []
 
     def of_step(self, step: int) -> StepRollouts:
         """The rollouts of a step; call it for each step in turn, when the student has its weights.
@@ -84,6 +102,8 @@ class RolloutSource:
             RuntimeError: A rollout comes from the wrong weights; on every rank.
             RolloutEngineError: An engine failed too often; on every rank.
         """
+        if self._surplus is not None:
+            return self._with_surplus(self._surplus, step)
         if not self._swaps:
             # The engines have to be idle before they get new weights.
             self.finish(weights_version=step)
@@ -95,11 +115,10 @@ class RolloutSource:
             # To generate now, or ahead, or in the middle. Otherwise the engines stay as they are.
             sent = self._engines.sync(version=step)
         synced = time.perf_counter()
+        fixed = self._fixed(step) if uses_weights else ()
         rollouts: list[Rollout] | None = None
-        work: tuple[EngineWork, ...] = ()
         if is_fresh:
             rollouts = self._generate(step, weights_version=step)
-            work = tuple(self._engines.take_work())
         for later in begun:
             done = None
             if self._overlaps:
@@ -115,6 +134,7 @@ class RolloutSource:
             rollouts = first.rollouts
             if rollouts is None:
                 rollouts = self._wait(first, weights_version=step)
+        work = self._take_work()
         if uses_weights and not self._is_generating:
             self._engines.sleep()
         return StepRollouts(
@@ -123,7 +143,47 @@ class RolloutSource:
             seconds_weight_sync=synced - started,
             seconds_rollout=waited + time.perf_counter() - synced,
             work=work,
+            fixed=fixed,
         )
+
+    def _with_surplus(self, surplus: Surplus, step: int) -> StepRollouts:
+        started = time.perf_counter()
+        sent = self._engines.sync(version=step)
+        synced = time.perf_counter()
+        fixed = self._fixed(step)
+        rollouts, use = surplus.generate(step)
+        work = self._take_work()
+        seconds = time.perf_counter() - synced
+        self._engines.sleep()
+        return StepRollouts(
+            rollouts=rollouts,
+            weight_sync_bytes=sent,
+            seconds_weight_sync=synced - started,
+            seconds_rollout=seconds,
+            work=work,
+            surplus=use,
+            fixed=fixed,
+        )
+
+    def _fixed(self, step: int) -> tuple[Rollout, ...]:
+        """The engines' responses to the run's first prompts, right after a weight sync.
+
+        Whatever the age of the step's rollouts, these are of the step's own weights.
+        """
+        config = self._plan.config
+        if not compares_logprobs(step, config):
+            return ()
+        prompts = sent_first_prompts(self._prompts, config, self._context)
+        sampling = sampling_of_check(config)
+        self._note_work()
+        found = collect(self._engines, prompts, sampling, weights_version=step)
+        self._engines.take_work()  # the check's is not the step's
+        return tuple(found)
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """See `Surplus.waiting`; empty without ``rollout.oversample``."""
+        return () if self._surplus is None else self._surplus.waiting
 
     @property
     def _is_generating(self) -> bool:
@@ -143,6 +203,18 @@ class RolloutSource:
             for one in self._ahead
         )
         self._seconds_waited += time.perf_counter() - started
+        # Now: what the engines do next, as an evaluation, is none of the step's work.
+        self._note_work()
+
+    def _note_work(self) -> None:
+        work = self._engines.take_work()
+        before = self._work or [EngineWork(tokens=0, seconds=0.0)] * len(work)
+        self._work = [one + other for one, other in zip(before, work, strict=True)]
+
+    def _take_work(self) -> tuple[EngineWork, ...]:
+        self._note_work()
+        work, self._work = tuple(self._work), []
+        return work
 
     def _generate(self, step: int, *, weights_version: int) -> list[Rollout]:
         """A step's rollouts, generated now."""
@@ -179,7 +251,7 @@ class RolloutSource:
             return []  # the next group of steps comes when this one is used up
         steps = []
         for later in range(
-            step + 1, min(step + config.rollout.max_staleness + 1, config.train_iters)
+            step + 1, min(step + config.rollout.steps_ahead + 1, config.train_iters)
         ):
             # Not over a checkpoint: a resumed run could not repeat rollouts of older weights.
             if checkpoints.is_due(later, config):

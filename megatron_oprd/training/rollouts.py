@@ -112,5 +112,22 @@ def sampling_of_step(step: int, config: RunConfig) -> SamplingParams:
         samples_per_prompt=rollout.samples_per_prompt,
         # So that a prompt gets other responses in a later epoch.
         seed=config.seed + step,
-        logprobs=compares_logprobs(step, config),
+        # A response that was stopped may end in a step that compares: it needs those of all its
+        # tokens.
+        logprobs=compares_logprobs(step, config)
+        or (rollout.logprob_check_interval is not None and rollout.keeps_surplus),
+    )
+
+
+def sampling_of_check(config: RunConfig) -> SamplingParams:
+    """The parameters of responses to fixed prompts, the same in every step.
+
+    They are sampled from the whole distribution: likely tokens alone would hide a difference.
+    """
+    rollout = config.rollout
+    return SamplingParams(
+        stop_token_ids=tuple(rollout.stop_token_ids),
+        max_new_tokens=min(rollout.logprob_check_tokens, rollout.max_new_tokens),
+        seed=config.seed,
+        logprobs=True,
     )

@@ -67,6 +67,7 @@ GIVEN: dict[str, Any] = {
     "loss.coefficient_points": [[0.0, 1.0]],
     "output_loss.coefficient_points": [[0.0, 1.0]],
     "rollout.function": "a:b",
+    "rollout.oversample": 0.5,
     "rollout.logprob_check_interval": 1,
     "rollout.vllm.servers": ["http://10.0.0.1:8000"],
     "rollout.vllm.start_servers": 1,

@@ -34,6 +34,7 @@ class FakeServer:
         is_updating: Whether it waits for weights.
         pauses, resumes: How often it was asked to.
         finish_reason: Of its responses.
+        num_responses: How many it has given since its start, each with one preemption.
         spans: Versions of a response's tokens, if it is not the label alone.
         secret: Which requests have to know, if set.
     """
@@ -65,6 +66,7 @@ class FakeServer:
         self.finish_reason = "length"
         self.secret: str | None = None
         self.spans: list[str] = []
+        self.num_responses = self.num_running = 0
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -81,7 +83,7 @@ class FakeServer:
                 if server.secret is not None and given != f"Bearer {server.secret}":
                     other = 401, b"wrong or no secret"
                 try:
-                    status, data = other or (200, json.dumps(server.answer(path, body)).encode())
+                    status, data = other or (200, server.answer_as_text(path, body).encode())
                 except (OSError, RuntimeError) as error:
                     status, data = 500, str(error).encode()
                 self.send_response(status)
@@ -104,6 +106,23 @@ class FakeServer:
     def close(self) -> None:
         self._http.shutdown()
         self._http.server_close()
+
+    def answer_as_text(self, path: str, body: Any) -> str:
+        return self.metrics() if path == "/metrics" else json.dumps(self.answer(path, body))
+
+    def metrics(self) -> str:
+        """What vLLM says to Prometheus, of the lines that are read and of one more."""
+        values = {
+            "kv_cache_usage_perc": 0.25,
+            "num_requests_running": self.num_running,
+            "num_requests_waiting": 0,
+            "num_preemptions_total": self.num_responses,
+            "request_queue_time_seconds_sum": 0.5 * self.num_responses,
+            "request_queue_time_seconds_count": self.num_responses,
+            "prompt_tokens_total": 7,
+        }
+        lines = [f'vllm:{name}{{engine="0",model_name="a"}} {x}' for name, x in values.items()]
+        return "\n".join(["# HELP vllm:num_requests_running Number.", *lines, ""])
 
     def answer(self, path: str, body: Any) -> Any:
         if path == "/server_info":
@@ -138,10 +157,14 @@ class FakeServer:
 
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
         asked = body["sampling_params"].get("logprobs")
+        with self._gate:
+            self.num_running += 1
         tokens = self.tokens(body)
         with self._gate:
             self._gate.wait_for(lambda: self.pauses <= self.resumes)
             label = self.label
+            self.num_running -= 1
+            self.num_responses += 1
         return {
             "token_ids": tokens,
             "finish_reason": self.finish_reason,
@@ -194,6 +217,7 @@ class FakeServer:
         """Has nobody's weights any more, as after another start."""
         self.label, self.masked, self.weights = "default", [], {}
         self.is_updating = False
+        self.num_responses = 0
         self._disconnect()
 
     def oprd_describe(self) -> dict[str, Any]:

@@ -68,5 +68,18 @@ def fails_on_one_prompt(
     return plain(generate, tokenizer, requests, sampling)
 
 
+def fails_in_the_second_step(
+    generate: Generate,
+    tokenizer: Any,
+    requests: Sequence[ResponseRequest],
+    sampling: SamplingParams,
+) -> list[Response]:
+    """`plain`, but it divides by zero for a prompt of the second step, if none is shuffled."""
+    if any(request.prompt_index == OF_SECOND_STEP for request in requests):
+        raise ZeroDivisionError("division by zero")
+    return plain(generate, tokenizer, requests, sampling)
+
+
 FAILING = (0,)
+OF_SECOND_STEP = 5
 not_a_function = 3

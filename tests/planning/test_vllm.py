@@ -92,6 +92,14 @@ def test_a_cache_of_given_size(qwen: Callable[..., RunConfig]) -> None:
         check_fits(found, read_models(found.layout.config), KERNEL, gpu(60), num_gpus=8)
 
 
+def test_responses_in_addition(qwen: Callable[..., RunConfig]) -> None:
+    """An engine's share of 128 is 16, of half as many more 24; both fit in this cache."""
+    for settings, expected in (([], 16), (["rollout.oversample=0.5"], 24)):
+        found = memory(qwen("rollout.vllm.kv_cache_gb=50", *settings))
+        assert found.engine is not None
+        assert found.engine.num_responses == expected
+
+
 @pytest.mark.parametrize(
     ("overrides", "is_awake", "host"),
     [
@@ -99,6 +107,8 @@ def test_a_cache_of_given_size(qwen: Callable[..., RunConfig]) -> None:
         (["rollout.vllm.sleep_level=1"], False, WEIGHTS),
         (["rollout.vllm.sleep_level=2"], False, 0),
         (["rollout.max_staleness=1"], True, 0),
+        # Nothing is generated ahead.
+        (["rollout.max_staleness=1", "rollout.oversample=0.5"], False, 0),
     ],
 )
 def test_asleep(

@@ -159,16 +159,62 @@ def test_work_of_each_engine(context: Any) -> None:
     (work,) = them.take_work()
     assert work.tokens == 0
     assert work.seconds > 0
-    assert them.take_work() == [EngineWork(tokens=0, seconds=0.0)]
+    assert work.window >= work.seconds
+    (nothing,) = them.take_work()
+    assert (nothing.tokens, nothing.seconds, nothing.use) == (0, 0.0, None)
+
+
+def test_work_in_the_background(context: Any) -> None:
+    """Its tokens count; its time is the engine's to say."""
+
+    class Writing(Script):
+        def finish(self) -> list[Rollout]:
+            rollout = Rollout(
+                prompt_index=0,
+                sample_index=0,
+                prompt_ids=(1,),
+                response_ids=(2, 3),
+                finished=True,
+            )
+            return [rollout, rollout]
+
+    them = engines(Writing("ok", "ok"), context)
+    them.start([], SAMPLING)
+    them.finish(version=0)
+    (work,) = them.take_work()
+    assert (work.tokens, work.seconds) == (4, 0.0)
+    assert work.window > 0
+
+
+def test_work_of_two_times() -> None:
+    use = EngineUse(
+        kv_cache_peaks=(0.5,),
+        busy_seconds=(1.0,),
+        preemptions=1,
+        queued_seconds=0.0,
+        num_responses=1,
+    )
+    one = EngineWork(tokens=2, seconds=0.5, window=3.0)
+    other = EngineWork(tokens=1, seconds=1.0, window=2.0, use=use)
+    assert one + other == EngineWork(tokens=3, seconds=1.5, window=5.0, use=use)
+    assert other + one == one + other
+    assert (other + other).use == use + use
 
 
 def test_use_of_an_engine_that_measures_it(context: Any) -> None:
     one, other = (
-        EngineUse(kv_cache_peak=peak, preemptions=count, queued_seconds=0.5, num_responses=count)
+        EngineUse(
+            kv_cache_peaks=(peak, 0.125),
+            busy_seconds=(1.0, peak),
+            preemptions=count,
+            queued_seconds=0.5,
+            num_responses=count,
+        )
         for peak, count in ((0.5, 2), (0.25, 3))
     )
     both = one + other
-    assert (both.kv_cache_peak, both.preemptions) == (0.5, 5)
+    assert (both.kv_cache_peaks, both.preemptions) == ((0.5, 0.125), 5)
+    assert both.busy_seconds == (2.0, 0.75)
     assert (both.queued_seconds, both.num_responses) == (1.0, 5)
 
     class Measuring(Script):

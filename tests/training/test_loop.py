@@ -290,6 +290,8 @@ def test_engine_and_trainer_with_the_same_weights(root: Path, name: str) -> None
         assert mean <= largest <= 1e-5 * size
         assert abs(record["rollout_kl"]) <= 1e-6 * size
         assert 0 <= record["rollout_k3_kl"] <= 1e-10 * size**2
+        assert 0 <= record["weight_sync_logprob_diff_mean"] <= 1e-6 * size
+        assert 0 <= record["weight_sync_logprob_diff_max"] <= 1e-5 * size
     assert torch.load(root / f"{name}.pt", weights_only=False)["warnings"] == []
 
 
@@ -299,6 +301,10 @@ def test_an_engine_with_old_weights_gives_a_warning(root: Path) -> None:
     mean = third["rollout_logprob_diff_mean"]
     assert mean > 0.1
     assert third["rollout_k3_kl"] > 1e-3
-    (warning,) = torch.load(root / "compared_stale.pt", weights_only=False)["warnings"]
+    warning, of_fixed = torch.load(root / "compared_stale.pt", weights_only=False)["warnings"]
     assert warning.startswith("step 2: the rollout engine's log-probabilities differ from the")
     assert f"{mean:.3g} nats" in warning
+    after_sync = third["weight_sync_logprob_diff_mean"]
+    assert after_sync > 0.1
+    assert f"after fixed prompts differ from the student's by {after_sync:.3g} nats" in of_fixed
+    assert "weights that it was sent last" in of_fixed

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.vllm.kind import VLLMKind
+from megatron_oprd.training.checkpoints import read_manifest
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.prompts import load_run_prompts
 from tests.data.test_benchmarks import row, write
@@ -31,6 +31,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     # hf generates the rollouts of both steps in the first one.
     "stale": (2, [*TWO_STEPS, FUNCTION + "two_turns", "rollout.max_staleness=1"]),
     "fails": (2, [*TWO_STEPS, FUNCTION + "fails_on_one_prompt", "data.shuffle=false"]),
+    "fails_later": (2, [*TWO_STEPS, FUNCTION + "fails_in_the_second_step", "data.shuffle=false"]),
     "evaluated": (1, ["train_iters=1", "optimizer.lr=0", FUNCTION + "two_turns"]),
     "evaluated_without": (1, ["train_iters=1", "optimizer.lr=0"]),
 }
@@ -113,8 +114,18 @@ def test_a_mistake_on_one_engine_is_told_on_every_rank(root: Path) -> None:
     """The worker compares what the ranks say."""
     assert found(root, "fails")["stopped"] == (
         "rollout.function = tests.helpers.rollout_functions:fails_on_one_prompt failed with "
-        "ZeroDivisionError: division by zero"
+        "ZeroDivisionError: division by zero; no step was done, so that there is no checkpoint"
     )
+
+
+def test_what_was_reached_is_saved(root: Path) -> None:
+    """In one line, as every mistake of the user's."""
+    stopped = found(root, "fails_later")["stopped"]
+    assert "failed with ZeroDivisionError" in stopped
+    assert "; the newest checkpoint is of step 1, from which the same command goes on" in stopped
+    assert "\n" not in stopped
+    (checkpoint,) = (root / "fails_later" / "checkpoints").iterdir()
+    assert read_manifest(checkpoint)["step"] == 1
 
 
 def test_evaluations_are_of_the_engine_alone(root: Path) -> None:
@@ -137,8 +148,7 @@ def test_columns_reach_the_function(tmp_path: Path) -> None:
         make_plan(config_of(pair, wanted), world_size=1)
 
 
-def test_functions_that_cannot_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(VLLMKind, "check_installed", lambda *_: None)
+def test_functions_that_cannot_be_planned(tmp_path: Path) -> None:
     pair = save_pair(tmp_path / "pair", "llama")
     with pytest.raises(UserError, match=r"rollout.function = nothing.here:f cannot be imported"):
         make_plan(config_of(pair, ["rollout.function=nothing.here:f"]), world_size=1)
@@ -146,4 +156,4 @@ def test_functions_that_cannot_be_planned(tmp_path: Path, monkeypatch: pytest.Mo
         config_of(pair, ["rollout.function=mine"])
     ahead = ["rollout.engine=vllm", "rollout.max_staleness=1", FUNCTION + "plain"]
     with pytest.raises(UserError, match=r"max_staleness = 1 cannot be .*rollout.function = tests"):
-        make_plan(config_of(pair, ahead), world_size=1)
+        config_of(pair, ahead)

@@ -30,7 +30,7 @@ GREEDY = ["rollout.temperature=0", "optimizer.lr=0.01"]
 CASES = {
     "hf": (2, ["train_iters=2", *GREEDY]),
     "tp2_sp": (2, [*VLLM, *GREEDY, *TP2_SP]),
-    "ahead": (2, [*VLLM, *GREEDY, *TP2_SP, "rollout.max_staleness=1"]),
+    "ahead": (2, [*VLLM, *GREEDY, *TP2_SP, "rollout.max_staleness=1", "train_iters=3"]),
     "dp2_killed": (2, VLLM),
     # The untied LM head is frozen too.
     "frozen": (2, [*VLLM, *GREEDY, *PP2, "train_iters=3", "taps.layers=[0,1]"]),
@@ -134,6 +134,7 @@ def test_log_probabilities_are_the_trainers(root: Path, name: str) -> None:
         # Nats a token, of log-probabilities of up to 20.
         assert record["rollout_logprob_diff_mean"] < 1e-5 * 20
         assert record["rollout_logprob_diff_max"] < 1e-4 * 20
+        assert record["weight_sync_logprob_diff_max"] < 1e-4 * 20
     assert not [one for one in warnings_of(root, name) if "differ" in one]
 
 
@@ -160,16 +161,19 @@ def test_one_of_two_servers_is_killed(root: Path) -> None:
 @pytest.mark.cases("ahead", "tp2_sp")
 def test_one_step_off_policy(root: Path) -> None:
     """The second step's rollouts are of the weights from before the first update."""
-    first, second = rollouts_of(root, "ahead")
+    first, second, _ = rollouts_of(root, "ahead")
     checkpoint = HFCheckpoint(root / "pair" / "student")
     weights = {name: checkpoint.read(name) for name in checkpoint.names()}
     for of_step in (first, second):
         assert {rollout.weights_version for rollout in of_step} == {0}
         check_greedy(root / "pair" / "student", weights, of_step)
     assert tokens(second) != tokens(rollouts_of(root, "tp2_sp")[1])
-    fresh, stale = records(root, "ahead")
+    fresh, stale, _ = records(root, "ahead")
     assert (fresh["rollout_staleness"], stale["rollout_staleness"]) == (0, 1)
     assert fresh["rollout_logprob_diff_mean"] < 1e-4 < 1e-2 < stale["rollout_logprob_diff_mean"]
+    # Fixed prompts are answered by the weights of the step's own sync.
+    for record in (fresh, stale):
+        assert record["weight_sync_logprob_diff_max"] < 1e-4 * 20
 
 
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs the demo's model: make demo or make test")

@@ -36,11 +36,18 @@ def check_vllm(config: RunConfig) -> None:
         )
     if vllm.quantization is not None:
         _check_quantization(config)
-    if (ahead := config.rollout.max_staleness) > 1 and not vllm.uses_server:
+    if (ahead := config.rollout.steps_ahead) > 1 and not vllm.uses_server:
         raise UserError(
             f"rollout.max_staleness = {ahead}: an engine on the trainer's GPUs gets new weights "
             "between two rollouts only, so it generates one step ahead at most; give 1, or use "
             "servers (rollout.vllm.servers, rollout.vllm.start_servers)"
+        )
+    if config.rollout.function is not None and config.rollout.max_staleness:
+        raise UserError(
+            f"rollout.max_staleness = {config.rollout.max_staleness} cannot be combined with "
+            f"rollout.function = {config.rollout.function} and rollout.engine = vllm, which would "
+            "generate while the trainer computes, where the function cannot run; set "
+            "rollout.max_staleness = 0"
         )
     for name, temperature in (
         ("rollout.temperature", config.rollout.temperature),

@@ -73,6 +73,16 @@ class ServerClient:
 
         Raises ServerError on an error response, or if none comes within ``seconds``.
         """
+        text = self.text(path, body, seconds=seconds)
+        try:
+            return json.loads(text) if text else None
+        except ValueError as error:
+            raise ServerError(
+                f"the vLLM server at {self.url} answers {path} with what is no JSON: {error}"
+            ) from error
+
+    def text(self, path: str, body: Any = None, *, seconds: float) -> str:
+        """The response's text; arguments and errors as in `call`."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         if secret := os.environ.get(VARIABLE):
@@ -80,8 +90,7 @@ class ServerClient:
         request = urllib.request.Request(self.url + path, data=data, headers=headers)
         try:
             with self._opener.open(request, timeout=seconds) as response:
-                text = response.read()
-                return json.loads(text) if text else None
+                return response.read().decode()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:2000]
             raise ServerError(
@@ -92,9 +101,9 @@ class ServerClient:
             raise ServerError(
                 f"the vLLM server at {self.url} does not answer {path}: {error}"
             ) from error
-        except ValueError as error:
+        except UnicodeDecodeError as error:
             raise ServerError(
-                f"the vLLM server at {self.url} answers {path} with what is no JSON: {error}"
+                f"the vLLM server at {self.url} answers {path} with what is no text: {error}"
             ) from error
 
     def workers(

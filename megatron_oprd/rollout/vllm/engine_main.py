@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -121,8 +122,10 @@ class Engine:
             for request in requests
         ]
         prompts: Any = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        started = time.perf_counter()
         with _KVCacheWatch(self._llm) as watch:
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
         responses = []
         for output in outputs:
             (completion,) = output.outputs
@@ -138,7 +141,8 @@ class Engine:
             )
         metrics = [output.metrics for output in outputs]
         use = EngineUse(
-            kv_cache_peak=watch.peak,
+            kv_cache_peaks=(watch.peak,),
+            busy_seconds=(seconds,),
             preemptions=sum(one.num_preemptions for one in metrics),
             queued_seconds=sum(one.scheduled_ts - one.queued_ts for one in metrics),
             num_responses=len(metrics),

@@ -47,7 +47,7 @@ def vllm_bytes(rollout: RolloutConfig, load: EngineLoad) -> EngineBytes:
         # vLLM's buffer has to hold the largest tensor.
         bucket=max(vllm.chunk_bytes, load.vocab_size * load.hidden_size * load.itemsize),
         # One step ahead, it generates during the teacher's and student's passes and cannot sleep.
-        sleeps=vllm.sleep_level > 0 and not rollout.max_staleness,
+        sleeps=vllm.sleep_level > 0 and not rollout.steps_ahead,
         host_bytes=weights * size if vllm.sleep_level == 1 else 0,
         num_tokens=usable * BLOCK_TOKENS,
         max_model_len=max_model_len,

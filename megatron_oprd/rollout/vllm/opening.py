@@ -71,9 +71,11 @@ def open_vllm(
             for server in started:
                 server.ensure()
 
+        owners = leaders(context)
+        watches = context.rank == owners[0]
         yield starter(
-            owners=leaders(context),
-            create=lambda: create_vllm(with_urls, model, device=context.device),
+            owners=owners,
+            create=lambda: create_vllm(with_urls, model, device=context.device, watches=watches),
             is_shared=True,
             ensure_server=ensure if started else None,
             revive_servers=begin if started else None,
@@ -117,9 +119,17 @@ def _start_servers(
 
 
 def create_vllm(
-    rollout: RolloutConfig, model: ServedModel, *, device: torch.device, gpus: Sequence[str] = ()
+    rollout: RolloutConfig,
+    model: ServedModel,
+    *,
+    device: torch.device,
+    gpus: Sequence[str] = (),
+    watches: bool = False,
 ) -> RolloutEngine:
-    """Creates an engine on the servers of the settings, or on these GPUs if there are none."""
+    """Creates an engine on the servers of the settings, or on these GPUs if there are none.
+
+    With ``watches`` it tells how full the servers are.
+    """
     vllm = rollout.vllm
     if vllm.servers:
         return VLLMServersEngine(
@@ -130,7 +140,8 @@ def create_vllm(
             decode=model.decode,
             max_batch_size=rollout.max_batch_size,
             owner=model.owner,
-            swaps=rollout.max_staleness > 1,
+            swaps=rollout.steps_ahead > 1,
+            watches=watches,
             config=vllm,
         )
     return VLLMEngine(

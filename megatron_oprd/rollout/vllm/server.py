@@ -62,6 +62,10 @@ class VLLMServer:
             return False
         return True
 
+    def metrics(self) -> str:
+        """What it offers to Prometheus, as text; an error if it does not answer within seconds."""
+        return self._client.text("/metrics", seconds=_SECONDS_TO_SAY_HEALTHY)
+
     def join(self) -> None:
         """Waits until it responds, and masks ids that the tokenizer does not know."""
         self._client.wait(self._part)

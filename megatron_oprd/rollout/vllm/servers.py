@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import (
+    EngineUse,
     Rollout,
     RolloutEngineError,
     SamplingParams,
@@ -24,6 +25,7 @@ from megatron_oprd.rollout.vllm.messages import Request, Response, requests_of, 
 from megatron_oprd.rollout.vllm.server import Owner, ServerSync, VLLMServer
 from megatron_oprd.rollout.vllm.shared_memory import chunks
 from megatron_oprd.rollout.vllm.sync_check import SyncCheck
+from megatron_oprd.rollout.vllm.watch import ServerWatch
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class VLLMServersEngine:
         max_batch_size: int | None = None,  # concurrent requests of this engine
         owner: str,  # label of the run's weights: equal on all ranks, different in every run
         swaps: bool = False,  # whether responses may get new weights in the middle
+        watches: bool = False,  # whether `take_use` tells of the servers; one engine's is enough
         config: VLLMConfig,
     ) -> None:
         """Waits for the servers and masks ids that the tokenizer does not know.
@@ -79,7 +82,10 @@ class VLLMServersEngine:
         self._swaps = swaps
         self._under_way: deque[_UnderWay] = deque()
         self._sent_version: str | None = None
+        self._watch: ServerWatch | None = None
         self._on_each(self._servers, VLLMServer.join)
+        if watches:
+            self._watch = ServerWatch(self._servers)
 
     def needs_all_weights(self) -> bool:
         """Whether a server that is up restarted or got other weights since the last sync."""
@@ -137,11 +143,18 @@ class VLLMServersEngine:
             RolloutEngineError: No server is left that has weights.
             WrongWeightsError: A server has another run's weights.
         """
-        self.start(prompts, sampling)
-        return self.finish()
+        return self._finished(self._begun(prompts, sampling))
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
         """Starts `generate` in the background; see `OverlappingEngine`."""
+        self._under_way.append(self._begun(prompts, sampling))
+
+    def finish(self) -> list[Rollout]:
+        """Waits for the rollouts of the first `start`; result and errors as in `generate`."""
+        assert self._under_way, "nothing was begun"
+        return self._finished(self._under_way.popleft())
+
+    def _begun(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> _UnderWay:
         requests = requests_of(prompts, sampling)
         version, servers = self._with_weights()
         router = _Router(servers)
@@ -150,12 +163,10 @@ class VLLMServersEngine:
             lambda one: _respond(router, one, sampling, version=version, swaps=self._swaps),
             requests,
         )
-        self._under_way.append((prompts, sampling, pool, answers))
+        return prompts, sampling, pool, answers
 
-    def finish(self) -> list[Rollout]:
-        """Waits for the rollouts of the first `start`; result and errors as in `generate`."""
-        assert self._under_way, "nothing was begun"
-        prompts, sampling, pool, coming = self._under_way.popleft()
+    def _finished(self, under_way: _UnderWay) -> list[Rollout]:
+        prompts, sampling, pool, coming = under_way
         try:
             responses = list(coming)
         finally:
@@ -207,11 +218,17 @@ class VLLMServersEngine:
         urls = ", ".join(server.url for server in self._servers)
         return RolloutEngineError(f"vLLM ({urls}) did not take weight sync {version}: {why}")
 
+    def take_use(self) -> EngineUse | None:
+        """See `MeasuringEngine`: of all servers, and of all ranks' requests."""
+        return None if self._watch is None else self._watch.take()
+
     def sleep(self) -> None:
         """Does nothing: servers have their own devices."""
 
     def close(self) -> None:
         """Cancels requests that have not started; the servers keep running."""
+        if self._watch is not None:
+            self._watch.close()
         while self._under_way:
             *_, pool, _ = self._under_way.popleft()
             pool.shutdown(wait=False, cancel_futures=True)
