@@ -17,6 +17,7 @@ from megatron_oprd.rollout.engine import Rollout
 from tests.helpers.closeness import assert_close_relative
 from tests.helpers.pairs import save_pair
 from tests.helpers.ranks import run_ranks
+from tests.helpers.selection import selected
 
 TP2 = "parallel.tensor_model_parallel_size=2"
 SP = "parallel.sequence_parallel=true"
@@ -42,10 +43,11 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "moe_ep2": (2, ["parallel.expert_model_parallel_size=2"]),
 }
 PAIRS = [(0, 0), (1, 2), (2, 3), (3, 5)]
+NIGHTLY = ("tp2", "dp2")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("build_bridge")
     pair = save_pair(
         root / "pair", "qwen3", teacher_layers=6, tied=True, teacher_fields={"hidden_size": 48}
@@ -62,6 +64,8 @@ fit: {{ranks: [2, 4, 8], num_prompts: 16, ridge: 1.0e-4}}
     )
     cases: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
     for name, (ranks, overrides) in {"one": (1, []), "moe_one": (1, []), **LAYOUTS}.items():
+        if name in NIGHTLY and name not in selected(request):
+            continue
         for method, settings in (("solved", []), ("descended", GRADIENT)):
             if method == "descended" and name not in ("one", "tp2_sp"):
                 continue
@@ -80,7 +84,13 @@ fit: {{ranks: [2, 4, 8], num_prompts: 16, ridge: 1.0e-4}}
 
 @pytest.mark.parametrize(
     ("layout", "method"),
-    [*((layout, "solved") for layout in LAYOUTS), ("tp2_sp", "descended")],
+    [
+        *(
+            pytest.param(layout, "solved", marks=[pytest.mark.slow] * (layout in NIGHTLY))
+            for layout in LAYOUTS
+        ),
+        ("tp2_sp", "descended"),
+    ],
 )
 def test_layout_changes_nothing(root: Path, layout: str, method: str) -> None:
     one = "moe_one" if layout.startswith("moe") else "one"

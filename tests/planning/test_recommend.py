@@ -130,6 +130,7 @@ def test_a_run_takes_every_recommended_layout(tmp_path: Path) -> None:
             make_plan(load_config(pair / "run.yaml", overrides), world_size=num_gpus)
 
 
+@pytest.mark.slow
 def test_sequences_are_shared_only_if_nothing_fits_otherwise(
     qwen: Callable[..., RunConfig],
 ) -> None:

@@ -110,6 +110,14 @@ def self_test(
 
 
 def test_two_ranks(tmp_path: Path) -> None:
+    code, results, printed = self_test(tmp_path, 2, "versions", "fabric")
+    assert code == 0, printed
+    assert {one["status"] for one in results} == {"ok"}
+    assert {one["name"] for one in results if one["num_ranks"] == 2} == {"all ranks"}
+
+
+@pytest.mark.slow
+def test_experts_on_two_ranks(tmp_path: Path) -> None:
     code, results, printed = self_test(tmp_path, 2, "versions", "fabric", "layouts, experts")
     assert code == 0, printed
     assert {one["status"] for one in results} == {"ok"}

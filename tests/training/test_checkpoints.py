@@ -1,6 +1,5 @@
 """A checkpoint of any layout goes on in any other."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron_oprd.weights.hf_files import HFCheckpoint
 from tests.helpers.closeness import assert_close_relative
 from tests.helpers.pairs import LINEAR_UPDATES, save_pair
 from tests.helpers.ranks import run_ranks
+from tests.helpers.selection import cases, selected
 
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
@@ -136,6 +136,15 @@ NIGHTLY = {
     *("odd_tied_pp2", "odd_tied_dp2_B_from_pp2", "odd_tied_tp2_pp2_B_from_dp3_B"),
     *("odd_dp2_vpp2_B", "odd_dp2_vpp2_from_dp3_B"),
     *("odd_dp2_B_from_tp2_sp_B", "odd_one_from_dp2_vpp2_B", "odd_dp3_from_dp3_B"),
+    *(
+        "one_plain_optimizer",
+        "one_from_plain",
+        "vpp2_from_vpp2",
+        "dp2_from_dp2",
+        "moe_ep2_from_ep2",
+    ),
+    *("projector_tp2_sp", "projector_one_from_tp2_sp", "output_one", "odd_tied_dp3_B"),
+    *("output_tp2_sp_pp2", "output_one_from_tp2_sp_pp2", "odd_tp2_sp_B", "odd_dp3_B_from_tp2_sp_B"),
     *("odd_tp2_sp_B_from_dp3_B", "odd_bf16_plain_from_dp3_B", "odd_bf16_tp2_sp_B_from_dp3_B"),
 }
 REFERENCE = {"shallow_from_shallow_pp2": "shallow", "shallow_pp2": "shallow", "shallow": "shallow"}
@@ -144,21 +153,9 @@ for kind in ("moe", "sinks", "output", "output_tied", "odd", "odd_tied", "odd_bf
     REFERENCE |= dict.fromkeys(of_kind, f"{kind}_one")
 
 
-def names(*kinds: Iterable[str]) -> list[Any]:
-    """The cases as parameters."""
-    return [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in NIGHTLY))
-        for kind in kinds
-        for name in kind
-    ]
-
-
 def needed(request: pytest.FixtureRequest) -> set[str]:
     """The cases that the selected tests look at, those they load from and compare with."""
-    found = {"one"}
-    for item in request.session.items:
-        if item.path == request.path and hasattr(item, "callspec"):
-            found |= {value for value in item.callspec.params.values() if isinstance(value, str)}
+    found = {"one"} | selected(request)
     found |= {LOADERS[name][2] for name in found if name in LOADERS}
     return found | {REFERENCE.get(name, "one") for name in found}
 
@@ -205,7 +202,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return root
 
 
-@pytest.mark.parametrize("name", names(SAVERS, LOADERS))
+@pytest.mark.parametrize("name", cases([*SAVERS, *LOADERS], nightly=NIGHTLY))
 def test_goes_on_as_if_never_stopped(results: Path, name: str) -> None:
     found = torch.load(results / f"{name}.pt")
     expected = torch.load(results / f"{REFERENCE.get(name, 'one')}.pt")
@@ -216,7 +213,7 @@ def test_goes_on_as_if_never_stopped(results: Path, name: str) -> None:
         assert_close_relative(found["weights"][key], tensor, 1e-5, what=key)
 
 
-@pytest.mark.parametrize("name", names(LOADERS))
+@pytest.mark.parametrize("name", cases(LOADERS, nightly=NIGHTLY))
 def test_states_are_those_that_were_saved(results: Path, name: str) -> None:
     """Main parameters and both moments, element by element: a layout only moves them."""
     found = torch.load(results / f"{name}.pt")["loaded"]
@@ -252,7 +249,7 @@ def test_second_step_changes_weights(results: Path) -> None:
     assert not torch.equal(after["model.norm.weight"], before.read("model.norm.weight"))
 
 
-@pytest.mark.parametrize("name", names(SAVERS))
+@pytest.mark.parametrize("name", cases(SAVERS, nightly=NIGHTLY))
 def test_a_checkpoint_is_read_as_the_students_weights(results: Path, name: str) -> None:
     """Without a process group, from beside the optimizer's states."""
     opened = open_checkpoint(results / name)

@@ -504,11 +504,9 @@ FURTHER: set[tuple[str, ...]] = {
     *((method, "tp2_pp2") for method in ("sampled_token", "forward_kl", "top_k_union")),
     *((method, "tp2") for method in FP8),
     *((method, layout) for method in FP8 for layout in ("tp4_sp", "tp2_sp_full")),
-    *((method, "tp2_sp_full") for method in ("sampled_token", "forward_kl", "top_k_union")),
     *(("llama_tied_deeper", "logprobs", layout) for layout in ("tp2", "pp2")),
     *(("bridge", "default", layout) for layout in ("tp2_sp_packed", "dp2_pp2")),
     *(("moe_teacher", "default", layout) for layout in ("tp2", "ep2_pp2")),
-    *((method, "pp2_vpp2") for method in ("even_last_k_sequence_mean", "token_pre_norm")),
     ("post_norms", "default", "tp2"),
     (EARLY, "pp2_vpp2"),
     ("shallow_first_teacher", "pp2"),
@@ -547,6 +545,19 @@ FURTHER: set[tuple[str, ...]] = {
         (method, "cp2_tp2_sp")
         for method in ("jsd", "other_prompt", SEVERAL, *FP8, *PROJECTOR_METHODS)
     ),
+    # Settings that tests/training/test_plain_pytorch.py has on one rank.
+    *((method, "tp2_sp_pp2_full") for method in ("even_last_k_sequence_mean", "token_pre_norm")),
+    *(
+        (method, "cp2_pp2_vpp2")
+        for method in ("sampled_token", "forward_kl", "reverse_kl", "top_k_union")
+    ),
+    *((method, "cp2_tp2_sp") for method in ("top_k", "other_tokens")),
+    *(("gaps", layout) for layout in ("packed", "tp2_sp_full")),
+    *(("llama_tied_deeper", "logprobs", layout) for layout in ("cp2_full", "tp2_sp_pp2_full")),
+    ("qwen3_equal", "logprobs", "packed"),
+    ("moe_teacher", "other_tokens_sequence_mean", "ep2_pp2"),
+    ("moe", "reverse_kl", "tp2_sp_etp1_ep2"),
+    ("bridge", "default", "cp2_tp2_sp"),
     ("moe", "default", "mbs1"),
     ("moe_teacher", "default", "tp2_sp_pp2_teacher_etp1_ep2"),
     ("moe_student", "default", "tp2_sp_full"),

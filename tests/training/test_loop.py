@@ -16,6 +16,8 @@ from megatron_oprd.weights.hf_files import HFCheckpoint
 from tests.data.test_benchmarks import row, write
 from tests.helpers.pairs import LINEAR_UPDATES, save_pair
 from tests.helpers.ranks import run_ranks
+from tests.helpers.selection import cases as as_parameters
+from tests.helpers.selection import selected
 from tests.helpers.tiny import tiny_tokenizer
 
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
@@ -37,10 +39,12 @@ LAYOUTS = {
     "moe_ep2": (2, ["parallel.expert_model_parallel_size=2"]),
     "moe_ep2_pp2": (4, ["parallel.expert_model_parallel_size=2", *PP2]),
 }
+REFERENCES = ("one", "other_seed", "moe_one")
+NIGHTLY = ("again", "small_generation_batches", "moe_ep2_pp2")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("loop")
     pair = save_pair(root / "pair", "llama", tied=True)
     moe = save_pair(root / "moe_pair", "qwen3_moe")
@@ -50,6 +54,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(weights, broken / "teacher" / "model.safetensors", {"format": "pt"})
     cases: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
     for name, (ranks, overrides) in LAYOUTS.items():
+        if name in NIGHTLY and name not in selected(request):
+            continue
         models = str(moe if name.startswith("moe") else pair)
         cases[ranks].append({"name": name, "pair": models, "overrides": [*STEPS, *overrides]})
     stop = ["train_iters=9", "optimizer.max_skipped_in_a_row=3"]
@@ -109,7 +115,9 @@ def records(root: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(x) for x in (root / name / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", [n for n in LAYOUTS if n not in ("one", "other_seed", "moe_one")])
+@pytest.mark.parametrize(
+    "name", as_parameters([n for n in LAYOUTS if n not in REFERENCES], nightly=NIGHTLY)
+)
 def test_layout_changes_no_rollout(root: Path, name: str) -> None:
     one = "moe_one" if name.startswith("moe") else "one"
     found = torch.load(root / f"{name}.pt", weights_only=False)["rollouts"]

@@ -17,6 +17,8 @@ from tests.distill.test_output_space import formula
 from tests.helpers.closeness import assert_close_relative
 from tests.helpers.pairs import fixed_rollouts, fixed_teacher_sequences, fixed_written, save_pair
 from tests.helpers.ranks import run_ranks
+from tests.helpers.selection import cases as as_parameters
+from tests.helpers.selection import selected
 
 PAIRS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
@@ -305,6 +307,13 @@ STEPS = {
     "mixture_of_experts": Step(pair="qwen3_moe"),
     "mixture_of_experts_raw": Step(pair="qwen3_moe_raw"),
 }
+# Combinations of what other steps have one by one.
+NIGHTLY = (
+    *("default_tied", "deeper", "token_last_n", "first_k_odd", "last_position_of_last_layer"),
+    *("explicit", "layer_weights", "outputs_only", "outputs_and_measured_states"),
+    *("other_tokens_token", "gaps_first_k_and_outputs", "gaps_other_prompt"),
+    *("gaps_other_tokens_token", "mlp_projector", "mixture_of_experts_raw"),
+)
 ADAMW = [
     "optimizer.lr=1e-3",
     "optimizer.adam_eps=1e-4",  # large, so that rounding of tiny gradients does not count
@@ -323,8 +332,9 @@ SAME_TEACHER = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the pairs and the results of every case."""
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the pairs, and the results of the cases that this run selected."""
+    wanted = selected(request)
     root = tmp_path_factory.mktemp("plain")
     for name, settings in PAIRS.items():
         save_pair(root / name, **settings)
@@ -337,6 +347,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "gaps": step.gaps,
         }
         for name, step in STEPS.items()
+        if name in wanted
     ]
     student = f"model.teacher={root / 'llama' / 'student'}"
     cases += [
@@ -469,7 +480,7 @@ def _load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", as_parameters(STEPS, nightly=NIGHTLY))
 def test_equals_plain_pytorch(results: Path, name: str) -> None:
     step = STEPS[name]
     found = torch.load(results / f"{name}.pt")

@@ -101,6 +101,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pair(tmp_path_factory.mktemp("resume") / "pair", "llama", teacher_layers=7)
 
 
+@pytest.mark.slow
 def test_killed_between_checkpoints(pair: Path, tmp_path: Path) -> None:
     """bf16 weights, fp32 main parameters, the distributed optimizer over two replicas.
 

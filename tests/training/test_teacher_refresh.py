@@ -10,6 +10,7 @@ from megatron_oprd.models.open_checkpoint import open_checkpoint
 from tests.helpers.closeness import assert_close_relative
 from tests.helpers.pairs import save_pair
 from tests.helpers.ranks import run_ranks
+from tests.helpers.selection import cases, selected
 
 STEPS = 5
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
@@ -31,10 +32,11 @@ CASES: dict[str, tuple[int, int, float, list[str]]] = {
     "dp_overlap": (2, 1, 0.0, OVERLAP),
 }
 LOADED = ("average", "average_bf16", "tp")
+NIGHTLY = ("second", "average_bf16", "dp_overlap")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("refresh")
     pair = save_pair(root / "pair", "llama", tied=True)
 
@@ -54,15 +56,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "name": name, "pair": str(pair), "overrides": overrides, "load": load, "steps": STEPS
         }  # fmt: skip
 
+    wanted = {"average", *selected(request)}
     for ranks in (1, 2):
-        names = [name for name, (count, *_) in CASES.items() if count == ranks]
+        names = [name for name, (count, *_) in CASES.items() if count == ranks and name in wanted]
         run_ranks("refresh", [case(name, None) for name in names], ranks, root)
         again = [case(f"{name}_again", name) for name in names if name in LOADED]
         run_ranks("refresh", again, ranks, root)
     return root
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(CASES, nightly=NIGHTLY))
 def test_follows_the_student(results: Path, name: str) -> None:
     ranks, interval, decay, _ = CASES[name]
     for rank in range(ranks):
@@ -87,7 +90,7 @@ def test_follows_the_student(results: Path, name: str) -> None:
         assert any(changed)
 
 
-@pytest.mark.parametrize("name", LOADED)
+@pytest.mark.parametrize("name", cases(LOADED, nightly=NIGHTLY))
 def test_resumed_bit_by_bit(results: Path, name: str) -> None:
     for rank in range(CASES[name][0]):
         whole = torch.load(results / f"{name}_{rank}.pt")
