@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from megatron_oprd.rollout.function import UserFunction
@@ -11,6 +12,8 @@ from tests.helpers.closeness import assert_close_relative
 from tests.helpers.rollout_functions import INSERTED, plain, two_turns
 from tests.helpers.tiny import EOS_ID, PAD_ID, save_tiny_model, tiny_tokenizer
 from tests.vllm.engines import CPU, prompt, sampling, start, tiny_llama
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = [prompt(3, 7, 8, 9, 10), prompt(0, 20), prompt(8, 5, 30, 31, 32, 33, 34)]
 

@@ -23,6 +23,8 @@ from tests.vllm.engines import (
     tiny_llama,
 )
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [prompt(index, 7 + index, 8, 9) for index in range(4)]
 MEANINGLESS = (11, 96)
 
