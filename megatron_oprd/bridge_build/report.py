@@ -43,7 +43,7 @@ def cosine_picture(manifest: Manifest) -> bytes:
     for rank, cosine in manifest.cosine.items():
         gaps = _gaps(cosine["after"])
         by_layer.plot(layers, gaps, marker="o", markersize=3, label=f"r = {rank}")
-    by_layer.set(xlabel="student layer", ylabel="1 - cosine on held-out sequences (less is better)")
+    by_layer.set(xlabel="student layer", ylabel="1 - cosine, held-out (less is better)")
     by_layer.set_title("After the fit, by layer")
     by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_layer.legend()

@@ -19,6 +19,7 @@ from operator import attrgetter
 from megatron_oprd.config.checks import check_values
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
+from megatron_oprd.heartbeat import heartbeat
 from megatron_oprd.planning.activations import Kernels
 from megatron_oprd.planning.changes import Change, changed, unchecked
 from megatron_oprd.planning.engine import engine_bytes
@@ -49,6 +50,7 @@ _ONLY_FOR_MEMORY = {
     "optimizer.offload_states": False,
 }
 _LEAST_GAIN = 1.02
+_SILENT_SECONDS = 5.0  # of a search, before it says how far it is
 
 _RECOMPUTE = tuple(
     Change(
@@ -143,41 +145,50 @@ def recommend(
 
     Layouts differ in their parallel sizes. Ranks share sequences only if nothing fits otherwise.
     """
-    for cp in _divisors(num_gpus):
-        trainers = list(
-            _trainers(config, models, hardware, num_gpus=num_gpus, cp=cp, lengths=lengths)
-        )
-        if found := _fastest(trainers, config, models, kernels, hardware, number):
-            return found
-    return []
+    so_far = ""
+
+    def fastest_with(cp: int) -> list[Candidate]:
+        nonlocal so_far
+        trainers: list[_Trainer] = []
+        sizes = list(_sizes(config, models, hardware, num_gpus=num_gpus, cp=cp))
+        for done, one in enumerate(sizes):
+            so_far = f"{done} of {len(sizes)} layouts timed"
+            trainers += _trainers(one, config, models, hardware, num_gpus=num_gpus, lengths=lengths)
+        best: dict[Change, Candidate] = {}
+        for done, trainer in enumerate(sorted(trainers, key=lambda one: one.bound)):
+            so_far = f"memory of {done} settings, of {len(trainers)} at most"
+            if not _tried(trainer, best, config, models, kernels, hardware, number):
+                break
+        return sorted(best.values(), key=lambda one: (one.rank_seconds, _peak(one)))[:number]
+
+    work = f"ranking the layouts of {num_gpus} GPUs"
+    with heartbeat(work, lambda _: so_far, first_seconds=_SILENT_SECONDS):
+        return next(filter(None, map(fastest_with, _divisors(num_gpus))), [])
 
 
-def _fastest(
-    trainers: list[_Trainer],
+def _tried(
+    trainer: _Trainer,
+    best: dict[Change, Candidate],
     config: RunConfig,
     models: Models,
     kernels: Kernels,
     hardware: Hardware,
     number: int,
-) -> list[Candidate]:
-    """Tries the trainers in the order of their bounds until no later one can be among the first."""
-    best: dict[Change, Candidate] = {}
-    for trainer in sorted(trainers, key=lambda one: one.bound):
-        ranked = sorted(one.rank_seconds for one in best.values())
-        if len(ranked) >= number and trainer.bound > ranked[number - 1]:
-            break
-        known = best.get(trainer.sizes)
-        found = _fastest_of(
-            trainer,
-            config,
-            models,
-            kernels,
-            hardware,
-            known.rank_seconds if known else math.inf,
-        )
-        if found is not None:
-            best[trainer.sizes] = found
-    return sorted(best.values(), key=lambda one: (one.rank_seconds, _peak(one)))[:number]
+) -> bool:
+    """Tries a trainer and notes what comes first of its sizes.
+
+    Trainers come in the order of their bounds. False if neither this one nor a later one can be
+    among the first ``number``.
+    """
+    ranked = sorted(one.rank_seconds for one in best.values())
+    if len(ranked) >= number and trainer.bound > ranked[number - 1]:
+        return False
+    known = best.get(trainer.sizes)
+    limit = known.rank_seconds if known else math.inf
+    found = _fastest_of(trainer, config, models, kernels, hardware, limit)
+    if found is not None:
+        best[trainer.sizes] = found
+    return True
 
 
 def _factor(*changes: Change) -> float:
@@ -289,44 +300,46 @@ def _engines(trainer: _Trainer, config: RunConfig, hardware: Hardware) -> list[_
 
 
 def _trainers(
+    sizes: Change,
     config: RunConfig,
     models: Models,
     hardware: Hardware,
     *,
     num_gpus: int,
-    cp: int,
     lengths: Lengths,
-) -> Iterator[_Trainer]:
-    for sizes in _sizes(config, models, hardware, num_gpus=num_gpus, cp=cp):
-        try:
-            # Without recompute, which places no layer elsewhere.
-            plain = changed(config, [sizes, _RECOMPUTE[0]])
-            layouts = models.placed(plain, num_gpus=num_gpus)
-        except UserError:  # the run would say the same
-            continue
-        largest, typical = (
-            workload(layouts[0], prompt_tokens=prompt, response_tokens=response, others=layouts[1:])
-            for prompt, response in (
-                (config.data.max_prompt_tokens, config.rollout.max_new_tokens),
-                (lengths.prompt, lengths.response),
-            )
+) -> list[_Trainer]:
+    """A trainer for each choice of recompute; none if the run would refuse the sizes."""
+    try:
+        # Without recompute, which places no layer elsewhere.
+        plain = changed(config, [sizes, _RECOMPUTE[0]])
+        layouts = models.placed(plain, num_gpus=num_gpus)
+    except UserError:
+        return []
+    largest, typical = (
+        workload(layouts[0], prompt_tokens=prompt, response_tokens=response, others=layouts[1:])
+        for prompt, response in (
+            (config.data.max_prompt_tokens, config.rollout.max_new_tokens),
+            (lengths.prompt, lengths.response),
         )
-        trainer = _Trainer(
-            layouts=tuple(layouts),
-            largest=largest,
-            typical=typical,
-            sizes=sizes,
-            recompute=_RECOMPUTE[0],
-            training=0.0,
-            bound=0.0,
-        )
-        fastest = min(one.seconds for one in _engines(trainer, config, hardware))
-        for recompute in _RECOMPUTE:
-            new = _with(trainer, unchecked(config, [sizes, recompute]))
-            step = step_seconds(new, typical, hardware)
-            # Copies and sync depend on choices that are made later; without them it is a bound.
-            one = replace(trainer, recompute=recompute, training=step.training - step.copies)
-            yield replace(one, bound=one.least(fastest))
+    )
+    trainer = _Trainer(
+        layouts=tuple(layouts),
+        largest=largest,
+        typical=typical,
+        sizes=sizes,
+        recompute=_RECOMPUTE[0],
+        training=0.0,
+        bound=0.0,
+    )
+    fastest = min(one.seconds for one in _engines(trainer, config, hardware))
+    found = []
+    for recompute in _RECOMPUTE:
+        new = _with(trainer, unchecked(config, [sizes, recompute]))
+        step = step_seconds(new, typical, hardware)
+        # Copies and sync depend on choices that are made later; without them it is a bound.
+        one = replace(trainer, recompute=recompute, training=step.training - step.copies)
+        found.append(replace(one, bound=one.least(fastest)))
+    return found
 
 
 def _sizes(
