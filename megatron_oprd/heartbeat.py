@@ -14,8 +14,9 @@ _MOST_SECONDS = 300.0
 @contextmanager
 def heartbeat(
     work: str,
-    count: Callable[[], tuple[int, int] | None] = lambda: None,
+    so_far: Callable[[float], str] = lambda seconds: "",
     *,
+    at_end: Callable[[float], str] = lambda seconds: "",
     first_seconds: float = _FIRST_SECONDS,
 ) -> Iterator[None]:
     """Says on rank 0, while the block runs, for how long it has.
@@ -25,8 +26,9 @@ def heartbeat(
 
     Args:
         work: What the block does, as the line begins.
-        count: How much of it is done, and of how much; None where that is not known. Called from
-            another thread.
+        so_far: Given the seconds until then, how much of it is done; empty where that is not
+            known. Called from another thread.
+        at_end: The same when it has come to its end.
         first_seconds: Time without a line.
     """
     if not speaks():
@@ -37,9 +39,8 @@ def heartbeat(
     def beat() -> None:
         distance = first_seconds
         while not ended.wait(distance):
-            counted = count()
-            so_far = "" if counted is None else f"{counted[0]} of {counted[1]}, "
-            say(f"{work}: {so_far}{time.monotonic() - started:.3g} s so far")
+            seconds = time.monotonic() - started
+            say(f"{work}: {_joined(so_far(seconds), f'{seconds:.3g} s so far')}")
             distance = min(2 * distance, _MOST_SECONDS)
 
     # A daemon: an exception on its way out of the process does not wait for it.
@@ -51,4 +52,8 @@ def heartbeat(
         ended.set()
         thread.join()
         if (seconds := time.monotonic() - started) >= first_seconds:
-            say(f"{work}: ended after {seconds:.3g} s")
+            say(f"{work}: {_joined(f'ended after {seconds:.3g} s', at_end(seconds))}")
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)

@@ -16,7 +16,12 @@ def wait_for_lines(capsys: pytest.CaptureFixture[str], count: int) -> list[str]:
 
 def test_long_work_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
     done = [3]
-    with heartbeat("rollouts", lambda: (done[0], 8), first_seconds=0.05):
+    with heartbeat(
+        "rollouts",
+        lambda seconds: f"{done[0]} of {8 if seconds > 0 else 0}",
+        at_end=lambda seconds: f"{8 if seconds > 0.05 else 0} done",
+        first_seconds=0.05,
+    ):
         (first, *_) = wait_for_lines(capsys, 1)
         assert first.startswith("rollouts: 3 of 8, 0.0")
         assert first.endswith(" s so far")
@@ -24,6 +29,7 @@ def test_long_work_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
         assert "7 of 8, " in wait_for_lines(capsys, 1)[-1]
     (last,) = capsys.readouterr().err.splitlines()[-1:]
     assert last.startswith("rollouts: ended after ")
+    assert last.endswith(" s, 8 done")
 
 
 def test_work_that_cannot_be_counted(capsys: pytest.CaptureFixture[str]) -> None:

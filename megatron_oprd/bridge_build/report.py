@@ -1,8 +1,10 @@
 """The quality of a bridge by layer and rank, as a table and a picture to choose r by."""
 
 import io
+from collections.abc import Sequence
 from statistics import mean
 
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
@@ -31,28 +33,38 @@ def cosine_table(manifest: Manifest) -> Table:
 
 
 def cosine_picture(manifest: Manifest) -> bytes:
-    """A PNG with the cosine by layer for each rank, and the mean over layers by rank."""
+    """A PNG with 1 - cosine by layer for each rank, and its mean over layers by rank.
+
+    On a log axis, where ranks differ visibly although their cosines are all close to 1.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_layer, by_rank = figure.subplots(1, 2)
     layers = [student for student, _ in manifest.layer_pairs]
     for rank, cosine in manifest.cosine.items():
-        by_layer.plot(layers, cosine["after"], marker="o", markersize=3, label=f"r = {rank}")
-    by_layer.set(xlabel="student layer", ylabel="cosine on held-out sequences")
+        gaps = _gaps(cosine["after"])
+        by_layer.plot(layers, gaps, marker="o", markersize=3, label=f"r = {rank}")
+    by_layer.set(xlabel="student layer", ylabel="1 - cosine, held-out (less is better)")
     by_layer.set_title("After the fit, by layer")
     by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_layer.legend()
     ranks = [int(rank) for rank in manifest.cosine]
     for name, style in (("after", "o-"), ("before", "s--")):
-        by_rank.plot(
-            ranks, [mean(one[name]) for one in manifest.cosine.values()], style, label=name
-        )
+        means = [mean(_gaps(one[name])) for one in manifest.cosine.values()]
+        by_rank.plot(ranks, means, style, label=name)
     by_rank.set(xlabel="rank r", xscale="log")
     by_rank.set_xticks(ranks, [str(rank) for rank in ranks])
     by_rank.minorticks_off()
     by_rank.set_title("Mean over the layers")
     by_rank.legend()
     for axes in (by_layer, by_rank):
-        axes.grid(alpha=0.3)
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     return content.getvalue()
+
+
+def _gaps(cosines: Sequence[float]) -> list[float]:
+    """What each cosine lacks to 1; at least the rounding of one in fp32."""
+    # A log axis cannot show 0.
+    return [max(1 - cosine, torch.finfo(torch.float32).eps) for cosine in cosines]

@@ -4,7 +4,9 @@ Collectives over n ranks count as ring algorithms: a gather or scatter sends (n-
 an all-reduce twice that. Small messages (shapes, metrics, the gradient norm) are omitted.
 """
 
+import functools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_oprd.models.build import DTYPES
@@ -233,17 +235,32 @@ def _weight_sync(layout: RunLayout, pp_rank: int) -> int:
     parallel = layout.config.parallel
     of_stage = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     to_others = parallel.pipeline_model_parallel_size - 1
-    for mapping in layout.student.table:
-        ranks = 1 if mapping.is_replicated else mapping.split_at(place)[1]
-        shard = math.prod(mapping.local_shape(ranks))
-        is_own = stage_of(mapping.megatron, layout.student) in stages
-        if mapping.expert is None:
+    for (stage, is_expert, ranks), shards in _shards(layout.student).items():
+        is_own = stage in stages
+        if not is_expert:
             # Every rank has its counterparts on the other stages.
-            sent += of_stage * (ranks - 1) * shard + is_own * of_stage * to_others * shard
+            sent += of_stage * (ranks - 1) * shards + is_own * of_stage * to_others * shards
         else:  # broadcast to all ranks that share the experts
-            sent += (ranks * place.expert_model_parallel_size - 1) * ranks * shard
-            sent += is_own * ranks * to_others * shard
+            sent += (ranks * place.expert_model_parallel_size - 1) * ranks * shards
+            sent += is_own * ranks * to_others * shards
     return sent * DTYPES[layout.config.model.params_dtype].itemsize
+
+
+# A search asks again and again, with other settings of the same layout.
+@functools.lru_cache(maxsize=256)
+def _shards(model: ModelLayout) -> dict[tuple[int | None, bool, int], int]:
+    """Elements of a shard of each parameter, summed over those of the same kind.
+
+    Keys are the stage (None for what is not built), whether an expert has it, and the number of
+    ranks that it is split over.
+    """
+    place = ParallelLayout.of(model.parallel)
+    found: Counter[tuple[int | None, bool, int]] = Counter()
+    for mapping in model.table:
+        ranks = 1 if mapping.is_replicated else mapping.split_at(place)[1]
+        key = stage_of(mapping.megatron, model), mapping.expert is not None, ranks
+        found[key] += math.prod(mapping.local_shape(ranks))
+    return found
 
 
 def _into_engine(layout: RunLayout, pp_rank: int) -> int:

@@ -1,5 +1,6 @@
 """The rollout engine's memory, from numbers of the run, and what a weight sync needs."""
 
+import functools
 import math
 
 from megatron_oprd.models.build import DTYPES
@@ -8,7 +9,7 @@ from megatron_oprd.planning.workload import Workload
 from megatron_oprd.rollout.costs import EngineBytes, EngineLoad
 from megatron_oprd.rollout.kind import EngineKind, Place
 from megatron_oprd.rollout.registry import engine_kind
-from megatron_oprd.training.layout import RunLayout
+from megatron_oprd.training.layout import ModelLayout, RunLayout
 from megatron_oprd.weights.expert_parts import stored_shapes
 
 
@@ -49,13 +50,6 @@ def responses_of_engine(layout: RunLayout, workload: Workload) -> int:
 def engine_load(layout: RunLayout, workload: Workload, *, memory_gb: float) -> EngineLoad:
     """The numbers of a run that an engine's memory depends on."""
     a = layout.student.architecture
-    linear = [
-        math.prod(shape)
-        for mapping in layout.student.table
-        if layer_of(mapping.megatron) is not None and not mapping.is_replicated
-        for shape in mapping.hf.values()
-        if len(shape) == 2
-    ]
     moe = a.moe
     ffn = a.ffn_hidden_size
     if moe is not None:
@@ -64,8 +58,8 @@ def engine_load(layout: RunLayout, workload: Workload, *, memory_gb: float) -> E
         ffn = max(of_token, ffn if moe.first_dense_layers else 0)
     return EngineLoad(
         itemsize=_itemsize(layout),
-        num_weights=sum(_tensor_sizes(layout)),
-        num_linear_weights=sum(linear),
+        num_weights=sum(_tensor_sizes(layout.student)),
+        num_linear_weights=_num_linear_weights(layout.student),
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
         ffn_hidden_size=ffn,
@@ -84,17 +78,31 @@ def engine_load(layout: RunLayout, workload: Workload, *, memory_gb: float) -> E
 def sync_workspace(layout: RunLayout, *, owns_engine: bool) -> int:
     """Bytes on a rank while the largest tensor is gathered for the engines."""
     # All ranks gather the shards; those that own an engine make the whole tensor of them.
-    return (1 + owns_engine) * max(_tensor_sizes(layout)) * _itemsize(layout)
+    return (1 + owns_engine) * max(_tensor_sizes(layout.student)) * _itemsize(layout)
 
 
 def sync_bytes(layout: RunLayout) -> int:
     """Bytes of all weights that a sync sends to an engine."""
-    return sum(_tensor_sizes(layout)) * _itemsize(layout)
+    return sum(_tensor_sizes(layout.student)) * _itemsize(layout)
 
 
-def _tensor_sizes(layout: RunLayout) -> list[int]:
+# A search asks again and again, with other settings of the same layout.
+@functools.lru_cache(maxsize=256)
+def _tensor_sizes(student: ModelLayout) -> tuple[int, ...]:
     """Elements of every tensor in which the student's weights are sent to an engine."""
-    return [math.prod(shape) for shape in stored_shapes(layout.student.table).values()]
+    return tuple(math.prod(shape) for shape in stored_shapes(student.table).values())
+
+
+@functools.lru_cache(maxsize=256)
+def _num_linear_weights(student: ModelLayout) -> int:
+    """Elements of the layers' matrices."""
+    return sum(
+        math.prod(shape)
+        for mapping in student.table
+        if layer_of(mapping.megatron) is not None and not mapping.is_replicated
+        for shape in mapping.hf.values()
+        if len(shape) == 2
+    )
 
 
 def _itemsize(layout: RunLayout) -> int:

@@ -59,8 +59,9 @@ def teacher_workspace(
     if teacher.precision == "fp8" and not uses_engine(teacher):
         kernels = replace(kernels, fused_swiglu=False)  # these teachers use Megatron's local layers
     shapes = _shapes(layout, layout.teacher, workload.of_teacher, kernels, pp_rank)
-    # The chunk's input, and the output on its way to the next stage.
-    others = 1 + (layout.config.parallel.pipeline_model_parallel_size > 1)
+    # The chunk's input, and the output on its way to the next stage, which the last one has not.
+    sends = any(not is_last_stage(layout, stage) for stage in layout.stages_of_rank(pp_rank))
+    others = 1 + sends
     return max(forward_workspace(shape) + others * shape.hidden_bytes for shape in shapes)
 
 

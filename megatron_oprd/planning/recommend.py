@@ -1,5 +1,8 @@
 """The layouts of a run that fit, by the time of a step.
 
+Of two layouts the simpler one comes first, unless the other is faster by more than 2% of a step for
+each setting that only trades time for memory (`_ONLY_FOR_MEMORY`): the estimates are no finer.
+
 Chosen are the sizes of tensor, pipeline, expert and (if nothing fits without it) context
 parallelism, recompute, offload, and the settings that the rollout engine's kind names. All else is
 as configured: what changes the results (the teacher's precision, ``rollout.max_staleness``), the
@@ -11,10 +14,12 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from megatron_oprd.config.checks import check_values
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
+from megatron_oprd.heartbeat import heartbeat
 from megatron_oprd.planning.activations import Kernels
 from megatron_oprd.planning.changes import Change, changed, unchecked
 from megatron_oprd.planning.engine import engine_bytes
@@ -25,13 +30,27 @@ from megatron_oprd.planning.estimate import (
     memory_of,
 )
 from megatron_oprd.planning.hardware import Hardware
-from megatron_oprd.planning.time import StepSeconds, rollout_seconds, step_seconds
+from megatron_oprd.planning.time import (
+    StepSeconds,
+    overlaps_training,
+    rollout_seconds,
+    step_seconds,
+)
 from megatron_oprd.planning.workload import Workload, workload
 from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.training.layout import RunLayout
 from megatron_oprd.training.plan import alone
 
 _LARGEST_PP = 16  # deeper pipelines of these models are mostly bubble
+# Settings that a run is simpler without, with the values that switch them off. A step counts so
+# many times longer for each that is on.
+_ONLY_FOR_MEMORY = {
+    "recompute.recompute_granularity": None,
+    "teacher.offload": "none",
+    "optimizer.offload_states": False,
+}
+_LEAST_GAIN = 1.02
+_SILENT_SECONDS = 5.0  # of a search, before it says how far it is
 
 _RECOMPUTE = tuple(
     Change(
@@ -70,18 +89,31 @@ class Candidate:
     memory: MemoryEstimate
     seconds: StepSeconds
 
+    @property
+    def rank_seconds(self) -> float:
+        """The time of a step, longer for each setting that the run is simpler without."""
+        config = self.memory.layout.config
+        set_to = [(name, attrgetter(name)(config)) for name in _ONLY_FOR_MEMORY]
+        return self.seconds.total * _factor(Change(tuple(set_to)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Trainer:
-    """A layout with a choice of recompute, and the time of a step without its rollouts."""
+    """A layout with a choice of recompute, and the time of its passes and updates."""
 
     layouts: tuple[RunLayout, ...]  # of all teachers
     largest: Workload
     typical: Workload
     sizes: Change
     recompute: Change
-    seconds: float
-    bound: float  # with the fastest of the engine's settings
+    training: float  # seconds of all phases but rollouts, copies and weight sync
+    bound: float  # of `Candidate.rank_seconds`, with the fastest of the engine's settings
+
+    def least(self, rollout: float, *changes: Change) -> float:
+        """A lower bound of `Candidate.rank_seconds`, with further changes and such rollouts."""
+        overlaps = overlaps_training(self.layouts[0])
+        together = max(rollout, self.training) if overlaps else rollout + self.training
+        return together * _factor(self.recompute, *changes)
 
     @property
     def num_gpus(self) -> int:
@@ -109,45 +141,65 @@ def recommend(
     lengths: Lengths,
     number: int = 5,
 ) -> list[Candidate]:
-    """The ``number`` fastest layouts that fit, the fastest first; fewer if fewer fit.
+    """The ``number`` first layouts by `Candidate.rank_seconds` that fit; fewer if fewer fit.
 
     Layouts differ in their parallel sizes. Ranks share sequences only if nothing fits otherwise.
     """
-    for cp in _divisors(num_gpus):
-        trainers = list(
-            _trainers(config, models, hardware, num_gpus=num_gpus, cp=cp, lengths=lengths)
-        )
-        if found := _fastest(trainers, config, models, kernels, hardware, number):
-            return found
-    return []
+    so_far = ""
+
+    def fastest_with(cp: int) -> list[Candidate]:
+        nonlocal so_far
+        trainers: list[_Trainer] = []
+        sizes = list(_sizes(config, models, hardware, num_gpus=num_gpus, cp=cp))
+        for done, one in enumerate(sizes):
+            so_far = f"{done} of {len(sizes)} layouts timed"
+            trainers += _trainers(one, config, models, hardware, num_gpus=num_gpus, lengths=lengths)
+        best: dict[Change, Candidate] = {}
+        for done, trainer in enumerate(sorted(trainers, key=lambda one: one.bound)):
+            so_far = f"memory of {done} settings, of {len(trainers)} at most"
+            if not _tried(trainer, best, config, models, kernels, hardware, number):
+                break
+        return sorted(best.values(), key=lambda one: (one.rank_seconds, _peak(one)))[:number]
+
+    work = f"ranking the layouts of {num_gpus} GPUs"
+    with heartbeat(work, lambda _: so_far, first_seconds=_SILENT_SECONDS):
+        return next(filter(None, map(fastest_with, _divisors(num_gpus))), [])
 
 
-def _fastest(
-    trainers: list[_Trainer],
+def _tried(
+    trainer: _Trainer,
+    best: dict[Change, Candidate],
     config: RunConfig,
     models: Models,
     kernels: Kernels,
     hardware: Hardware,
     number: int,
-) -> list[Candidate]:
-    """Tries the trainers in the order of their bounds until no later one can be among the first."""
-    best: dict[Change, Candidate] = {}
-    for trainer in sorted(trainers, key=lambda one: one.bound):
-        ranked = sorted(one.seconds.total for one in best.values())
-        if len(ranked) >= number and trainer.bound > ranked[number - 1]:
-            break
-        known = best.get(trainer.sizes)
-        found = _fastest_of(
-            trainer,
-            config,
-            models,
-            kernels,
-            hardware,
-            known.seconds.total if known else math.inf,
-        )
-        if found is not None:
-            best[trainer.sizes] = found
-    return sorted(best.values(), key=lambda one: (one.seconds.total, _peak(one)))[:number]
+) -> bool:
+    """Tries a trainer and notes what comes first of its sizes.
+
+    Trainers come in the order of their bounds. False if neither this one nor a later one can be
+    among the first ``number``.
+    """
+    ranked = sorted(one.rank_seconds for one in best.values())
+    if len(ranked) >= number and trainer.bound > ranked[number - 1]:
+        return False
+    known = best.get(trainer.sizes)
+    limit = known.rank_seconds if known else math.inf
+    found = _fastest_of(trainer, config, models, kernels, hardware, limit)
+    if found is not None:
+        best[trainer.sizes] = found
+    return True
+
+
+def _factor(*changes: Change) -> float:
+    """How many times longer a step counts for what the changes switch on."""
+    on = [
+        name
+        for change in changes
+        for name, value in change.settings
+        if name in _ONLY_FOR_MEMORY and value != _ONLY_FOR_MEMORY[name]
+    ]
+    return _LEAST_GAIN ** len(on)
 
 
 def _peak(candidate: Candidate) -> int:
@@ -178,7 +230,10 @@ def _fastest_of(
     hardware: Hardware,
     limit: float,
 ) -> Candidate | None:
-    """The fastest choice of offload and engine with which the trainer fits, if below ``limit``."""
+    """The first choice of offload and engine with which the trainer fits, if below ``limit``.
+
+    ``limit`` is of `Candidate.rank_seconds`.
+    """
     best: Candidate | None = None
     engines = sorted(_engines(trainer, config, hardware), key=lambda one: one.seconds)
     smallest = min(engines, key=lambda one: one.awake)
@@ -191,25 +246,30 @@ def _fastest_of(
         return memory_of(layouts, trainer.largest, kernels, memory_gb=hardware.memory_gb)
 
     for offload in _OFFLOAD:
-        if trainer.seconds + engines[0].seconds >= limit:
-            break
+        if trainer.least(engines[0].seconds, offload) >= limit:
+            continue
         # If the least engine is too much, all are.
         least = memory_with(unchecked(config, settings(offload, smallest)))
         if least.fullest.peak_bytes > hardware.memory_gb * 1e9:
             continue
         for engine in engines:
-            if trainer.seconds + engine.seconds >= limit:
+            if trainer.least(engine.seconds, offload) >= limit:
                 break
             new = unchecked(config, settings(offload, engine))
             memory = memory_with(new)
             if not memory.fits(hardware):
                 continue
-            step = step_seconds(memory.layouts, trainer.typical, hardware)
-            if step.total < limit and _is_allowed(new, models, hardware, num_gpus=trainer.num_gpus):
-                limit = step.total
-                changes = settings(offload, engine)
-                change = Change(tuple(one for group in changes for one in group.settings))
-                best = Candidate(change=change.new_in(config), memory=memory, seconds=step)
+            changes = settings(offload, engine)
+            change = Change(tuple(one for group in changes for one in group.settings))
+            found = Candidate(
+                change=change.new_in(config),
+                memory=memory,
+                seconds=step_seconds(memory.layouts, trainer.typical, hardware),
+            )
+            if found.rank_seconds < limit and _is_allowed(
+                new, models, hardware, num_gpus=trainer.num_gpus
+            ):
+                best, limit = found, found.rank_seconds
     return best
 
 
@@ -240,44 +300,46 @@ def _engines(trainer: _Trainer, config: RunConfig, hardware: Hardware) -> list[_
 
 
 def _trainers(
+    sizes: Change,
     config: RunConfig,
     models: Models,
     hardware: Hardware,
     *,
     num_gpus: int,
-    cp: int,
     lengths: Lengths,
-) -> Iterator[_Trainer]:
-    for sizes in _sizes(config, models, hardware, num_gpus=num_gpus, cp=cp):
-        try:
-            # Without recompute, which places no layer elsewhere.
-            plain = changed(config, [sizes, _RECOMPUTE[0]])
-            layouts = models.placed(plain, num_gpus=num_gpus)
-        except UserError:  # the run would say the same
-            continue
-        largest, typical = (
-            workload(layouts[0], prompt_tokens=prompt, response_tokens=response, others=layouts[1:])
-            for prompt, response in (
-                (config.data.max_prompt_tokens, config.rollout.max_new_tokens),
-                (lengths.prompt, lengths.response),
-            )
+) -> list[_Trainer]:
+    """A trainer for each choice of recompute; none if the run would refuse the sizes."""
+    try:
+        # Without recompute, which places no layer elsewhere.
+        plain = changed(config, [sizes, _RECOMPUTE[0]])
+        layouts = models.placed(plain, num_gpus=num_gpus)
+    except UserError:
+        return []
+    largest, typical = (
+        workload(layouts[0], prompt_tokens=prompt, response_tokens=response, others=layouts[1:])
+        for prompt, response in (
+            (config.data.max_prompt_tokens, config.rollout.max_new_tokens),
+            (lengths.prompt, lengths.response),
         )
-        trainer = _Trainer(
-            layouts=tuple(layouts),
-            largest=largest,
-            typical=typical,
-            sizes=sizes,
-            recompute=_RECOMPUTE[0],
-            seconds=0.0,
-            bound=0.0,
-        )
-        fastest = min(one.seconds for one in _engines(trainer, config, hardware))
-        for recompute in _RECOMPUTE:
-            new = _with(trainer, unchecked(config, [sizes, recompute]))
-            step = step_seconds(new, typical, hardware)
-            # Copies and sync depend on choices that are made later; without them it is a bound.
-            seconds = step.total - step.rollout - step.copies - step.sync
-            yield replace(trainer, recompute=recompute, seconds=seconds, bound=seconds + fastest)
+    )
+    trainer = _Trainer(
+        layouts=tuple(layouts),
+        largest=largest,
+        typical=typical,
+        sizes=sizes,
+        recompute=_RECOMPUTE[0],
+        training=0.0,
+        bound=0.0,
+    )
+    fastest = min(one.seconds for one in _engines(trainer, config, hardware))
+    found = []
+    for recompute in _RECOMPUTE:
+        new = _with(trainer, unchecked(config, [sizes, recompute]))
+        step = step_seconds(new, typical, hardware)
+        # Copies and sync depend on choices that are made later; without them it is a bound.
+        one = replace(trainer, recompute=recompute, training=step.training - step.copies)
+        found.append(replace(one, bound=one.least(fastest)))
+    return found
 
 
 def _sizes(

@@ -1,5 +1,7 @@
 """Recommended layouts as a table, with the settings to paste."""
 
+from typing import Literal
+
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +35,8 @@ def print_recommended(
 def _table(found: list[Candidate], hardware: Hardware, *, num_gpus: int) -> Table:
     table = Table(
         title=f"Layouts of {num_gpus} GPUs by the time of a step",
-        caption=f"GB of {hardware.memory_gb:g}; other: weight sync, copies to the host",
+        caption=f"GB of {hardware.memory_gb:g}; other: weight sync, copies to the host. Recompute "
+        "and each offload have to gain 2% of a step",
     )
     for name in ("", "layout", "GB", "step", *_PHASES, "bound by", "loses"):
         is_text = name in ("layout", "bound by", "loses")
@@ -88,10 +91,12 @@ def phases(seconds: StepSeconds) -> dict[str, float]:
 
 
 def bound_by(seconds: StepSeconds) -> str:
-    """The largest part of the step and its share."""
-    parts = {
-        "prefill": seconds.prefill,
-        "decoding": seconds.decode,
+    """The largest part of the step and its share.
+
+    Of rollouts beside training (`StepSeconds.overlaps`) only the longer one has such a part.
+    """
+    of_rollout = {"prefill": seconds.prefill, "decoding": seconds.decode}
+    of_training = {
         "FLOPs": seconds.teacher.compute + seconds.student.compute,
         "tensor-parallel messages": seconds.teacher.tensor + seconds.student.tensor,
         "context-parallel messages": seconds.teacher.context + seconds.student.context,
@@ -100,15 +105,34 @@ def bound_by(seconds: StepSeconds) -> str:
         "pipeline bubble": seconds.teacher.bubble + seconds.student.bubble,
         "gradients and parameters": seconds.gradients + seconds.parameters,
         "optimizer": seconds.optimizer,
-        "weight sync": seconds.sync,
         "copies to the host": seconds.copies,
     }
+    parts = {"weight sync": seconds.sync}
+    if not _is_hidden("rollout", seconds):
+        parts |= of_rollout
+    if not _is_hidden("training", seconds):
+        parts |= of_training
     name = max(parts, key=lambda part: parts[part])
     return f"{name} {parts[name] / seconds.total:.0%}"
 
 
 def loses(seconds: StepSeconds, first: StepSeconds) -> str:
-    """By how much a layout is slower than the first, and the phase that costs most of it."""
-    more = {name: value - phases(first)[name] for name, value in phases(seconds).items()}
+    """By how much a layout is slower than the first, and the phase that costs most of it.
+
+    A faster one has settings that save memory, and gains too little by them to come first.
+    """
+    if seconds.total < first.total:
+        return f"nothing: {in_time(first.total - seconds.total)} faster"
+    hidden = "rollout" if _is_hidden("rollout", seconds) else None
+    shown = {"rollout", "other"} if _is_hidden("training", seconds) else {*_PHASES} - {hidden}
+    before, now = phases(first), phases(seconds)
+    more = {name: now[name] - before[name] for name in _PHASES if name in shown}
     name = max(more, key=lambda phase: more[phase])
     return f"{in_time(seconds.total - first.total)}: {name} +{in_time(more[name])}"
+
+
+def _is_hidden(part: Literal["rollout", "training"], seconds: StepSeconds) -> bool:
+    """Whether a part of the step goes on beside a longer one."""
+    if not seconds.overlaps:
+        return False
+    return (part == "rollout") == (seconds.rollout < seconds.training)

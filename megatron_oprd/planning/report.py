@@ -244,7 +244,8 @@ def work_table(layout: RunLayout, work: WorkEstimate, hardware: Hardware) -> Tab
             *(in_time(part) if part else "" for part in parts),
         )
     table.add_section()
-    table.add_row("together", "", in_time(seconds.total))
+    name = "together, rollouts beside the rest" if seconds.overlaps else "together"
+    table.add_row(name, "", in_time(seconds.total))
     return table
 
 

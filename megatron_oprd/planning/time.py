@@ -7,8 +7,10 @@ of its messages (`PassSeconds`), and on top of both the pipeline's bubble (arXiv
 hides in part, count in full. `Hardware` has what a collective takes, `communication` how many bytes
 a rank sends in it.
 
-Decoding is as fast as the engine's kind says (`EngineKind.seconds_of_token`). A server's time is
-unknown and counts as 0. Not counted: latencies of the trainer's collectives, loading and logging.
+Decoding is as fast as the engine's kind says (`EngineKind.seconds_of_token`). With an engine that
+overlaps (``rollout.max_staleness``) the longer of rollouts and training counts, as if neither
+slowed the other. A server's time is unknown and counts as 0. Not counted: latencies of the
+trainer's collectives, loading and logging.
 """
 
 from collections.abc import Iterable, Sequence
@@ -76,6 +78,7 @@ class StepSeconds:
     parameters: float  # gather of updated parameters over the replicas
     copies: float  # to and from the host's memory (offload), as far as they are not hidden
     sync: float  # new weights to the rollout engines
+    overlaps: bool = False  # the rollouts are the next step's, made while this one trains
 
     @property
     def rollout(self) -> float:
@@ -88,10 +91,16 @@ class StepSeconds:
         return self.gradients + self.optimizer + self.parameters
 
     @property
+    def training(self) -> float:
+        """Seconds of all phases but the rollout and the weight sync."""
+        return self.teacher.total + self.student.total + self.update + self.copies
+
+    @property
     def total(self) -> float:
         """Seconds of the whole step."""
-        passes = self.teacher.total + self.student.total
-        return self.rollout + passes + self.update + self.copies + self.sync
+        if self.overlaps:
+            return max(self.rollout, self.training) + self.sync
+        return self.rollout + self.training + self.sync
 
 
 def step_seconds(
@@ -131,7 +140,13 @@ def step_seconds(
         ),
         copies=_copies(layouts, workload, hardware, teacher),
         sync=max(_weight_sync(layout, hardware, one) for one in sent),
+        overlaps=overlaps_training(layout),
     )
+
+
+def overlaps_training(layout: RunLayout) -> bool:
+    """Whether the engine generates a later step's rollouts while a step trains."""
+    return engine_of(layout).overlaps and layout.config.rollout.steps_ahead > 0
 
 
 def _slowest(passes: Iterable[PassSeconds]) -> PassSeconds:

@@ -156,12 +156,23 @@ class OverlappingEngine(RolloutEngine, Protocol):
         """Waits for the rollouts of the first `start` and returns them as `generate` does."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What an engine has generated so far."""
+
+    responses: int = 0  # whole ones
+    tokens: int = 0  # of these; also of responses under way if the engine knows them
+
+
 @runtime_checkable
 class CountingEngine(RolloutEngine, Protocol):
-    """An engine that knows how far `generate` is."""
+    """An engine that knows how far it is."""
 
-    def num_responses_done(self) -> int:
-        """Whole responses of the `generate` under way; also called from another thread."""
+    def progress(self) -> Progress:
+        """Of the `generate` under way, or of what `finish` waits for.
+
+        Also called from another thread.
+        """
 
 
 @runtime_checkable

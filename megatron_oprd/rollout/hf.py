@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.parallel import cpu
-from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.rollout.engine import Progress, Rollout, SamplingParams
 from megatron_oprd.rollout.sampling import (
     StopTexts,
     logits_processors,
@@ -64,7 +64,7 @@ class HFEngine:
         self._decode = decode
         self._max_batch_size = max_batch_size
         self.weights_version: int | None = None
-        self._num_done = 0
+        self._progress = Progress()
 
     def needs_all_weights(self) -> bool:
         """Whether `load_weights` has not been called or has failed."""
@@ -116,18 +116,21 @@ class HFEngine:
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i][0].token_ids))
         batch_size = self._max_batch_size or max(len(requests), 1)
         rollouts: dict[int, Rollout] = {}
-        self._num_done = 0
+        self._progress = Progress()
         for start in range(0, len(requests), batch_size):
             batch = by_length[start : start + batch_size]
             rollouts.update(
                 zip(batch, self._generate([requests[i] for i in batch], sampling), strict=True)
             )
-            self._num_done = len(rollouts)
+            self._progress = Progress(
+                responses=len(rollouts),
+                tokens=sum(len(one.response_ids) for one in rollouts.values()),
+            )
         return [rollouts[i] for i in range(len(requests))]
 
-    def num_responses_done(self) -> int:
-        """Whole responses of the `generate` under way."""
-        return self._num_done
+    def progress(self) -> Progress:
+        """The batches of the `generate` under way that are done."""
+        return self._progress
 
     def sleep(self) -> None:
         """Does nothing: the model's weights are all the memory the engine holds."""

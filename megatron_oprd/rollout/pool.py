@@ -185,15 +185,22 @@ class EnginePool:
             self._add_work(rollouts, time.perf_counter() - started)
             return rollouts
 
-        asked = sum(len(samples_of(prompt, sampling)) for prompt in prompts)
+        asked = _num_responses(prompts, sampling)
 
-        def count() -> tuple[int, int] | None:
+        before = self._work.tokens
+
+        def so_far(seconds: float) -> str:
             # A function asks the engine several times; its own count is not known.
-            if function is None and isinstance(self._engine, CountingEngine):
-                return self._engine.num_responses_done(), asked
-            return None
+            if function is not None or not isinstance(self._engine, CountingEngine):
+                return ""
+            done = self._engine.progress()
+            return f"{done.responses} of {asked}, {_rate(done.tokens, seconds)}"
 
-        with heartbeat(f"rollouts, {asked} responses of this rank's engine", count):
+        def at_end(seconds: float) -> str:
+            return _rate(self._work.tokens - before, seconds)
+
+        work = f"rollouts, {asked} responses of this rank's engine"
+        with heartbeat(work, so_far, at_end=at_end):
             return self._run(generate)
 
     def take_work(self) -> list[EngineWork]:
@@ -242,7 +249,15 @@ class EnginePool:
             self._add_work(rollouts, 0.0)
             return rollouts
 
-        with heartbeat("waiting for rollouts that were begun before"):
+        asked = _num_responses(prompts, sampling)
+
+        def so_far(seconds: float) -> str:
+            # A new engine has begun anew; an old one's tokens took longer than this wait.
+            if not isinstance(self._engine, CountingEngine):
+                return ""
+            return f"{self._engine.progress().responses} of {asked}"
+
+        with heartbeat("waiting for rollouts that were begun before", so_far):
             return self._run(finish)
 
     def sleep(self) -> None:
@@ -380,6 +395,15 @@ class EnginePool:
         everyone: list[Any] = [None] * self._context.control.size()
         dist.all_gather_object(everyone, value, group=self._context.control)
         return [everyone[owner] for owner in self._starter.owners]
+
+
+def _num_responses(prompts: Sequence[Prompt], sampling: SamplingParams) -> int:
+    return sum(len(samples_of(prompt, sampling)) for prompt in prompts)
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    rate = tokens / seconds
+    return f"{rate:,.0f} tokens/s" if rate >= 10 else f"{rate:.2g} tokens/s"
 
 
 def _give_up_device_memory() -> None:

@@ -7,10 +7,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,16 @@ nodes=1
 while [[ $1 == --* ]]; do [[ $1 == --nodes=* ]] && nodes=${1#*=}; shift; done
 echo $$ > "$PIDS"
 pids=()
-for node in $(seq 0 $((nodes - 1))); do SLURM_NODEID=$node "$@" & pids+=($!); done
+for node in $(seq 0 $((nodes - 1))); do
+    SLURM_NODEID=$node ${IN_NETWORK:+ip netns exec $IN_NETWORK$node} "$@" & pids+=($!)
+done
 trap '' USR1
 status=0
 for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
 exit $status
 """
 SCONTROL = """#!/usr/bin/env bash
-if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$REQUEUED"; fi
+if [ "$1" = show ]; then echo "${FIRST_NODE:-localhost}"; else echo "$@" >> "$REQUEUED"; fi
 """
 
 
@@ -172,6 +176,78 @@ def test_the_network_between_two_nodes(cluster: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"all ranks: 2 ranks, 1 MB, [\d.]+ ms, bus [\d.]+ GB/s", done.stdout)
     assert "a machine: 1 ranks, 1 MB" in done.stdout
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def networks() -> Iterator[str]:
+    """Two network namespaces with nothing in common but a cable; the start of their names."""
+    if shutil.which("ip") is None:
+        pytest.skip("there is no command ip (iproute2)")
+    name = f"oprd{os.getpid()}-"
+    try:
+        try:
+            for node in (0, 1):
+                ip("netns", "add", f"{name}{node}")
+            end = ("type", "veth", "peer", "name", "cable", "netns", f"{name}1")
+            ip("link", "add", "cable", "netns", f"{name}0", *end)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"networks of their own need root's rights: {error.stderr.strip()}")
+        for node in (0, 1):
+            inside = ("-n", f"{name}{node}")
+            ip(*inside, "address", "add", f"10.77.0.{node + 1}/24", "dev", "cable")
+            ip(*inside, "link", "set", "lo", "up")
+            ip(*inside, "link", "set", "cable", "up")
+        yield name
+    finally:
+        there = subprocess.check_output(["ip", "netns", "list"], text=True).split()
+        for node in (0, 1):
+            if f"{name}{node}" in there:
+                ip("netns", "delete", f"{name}{node}")
+
+
+def bytes_over(network: str) -> int:
+    """Bytes that the node got over its cable."""
+    show = ["ip", "-n", network, "-json", "-statistics", "link", "show", "cable"]
+    (link,) = json.loads(subprocess.check_output(show))
+    return int(link["stats64"]["rx"]["bytes"])
+
+
+@pytest.mark.slow
+def test_two_nodes_with_networks_of_their_own(
+    tmp_path: Path, cluster: dict[str, str], networks: str
+) -> None:
+    """Nothing goes over localhost: neither is there a port of the other node, nor its address."""
+    pair = save_pair(tmp_path / "pair", "llama")
+    losses = {}
+    for name, settings in (
+        (
+            "apart",
+            {"IN_NETWORK": networks, "FIRST_NODE": "10.77.0.1", "GLOO_SOCKET_IFNAME": "cable"},
+        ),
+        ("together", {}),
+    ):
+        before = bytes_over(f"{networks}1")
+        done = subprocess.run(
+            [
+                *("bash", str(SLURM / "train.sbatch"), str(pair / "run.yaml")),
+                *(f"output_dir={tmp_path / name}", "train_iters=2"),
+            ],
+            env={**cluster, **settings},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (bytes_over(f"{networks}1") - before > 1e5) == (name == "apart")
+        metrics = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in metrics]
+    assert len(losses["apart"]) == 2
+    assert losses["apart"] == pytest.approx(losses["together"], rel=1e-5)
 
 
 @pytest.mark.slow

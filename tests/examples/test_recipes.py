@@ -21,6 +21,7 @@ from megatron_oprd.planning.estimate import (
     read_models,
 )
 from megatron_oprd.planning.hardware import Hardware
+from megatron_oprd.planning.recommend import Lengths, recommend
 from megatron_oprd.planning.time import StepSeconds
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.ranks import ROOT
@@ -163,6 +164,28 @@ def test_the_plan_is_what_the_recipe_says(stubs: Path, tmp_path: Path, name: str
     config = load_config(on_stubs(stubs, tmp_path, name), [])
     line = planned(config, num_gpus(name))
     assert line in (RECIPES / name).read_text().splitlines(), f"the plan is now: {line}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in DAILY)) for name in RUNS],
+)
+def test_the_layout_is_the_first_that_is_recommended(
+    stubs: Path, tmp_path: Path, name: str
+) -> None:
+    config = load_config(on_stubs(stubs, tmp_path, name), [])
+    (first,) = recommend(
+        config,
+        read_models(config),
+        KERNELS["transformer_engine"],
+        H100,
+        num_gpus=num_gpus(name),
+        lengths=Lengths(
+            prompt=config.data.max_prompt_tokens, response=config.rollout.max_new_tokens
+        ),
+        number=1,
+    )
+    assert str(first.change) == "", f"plan --recommend says {first.change}"
 
 
 @pytest.mark.parametrize("name", RUNS)

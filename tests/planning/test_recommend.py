@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from megatron_oprd.planning.estimate import estimate_memory, read_models
 from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.recommend import Candidate, Lengths, recommend
 from megatron_oprd.planning.recommended import bound_by, layout_name, loses
-from megatron_oprd.planning.time import step_seconds
+from megatron_oprd.planning.time import PassSeconds, StepSeconds, step_seconds
 from megatron_oprd.planning.workload import workload
 from megatron_oprd.training.plan import make_plan
 from tests.helpers.pairs import save_pair
@@ -37,8 +38,13 @@ def found_for(config: RunConfig, hardware: Hardware, num_gpus: int) -> list[Cand
     )
 
 
-def enumerated(load: Callable[..., RunConfig], hardware: Hardware, num_gpus: int) -> list[float]:
-    """The fastest of all settings of each layout that fits, from overrides alone."""
+def enumerated(
+    load: Callable[..., RunConfig], hardware: Hardware, num_gpus: int, *overrides: str
+) -> list[float]:
+    """Seconds with the first of all settings of each layout that fits, from overrides alone.
+
+    A step counts 2% longer for recompute, and for each offload.
+    """
     sizes = [
         (tp, pp, 1)
         for tp, pp in itertools.product((1, 2), (1, 2, 3, 4))
@@ -54,7 +60,7 @@ def enumerated(load: Callable[..., RunConfig], hardware: Hardware, num_gpus: int
     )  # fmt: skip
     plain = "recompute={recompute_granularity: null, recompute_method: null, "
     plain += "recompute_num_layers: null}"
-    best: dict[tuple[int, int, int], float] = {}
+    best: dict[tuple[int, int, int], tuple[float, float]] = {}
     for size, again, teacher, states, engine, share in itertools.product(
         sizes, recompute, ("none", "cpu"), ("false", "true"), (1, 2), (0.25, 0.4, 0.55, 0.7)
     ):
@@ -62,6 +68,7 @@ def enumerated(load: Callable[..., RunConfig], hardware: Hardware, num_gpus: int
         try:
             config = load(
                 *ENGINE,
+                *overrides,
                 plain,
                 *again,
                 f"parallel.tensor_model_parallel_size={tp}",
@@ -81,14 +88,20 @@ def enumerated(load: Callable[..., RunConfig], hardware: Hardware, num_gpus: int
         if memory.fits(hardware):
             typical = workload(memory.layout, prompt_tokens=512, response_tokens=2048)
             seconds = step_seconds(memory.layouts, typical, hardware).total
-            best[size] = min(best.get(size, seconds), seconds)
-    return sorted(best.values())
+            more = (again is not recompute[0]) + (teacher == "cpu") + (states == "true")
+            ranked = (seconds * 1.02**more, seconds)
+            best[size] = min(best.get(size, ranked), ranked)
+    return [seconds for _, seconds in sorted(best.values())]
 
 
 @pytest.mark.slow
-def test_the_ranking_is_the_full_enumerations(qwen: Callable[..., RunConfig]) -> None:
-    found = found_for(qwen(*ENGINE), SMALL, 4)
-    expected = enumerated(qwen, SMALL, 4)
+@pytest.mark.parametrize("overrides", [[], ["rollout.max_staleness=1"]], ids=["in-turn", "beside"])
+def test_the_ranking_is_the_full_enumerations(
+    qwen: Callable[..., RunConfig], overrides: list[str]
+) -> None:
+    hardware = SMALL if not overrides else replace(SMALL, memory_gb=60)
+    found = found_for(qwen(*ENGINE, *overrides), hardware, 4)
+    expected = enumerated(qwen, hardware, 4, *overrides)
     assert [one.seconds.total for one in found] == pytest.approx(expected[:5])
     assert len(expected) > 1
 
@@ -98,8 +111,8 @@ def test_settings_give_what_the_table_says(qwen: Callable[..., RunConfig]) -> No
     hardware = Hardware()
     found = found_for(qwen(*ENGINE), hardware, 8)
     assert len(found) == 5
-    totals = [one.seconds.total for one in found]
-    assert totals == sorted(totals)
+    ranks = [one.rank_seconds for one in found]
+    assert ranks == sorted(ranks)
     assert len({layout_name(one) for one in found}) == 5
     for one in found:
         config = qwen(*ENGINE, *shlex.split(str(one.change)))
@@ -109,7 +122,30 @@ def test_settings_give_what_the_table_says(qwen: Callable[..., RunConfig]) -> No
         typical = workload(again.layout, prompt_tokens=512, response_tokens=2048)
         assert step_seconds(again.layouts, typical, hardware) == one.seconds
         assert bound_by(one.seconds).endswith("%")
-    assert loses(found[1].seconds, found[0].seconds).count("+") == 1
+    slower = replace(found[0].seconds, decode=found[0].seconds.decode + 5)
+    assert loses(slower, found[0].seconds) == "5.0 s: rollout +5.0 s"
+    assert loses(found[0].seconds, slower) == "nothing: 5.0 s faster"
+
+
+def test_what_a_longer_phase_hides_is_not_named() -> None:
+    short = StepSeconds(
+        prefill=0,
+        decode=9,
+        teacher=PassSeconds(compute=3),
+        student=PassSeconds(compute=4, tensor=3),
+        gradients=0,
+        optimizer=0,
+        parameters=0,
+        copies=0,
+        sync=1,
+        overlaps=True,
+    )
+    assert short.total == 11
+    assert bound_by(short) == "FLOPs 64%"
+    assert bound_by(replace(short, overlaps=False)) == "decoding 45%"
+    long = replace(short, decode=15)
+    assert bound_by(long) == "decoding 94%"
+    assert loses(long, short) == "5.0 s: rollout +6.0 s"
 
 
 def test_a_run_takes_every_recommended_layout(tmp_path: Path) -> None:

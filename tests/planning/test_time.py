@@ -89,6 +89,19 @@ def test_offload_costs_copies(qwen: Callable[..., RunConfig]) -> None:
     assert seconds_with(qwen, 8, "optimizer.offload_states=true").copies > 0.1
 
 
+def test_rollouts_beside_training(qwen: Callable[..., RunConfig]) -> None:
+    """The longer of both counts with an engine that overlaps; `hf` generates in turns as before."""
+    vllm = ["rollout.engine=vllm", "rollout.vllm.gpu_memory_utilization=0.25"]
+    for overrides in (vllm, [*vllm, "rollout.samples_per_prompt=1"]):
+        after = seconds_with(qwen, 64, *overrides)
+        beside = seconds_with(qwen, 64, *overrides, "rollout.max_staleness=1")
+        training = after.total - after.rollout - after.sync
+        assert beside.total == pytest.approx(max(after.rollout, training) + after.sync)
+        assert beside.total < 0.95 * after.total
+    before = seconds_with(qwen, 64).total
+    assert seconds_with(qwen, 64, "rollout.max_staleness=1").total == pytest.approx(before)
+
+
 @pytest.mark.parametrize("model", QWEN)
 def test_tokens_as_published(model: str) -> None:
     """vLLM within 15%, transformers within 15% of launches measured on another machine."""

@@ -1,14 +1,19 @@
 """Engines that fail again and again, on a world of one; tests/training has those of several."""
 
+import re
+import time
 from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 from torch import Tensor, tensor
 
 from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.rollout import pool
 from megatron_oprd.rollout.engine import (
     EngineUse,
+    Progress,
     Rollout,
     RolloutEngineError,
     SamplingParams,
@@ -224,6 +229,52 @@ def test_use_of_an_engine_that_measures_it(context: Any) -> None:
     them = engines(Measuring("ok", "ok"), context)
     them.generate([], SAMPLING)
     assert [work.use for work in them.take_work()] == [both]
+
+
+def test_signs_of_life(
+    context: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How many of the responses there are, and how fast their tokens came."""
+    monkeypatch.setattr(pool, "heartbeat", partial(pool.heartbeat, first_seconds=0.05))
+
+    class Slow(Script):
+        def _work(self) -> list[Rollout]:
+            time.sleep(0.2)
+            rollout = Rollout(
+                prompt_index=0,
+                sample_index=0,
+                prompt_ids=(1,),
+                response_ids=(2,) * 1000,
+                finished=True,
+            )
+            return [rollout] * 3
+
+        def generate(self, prompts: Any, sampling: SamplingParams) -> list[Rollout]:
+            return self._work()
+
+        def finish(self) -> list[Rollout]:
+            return self._work()
+
+        def progress(self) -> Progress:
+            return Progress(responses=1, tokens=1300)
+
+    them = engines(Slow("ok", "ok"), context)
+    prompts = [Prompt(index=index, token_ids=(1,)) for index in range(3)]
+    them.generate(prompts, SAMPLING)
+    first, *_, last = capsys.readouterr().err.splitlines()
+    found = re.fullmatch(
+        r"rollouts, 3 responses of this rank's engine: 1 of 3, (\S+) tokens/s, (\S+) s so far",
+        first,
+    )
+    assert found is not None
+    assert float(found[1].replace(",", "")) * float(found[2]) == pytest.approx(1300, rel=0.05)
+    found = re.search(r": ended after (\S+) s, (\S+) tokens/s$", last)
+    assert found is not None
+    assert float(found[1]) * float(found[2].replace(",", "")) == pytest.approx(3000, rel=0.05)
+    them.start(prompts, SAMPLING)
+    them.finish(version=0)
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("waiting for rollouts that were begun before: 1 of 3, ")
 
 
 def test_the_limit_is_of_one_step(context: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_oprd.rollout.engine import RolloutEngineError, WrongWeightsError
+from megatron_oprd.rollout.engine import Progress, RolloutEngineError, WrongWeightsError
 from megatron_oprd.rollout.vllm.engine import VLLMEngine
 from tests.helpers.closeness import assert_close_relative
 from tests.helpers.engine_processes import engine_processes
@@ -208,6 +208,8 @@ def test_how_full_it_was(engine: VLLMEngine) -> None:
     assert use.preemptions == 0
     assert use.num_responses == len(rollouts) == 120
     assert 0 <= use.queued_seconds < 120 * 600
+    tokens = sum(len(one.response_ids) for one in rollouts)
+    assert engine.progress() == Progress(responses=120, tokens=tokens)
 
 
 def test_stop_texts_and_ids(engine: VLLMEngine) -> None:

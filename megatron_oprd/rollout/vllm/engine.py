@@ -14,6 +14,7 @@ from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import UserError
 from megatron_oprd.rollout.engine import (
     EngineUse,
+    Progress,
     Rollout,
     RolloutEngineError,
     SamplingParams,
@@ -21,6 +22,7 @@ from megatron_oprd.rollout.engine import (
 from megatron_oprd.rollout.vllm.engine_process import EngineProcess
 from megatron_oprd.rollout.vllm.memory import loses_weights
 from megatron_oprd.rollout.vllm.messages import EngineSettings, requests_of, rollouts_of
+from megatron_oprd.rollout.vllm.progress import SharedProgress
 from megatron_oprd.rollout.vllm.sync_check import SyncCheck
 from megatron_oprd.rollout.vllm.transfers import (
     IPC,
@@ -107,9 +109,13 @@ class VLLMEngine:
             meaningless_ids=tuple(sorted(set(range(self._check.vocab_size)) - set(known_ids))),
             sleep_level=self._sleep_level,
         )
+        self._progress, theirs = SharedProgress.create()
         self._process = EngineProcess(
-            "megatron_oprd.rollout.vllm.engine_main", environment=engine_environment(gpus)
+            "megatron_oprd.rollout.vllm.engine_main",
+            environment=engine_environment(gpus),
+            descriptors=[theirs],
         )
+        os.close(theirs)
         try:
             self._call("build", settings)
             self._transfer = open_engine_transfer(
@@ -169,6 +175,7 @@ class VLLMEngine:
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
         """Starts `generate` in the background. The next call must be `finish`."""
+        self._progress.set(Progress())
         self._send(("generate", (requests_of(prompts, sampling), sampling)))
         self._under_way = prompts, sampling
 
@@ -179,6 +186,10 @@ class VLLMEngine:
         responses, use = self._receive()
         self._use = use if self._use is None else self._use + use
         return rollouts_of(prompts, sampling, responses, decode=self._decode)
+
+    def progress(self) -> Progress:
+        """What the process has generated since `start`, with responses under way."""
+        return self._progress.get()
 
     def take_use(self) -> EngineUse | None:
         """See `MeasuringEngine`."""

@@ -1,6 +1,7 @@
-"""vLLM's process: ``python -m megatron_oprd.rollout.vllm.engine_main DESCRIPTOR``.
+"""vLLM's process: ``python -m megatron_oprd.rollout.vllm.engine_main PIPE PROGRESS``.
 
-`VLLMEngine` starts it and talks to it over an inherited pipe. It is a separate process because vLLM
+`VLLMEngine` starts it and talks to it over an inherited pipe; how far it is stands in inherited
+memory (`SharedProgress`). It is a separate process because vLLM
 uses the process's torch.distributed world: in a trainer with several ranks, every rank would have
 to build an engine. vLLM also binds threads and memory nodes, and destroys the process group when
 the engine ends.
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_oprd.rollout.engine import EngineUse, SamplingParams
+from megatron_oprd.rollout.engine import EngineUse, Progress, SamplingParams
 from megatron_oprd.rollout.vllm.messages import (
     EXTENSION,
     EngineSettings,
@@ -25,6 +26,7 @@ from megatron_oprd.rollout.vllm.messages import (
     Response,
     sampling_fields,
 )
+from megatron_oprd.rollout.vllm.progress import SharedProgress
 from megatron_oprd.weights.casting import dtype_name
 
 # Set before vLLM is imported: scheduler (and a single worker) in this process, threads not bound to
@@ -36,15 +38,19 @@ ENVIRONMENT = {
 
 
 _SECONDS_BETWEEN_LOOKS = 0.1
+# vLLM's names of its metrics.
+_CACHE = "vllm:kv_cache_usage_perc"
+_RESPONSES, _TOKENS = "vllm:request_success", "vllm:generation_tokens"
 
 
 class Engine:
     """vLLM's ``LLM``, its weights and their version."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, *, progress: SharedProgress) -> None:
         """Builds vLLM's engine with dummy weights."""
         from vllm import LLM
 
+        self._progress = progress
         self._settings = settings
         self._llm = LLM(
             str(settings.folder),
@@ -123,7 +129,7 @@ class Engine:
         ]
         prompts: Any = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         started = time.perf_counter()
-        with _KVCacheWatch(self._llm) as watch:
+        with _Watch(self._llm, self._progress) as watch:
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
         responses = []
@@ -156,33 +162,50 @@ class Engine:
             self._asleep = True
 
 
-class _KVCacheWatch:
-    """Looks at vLLM's gauge of the KV cache while a block runs.
+class _Watch:
+    """Looks at vLLM's gauge of the KV cache and at its counters while a block runs.
 
     Attributes:
-        peak: The largest share that was seen.
+        peak: The largest share of the cache that was seen.
     """
 
-    def __init__(self, llm: Any) -> None:
-        self.peak = 0.0
+    def __init__(self, llm: Any, progress: SharedProgress) -> None:
         self._llm = llm
+        self._progress = progress
+        self.peak = 0.0
+        self._before = self._counted()
+        self.peak = 0.0  # the gauge still had the share of the generation before
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "_KVCacheWatch":
+    def __enter__(self) -> "_Watch":
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._is_over.set()
         self._thread.join()
+        self._look()
 
     def _watch(self) -> None:
-        # The gauge has the share of vLLM's last pass; vLLM keeps no maximum.
         while not self._is_over.wait(_SECONDS_BETWEEN_LOOKS):
-            for metric in self._llm.get_metrics():
-                if metric.name == "vllm:kv_cache_usage_perc":
-                    self.peak = max(self.peak, metric.value)
+            self._look()
+
+    def _look(self) -> None:
+        now, before = self._counted(), self._before
+        responses, tokens = now.responses - before.responses, now.tokens - before.tokens
+        self._progress.set(Progress(responses=responses, tokens=tokens))
+
+    def _counted(self) -> Progress:
+        """All that vLLM has generated until now; also keeps the cache's peak."""
+        counters = dict.fromkeys((_RESPONSES, _TOKENS), 0)
+        for metric in self._llm.get_metrics():
+            # The gauge has the share of vLLM's last pass; vLLM keeps no maximum.
+            if metric.name == _CACHE:
+                self.peak = max(self.peak, metric.value)
+            elif metric.name in counters:
+                counters[metric.name] += metric.value  # of responses one for each way to end
+        return Progress(responses=counters[_RESPONSES], tokens=counters[_TOKENS])
 
 
 def _of_sampled(tokens: Sequence[int], logprobs: Any) -> tuple[float, ...] | None:
@@ -191,7 +214,7 @@ def _of_sampled(tokens: Sequence[int], logprobs: Any) -> tuple[float, ...] | Non
     return tuple(of[token].logprob for token, of in zip(tokens, logprobs, strict=True))
 
 
-def serve(connection: Connection) -> None:
+def serve(connection: Connection, progress: SharedProgress) -> None:
     """Answers calls (method, arguments) with (True, result), until the other end closes.
 
     Exceptions are answered with (False, traceback).
@@ -204,7 +227,7 @@ def serve(connection: Connection) -> None:
             return
         try:
             if method == "build":
-                engine = Engine(*arguments)
+                engine = Engine(*arguments, progress=progress)
                 answer: Any = (True, None)
             else:
                 answer = (True, getattr(engine, method)(*arguments))
@@ -217,13 +240,13 @@ def serve(connection: Connection) -> None:
 
 
 def main() -> None:
-    """Serves on the pipe whose file descriptor is the argument."""
+    """Serves on the pipe whose file descriptor is the first argument."""
     # The kernel kills this process when the trainer ends, however it ends.
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])), SharedProgress(int(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
@@ -21,13 +21,16 @@ class EngineProcess:
     seconds; it is then killed.
     """
 
-    def __init__(self, module: str, *, environment: Mapping[str, str]) -> None:
-        """Starts ``python -m module DESCRIPTOR`` with the pipe's other end as the descriptor."""
+    def __init__(
+        self, module: str, *, environment: Mapping[str, str], descriptors: Sequence[int] = ()
+    ) -> None:
+        """Starts ``python -m module DESCRIPTOR ...``: the pipe's other end, then those given."""
         self._connection, theirs = Pipe()
+        given = [theirs.fileno(), *descriptors]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(theirs.fileno())],
+            [sys.executable, "-m", module, *map(str, given)],
             env=environment,
-            pass_fds=[theirs.fileno()],
+            pass_fds=given,
             # torchrun and Slurm signal the trainer's process group. The trainer then finishes its
             # step, for which it still needs the engine.
             start_new_session=True,

@@ -16,6 +16,7 @@ from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import (
     EngineUse,
+    Progress,
     Rollout,
     RolloutEngineError,
     SamplingParams,
@@ -34,7 +35,21 @@ Result = TypeVar("Result")
 # Default of concurrent requests to a server: vLLM's default batch on large GPUs.
 _REQUESTS = 1024
 
-_UnderWay = tuple[Sequence[Prompt], SamplingParams, ThreadPoolExecutor, Iterator[Response]]
+
+class _Count:
+    """`Progress` that several threads add to."""
+
+    def __init__(self) -> None:
+        self.now = Progress()
+        self._lock = threading.Lock()
+
+    def add(self, response: Response) -> None:
+        with self._lock:
+            responses, tokens = self.now.responses + 1, self.now.tokens + len(response.token_ids)
+            self.now = Progress(responses=responses, tokens=tokens)
+
+
+_UnderWay = tuple[Sequence[Prompt], SamplingParams, ThreadPoolExecutor, _Count, Iterator[Response]]
 
 
 class VLLMServersEngine:
@@ -81,6 +96,7 @@ class VLLMServersEngine:
         self._servers = [VLLMServer(url, owner=of_run, config=config) for url in config.servers]
         self._swaps = swaps
         self._under_way: deque[_UnderWay] = deque()
+        self._count = _Count()  # of what a call waits for
         self._sent_version: str | None = None
         self._watch: ServerWatch | None = None
         self._on_each(self._servers, VLLMServer.join)
@@ -159,14 +175,17 @@ class VLLMServersEngine:
         version, servers = self._with_weights()
         router = _Router(servers)
         pool = ThreadPoolExecutor(self._at_once)
-        answers = pool.map(
-            lambda one: _respond(router, one, sampling, version=version, swaps=self._swaps),
-            requests,
-        )
-        return prompts, sampling, pool, answers
+        count = _Count()
+
+        def respond(request: Request) -> Response:
+            found = _respond(router, request, sampling, version=version, swaps=self._swaps)
+            count.add(found)
+            return found
+
+        return prompts, sampling, pool, count, pool.map(respond, requests)
 
     def _finished(self, under_way: _UnderWay) -> list[Rollout]:
-        prompts, sampling, pool, coming = under_way
+        prompts, sampling, pool, self._count, coming = under_way
         try:
             responses = list(coming)
         finally:
@@ -218,6 +237,10 @@ class VLLMServersEngine:
         urls = ", ".join(server.url for server in self._servers)
         return RolloutEngineError(f"vLLM ({urls}) did not take weight sync {version}: {why}")
 
+    def progress(self) -> Progress:
+        """This engine's whole responses of those that a call waits for."""
+        return self._count.now
+
     def take_use(self) -> EngineUse | None:
         """See `MeasuringEngine`: of all servers, and of all ranks' requests."""
         return None if self._watch is None else self._watch.take()
@@ -230,7 +253,7 @@ class VLLMServersEngine:
         if self._watch is not None:
             self._watch.close()
         while self._under_way:
-            *_, pool, _ = self._under_way.popleft()
+            _, _, pool, _, _ = self._under_way.popleft()
             pool.shutdown(wait=False, cancel_futures=True)
         for server in self._servers:
             server.disconnect()

@@ -4,8 +4,8 @@ Tokens are drawn from the weights and the seed, so that the same of both give th
 
 ``FAKE_VLLM_FAULTS`` names a folder with an empty file for every fault, PROCESS.METHOD.CALL.KIND:
 the engine that was started as the PROCESS-th in this folder fails in the CALL-th call of METHOD
-(``build``, ``weights`` or ``generate``); KIND is ``kill``, ``hang``, or ``wait``, which ends when
-there is a file ``updating``.
+(``build``, ``weights``, ``generate``, or ``response``, after each); KIND is ``kill``, ``hang``, or
+``wait``, which ends when there is a file ``updating``.
 """
 
 import os
@@ -47,6 +47,7 @@ class LLM:
         self._number = _next_number(self._faults)
         self.folder = self._faults / f"process_{self._number}"
         self._calls: Counter[str] = Counter()
+        self._tokens = 0
         self._weights: dict[str, float] = {}
         self._workers = [
             _worker(extension, self, number, weight_transfer_config["backend"])
@@ -110,10 +111,19 @@ class LLM:
             )
             metrics = SimpleNamespace(num_preemptions=1, queued_ts=2.0, scheduled_ts=2.5)
             outputs.append(SimpleNamespace(outputs=[completion], metrics=metrics))
+            self._tokens += len(tokens)
+            self._fail("response")
         return outputs
 
     def get_metrics(self) -> list[Any]:
-        return [SimpleNamespace(name="vllm:kv_cache_usage_perc", value=0.25)]
+        found: dict[str, list[float]] = {
+            "vllm:kv_cache_usage_perc": [0.25],
+            "vllm:request_success": [0, self._calls["response"]],  # stopped, and of full length
+            "vllm:generation_tokens": [self._tokens],
+        }
+        return [
+            SimpleNamespace(name=name, value=value) for name, all in found.items() for value in all
+        ]
 
 
 class _Model(nn.Module):
