@@ -12,11 +12,19 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.architecture import NEUTRAL_FIELDS
 from megatron_oprd.weights.hf_files import HFCheckpoint
+from megatron_oprd.weights.quantization import FIELD as QUANTIZATION
+from megatron_oprd.weights.text_part import TextPart
 
 LAYER_TENSOR = re.compile(r"(model\.layers\.)(\d+)(\..+)")
 # Lists whose length may equal a small model's number of layers by accident.
@@ -134,6 +142,8 @@ def compare_logits(source: HFCheckpoint, config: Mapping[str, Any], keep: Sequen
     whole_config, pruned_config = _read(source, source.config), _read(source, config)
     if whole_config is None or pruned_config is None:
         return f"logits were not compared: transformers has no {source.config.get('model_type')}"
+    if QUANTIZATION in source.config:
+        return "logits were not compared: the weights are quantised"
     # Both models exist until assign replaces the pruned one's own weights, and both are in one
     # dtype, whatever the tensors' own are.
     dtype = source.dtype(source.names()[0])
@@ -145,16 +155,15 @@ def compare_logits(source: HFCheckpoint, config: Mapping[str, Any], keep: Sequen
             f"{free / 1e9:.1f} GB are free"
         )
     try:
-        whole = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, attn_implementation="eager"
-        ).eval()
+        kind = AutoModelForImageTextToText if isinstance(source, TextPart) else AutoModelForCausalLM
+        whole = kind.from_pretrained(source.folder, dtype=dtype, attn_implementation="eager").eval()
         pruned = AutoModelForCausalLM.from_config(
             pruned_config, dtype=dtype, attn_implementation="eager"
         ).eval()
     except (ValueError, ImportError, RuntimeError) as error:
         text = " ".join(str(error).split())[:200]
         return f"logits were not compared: transformers cannot load the model: {text}"
-    state = whole.state_dict()
+    state = _decoder_state(whole)
     # assign shares the tensors instead of copying them.
     pruned.load_state_dict(
         {new: state[old] for old, new in renumbered(state, keep).items()}, assign=True
@@ -179,6 +188,19 @@ def compare_logits(source: HFCheckpoint, config: Mapping[str, Any], keep: Sequen
         f"logits of {_TOKENS} tokens are those of the whole model without its other layers: "
         f"largest difference {difference:.2g} of {largest:.3g}"
     )
+
+
+def _decoder_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A model's tensors under the names of its decoder alone."""
+    decoder = model.get_decoder()
+    place = next(name for name, module in model.named_modules() if module is decoder)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(f"{place}."):
+            state[f"model.{name.removeprefix(place + '.')}"] = tensor
+        elif not name.startswith("model."):  # the head
+            state[name] = tensor
+    return state
 
 
 def _pass_input_on(

@@ -3,9 +3,10 @@
     python -m checkpoint_tools.prune_depth --hf DIR --out DIR --num-layers 24
     python -m checkpoint_tools.prune_depth --hf DIR --out DIR --keep 0,1,2,5,8
 
-Works on Hugging Face decoders with layer tensors named `model.layers.<i>.…`. The kept layers are
-renumbered from 0, and every tensor keeps its bytes. Config fields that depend on layer numbers are
-translated; a field that cannot be translated is an error.
+Works on Hugging Face decoders with layer tensors named `model.layers.<i>.…`, and on the decoder of
+a known model with parts for images, which becomes a model of its own. The kept layers are
+renumbered from 0, and every tensor keeps its bytes, quantised ones too. Config fields that depend
+on layer numbers are translated; a field that cannot be translated is an error.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from checkpoint_tools.prune_checks import (
     renumbered,
 )
 from megatron_oprd.errors import UserError, run_entry_point
+from megatron_oprd.models.families import nested_model, read_architecture
+from megatron_oprd.models.open_checkpoint import open_decoder
 from megatron_oprd.weights.disk import describe_files
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.hf_writer import (
@@ -32,6 +35,7 @@ from megatron_oprd.weights.hf_writer import (
     convert_to_hf_folder,
 )
 from megatron_oprd.weights.output_folder import check_output_folder
+from megatron_oprd.weights.quantization import FIELD as QUANTIZATION
 from megatron_oprd.weights.safetensors_file import TensorSpec
 
 # Config fields that depend on layer numbers, by kind.
@@ -92,7 +96,7 @@ def prune_depth(
             pruned model's logits are not those of the kept layers, or a folder cannot be read or
             written.
     """
-    source = HFCheckpoint(hf)
+    source = open_unpruned(hf)
     content = pruned_content(source, keep, max_shard_size)
     check_output_folder(out, force=force, required_bytes=content.num_bytes, source=hf)
     assert not isinstance(content.config, Path)
@@ -100,6 +104,26 @@ def prune_depth(
     old_names = {new: old for old, new in pruned_names(source, keep).items()}
     convert_to_hf_folder(out, content, lambda name: source.read(old_names[name]), force=force)
     return HFCheckpoint(out)
+
+
+def open_unpruned(hf: Path) -> HFCheckpoint:
+    """Opens the folder to prune; of a known model with further parts its decoder.
+
+    Raises `UserError` if the folder cannot be read, or the decoder's weights are quantised.
+    """
+    whole = HFCheckpoint(hf)
+    if nested_model(whole) is None:
+        return whole
+    if QUANTIZATION in whole.config:
+        raise UserError(
+            f"{hf}/config.json has {QUANTIZATION}, which names tensors of the whole model; its "
+            "decoder cannot be pruned. Give the model's folder with weights in bf16."
+        )
+    decoder = open_decoder(whole)
+    # The decoder's fields are written where they differ from its class's defaults.
+    depth = {"num_hidden_layers": read_architecture(whole).num_layers}
+    decoder.replace_config(decoder.config | depth)
+    return decoder
 
 
 def pruned_content(
@@ -248,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be written")
     args = parser.parse_args(argv)
 
-    source = HFCheckpoint(args.hf)
+    source = open_unpruned(args.hf)
     keep = args.keep
     if keep is None:
         keep = evenly_spaced_layers(_num_layers(source), args.num_layers)

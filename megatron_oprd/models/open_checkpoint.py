@@ -112,15 +112,18 @@ def open_folder(path: Path) -> HFCheckpoint | Dequantised:
     """
     checkpoint = HFCheckpoint(path)
     quantization = read_quantization(checkpoint.config, str(path / CONFIG_FILE))
-    checkpoint = _decoder(checkpoint)
+    checkpoint = open_decoder(checkpoint)
     if quantization is None:
         return checkpoint
     form = DequantisedMXFP4 if quantization.is_mxfp4 else Dequantised
     return form(checkpoint, quantization)
 
 
-def _decoder(checkpoint: HFCheckpoint) -> HFCheckpoint:
-    """The decoder's part of a nested model; another model under a model_type that is known."""
+def open_decoder(checkpoint: HFCheckpoint) -> HFCheckpoint:
+    """The decoder's part of a nested model; another model under a model_type that is known.
+
+    Raises `UserError` if a nested model's decoder is not supported.
+    """
     path = checkpoint.folder
     if (nested := nested_model(checkpoint)) is None:
         known = under_known_model_type(checkpoint.config)

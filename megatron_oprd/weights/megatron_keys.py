@@ -80,6 +80,25 @@ def slots(mapping: Mapping, layers: int) -> list[Slot]:
     return found[::-1]
 
 
+def written_slots(table: Sequence[Mapping]) -> list[Slot]:
+    """The slot of each parameter of a model where Megatron would store it by default.
+
+    A tensor of all layers has no place for layers that lack the parameter, so that Megatron stores
+    each layer of a model with unequal layers under its own name.
+    """
+    layers = num_layers(table)
+    kinds: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
+    for mapping in table:
+        if match := _LAYER.fullmatch(mapping.megatron):
+            kinds.setdefault(int(match[1]), set()).add((match[2], mapping.local_shape(1)))
+    are_equal = all(kind == kinds[0] for kind in kinds.values())
+    found = []
+    for mapping in table:
+        stacked, *single = slots(mapping, layers)
+        found.append(stacked if are_equal or not single else single[0])
+    return found
+
+
 def is_gated(mapping: Mapping) -> bool:
     """Whether Megatron stores the parameter's gate and up halves as separate tensors or chunks."""
     # Chunks of one tensor by default, two tensors (`halves`) under singleton_local_shards.

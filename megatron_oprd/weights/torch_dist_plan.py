@@ -20,7 +20,7 @@ from megatron_oprd.weights.megatron_keys import (
     is_gated,
     layer_of,
     num_layers,
-    slots,
+    written_slots,
 )
 from megatron_oprd.weights.positioned_reads import Bounds, shape_of
 
@@ -96,16 +96,15 @@ def plan_files(
 
     ``dtypes`` are by Megatron name; a global tensor takes the widest of its parameters.
     """
-    layers = num_layers(table)
-    stages = stage_of_layers(layers, layout.pipeline_model_parallel_size)
+    stages = stage_of_layers(num_layers(table), layout.pipeline_model_parallel_size)
+    placed = list(zip(table, written_slots(table), strict=True))
     stored: dict[str, torch.dtype] = {}
-    for mapping in table:
-        key, dtype = slots(mapping, layers)[0].key, dtypes[mapping.megatron]
-        stored[key] = torch.promote_types(stored.get(key, dtype), dtype)
+    for mapping, slot in placed:
+        dtype = dtypes[mapping.megatron]
+        stored[slot.key] = torch.promote_types(stored.get(slot.key, dtype), dtype)
 
     by_rank: dict[tuple[int, int, int], list[Chunk]] = {}
-    for mapping in table:
-        slot = slots(mapping, layers)[0]
+    for mapping, slot in placed:
         stage = _stage(mapping, stages)
         try:
             ep_rank = mapping.expert_rank(layout.expert_model_parallel_size)

@@ -38,6 +38,8 @@ PARAMETERS = {
     "DeepSeek-V3": 671_026_419_200,
     "EXAONE-4.0-32B": 32_003_216_384,
     "GLM-4.5-Air": 106_852_251_264,
+    # Computed from the configuration by hand, without the layer that predicts further tokens.
+    "GLM-4.6": 352_797_829_024,
     "GLM-4-32B-0414": 32_566_081_536,
     "Kimi-K2-Instruct": 1_026_408_232_448,
     "Llama-3.1-70B-Instruct": 70_553_706_496,
@@ -92,6 +94,7 @@ LAYOUTS = {
     "exaone_32b": Layout(model="EXAONE-4.0-32B", layers=(16,) * 4),
     # The first layer has no experts.
     "glm_4.5_air": Layout(model="GLM-4.5-Air", layers=(11, 12, 12, 11), ep=8, etp=1),
+    "glm_4.6": Layout(model="GLM-4.6", layers=(23,) * 4, ep=8, etp=1),
     # 2 key/value heads on 8 ranks.
     "glm4_32b": Layout(model="GLM-4-32B-0414", layers=(16, 15, 15, 15)),
     "gemma3_27b": Layout(model="gemma-3-27b-it", layers=(16, 16, 15, 15)),
@@ -130,6 +133,7 @@ NIGHTLY = (
     "deepseek_8b",
     "deepseek_v3",
     "exaone_32b",
+    "glm_4.6",
     "glm4_32b",
     "gemma3_27b",
     "gpt_oss_120b",

@@ -16,6 +16,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.selection import cases, selected
 
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+TP4_SP = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 VPP2 = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2", "batch.micro_batch_size=2"]
 PLAIN_OPTIMIZER = ["optimizer.use_distributed_optimizer=false"]
@@ -52,6 +53,11 @@ SAVERS = {
     "moe_dp2_ep2": (4, EP2),
     "sinks_one": (1, []),
     "sinks_tp2_sp": (2, [*TP2_SP, *ETP1]),
+    "latent_one": (1, []),
+    "latent_tp2_sp": (2, [*TP2_SP, *ETP1]),
+    "linear_one": (1, []),
+    "linear_tp2_sp": (2, TP2_SP),
+    "linear_ep2_vpp2": (4, [*EP2, *VPP2]),
     "projector_one": (1, PROJECTOR),
     "projector_tp2_sp": (2, [*TP2_SP, *PROJECTOR]),
     "projector_dp2": (2, PROJECTOR),
@@ -97,6 +103,10 @@ LOADERS = {
     "moe_tp2_sp_ep2_from_dp2_ep2": (4, [*TP2_SP, *EP2], "moe_dp2_ep2"),
     "moe_ep2_pp2_from_tp2_sp": (4, [*EP2, *PP2], "moe_tp2_sp"),
     "sinks_one_from_tp2_sp": (1, [], "sinks_tp2_sp"),
+    "latent_pp2_from_tp2_sp": (2, PP2, "latent_tp2_sp"),
+    "linear_pp2_from_tp2_sp": (2, PP2, "linear_tp2_sp"),
+    # More ranks than the two key heads of the layer with attention.
+    "linear_tp4_sp_from_ep2_vpp2": (4, TP4_SP, "linear_ep2_vpp2"),
     "projector_one_from_tp2_sp": (1, PROJECTOR, "projector_tp2_sp"),
     "projector_pp2_from_dp2": (2, [*PP2, *PROJECTOR], "projector_dp2"),
     "projector_tp2_sp_from_dp2": (2, [*TP2_SP, *PROJECTOR], "projector_dp2"),
@@ -124,6 +134,8 @@ NIGHTLY = {
     *("output_tied_vpp2", "output_tied_one_from_vpp2"),
     *("moe_tp2_sp", "moe_one_from_ep2", "moe_ep2_from_one", "moe_ep2_pp2_from_tp2_sp"),
     *("projector_tp2_sp_from_dp2", "sinks_one", "sinks_tp2_sp", "sinks_one_from_tp2_sp"),
+    *("latent_one", "latent_tp2_sp", "latent_pp2_from_tp2_sp"),
+    *("linear_one", "linear_ep2_vpp2", "linear_tp4_sp_from_ep2_vpp2"),
     *("odd_tied_dp2_from_pp2", "odd_tied_one_from_dp3_B", "odd_tied_pp2_from_dp3_B"),
     *("odd_tied_dp3_from_one", "odd_tied_dp4_B_from_pp2"),
     *("plain_pp2_from_dp2", "output_tied_pp2_from_one"),
@@ -148,7 +160,11 @@ NIGHTLY = {
     *("odd_tp2_sp_B_from_dp3_B", "odd_bf16_plain_from_dp3_B", "odd_bf16_tp2_sp_B_from_dp3_B"),
 }
 REFERENCE = {"shallow_from_shallow_pp2": "shallow", "shallow_pp2": "shallow", "shallow": "shallow"}
-for kind in ("moe", "sinks", "output", "output_tied", "odd", "odd_tied", "odd_bf16", "projector"):
+KINDS = (
+    *("moe", "sinks", "latent", "linear", "output", "output_tied"),
+    *("odd", "odd_tied", "odd_bf16", "projector"),
+)
+for kind in KINDS:
     of_kind = [name for name in (*SAVERS, *LOADERS) if name.startswith(f"{kind}_")]
     REFERENCE |= dict.fromkeys(of_kind, f"{kind}_one")
 
@@ -167,6 +183,9 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     dense = str(save_pair(root / "pair", "qwen3"))
     moe = str(save_pair(root / "moe_pair", "qwen3_moe"))
     sinks = str(save_pair(root / "sinks_pair", "gpt_oss"))
+    latent = str(save_pair(root / "latent_pair", "deepseek_v3"))
+    # The epsilon is that of the test of layouts, which says why.
+    linear = str(save_pair(root / "linear_pair", "qwen3_next", rms_norm_eps=0.01))
     tied = str(save_pair(root / "tied_pair", "llama", tied=True))
     sizes: dict[str, Any] = {"hidden_size": 40, "intermediate_size": 72, "head_dim": 12}
     odd = str(save_pair(root / "odd_pair", "qwen3", **sizes))
@@ -176,6 +195,8 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "odd_": odd,
         "moe_": moe,
         "sinks_": sinks,
+        "latent_": latent,
+        "linear_": linear,
         "output_tied_": tied,
         "": dense,
     }

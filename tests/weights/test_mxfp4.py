@@ -27,9 +27,13 @@ VALUES = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    return mxfp4_folder(tmp_path / "model")
+
+
+def mxfp4_folder(folder: Path, *, num_hidden_layers: int = 2) -> Path:
     """A tiny model as published: bf16, with codes and exponents in the place of the experts."""
-    folder = tmp_path / "model"
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": 2}
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN}
+    sizes["num_hidden_layers"] = num_hidden_layers
     save_tiny_model(folder, tiny_config("gpt_oss", **sizes), seed=0, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     stored = {}
