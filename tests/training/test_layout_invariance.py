@@ -180,6 +180,8 @@ MOE_PAIRS = {
     "latent": {"family": "deepseek_v3", "teacher_layers": 6},
     # Linear attention, gated attention, and norms with one more than their weight.
     "linear_attention": {"family": "qwen3", "teacher_family": "qwen3_next"},
+    # Without experts, and with projections of the input apart.
+    "linear_attention_dense": {"family": "qwen3", "teacher_family": "qwen3_5_text"},
     # A sequence's first output is its value, up to a factor that the norm behind it takes away
     # again: with a small epsilon its gradient is large, and with it the rounding.
     "linear_attention_student": {
@@ -381,6 +383,7 @@ CASES = [
     ("latent", FP8[0], "tp2_sp_etp1_ep2"),
     *(("linear_attention", "default", layout) for layout in ("tp2_sp_packed", "tp2_pp2")),
     ("linear_attention", FP8[0], "tp2_sp_packed"),
+    ("linear_attention_dense", "default", "tp2_sp_packed"),
     *(
         ("linear_attention_student", "default", layout)
         for layout in ("packed", "tp2_sp_packed", "ep2_pp2_vpp2_full")
@@ -532,6 +535,7 @@ FURTHER: set[tuple[str, ...]] = {
     *(("shared_expert", "default", layout) for layout in ("ep2_pp2_vpp2_full", "tp2_sp_ep2")),
     ("linear_attention", "default", "tp2_pp2"),
     ("linear_attention", FP8[0], "tp2_sp_packed"),
+    ("linear_attention_dense", "default", "tp2_sp_packed"),
     *(
         ("linear_attention_student", "default", layout)
         for layout in ("packed", "ep2_pp2_vpp2_full")
