@@ -180,13 +180,17 @@ MOE_PAIRS = {
     "latent": {"family": "deepseek_v3", "teacher_layers": 6},
     # Linear attention, gated attention, and norms with one more than their weight.
     "linear_attention": {"family": "qwen3", "teacher_family": "qwen3_next"},
-    # Without experts, and with projections of the input apart.
-    "linear_attention_dense": {"family": "qwen3", "teacher_family": "qwen3_5_text"},
     # A sequence's first output is its value, up to a factor that the norm behind it takes away
     # again: with a small epsilon its gradient is large, and with it the rounding.
     "linear_attention_student": {
         "family": "qwen3_next",
         "teacher_family": "qwen3_moe",
+        "rms_norm_eps": 0.01,
+    },
+    # Without experts in the student, and with projections of the input apart in both.
+    "linear_attention_dense": {
+        "family": "qwen3_5_text",
+        "teacher_family": "qwen3_5_moe_text",
         "rms_norm_eps": 0.01,
     },
     # Attention sinks, biases of experts, windows by layer.
