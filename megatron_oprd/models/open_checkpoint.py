@@ -135,6 +135,7 @@ def open_decoder(checkpoint: HFCheckpoint) -> HFCheckpoint:
         path,
         config=decoder_config(checkpoint, nested),
         prefix=nested.decoder_prefix,
+        plain_prefix=nested.plain_prefix,
         others=nested.other_prefixes,
     )
     logger.warning(

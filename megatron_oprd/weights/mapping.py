@@ -254,10 +254,11 @@ class QKV(_Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedRows(_Rows):
-    """Rows of one tensor that has parts below one another, ordered by group instead.
+    """Rows of tensors that have parts below one another, ordered by group instead.
 
-    The tensor has all groups' rows of the first part, then of the second, and so on; the parameter
-    has all parts of the first group, then of the second. Ranks take whole groups.
+    A tensor has all groups' rows of its first part, then of the second, and so on, and the next
+    tensor those of the following parts; the parameter has all parts of the first group, then of the
+    second. Ranks take whole groups.
     """
 
     num_groups: int
@@ -275,11 +276,14 @@ class GroupedRows(_Rows):
 
 
 def _parts(hf: dict[str, Shape], rows: list[int]) -> list[tuple[str, int]]:
-    """(tensor, first row) of each part, for a tensor per part or one tensor of all parts."""
-    if len(hf) > 1:
-        return [(name, 0) for name in hf]
-    (name,) = hf
-    return [(name, sum(rows[:part])) for part in range(len(rows))]
+    """(tensor, first row) of each part, of ``rows`` rows: parts fill the tensors in their order."""
+    found, counts = [], iter(rows)
+    for name, shape in hf.items():
+        first = 0
+        while first < shape[0]:
+            found.append((name, first))
+            first += next(counts)
+    return found
 
 
 def _run_of_rows(

@@ -19,6 +19,7 @@ class TextPart(HFCheckpoint):
         folder: The whole model's.
         config: The decoder's config.json.
         prefix: In front of the names of the decoder's tensors.
+        plain_prefix: In its place in a decoder alone.
         others: Beginnings of the names of the other parts' tensors. A tensor that is neither keeps
             its name, so that it is reported as left over.
 
@@ -32,6 +33,7 @@ class TextPart(HFCheckpoint):
         *,
         config: dict[str, Any],
         prefix: str,
+        plain_prefix: str = "",
         others: tuple[str, ...],
     ) -> None:
         super().__init__(folder)
@@ -39,7 +41,11 @@ class TextPart(HFCheckpoint):
         self.leave_out(others)
         self.num_left_out = every - len(self.names())
         self.rename(
-            {name: name.removeprefix(prefix) for name in self.names() if name.startswith(prefix)}
+            {
+                name: plain_prefix + name.removeprefix(prefix)
+                for name in self.names()
+                if name.startswith(prefix)
+            }
         )
         self.replace_config(config)
 

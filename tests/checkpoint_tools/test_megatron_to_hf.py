@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "latent": {"family": "deepseek_v3", "vocab_size": 99},
     "linear": {"family": "qwen3_next", "vocab_size": 101},
     "sinks": {"family": "gpt_oss"},
+    "linear_dense": {"family": "qwen3_5_text"},
 }
 # Mixtures of experts.
 EXPERTS = ("moe", "latent", "linear", "sinks")

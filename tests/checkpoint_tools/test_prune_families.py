@@ -140,6 +140,7 @@ NESTED: dict[str, tuple[str, dict[str, Any], list[int]]] = {
     # As many layers as a decoder of the class has by default.
     "gemma3": ("gemma3_text", {"num_hidden_layers": 26, "layer_types": None}, [0, 5, 25]),
     "mistral3": ("mistral", {"sliding_window": 6}, [0, 3]),
+    "qwen3_5": ("qwen3_5_text", {}, [1, 2]),
 }
 
 
@@ -151,12 +152,13 @@ def test_the_decoder_beside_parts_for_images(
     save_tiny_model(tmp_path / "hf", with_vision(tiny_config(family, **fields)), seed=0)
     pruned = prune_depth(tmp_path / "hf", tmp_path / "out", keep, force=False)
     assert "logits of 16 tokens are those of the whole model" in capsys.readouterr().err
-    inner = "language_model."
     whole = load_file(tmp_path / "hf" / "model.safetensors")
+    # Qwen3.5's decoder is named within the model.
+    inner = "model.language_model." if name == "qwen3_5" else "language_model.model."
     for number, layer in enumerate(keep):
-        old, new = (f"model.layers.{one}.mlp.up_proj.weight" for one in (layer, number))
-        assert torch.equal(pruned.read(new), whole[inner + old])
-    assert not any("vision" in tensor for tensor in pruned.names())
+        old, new = (f"layers.{one}.mlp.up_proj.weight" for one in (layer, number))
+        assert torch.equal(pruned.read(f"model.{new}"), whole[inner + old])
+    assert not any("vis" in tensor for tensor in pruned.names())
     model, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert len(model.model.layers) == len(keep)
     assert not found["missing_keys"]

@@ -19,6 +19,8 @@ from transformers import (
     Mistral3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
 )
 
 PAD, EOS, UNK, USER, ASSISTANT = "<pad>", "<eos>", "<unk>", "<user>", "<assistant>"
@@ -42,6 +44,23 @@ _CHARACTERS = (
 # Fields that a family has beside those of all, or with another value.
 _WIDE_HEADS = {"head_dim": 16}
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# The third layer has attention, the others have linear attention of 12 value heads.
+_LINEAR_ATTENTION = {
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 12,
+    "layer_types": [f"{kind}_attention" for kind in ("linear", "linear", "full", "linear")],
+}
+# Images would have other positions in each section; tokens of text have one.
+_SECTIONS = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": [1, 1, 0],
+    "mrope_interleaved": True,
+}
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     # One layer without experts; then two of four groups, and of their four experts all but one.
     "deepseek_v3": {
@@ -151,17 +170,19 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 40},
     "qwen3": _WIDE_HEADS,
     "qwen3_moe": {**_WIDE_HEADS, **_EXPERTS, "norm_topk_prob": True},
-    # The third layer has attention, the others have linear attention of 12 value heads.
+    "qwen3_5_moe_text": {
+        **_WIDE_HEADS,
+        **_EXPERTS,
+        **_LINEAR_ATTENTION,
+        "shared_expert_intermediate_size": 40,
+        "rope_parameters": _SECTIONS,
+    },
+    "qwen3_5_text": {**_WIDE_HEADS, **_LINEAR_ATTENTION, "rope_parameters": _SECTIONS},
     "qwen3_next": {
         **_WIDE_HEADS,
         **_EXPERTS,
+        **_LINEAR_ATTENTION,
         "shared_expert_intermediate_size": 40,
-        "linear_conv_kernel_dim": 3,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 6,
-        "linear_num_key_heads": 4,
-        "linear_num_value_heads": 12,
-        "layer_types": [f"{kind}_attention" for kind in ("linear", "linear", "full", "linear")],
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
@@ -218,6 +239,25 @@ def with_vision(text: PretrainedConfig) -> PretrainedConfig:
             image_token_index=10,
             boi_token_index=11,
             eoi_token_index=12,
+        )
+    if text.model_type in ("qwen3_5_text", "qwen3_5_moe_text"):
+        kind = Qwen3_5Config if text.model_type == "qwen3_5_text" else Qwen3_5MoeConfig
+        return kind(
+            text_config=text.to_dict(),
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+                "patch_size": 4,
+                "out_hidden_size": text.hidden_size,
+                "num_position_embeddings": 16,
+            },
+            tie_word_embeddings=text.tie_word_embeddings,
+            image_token_id=10,
+            video_token_id=11,
+            vision_start_token_id=12,
+            vision_end_token_id=13,
         )
     vision = {
         "model_type": "pixtral",
@@ -288,7 +328,7 @@ def save_tiny_model(
     they are cast to ``dtype``. The folder has config.json, generation_config.json,
     model.safetensors, and the tokenizer's files with a chat template.
     """
-    nested = isinstance(config, Mistral3Config | Gemma3Config)
+    nested = config.get_text_config() is not config
     kind = AutoModelForImageTextToText if nested else AutoModelForCausalLM
     model = kind.from_config(config).to(dtype)
     generator = torch.Generator().manual_seed(seed)

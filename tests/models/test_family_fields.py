@@ -62,6 +62,7 @@ NEUTRAL_OF_FAMILY: dict[str, dict[str, Any]] = {
         "output_router_logits": True,
         "router_aux_loss_coef": 0.5,
     },
+    "qwen3_5_moe_text": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
     # The width of MLPs in layers without experts, and the router's training.
     "qwen3_next": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
     "qwen3_moe": {

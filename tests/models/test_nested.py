@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
 from checkpoint_tools.hidden_states import transformers_states
@@ -146,6 +146,24 @@ def test_a_tensor_of_no_part_is_left_over(models: Path, tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"left over: audio_tower\.weight"):
         open_checkpoint(folder).check_tensors()
+
+
+def test_qwens_decoder_as_published(tmp_path: Path) -> None:
+    """With its experts stacked, beside layers that predict further tokens."""
+    config = with_vision(tiny_config("qwen3_5_moe_text"))
+    save_tiny_model(tmp_path / "single", config, seed=0)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "single")
+    model.save_pretrained(tmp_path / "published", save_original_format=False)
+    tensors = load_file(tmp_path / "published" / "model.safetensors")
+    assert "model.language_model.layers.0.mlp.experts.gate_up_proj" in tensors
+    further = {"mtp.fc.weight": torch.ones(2, 2)}
+    save_file(tensors | further, tmp_path / "published" / "model.safetensors", {"format": "pt"})
+    found, expected = (open_checkpoint(tmp_path / one) for one in ("published", "single"))
+    found.check_tensors()
+    assert found.architecture.family == "Qwen3_5MoeForCausalLM"
+    assert sorted(found.source.names()) == sorted(expected.source.names())
+    for name in expected.source.names():
+        assert torch.equal(found.source.read(name), expected.source.read(name)), name
 
 
 def test_a_megatron_checkpoint_needs_the_decoders_configuration(

@@ -62,6 +62,9 @@ PARAMETERS = {
     "Qwen3-Coder-30B-A3B-Instruct": 30_532_122_624,
     # Computed from the configuration by hand, without the layer that predicts further tokens.
     "Qwen3-Next-80B-A3B-Instruct": 79_674_391_296,
+    # The decoders, computed from the configurations by hand.
+    "Qwen3.5-27B": 26_895_998_464,
+    "Qwen3.5-35B-A3B": 34_660_610_688,
     "Seed-OSS-36B-Instruct": 36_151_104_512,
     "SmolLM3-3B": 3_075_098_624,
     "granite-3.3-8b-instruct": 8_170_864_640,
@@ -118,6 +121,9 @@ LAYOUTS = {
     "qwen3_4b": Layout(model="Qwen3-4B", layers=(9,) * 4),
     # 2 key/value heads on 8 ranks, with gates; linear attention of 16 key heads.
     "qwen3_next_80b": Layout(model="Qwen3-Next-80B-A3B-Instruct", layers=(12,) * 4, ep=8, etp=1),
+    # Linear attention's projections apart; 4 key/value heads on 8 ranks.
+    "qwen3.5_27b": Layout(model="Qwen3.5-27B", layers=(16,) * 4),
+    "qwen3.5_35b_a3b": Layout(model="Qwen3.5-35B-A3B", layers=(10,) * 4, ep=8, etp=1),
     "seed_oss_36b": Layout(model="Seed-OSS-36B-Instruct", layers=(16,) * 4),
     "smollm3_3b": Layout(model="SmolLM3-3B", layers=(9,) * 4),
     # 28 query heads do not divide into 8 ranks.
@@ -154,6 +160,8 @@ NIGHTLY = (
     "qwen3_4b",
     "qwen3_coder_30b",
     "qwen3_next_80b",
+    "qwen3.5_27b",
+    "qwen3.5_35b_a3b",
     "seed_oss_36b",
     "smollm3_3b",
 )

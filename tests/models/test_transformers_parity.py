@@ -218,6 +218,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
         },
     ),
+    # Linear attention's projections of the input apart; dense, and with experts.
+    "vision_qwen3_5": ("qwen3_5_text", {}),
+    "vision_qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        {
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        },
+    ),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe_biased": ("qwen3_moe", {"attention_bias": True}),
     "qwen3_moe_window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}),
@@ -271,6 +281,7 @@ FEW_LAYOUTS = {
     "phi3_window": ("tp1",),
     "qwen2_window": ("tp1", "pp2_vpp2"),
     "qwen3_window": ("tp2_sp", "pp2", "tp2_pp2"),
+    "vision_qwen3_5": ("tp1", "tp2_pp2", "tp2_sp"),
     "seed_oss": ("tp1", "tp2_sp", "pp2"),
     "granite": ("tp1", "tp2_sp", "pp2_vpp2"),
     "granite_tied": ("tp1", "pp2"),
@@ -313,6 +324,7 @@ COMBINATIONS = [
         for layout in ("tp1", "tp2_pp2", "ep2_pp2_vpp2", "tp2_sp_etp1_ep2")
     ),
     *(("qwen3_next_moe_raw", layout) for layout in ("tp1", "tp2_sp_etp1")),
+    *(("vision_qwen3_5_moe", layout) for layout in ("ep2_pp2_vpp2", "tp2_sp_etp1", "tp1")),
     *(("qwen3_moe", layout) for layout in ALL_LAYOUTS),
     *(("qwen3_moe_raw_tied", layout) for layout in ("tp1", "ep2_pp2", "tp2_sp_etp1_ep2")),
 ]

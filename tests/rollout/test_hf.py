@@ -43,6 +43,8 @@ CONFIGS = {
     "mixtral": tiny_config("mixtral"),
     "deepseek-v3": tiny_config("deepseek_v3"),
     "qwen3-next": tiny_config("qwen3_next"),
+    "qwen3.5": tiny_config("qwen3_5_text"),
+    "qwen3.5-moe": tiny_config("qwen3_5_moe_text"),
     "glm4-moe": tiny_config("glm4_moe"),
     "phi3": Phi3Config(**COMMON, intermediate_size=64, num_attention_heads=4, eos_token_id=EOS_ID),
 }  # fmt: skip

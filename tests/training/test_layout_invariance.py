@@ -187,6 +187,12 @@ MOE_PAIRS = {
         "teacher_family": "qwen3_moe",
         "rms_norm_eps": 0.01,
     },
+    # Without experts in the student, and with projections of the input apart in both.
+    "linear_attention_dense": {
+        "family": "qwen3_5_text",
+        "teacher_family": "qwen3_5_moe_text",
+        "rms_norm_eps": 0.01,
+    },
     # Attention sinks, biases of experts, windows by layer.
     "sinks": {"family": "gpt_oss", "teacher_layers": 6},
     # An expert for all tokens, with its gate.
@@ -381,6 +387,7 @@ CASES = [
     ("latent", FP8[0], "tp2_sp_etp1_ep2"),
     *(("linear_attention", "default", layout) for layout in ("tp2_sp_packed", "tp2_pp2")),
     ("linear_attention", FP8[0], "tp2_sp_packed"),
+    ("linear_attention_dense", "default", "tp2_sp_packed"),
     *(
         ("linear_attention_student", "default", layout)
         for layout in ("packed", "tp2_sp_packed", "ep2_pp2_vpp2_full")
@@ -530,6 +537,7 @@ FURTHER: set[tuple[str, ...]] = {
     *(("shared_expert", "default", layout) for layout in ("ep2_pp2_vpp2_full", "tp2_sp_ep2")),
     ("linear_attention", "default", "tp2_pp2"),
     ("linear_attention", FP8[0], "tp2_sp_packed"),
+    ("linear_attention_dense", "default", "tp2_sp_packed"),
     *(
         ("linear_attention_student", "default", layout)
         for layout in ("packed", "ep2_pp2_vpp2_full")

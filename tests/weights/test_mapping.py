@@ -90,6 +90,13 @@ ALL_KINDS: dict[str, Mapping] = {
     "fused_gated_mlp": fused(GATED),
     **{f"gated_qkv_{heads}_{groups}": gated_qkv(heads, groups, 4) for heads, groups in HEADS},
     "grouped_rows": GROUPED,
+    # Two parts in the first tensor, one in the second.
+    "grouped_rows_of_two": GroupedRows(
+        megatron="in_proj",
+        hf={"qk": (4 * 4, HIDDEN), "z": (4 * 5, HIDDEN)},
+        num_groups=4,
+        rows_of_group=(1, 3, 5),
+    ),
     **{f"fused_qkv_{heads}_{groups}": fused(qkv(heads, groups, 4)) for heads, groups in HEADS},
 }
 

@@ -69,5 +69,12 @@ def run(case: dict[str, Any], directory: Path) -> None:
 def _decoder(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """The decoder's tensors, where the model has other parts as well."""
     inner = "language_model."
+    if f"model.{inner}norm.weight" in stored:  # Qwen3.5's, whose head is outside
+        beside = ("model.visual.", "mtp.")
+        return {
+            name.replace(inner, ""): one
+            for name, one in stored.items()
+            if not name.startswith(beside)
+        }
     decoder = {name[len(inner) :]: one for name, one in stored.items() if name.startswith(inner)}
     return decoder or stored

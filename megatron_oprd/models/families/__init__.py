@@ -31,6 +31,10 @@ from megatron_oprd.models.families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
+    qwen3_5_images,
+    qwen3_5_moe,
+    qwen3_5_moe_images,
     qwen3_moe,
     qwen3_next,
     seed_oss,
@@ -64,6 +68,8 @@ FAMILIES: dict[str, Family] = {
         qwen2,
         qwen2_moe,
         qwen3,
+        qwen3_5,
+        qwen3_5_moe,
         qwen3_moe,
         qwen3_next,
         seed_oss,
@@ -74,7 +80,8 @@ FAMILIES: dict[str, Family] = {
 
 # Models whose decoder is of a family above.
 NESTED: dict[str, Nested] = {
-    module.NESTED.name: module.NESTED for module in (gemma3_images, mistral3)
+    module.NESTED.name: module.NESTED
+    for module in (gemma3_images, mistral3, qwen3_5_images, qwen3_5_moe_images)
 }
 
 

@@ -104,8 +104,10 @@ SHARED_FIELDS: dict[str, Check] = {
 }  # fmt: skip
 
 
-def read_shared(config: Any, source: str) -> dict[str, Any]:
+def read_shared(config: Any, source: str, *, ffn_hidden_size: int | None = None) -> dict[str, Any]:
     """Reads the arguments of `Architecture` that stand in the same fields in every family.
+
+    ``ffn_hidden_size`` stands in the place of ``intermediate_size``, which a class may not have.
 
     Raises:
         UserError: num_attention_heads is not a multiple of num_key_value_heads.
@@ -119,7 +121,9 @@ def read_shared(config: Any, source: str) -> dict[str, Any]:
     return {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
+        "ffn_hidden_size": (
+            config.intermediate_size if ffn_hidden_size is None else ffn_hidden_size
+        ),
         "num_attention_heads": heads,
         "num_query_groups": groups,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,

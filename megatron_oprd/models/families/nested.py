@@ -17,6 +17,7 @@ class Nested:
     model_type: str  # in config.json
     decoders: Mapping[str, str]  # text_config's model_type -> the decoder's class, alone
     decoder_prefix: str  # in front of the names of the decoder's tensors
+    plain_prefix: str = ""  # in its place in the decoder alone
     other_prefixes: tuple[str, ...]  # beginnings of the names of all other tensors
     tied_by_default: bool = False  # of the decoder's class, where nothing is written
     # Fields beside text_config. Those of parts that are not read have no effect on text.

@@ -85,8 +85,8 @@ def architecture(config: Any, source: str) -> Architecture:
         qk_norm=True,
         attention_gate=True,
         zero_centered_norms=True,
-        delta=_delta(config, source),
-        delta_layers=_delta_layers(config, source),
+        delta=read_delta_net(config, source),
+        delta_layers=read_delta_layers(config, source),
         moe=MixtureOfExperts(
             **read_experts(config, source),
             shared_ffn_hidden_size=config.shared_expert_intermediate_size,
@@ -95,7 +95,8 @@ def architecture(config: Any, source: str) -> Architecture:
     )
 
 
-def _delta(config: Any, source: str) -> DeltaNet:
+def read_delta_net(config: Any, source: str) -> DeltaNet:
+    """Reads the fields of linear attention; `UserError` if heads do not divide."""
     keys, values = config.linear_num_key_heads, config.linear_num_value_heads
     if values % keys:
         raise UserError(
@@ -111,7 +112,8 @@ def _delta(config: Any, source: str) -> DeltaNet:
     )
 
 
-def _delta_layers(config: Any, source: str) -> tuple[bool, ...]:
+def read_delta_layers(config: Any, source: str) -> tuple[bool, ...]:
+    """For each layer whether it has linear attention; `UserError` for other kinds."""
     kinds = config.layer_types
     if len(kinds) != config.num_hidden_layers or not set(kinds) <= set(KINDS):
         raise UserError(
