@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from megatron_oprd import plan
 from megatron_oprd.config.load import load_config
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError
+from megatron_oprd.planning import recommend as recommend_module
 from megatron_oprd.planning.activations import KERNELS
+from megatron_oprd.planning.changes import Change
 from megatron_oprd.planning.estimate import estimate_memory, read_models
 from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.recommend import Candidate, Lengths, recommend
@@ -127,6 +130,33 @@ def test_settings_give_what_the_table_says(qwen: Callable[..., RunConfig]) -> No
     assert loses(found[0].seconds, slower) == "nothing: 5.0 s faster"
 
 
+def test_what_only_saves_memory_has_to_gain_2_percent(qwen: Callable[..., RunConfig]) -> None:
+    plain = "recompute={recompute_granularity: null, recompute_method: null, "
+    plain += "recompute_num_layers: null}"
+    seconds = StepSeconds(
+        prefill=0,
+        decode=100,
+        teacher=PassSeconds(),
+        student=PassSeconds(),
+        gradients=0,
+        optimizer=0,
+        parameters=0,
+        copies=0,
+        sync=0,
+    )
+    more = ["teacher.offload=cpu", "optimizer.offload_states=true"]
+    more.append("recompute.recompute_granularity=selective")
+    for overrides, counted in (
+        ([], 100),
+        *(([one], 102) for one in more),
+        (more, 100 * 1.02**3),
+    ):
+        config = qwen(*ENGINE, plain, *overrides)
+        memory = estimate_memory(config, read_models(config), KERNEL, num_gpus=8, memory_gb=80)
+        found = Candidate(change=Change(()), memory=memory, seconds=seconds)
+        assert found.rank_seconds == pytest.approx(counted), overrides
+
+
 def test_what_a_longer_phase_hides_is_not_named() -> None:
     short = StepSeconds(
         prefill=0,
@@ -192,8 +222,11 @@ def test_command(
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["plan", *arguments])
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(recommend_module, "_SILENT_SECONDS", 0.01)
     assert plan.main() == 0
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert re.search(r"^ranking the layouts of 8 GPUs: \d+ of \d+ layouts timed, ", said)
+    assert "settings, of" in said
     lines = [line for line in shown.splitlines() if line[:3] in {f"{n}: " for n in range(1, 6)}]
     assert len(lines) == 5
     assert "Layouts of 8 GPUs" in shown

@@ -17,7 +17,12 @@ from torch import Tensor
 from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.engine import RolloutEngineError, SamplingParams, WrongWeightsError
+from megatron_oprd.rollout.engine import (
+    Progress,
+    RolloutEngineError,
+    SamplingParams,
+    WrongWeightsError,
+)
 from megatron_oprd.rollout.vllm.client import GENERATE, check_server
 from megatron_oprd.rollout.vllm.servers import VLLMServersEngine
 from tests.fakes.vllm_server import FakeServer
@@ -198,6 +203,8 @@ def test_sync_and_rollouts(server: FakeServer, folder: Path, weights: dict[str, 
     assert [(r.prompt_index, r.sample_index) for r in rollouts] == [(4, 0), (4, 1), (2, 0), (2, 1)]
     assert {r.weights_version for r in rollouts} == {5}
     assert len({r.response_ids for r in rollouts}) == 4
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    assert one.progress() == Progress(responses=len(rollouts), tokens=tokens)
     assert rollouts == [r for p in PROMPTS for r in one.generate([p], SAMPLING)]
     assert rollouts[0].logprobs is None
     asked = one.generate(PROMPTS, dataclasses.replace(SAMPLING, logprobs=True))
