@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,9 @@ def install(folder: Path, **settings: str) -> tuple[list[list[str]], str]:
         f"echo >> {folder}/calls\n"
     )
     pip.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **settings}
+    # An environment has a command `python`; a system may have python3 alone.
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, **settings}
     done = subprocess.run(
         [SCRIPT, RELEASES], env=environment, capture_output=True, text=True, check=False
     )

