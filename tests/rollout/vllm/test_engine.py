@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_a_missing_package(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sequences_longer_than_the_model(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", answering(object()))
+    monkeypatch.setattr(importlib.util, "find_spec", answering(ModuleSpec("vllm", None)))
     overrides = ["rollout.engine=vllm", "rollout.vllm.max_model_len=256"]
     make_plan(config_of(pair, overrides), world_size=1)
     overrides[1] = "rollout.vllm.max_model_len=257"
