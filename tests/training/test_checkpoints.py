@@ -136,6 +136,7 @@ NIGHTLY = {
     *("projector_tp2_sp_from_dp2", "sinks_one", "sinks_tp2_sp", "sinks_one_from_tp2_sp"),
     *("latent_one", "latent_tp2_sp", "latent_pp2_from_tp2_sp"),
     *("linear_one", "linear_ep2_vpp2", "linear_tp4_sp_from_ep2_vpp2"),
+    *("linear_tp2_sp", "linear_pp2_from_tp2_sp"),
     *("odd_tied_dp2_from_pp2", "odd_tied_one_from_dp3_B", "odd_tied_pp2_from_dp3_B"),
     *("odd_tied_dp3_from_one", "odd_tied_dp4_B_from_pp2"),
     *("plain_pp2_from_dp2", "output_tied_pp2_from_one"),
