@@ -65,7 +65,7 @@ def main() -> None:
     elif not args.method or TRL in args.method:
         print(TRL, file=sys.stderr, flush=True)
         found[TRL] = of_trl(args)
-    quality = evaluate({name: one["student"] for name, one in found.items()}, args)
+    quality = evaluate({name: one["exported"] for name, one in found.items()}, args)
     (args.out / "step.json").write_text(json.dumps({"steps": found, "quality": quality}, indent=1))
     print_table(found, quality)
 
@@ -96,7 +96,7 @@ def of_method(name: str, args: argparse.Namespace) -> dict[str, Any]:
         / sum(one["seconds_step"] for one in steps),
         "memory_gb": max(one["peak_memory_gb"] for one in steps),
         "whole_run": time.perf_counter() - start,
-        "student": str(folder / "student"),
+        "exported": str(folder / "student"),
     }
 
 
@@ -114,7 +114,7 @@ def of_trl(args: argparse.Namespace) -> dict[str, Any]:
     )
     measured = json.loads((folder / "measured.json").read_text())
     whole_run = time.perf_counter() - start
-    return {**measured, "whole_run": whole_run, "student": str(folder / "student")}
+    return {**measured, "whole_run": whole_run, "exported": str(folder / "student")}
 
 
 def evaluate(students: dict[str, str], args: argparse.Namespace) -> dict[str, dict[str, float]]:

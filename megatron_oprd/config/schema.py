@@ -40,6 +40,10 @@ class ModelConfig:
     """The embedding's rows are padded to a multiple of this number (and of the tensor-parallel
     size)."""
 
+    apply_rope_fusion: bool = setting(True)
+    """With Transformer Engine, whether query and key are rotated by its kernel. Latent attention,
+    and rotations with a factor (YaRN, longrope), which the kernel lacks, go without it."""
+
 
 FP8Recipe = Literal[
     "per_channel_log", "per_channel", "block_128", "tensorwise", "blockwise", "mxfp8", "delayed"
@@ -311,6 +315,10 @@ class TapConfig:
     last_layer: Literal["post_norm", "pre_norm"] = setting("post_norm")
     """``post_norm`` takes a model's last layer after the final norm (Hugging Face's
     hidden_states[-1]), ``pre_norm`` the raw output of the block."""
+
+    compile: bool = setting(False)
+    """On a GPU, whether torch.compile makes one kernel of the comparison of two layers' states. It
+    needs a C compiler on every node, and some seconds in the first step."""
 
 
 @dataclass(kw_only=True)
@@ -683,6 +691,10 @@ class OptimizerConfig:
 
     use_distributed_optimizer: bool = setting(True)
     """Whether data-parallel ranks share the optimizer's states."""
+
+    gradient_accumulation_fusion: bool = setting(True)
+    """With Transformer Engine, whether the multiplication that computes a matrix's gradient adds it
+    to the gradient buffer, instead of an addition of its own."""
 
     overlap_grad_reduce: bool = setting(False)
     """Whether gradients are reduced during the backward pass."""

@@ -314,9 +314,12 @@ class Taps(PairTaps):
         post_norm: bool,
         device: torch.device,  # of the metrics
         projectors: Projectors | None = None,
+        compiles: bool = False,  # the comparison, into one kernel
     ) -> None:
         super().__init__(pairs, post_norm=post_norm, projectors=projectors)
         self._normalize = normalize
+        # Numbers of rows differ by micro-batch, so the kernel must not be made for one of them.
+        self._compare = torch.compile(compare, dynamic=True) if compiles else compare
         self.coefficients = [1.0] * len(pairs)
         self.trainable: Mapping[int, Projector] = {}
         self._pending: dict[int, deque[Selection]] = {}
@@ -386,7 +389,7 @@ class Taps(PairTaps):
         """
         weights = selection.weights
         assert weights is not None
-        found = compare(states, target, normalize=self._normalize)
+        found = self._compare(states, target, normalize=self._normalize)
         self._loss[number] += (weights * found.distance).sum()
         self._cosine[number] += (weights * found.cosine).sum()
         factors = weights * self.coefficients[number]

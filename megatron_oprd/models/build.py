@@ -22,7 +22,11 @@ from megatron_oprd.models.fp8 import with_fp8_linears
 from megatron_oprd.models.fp8_codes import WeightFormat
 from megatron_oprd.models.layer_variants import with_variants
 from megatron_oprd.models.layers import final_norm_class, layer_spec
-from megatron_oprd.models.rotary import RotaryTransformerConfig, set_frequencies
+from megatron_oprd.models.rotary import (
+    RotaryTransformerConfig,
+    has_fused_rotation,
+    set_frequencies,
+)
 from megatron_oprd.parallel.context import ParallelContext
 
 
@@ -187,7 +191,14 @@ def transformer_config(
         finalize_model_grads_func=finalize_model_grads,
         bias_activation_fusion=fused_kernels and a.activation.function in _FUSED_ACTIVATIONS,
         masked_softmax_fusion=False,
+        apply_rope_fusion=fused_kernels and model.apply_rope_fusion and has_fused_rotation(a),
+        # Megatron would ask for Apex as well, for the LM head, whose gradient is computed elsewhere
+        # here; `models.student.fuse_gradient_accumulation` turns it on for the layers alone.
         gradient_accumulation_fusion=False,
+        # With the cache Transformer Engine overwrites the buffers with a pass's first micro-batch,
+        # but a step may have several passes (`Distiller.compute_gradients`). Only FP8 models have
+        # something to cache, and they do not train.
+        disable_parameter_transpose_cache=fp8_options is None,
         recompute_granularity=recompute.recompute_granularity,
         recompute_method=recompute.recompute_method,
         recompute_num_layers=recompute.recompute_num_layers,

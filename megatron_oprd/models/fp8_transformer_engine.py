@@ -5,7 +5,7 @@ Transformer Engine's contexts itself, per layer, when building and when running.
 a weight has neither a bf16 copy nor a copy for the backward pass.
 
 Nothing here runs without a CUDA device: docs/gpu-checks.md lists what to try on one, and
-tests/models/test_fp8_sources.py compares every name with the released sources.
+tests/models/test_engine_sources.py compares every name with the released sources.
 """
 
 from collections.abc import Callable, Sequence

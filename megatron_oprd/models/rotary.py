@@ -26,7 +26,7 @@ class RotaryTransformerConfig(TransformerConfig):
     # Megatron's attention multiplies cosine and sine by YaRN's concentration factor if these fields
     # exist, whatever the rope type. The factor is (0.1 m ln(s) + 1) / (0.1 n ln(s) + 1) of mscale
     # m, scaling factor s and mscale_all_dim n. With s = e^10 and n = 0 it is m + 1. Fused rotation
-    # ignores it, so apply_rope_fusion stays off.
+    # ignores it, so apply_rope_fusion stays off where it is not 1.
     yarn_mscale: float = 0.0
     yarn_rotary_scaling_factor: float = math.exp(10)
     yarn_mscale_all_dim: float = 0.0
@@ -74,6 +74,15 @@ def set_frequencies(
         of_sliding = copy.copy(model.rotary_pos_emb)
         of_sliding.inv_freq = frequencies(architecture.sliding_rope)
         model.rotary_pos_emb = RotaryByKind(model.rotary_pos_emb, of_sliding)
+
+
+def has_fused_rotation(architecture: Architecture) -> bool:
+    """Whether Transformer Engine's kernel computes the model's rotation.
+
+    It has no attention factor, and latent attention rotates by a function of its own.
+    """
+    ropes = (architecture.rope, architecture.sliding_rope or architecture.rope)
+    return architecture.latent is None and all(rope.attention_factor == 1.0 for rope in ropes)
 
 
 def inverse_frequencies(rope: Rope, *, head_dim: int, max_sequence_length: int) -> Tensor:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from megatron.core.models.gpt import GPTModel
 
+_FUSES = "fuse_wgrad_accumulation"  # an attribute of Transformer Engine's linear modules
+
 
 def freeze_past_deepest_tap(
     chunks: Sequence[GPTModel], *, num_running_layers: int, trains_final_norm: bool
@@ -23,6 +25,18 @@ def freeze_past_deepest_tap(
                 layer.requires_grad_(False)
         if chunk.decoder.final_layernorm is not None and not trains_final_norm:
             chunk.decoder.final_layernorm.requires_grad_(False)
+
+
+def fuse_gradient_accumulation(chunks: Sequence[GPTModel]) -> None:
+    """Lets Transformer Engine's matrices add their gradients to the buffers, ``main_grad``.
+
+    The chunks have to be wrapped by Megatron's `DistributedDataParallel` before their first pass.
+    Modules of other kinds stay as they are.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, _FUSES):
+                setattr(module, _FUSES, True)
 
 
 @contextmanager

@@ -24,6 +24,8 @@ _OVERLAP = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gathe
 _BF16 = "model.params_dtype=bf16"
 _FP8 = "teacher.precision=fp8"
 
+_UNFUSED = ["model.apply_rope_fusion=false", "optimizer.gradient_accumulation_fusion=false"]
+
 # Name -> (ranks, settings).
 _LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "packed": (1, _PACKED),
@@ -65,6 +67,10 @@ _ENGINE_RECIPES = ("tensorwise", "blockwise", "mxfp8")
 
 def cases(num_ranks: int, *, has_gpu: bool) -> list[Case]:
     """All cases that ``num_ranks`` ranks can run, with the most valuable parts first."""
+    layouts = dict(_LAYOUTS)
+    if has_gpu:
+        # Transformer Engine's kernels against torch's; without a GPU there is nothing fused.
+        layouts["nothing fused"] = (1, [_MBS2, *_UNFUSED])
     found = [
         Case(part="versions", name="installed packages", kind="versions", num_ranks=1),
         Case(
@@ -74,7 +80,7 @@ def cases(num_ranks: int, *, has_gpu: bool) -> list[Case]:
             num_ranks=num_ranks,
             arguments={"mib": 256 if has_gpu else 16},
         ),
-        *_steps("layouts, fp32", "dense", [], _LAYOUTS, _FP32),
+        *_steps("layouts, fp32", "dense", [], layouts, _FP32),
         *_steps("layouts, experts", "experts", [], _EXPERT_LAYOUTS, _FP32),
         *_steps(_IN_BF16_PART, "dense", [_BF16], _named(_IN_BF16), _ROUNDED),
         *_resumes(),

@@ -19,7 +19,7 @@ from megatron_oprd.distill.head import HeadTap, head_weight
 from megatron_oprd.distill.trainable_projectors import add_projectors
 from megatron_oprd.models.build import DTYPES, build_model, transformer_config
 from megatron_oprd.models.schedule import run_schedule
-from megatron_oprd.models.student import freeze_past_deepest_tap
+from megatron_oprd.models.student import freeze_past_deepest_tap, fuse_gradient_accumulation
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.phases import phase
 from megatron_oprd.rollout.engine import Rollout
@@ -362,6 +362,8 @@ class Distiller:
             place=self.context.place,
             tied=model.architecture.tied,
         )
+        if config.optimizer.gradient_accumulation_fusion:
+            fuse_gradient_accumulation(chunks)
         return chunks, megatron_config
 
     def _begin_student(self, micro_batch: MicroBatch) -> ModelInput:

@@ -34,6 +34,7 @@ class Teacher:
             post_norm=config.taps.last_layer == "post_norm",
             device=context.device,
             projectors=plan.projectors(context),
+            compiles=config.taps.compile,
         )
         self.chunks: list[GPTModel] = build_teacher(
             model.architecture,

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,40 @@ def test_the_wider_dtype_of_both_counts() -> None:
 def test_no_vectors_at_all() -> None:
     student, teacher = (states[:0] for states in hidden_states())
     assert compare(student, teacher, normalize="l2").gradient.shape == (0, 6)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_one_graph_for_any_number_of_rows(normalize: Any) -> None:
+    """torch.compile traces it without a break; kernels are made of that graph."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(compare, dynamic=True, fullgraph=True, backend=count)
+    for rows in (15, 9, 4):
+        student, teacher = (states[:rows] for states in hidden_states(torch.bfloat16))
+        found = compiled(student, teacher, normalize=normalize)
+        expected = compare(student, teacher, normalize=normalize)
+        for name in ("distance", "cosine", "gradient"):
+            assert_close_relative(getattr(found, name), getattr(expected, name), 1e-6, what=name)
+    assert len(graphs) < 3  # and not one for each number
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for a CPU need a C++ compiler")
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_the_compiled_kernel_is_the_formula(normalize: Any) -> None:
+    torch._dynamo.reset()  # it compiles a function anew eight times at most
+    compiled = torch.compile(compare, dynamic=True, fullgraph=True)
+    for rows in (15, 1, 0):
+        student, teacher = (states[:rows] for states in hidden_states(torch.bfloat16))
+        found = compiled(student, teacher, normalize=normalize)
+        expected = compare(student, teacher, normalize=normalize)
+        for name in ("distance", "cosine", "gradient"):
+            assert_close_relative(getattr(found, name), getattr(expected, name), 1e-5, what=name)
 
 
 def test_errors_name_what_is_wrong() -> None:

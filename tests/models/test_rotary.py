@@ -18,7 +18,11 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding, apply_ro
 
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import read_architecture
-from megatron_oprd.models.rotary import RotaryTransformerConfig, inverse_frequencies
+from megatron_oprd.models.rotary import (
+    RotaryTransformerConfig,
+    has_fused_rotation,
+    inverse_frequencies,
+)
 from megatron_oprd.weights.hf_files import HFFolder
 from tests.helpers.closeness import assert_close_relative
 from tests.helpers.tiny import tiny_config
@@ -172,6 +176,15 @@ def test_megatrons_attention_multiplies_by_the_factor(factor: float) -> None:
     )
     found = _yarn_get_concentration_factor_from_config(config)
     assert found == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_fused"),
+    [("Qwen3-32B", True), ("DeepSeek-R1-0528-Qwen3-8B", False), ("longrope", False)],
+)
+def test_a_rotation_with_a_factor_is_not_fused(tmp_path: Path, name: str, is_fused: bool) -> None:
+    architecture, _ = read(name, tmp_path)
+    assert has_fused_rotation(architecture) == is_fused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

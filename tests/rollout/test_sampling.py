@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_oprd.rollout.engine import SamplingParams
 from megatron_oprd.rollout.sampling import GumbelNoise, logits_processors, sample_seed
+from tests.helpers.closeness import assert_close_relative
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -3.0, 0.0, 1.0, -0.5])
@@ -81,14 +82,25 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     assert not torch.equal(draw(sampling(), rows=2, times=20), draw(sampling(), 2, 20, seed=1))
 
 
-def test_noise_is_drawn_in_fp64() -> None:
-    """In fp32 it has 24 random bits, and of 16 million draws one would be certain to win."""
+def test_noise_has_63_random_bits() -> None:
+    """With the 24 of an fp32 number one of 16 million draws would be certain to win."""
     noise = GumbelNoise([0], torch.device("cpu"))
-    scores = torch.zeros(1, 1000)
-    found = noise(torch.zeros(1, 1, dtype=torch.long), scores)
-    drawn = torch.empty(1000, dtype=torch.float64)
-    drawn.exponential_(generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found[0], -drawn.log().float())
+    found = noise(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1_000_000))[0]
+    bits = torch.empty(1_000_000, dtype=torch.int64)
+    bits.random_(generator=torch.Generator().manual_seed(0))
+    expected = -torch.log(-torch.log1p(-bits.double() / 2**63))
+    # Those above 0 can win among many tokens. The lower ones are coarse.
+    assert_close_relative(found[expected > 0], expected[expected > 0], 1e-6)
+    assert float(found.max()) > 10
+
+
+@pytest.mark.parametrize("bits", [0, 2**63 - 1])
+def test_noise_is_finite(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    """Else a token that is the only one left would not be chosen."""
+    monkeypatch.setattr(torch.Tensor, "random_", lambda row, generator: row.fill_(bits))
+    noise = GumbelNoise([0], torch.device("cpu"))
+    found = noise(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 3))
+    assert found.isfinite().all()
 
 
 def test_temperature_zero_is_greedy() -> None:

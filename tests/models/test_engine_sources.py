@@ -1,4 +1,4 @@
-"""What the FP8 path needs of megatron-core and Transformer Engine, looked up in their sources.
+"""What is needed of megatron-core and Transformer Engine, looked up in their sources.
 
 Transformer Engine cannot be installed where there is no CUDA, but its wheel on PyPI holds the
 Python sources: ``make transformer-engine`` fetches it, 0.7 MB. More wheels beside it are checked
@@ -154,6 +154,24 @@ def test_multiples_of_tokens_and_widths(engine: Sources) -> None:
     )
     assert "shape[-1] % self.block_len != 0" in text(blocks)
     assert "shape[:-1]) % self.block_len != 0" in text(blocks)
+
+
+@pytest.mark.parametrize("module", ["linear", "layernorm_linear", "grouped_linear"])
+def test_gradients_are_added_to_the_buffers(engine: Sources, module: str) -> None:
+    tree = engine.module(f"pytorch/module/{module}.py")
+    name = {"linear": "Linear", "layernorm_linear": "LayerNormLinear"}.get(module, "GroupedLinear")
+    forward = text(definition(definition(tree, name), "forward"))
+    # Read at each pass, so that it can be set on a module that was built without.
+    assert "self.fuse_wgrad_accumulation" in forward
+    backward = text(tree)
+    assert "grad_added_to_main_grad = True" in backward
+    # Without `is_first_microbatch`, which Megatron gives only with a cache of transposed weights.
+    assert "accumulate_wgrad_into_param_main_grad = ctx.fuse_wgrad_accumulation" in backward
+
+
+def test_fused_rotation(engine: Sources) -> None:
+    rotate = definition(engine.module("pytorch/attention/rope.py"), "apply_rotary_pos_emb")
+    assert {"t", "freqs", "tensor_format", "interleaved", "fused"} <= set(arguments(rotate))
 
 
 @pytest.mark.parametrize("linear", [ColumnParallelLinear, RowParallelLinear])
