@@ -502,6 +502,27 @@ TWO_STEPS = {("llama_tied_deeper", "default"), ("moe", "default")} | {
 }
 
 
+# What other cases of the main run have: these layouts with other pairs, these kinds of loss and
+# model in other cases or in tests of their own.
+ELSEWHERE = {
+    *(
+        ("llama_tied_deeper", "default", layout)
+        for layout in (
+            *("tp2", "tp2_sp_full", "tp2_pp2", "tp2_sp_packed", "pp2_packed_full"),
+            *("pp2_vpp2_full", "pp2_vpp2_target_groups"),
+        )
+    ),
+    *(("llama_tied_deeper", method, "tp2_sp_full") for method in ("sampled_token", "forward_kl")),
+    *(
+        ("llama_tied_deeper", method, "pp2_vpp2_target_groups")
+        for method in ("ride", "other_precision")
+    ),
+    ("qwen3_other_vocabulary", "top_k_reference", "tp2_sp_full"),
+    ("qwen3_deeper", FP8[1], "pp2_vpp2_target_groups"),
+    *((pair, "default", "tp2_sp_packed") for pair in ("post_norms", "zero_centered_norms")),
+    ("shared_expert", "default", "tp2_sp_etp1_ep2"),
+    *(("moe", "default", layout) for layout in ("tp2_sp", "pp2_vpp2")),
+}
 FURTHER: set[tuple[str, ...]] = {
     *(
         (method, layout)
@@ -600,6 +621,7 @@ NIGHTLY = (
         # Further layouts of what the main run has in layouts of the same kinds.
         or case[1:] in FURTHER
         or case in FURTHER
+        or case in ELSEWHERE
     }
 )
 COUNTED = ("llama_tied_deeper", "default")

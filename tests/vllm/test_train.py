@@ -42,7 +42,7 @@ CASES = {
 }
 
 # Runs that only slow tests look at.
-NIGHTLY = {"ahead", "dp2_killed", "pp2_dp2", "tp2_sp_dp2", "servers"}
+NIGHTLY = {"ahead", "frozen", "dp2_killed", "pp2_dp2", "tp2_sp_dp2", "servers"}
 # The first rank's engine, or the last server, before the second step's rollouts.
 KILLED = {"dp2_killed": {"kill_engine_before": 1}, "servers": {"kill_server_before": 1}}
 
@@ -138,6 +138,7 @@ def test_log_probabilities_are_the_trainers(root: Path, name: str) -> None:
     assert not [one for one in warnings_of(root, name) if "differ" in one]
 
 
+@pytest.mark.slow
 @pytest.mark.cases("frozen")
 def test_what_is_frozen_is_sent_once(root: Path) -> None:
     """Checks, and log-probabilities of the engine as of the trainer, say that the engine has it."""
