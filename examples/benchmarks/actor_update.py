@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         # They are there before the update begins.
         plan = distiller.plan
-        bytes_per_row = plan.target_bytes_per_row + plan.output_target_bytes_per_row
+        bytes_per_row = plan.layout.target_bytes_per_row + plan.layout.output_target_bytes_per_row
         targets = NUM_SEQUENCES * (args.tokens - 1) * bytes_per_row if is_ours else 0
         for _ in range(args.repeats + 1):
             if is_ours:

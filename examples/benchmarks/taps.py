@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     if repeat > 0:  # the first pass of each kind warms up
                         seconds[with_taps].append(one_seconds)
                         memory[with_taps].append(one_memory)
-            targets = rows * distiller.plan.target_bytes_per_row
+            targets = rows * distiller.plan.layout.target_bytes_per_row
     return {
         "seconds": [statistics.median(seconds[kind]) for kind in (False, True)],
         "bytes": [statistics.median(memory[kind]) for kind in (False, True)],

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from statistics import mean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from results import NEAR_TEACHER, Comparison, MethodResult
 # Okabe and Ito's colours, told apart by colour-blind readers; then again with another line.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     key: {
         "color": _COLOURS[i % len(_COLOURS)],
         "linestyle": _LINES[i // len(_COLOURS)],
