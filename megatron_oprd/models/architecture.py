@@ -221,10 +221,12 @@ class Architecture:
     # For each layer whether its queries and keys are rotated; () where all are.
     rotated_layers: tuple[bool, ...] = ()
     softmax_scale: float | None = None  # on attention's scores; None: 1 / sqrt(head_dim)
+    score_softcap: float | None = None  # c: scores are c tanh(score / c); None: as they come
     embedding_multiplier: float = 1.0  # on the embedding's output
     rounds_embedding_multiplier: bool = False  # to the dtype of the weights
     residual_multiplier: float = 1.0  # on outputs of attention and MLP, before they are added
     logits_divisor: float = 1.0  # of the LM head's output
+    logits_softcap: float | None = None  # as score_softcap, of the divided output
     post_norms: bool = False  # RMSNorm of the outputs of attention and MLP, before they are added
 
     @property

@@ -35,6 +35,7 @@ class RotaryTransformerConfig(TransformerConfig):
     sliding_yarn_mscale: float | None = None
     # Whether attention's output projection has a bias; add_bias_linear is the MLP's.
     attention_output_bias: bool = False
+    score_softcap: float | None = None  # as `Architecture`'s
 
 
 class RotaryByKind(torch.nn.Module):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts
+from megatron_oprd.models.softcap import BLOCK
 
 _FP32 = 4
 _INT64 = 8
@@ -126,6 +127,15 @@ class LayerShape:
         return self.tokens * self.groups * self.architecture.head_dim * self.itemsize
 
     @property
+    def softcapped_bytes(self) -> int:
+        """Scores of one block of queries, in fp32; 0 without a softcap."""
+        a, whole = self.architecture, self.row_tokens * self.parallel.context_parallel_size
+        if a.score_softcap is None:
+            return 0
+        queries = self.num_rows * min(BLOCK, self.row_tokens)
+        return queries * whole * a.num_attention_heads // self.tp * _FP32
+
+    @property
     def rotary_bytes(self) -> int:
         """Cosines or sines of the rotary embedding, [s, 1, 1, head_dim]."""
         return self.row_tokens * self.architecture.rotary_dim * self.itemsize
@@ -178,7 +188,13 @@ def backward_workspace(shape: LayerShape) -> int:
     # The incoming gradient, gathered; the layer's output, if recomputed; with sequence parallelism,
     # the re-gathered input.
     gathered = shape.gathered_bytes * (2 if shape.parallel.sequence_parallel else 1)
-    return max(steps) + gathered + shape.hidden_bytes
+    of_mlp = max(steps) + gathered + shape.hidden_bytes
+    if a.score_softcap is None:
+        return of_mlp
+    # Scores in four steps of the formula or its gradient; gradients of query, key and value, and
+    # those of the block before.
+    of_scores = 4 * shape.softcapped_bytes + 2 * shape.query_bytes + 4 * shape.key_bytes
+    return max(of_mlp, of_scores + 2 * shape.hidden_bytes - _saved_by_mlp(shape))
 
 
 def embedding_workspace(shape: LayerShape, *, padded_vocab_size: int) -> int:
@@ -232,7 +248,10 @@ def forward_workspace(shape: LayerShape) -> int:
         # Input and output of the experts, and the output of the one for all tokens.
         entered = 2 * shape.dispatched_bytes
         entered += 0 if moe.shared_ffn_hidden_size is None else shape.hidden_bytes
-    return _num_inner(shape) * shape.mlp_bytes + entered + 2 * shape.hidden_bytes
+    of_mlp = _num_inner(shape) * shape.mlp_bytes + entered + 2 * shape.hidden_bytes
+    # With a softcap: scores in three steps, beside query, key, value and the output.
+    of_scores = 3 * shape.softcapped_bytes + 3 * shape.query_bytes + 3 * shape.key_bytes
+    return max(of_mlp, of_scores + 2 * shape.hidden_bytes if shape.softcapped_bytes else 0)
 
 
 def _saved_by_attention(shape: LayerShape, recompute_attention: bool) -> int:
@@ -254,10 +273,11 @@ def _saved_by_attention(shape: LayerShape, recompute_attention: bool) -> int:
         saved -= 0 if a.qk_norm else shape.query_bytes + 2 * shape.key_bytes
         saved += shape.row_tokens * shape.row_tokens * cp  # the mask
     in_blocks = a.sliding_window is not None and cp == 1 and shape.row_tokens > a.sliding_window
-    if (shape.is_packed or in_blocks) and not shape.kernels.transformer_engine:
-        saved += shape.query_bytes  # concatenated, for linear_proj
-    if not recompute_attention:
-        saved += shape.tokens * heads * _FP32  # log-sum-exp of each row
+    if a.score_softcap is None:
+        if (shape.is_packed or in_blocks) and not shape.kernels.transformer_engine:
+            saved += shape.query_bytes  # concatenated, for linear_proj
+        if not recompute_attention:
+            saved += shape.tokens * heads * _FP32  # log-sum-exp of each row
     if a.qk_norm and a.qk_norm_over_all_heads:
         # Plain torch in fp32: the input, the normalised input, and two numbers for each token.
         width = heads * a.head_dim + shape.groups * a.head_dim

@@ -118,8 +118,11 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimates the memory of a run; ``memory_gb`` is per GPU, in 10^9 bytes.
 
-    Raises UserError if the settings do not fit the models or the number of GPUs.
+    Raises UserError if the settings do not fit the models or the number of GPUs, or the kernels a
+    model.
     """
+    if kernels.transformer_engine:
+        _check_softcaps(config, models)
     layouts = models.placed(config, num_gpus=num_gpus)
     largest = workload(
         layouts[0],
@@ -128,6 +131,24 @@ def estimate_memory(
         others=layouts[1:],
     )
     return memory_of(layouts, largest, kernels, memory_gb=memory_gb)
+
+
+def _check_softcaps(config: RunConfig, models: Models) -> None:
+    of_extra = [
+        (extra.model, one)
+        for extra, (one, _) in zip(config.extra_teachers, models.others, strict=True)
+    ]
+    for folder, model in (
+        (config.model.student, models.student),
+        (config.model.teacher, models.teacher),
+        *of_extra,
+    ):
+        if model.score_softcap is not None:
+            raise UserError(
+                f"{folder} has attn_logit_softcapping = {model.score_softcap}, which Transformer "
+                "Engine's attention does not have; give --layers local, and run it without the "
+                "package transformer_engine"
+            )
 
 
 def memory_of(

@@ -13,6 +13,7 @@ from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import (
     deepseek_v3,
     exaone4,
+    gemma2,
     gemma3,
     gemma3_images,
     glm4,
@@ -52,6 +53,7 @@ FAMILIES: dict[str, Family] = {
     for module in (
         deepseek_v3,
         exaone4,
+        gemma2,
         gemma3,
         glm4,
         glm4_moe,

@@ -168,6 +168,18 @@ def read_windows(config: Any, source: str, *, by_layer: bool) -> dict[str, Any]:
     return {"sliding_window": window, "sliding_layers": sliding}
 
 
+def read_softcap(config: Any, source: str, field: str) -> float | None:
+    """Reads a softcap of `Architecture`; None: there is none.
+
+    Raises:
+        UserError: It is not above 0.
+    """
+    cap = getattr(config, field)
+    if cap is not None and cap <= 0:
+        raise UserError(f"{source}: {field} = {cap} has to be above 0; null is no softcap")
+    return None if cap is None else float(cap)
+
+
 def own_code_of(**classes: str) -> Check:
     """A check of ``auto_map``: the code in the folder has the names of transformers' classes."""
     return lambda auto_map: all(
