@@ -98,6 +98,7 @@ def inverse_frequencies(rope: Rope, *, head_dim: int, max_sequence_length: int) 
         return frequencies / rope.factor
     if rope.rope_type == "yarn":
         return _yarn(turns, dim, rope)
+    # "dynamic" has other ones past max_position_embeddings only, which no run's sequences reach.
     return _llama3(frequencies, rope) if rope.rope_type == "llama3" else frequencies
 
 

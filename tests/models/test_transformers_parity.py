@@ -56,6 +56,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}},
     ),
+    # The longest sequence here is as long as the rotation stays the same.
+    "llama_dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 40,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
     "qwen3_yarn": ("qwen3", {"rope_parameters": YARN}),
     "qwen2_yarn": (
         "qwen2",
@@ -283,6 +291,7 @@ FEW_LAYOUTS = {
     **dict.fromkeys(
         ("llama_linear", "qwen3_yarn", "qwen2_yarn", "mistral_window"), ("tp1", "tp2", "pp2")
     ),
+    "llama_dynamic": ("tp1", "pp2"),
     "mistral3": ("tp1", "tp2_sp", "pp2_vpp2"),
     "mistral3_tied": ("tp1", "pp2"),
     "mistral3_ministral3": ("tp1", "tp2"),

@@ -131,6 +131,22 @@ def read_shared(config: Any, source: str, *, ffn_hidden_size: int | None = None)
         "layernorm_epsilon": config.rms_norm_eps,
         "tied": config.tie_word_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
+        **_dynamic_length_field(config.rope_parameters),
+    }
+
+
+def _dynamic_length_field(rope: dict[str, Any]) -> dict[str, str]:
+    """Why sequences are no longer, where rotations change with the length."""
+    types = {rope.get("rope_type")} | {
+        kind.get("rope_type") for kind in rope.values() if isinstance(kind, dict)
+    }
+    if "dynamic" not in types:
+        return {}
+    return {
+        "length_field": (
+            "max_position_embeddings, past which rope_type 'dynamic' changes all rotations with "
+            "the sequence's length, which is not supported"
+        )
     }
 
 
