@@ -34,6 +34,9 @@ class Family:
     mappings: Callable[[Architecture, int], list[Mapping]]
     # config.json -> beginnings of tensors' names that are no part of the model that is trained.
     unread: Callable[[dict[str, Any]], tuple[str, ...]] = lambda raw: ()
+    # In the place of `model.` in names of tensors, where transformers has read the decoder out of a
+    # folder with more parts and saved it; "": the names are the plain ones then, too.
+    longer_prefix: str = ""
     # model_types of folders whose own code is that of this family's class.
     other_model_types: tuple[str, ...] = ()
 
