@@ -52,20 +52,13 @@ def read_models(config: RunConfig) -> Models:
     """Reads the models' configurations; of a Hugging Face folder only config.json.
 
     The bridge file is not needed if ``bridge.rank`` is given. Raises UserError if a configuration
-    is missing or unsupported, or the bridge cannot be read, or the student has linear attention.
+    is missing or unsupported, or the bridge cannot be read.
     """
-    student = _read(config.model.student, config.model.student_hf_config)
-    if student.delta is not None:
-        raise UserError(
-            f"model.student = {config.model.student} has linear attention, and plan does not "
-            "estimate what this keeps for the backward pass; plan another student, or start train, "
-            "which needs no plan"
-        )
     bridge_rank = config.bridge.rank
     if config.bridge.path is not None and bridge_rank is None:
         bridge_rank = open_bridge(Path(config.bridge.path)).rank
     return Models(
-        student=student,
+        student=_read(config.model.student, config.model.student_hf_config),
         teacher=_read(config.model.teacher, config.model.teacher_hf_config),
         bridge_rank=bridge_rank,
         others=tuple(
