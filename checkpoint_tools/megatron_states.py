@@ -14,6 +14,7 @@ from megatron_oprd.data.batching import MicroBatch, collate
 from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import Extent, build_model, padded_vocab_size, transformer_config
 from megatron_oprd.models.families import mapping_table
+from megatron_oprd.models.logits import LogitForm
 from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.weights.load import load_weights
@@ -192,7 +193,7 @@ def _logits(
         parts = [torch.empty_like(local) for _ in range(context.tp_size)]
         dist.all_gather(parts, local, group=context.groups.tp)
         whole = torch.cat(parts, dim=1)[:, : architecture.vocab_size]
-        logits.append((whole / architecture.logits_divisor).cpu())
+        logits.append(LogitForm.of(architecture).logits(whole).cpu())
     return {"logits": logits}
 
 

@@ -68,8 +68,13 @@ def unsupported_field(pair: Path) -> None:
 
 def unsupported_rope(pair: Path) -> None:
     change_teacher(
-        pair, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+        pair, rope_parameters={"rope_type": "proportional", "factor": 2.0, "rope_theta": 10000.0}
     )
+
+
+def dynamic_rope(pair: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    change_teacher(pair, rope_parameters=rope, max_position_embeddings=64)
 
 
 def truncated_weights(pair: Path) -> None:
@@ -204,7 +209,13 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] =
         1,
         ["bridge.path = b", "no manifest.json", "megatron_oprd.build_bridge"],
     ),
-    "rope": (unsupported_rope, [], 1, ["pair/teacher/config.json", "'dynamic'"]),
+    "rope": (unsupported_rope, [], 1, ["pair/teacher/config.json", "'proportional'"]),
+    "longer than rope": (
+        dynamic_rope,
+        [],
+        1,
+        ["data.max_prompt_tokens = 64", "model.teacher", "at most 64", "rope_type 'dynamic'"],
+    ),
     "checkpoint": (
         checkpoint_of_another_model,
         [],

@@ -19,13 +19,13 @@ def assigned(text: str) -> dict[str, str]:
 
 
 def test_an_unknown_class() -> None:
-    text = cases("gemma2", head_dim=16)
+    text = cases("cohere", logit_scale=0.25)
     values = assigned(text)
-    assert values["NAME"] == "'Gemma2ForCausalLM'"
-    assert "'final_logit_softcapping': equals(30.0)" in values["FIELDS"]
+    assert values["NAME"] == "'CohereForCausalLM'"
+    assert "'logit_scale': equals(0.25)" in values["FIELDS"]
     assert "hidden_size" not in values["FIELDS"]
-    assert ast.literal_eval(values["_OF_FAMILY"]) == {"gemma2": {"head_dim": 16}}
-    assert ast.literal_eval(values["MODELS"]) == {"gemma2": ("gemma2", {})}
+    assert ast.literal_eval(values["_OF_FAMILY"]) == {"cohere": {"logit_scale": 0.25}}
+    assert ast.literal_eval(values["MODELS"]) == {"cohere": ("cohere", {})}
 
 
 def test_tensors_of_an_unknown_class() -> None:

@@ -25,6 +25,7 @@ from megatron_oprd.distill.output_space import (
     output_space_loss,
 )
 from megatron_oprd.distill.taps import Exchange, slice_of_sequence
+from megatron_oprd.models.logits import LogitForm
 
 
 class _AttachGradients(torch.autograd.Function):
@@ -101,8 +102,8 @@ class HeadTap:
         self.coefficient = 1.0
         self._student_head = head_weight(student)
         self._teacher_head = head_weight(teacher)
-        self._student_divisor = student.logits_divisor
-        self._teacher_divisor = teacher.logits_divisor
+        self._student_form = student.logit_form
+        self._teacher_form = teacher.logit_form
         self._tp_group = tp_group
         self._cp_group = cp_group if cp_group.size() > 1 else None
         self._sequence_parallel = sequence_parallel
@@ -192,20 +193,20 @@ class HeadTap:
         of_weight = torch.zeros_like(self._student_head, dtype=_at_least_fp32(rows.dtype))
         for chunk in torch.arange(len(rows), device=rows.device).split(self._settings.chunk_tokens):
             weights = positions.weights[chunk]
+            logits = self._student_form.logits(rows[chunk] @ student.t())
             distance = output_space_loss(
-                (rows[chunk] @ student.t()).div_(self._student_divisor),
-                (targets[chunk] @ teacher.t()).div_(self._teacher_divisor),
+                logits,
+                self._teacher_form.logits(targets[chunk] @ teacher.t()),
                 positions.labels[chunk],
                 self._shard,
                 self._settings,
             )
             self._loss += (weights * distance.value).sum()
             scaled = (weights * self.coefficient)[:, None] * distance.gradient
-            # Of the head's output, before its division.
-            of_logits = scaled.div_(self._student_divisor).to(rows.dtype)
-            of_rows[chunk] = of_logits @ student
+            of_output = self._student_form.gradient_of_output(scaled, logits).to(rows.dtype)
+            of_rows[chunk] = of_output @ student
             # Rows past `size` are vocabulary padding; their gradient stays 0.
-            of_weight[:size] += of_logits.t() @ rows[chunk]
+            of_weight[:size] += of_output.t() @ rows[chunk]
         return of_rows, of_weight.to(self._student_head.dtype)
 
 
@@ -225,7 +226,7 @@ CHUNK_TOKENS = 512
 
 
 class ResponseLogprobs:
-    """Log-probabilities of the step's response tokens under a model's raw logits.
+    """Log-probabilities of the step's response tokens under a model's own logits.
 
     The vocabulary stays sharded over the tensor-parallel ranks. Logits exist for ``CHUNK_TOKENS``
     positions at a time. Only ranks of the last stage call `collect`.
@@ -239,10 +240,10 @@ class ResponseLogprobs:
         is_meaningless: Tensor,  # [v], bool; columns left out of the distribution
         num_tokens: int,  # of the whole step
         sequence_parallel: bool,  # hidden states are sharded over shard.group
-        logits_divisor: float,  # of the head's output
+        logit_form: LogitForm,  # makes logits of the head's output
     ) -> None:
         self._head = head
-        self._logits_divisor = logits_divisor
+        self._logit_form = logit_form
         self._shard = shard
         self._is_meaningless = is_meaningless
         self._sequence_parallel = sequence_parallel
@@ -266,7 +267,7 @@ class ResponseLogprobs:
         numbers, index = (numbers[index] - 1).to(hidden.device), index.to(hidden.device)
         rows, head = hidden.flatten(0, 1), self._head[: self._shard.size]
         for chunk in torch.arange(len(index), device=index.device).split(CHUNK_TOKENS):
-            logits = (rows[index[chunk]] @ head.t()).div_(self._logits_divisor).float()
+            logits = self._logit_form.logits(rows[index[chunk]] @ head.t()).float()
             logits.masked_fill_(self._is_meaningless, -torch.inf)
             logprobs = gather(log_softmax(logits, self._shard), labels[chunk, None], self._shard)
             self._found[numbers[chunk]] = logprobs.squeeze(1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_oprd.data.chat import ChatFormat
 from megatron_oprd.data.prompts import load_prompts
@@ -21,6 +21,7 @@ from megatron_oprd.evaluation.teacher_forced import (
     teacher_continuations,
     teacher_forced_measures,
 )
+from megatron_oprd.rollout.hf import attention_of
 
 logger = logging.getLogger(__name__)
 
@@ -189,5 +190,8 @@ def _config(folder: Path) -> dict[str, object]:
 
 
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention_of(config), local_files_only=True
+    )
     return model.to(device).eval()

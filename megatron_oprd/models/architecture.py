@@ -91,11 +91,13 @@ class Rope:
     """Rotary position embedding; fields that a rope type does not use are None."""
 
     theta: float  # base of the frequencies
-    rope_type: str = "default"  # "default", "linear", "llama3", "yarn" or "longrope"
+    rope_type: str = "default"  # "default", "dynamic", "linear", "llama3", "yarn" or "longrope"
     partial_rotary_factor: float = 1.0  # rotating share of a head's dimensions, from the first
     # Whether neighbours are the two dimensions of a pair; otherwise each is in one half.
     interleaved: bool = False
-    factor: float | None = None  # linear, llama3 and yarn: divisor of (slow) frequencies
+    # linear, llama3 and yarn: divisor of (slow) frequencies. dynamic: without an effect up to
+    # max_position_embeddings tokens.
+    factor: float | None = None
     # llama3 only.
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
@@ -221,10 +223,12 @@ class Architecture:
     # For each layer whether its queries and keys are rotated; () where all are.
     rotated_layers: tuple[bool, ...] = ()
     softmax_scale: float | None = None  # on attention's scores; None: 1 / sqrt(head_dim)
+    score_softcap: float | None = None  # c: scores are c tanh(score / c); None: as they come
     embedding_multiplier: float = 1.0  # on the embedding's output
     rounds_embedding_multiplier: bool = False  # to the dtype of the weights
     residual_multiplier: float = 1.0  # on outputs of attention and MLP, before they are added
     logits_divisor: float = 1.0  # of the LM head's output
+    logits_softcap: float | None = None  # as score_softcap, of the divided output
     post_norms: bool = False  # RMSNorm of the outputs of attention and MLP, before they are added
 
     @property
@@ -282,9 +286,10 @@ def check_fields(
 
 
 # The rope types of all classes but Phi-3's.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
 _ROPE_FIELDS: dict[str, set[str]] = {
     "default": set(),
+    "dynamic": {"factor"},
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings"},
@@ -339,14 +344,6 @@ def read_rope(
         raise UserError(
             f"{source}: partial_rotary_factor = {share} is not supported for this model; it has "
             "to be 1.0"
-        )
-    if rope_type == "dynamic":
-        raise UserError(
-            f"{source}: rope_type 'dynamic' is not supported: it changes all rotations with the "
-            "sequence's length, in transformers past max_position_embeddings = "
-            f"{hf_config.max_position_embeddings}, in other engines always, so that rollouts would "
-            "not be the trained model's. Without it (rope_scaling: null) transformers computes the "
-            "same numbers up to that length"
         )
     if rope_type not in rope_types:
         raise UserError(

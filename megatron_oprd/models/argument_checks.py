@@ -132,6 +132,9 @@ def _compared(a: Mapping[str, Any], b: Architecture) -> Iterator[tuple[str, str,
         "quick_geglu": ("quick GELU of gates", b.activation.function == "quick_gelu"),
         "glu_linear_offset": ("what is added to ups", b.activation.up_offset),
         "activation_func_clamp_value": ("clamp of gates and ups", b.activation.clamp),
+        # Megatron-Bridge's arguments; None there is no statement.
+        "attn_logit_softcapping": ("attn_logit_softcapping", b.score_softcap),
+        "final_logit_softcapping": ("final_logit_softcapping", b.logits_softcap),
         "softmax_type": (
             "attention sinks",
             "learnable" if b.attention_sinks else "vanilla",

@@ -22,6 +22,7 @@ from megatron_oprd.models.fp8 import with_fp8_linears
 from megatron_oprd.models.fp8_codes import WeightFormat
 from megatron_oprd.models.layer_variants import with_variants
 from megatron_oprd.models.layers import final_norm_class, layer_spec
+from megatron_oprd.models.logits import LogitForm
 from megatron_oprd.models.rotary import (
     RotaryTransformerConfig,
     has_fused_rotation,
@@ -46,11 +47,11 @@ class HiddenStatesModel(GPTModel):
 
     Attributes:
         embedding_multiplier: Factor on the embedding's output.
-        logits_divisor: What the LM head's output is divided by, wherever it is computed.
+        logit_form: What makes logits of the LM head's output, wherever it is computed.
     """
 
     embedding_multiplier = 1.0
-    logits_divisor = 1.0
+    logit_form = LogitForm()
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         decoder_input, *others = super()._preprocess(*args, **kwargs)
@@ -154,6 +155,7 @@ def transformer_config(
         qk_layernorm=a.qk_norm,
         attention_output_gate=a.attention_gate,
         softmax_scale=a.softmax_scale,
+        score_softcap=a.score_softcap,
         rotary_interleaved=a.rope.interleaved,
         # Positions to the left of a token and to its right; then, by layer, whether it counts.
         window_size=None if a.sliding_window is None else (a.sliding_window - 1, 0),
@@ -235,10 +237,10 @@ def build_model(
             Transformer Engine.
 
     Raises:
-        UserError: A sliding window or attention sinks under context parallelism, with Transformer
-            Engine.
+        UserError: With Transformer Engine, a softcap of attention's scores, or a sliding window or
+            attention sinks under context parallelism.
     """
-    if context.transformer_engine and config.context_parallel_size > 1:
+    if context.transformer_engine:
         _check_attention(config, architecture)
     vpp, moe = config.virtual_pipeline_model_parallel_size, architecture.moe
     norm = final_norm_class(transformer_engine=context.transformer_engine)
@@ -284,7 +286,7 @@ def build_model(
             vp_stage=chunk if vpp else None,
         )
         model.embedding_multiplier = _embedding_multiplier(architecture, config.params_dtype)
-        model.logits_divisor = architecture.logits_divisor
+        model.logit_form = LogitForm.of(architecture)
         set_frequencies(
             model, architecture, max_sequence_length=max_sequence_length, device=context.device
         )
@@ -313,6 +315,14 @@ def _embedding_multiplier(architecture: Architecture, dtype: torch.dtype) -> flo
 
 
 def _check_attention(config: TransformerConfig, architecture: Architecture) -> None:
+    if architecture.score_softcap is not None:
+        raise UserError(
+            f"a {architecture.family} has attn_logit_softcapping = {architecture.score_softcap}, "
+            "which Transformer Engine's attention, as Megatron builds it, does not have; use an "
+            "environment without the package transformer_engine, where attention is torch's"
+        )
+    if config.context_parallel_size == 1:
+        return
     found = []
     if architecture.sliding_window is not None:
         found.append(f"a sliding window of {architecture.sliding_window} positions")

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from megatron_oprd.models.rotary import RotaryTransformerConfig
 from megatron_oprd.models.sinks import mark_sinks, with_sinks, without_sinks
+from megatron_oprd.models.softcap import softcapped_attention
 from megatron_oprd.parallel.layout import context_parallel_positions
 
 Tap = Callable[[Tensor], Tensor]
@@ -198,7 +199,7 @@ class ScaledDotProductAttention(MegatronModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: RotaryTransformerConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
@@ -212,6 +213,7 @@ class ScaledDotProductAttention(MegatronModule):
         assert attn_mask_type == AttnMaskType.causal
         assert config.attention_dropout == 0.0
         self.softmax_scale = softmax_scale
+        self.softcap = config.score_softcap
         # Latest positions that a token attends to, itself included; None: all.
         self.window: int | None = None
         if is_layer_window_attention(
@@ -285,7 +287,11 @@ class ScaledDotProductAttention(MegatronModule):
     def _attend_over(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
     ) -> Tensor:
-        """Torch's attention: query [s, b, heads, dim] --> [s, b, heads, dim]."""
+        """Attention, torch's if scores have no softcap: query [s, b, heads, dim] --> the same."""
+        if self.softcap is not None:
+            return softcapped_attention(
+                query, key, value, mask, scale=scale or query.shape[-1] ** -0.5, cap=self.softcap
+            )
         # [s, b, n, d] --> [b, n, s, d]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         # The kernels that keep no [s, s] matrix want equal widths. Zeros change no score.

@@ -11,6 +11,7 @@ from megatron_oprd.models.families import (
     decoder_config,
     mapping_table,
     nested_model,
+    plain_names,
     read_architecture,
     under_known_model_type,
     unread_tensors,
@@ -120,7 +121,7 @@ def open_folder(path: Path) -> HFCheckpoint | Dequantised:
 
 
 def open_decoder(checkpoint: HFCheckpoint) -> HFCheckpoint:
-    """The decoder's part of a nested model; another model under a model_type that is known.
+    """The decoder's part of a nested model; another model under a model_type and names known here.
 
     Raises `UserError` if a nested model's decoder is not supported.
     """
@@ -129,6 +130,7 @@ def open_decoder(checkpoint: HFCheckpoint) -> HFCheckpoint:
         known = under_known_model_type(checkpoint.config)
         if known is not checkpoint.config:
             checkpoint.replace_config(known)
+        checkpoint.rename(plain_names(checkpoint))
         return checkpoint
     family = read_architecture(checkpoint).family
     decoder = TextPart(

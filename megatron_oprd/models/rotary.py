@@ -35,6 +35,7 @@ class RotaryTransformerConfig(TransformerConfig):
     sliding_yarn_mscale: float | None = None
     # Whether attention's output projection has a bias; add_bias_linear is the MLP's.
     attention_output_bias: bool = False
+    score_softcap: float | None = None  # as `Architecture`'s
 
 
 class RotaryByKind(torch.nn.Module):
@@ -106,6 +107,7 @@ def inverse_frequencies(rope: Rope, *, head_dim: int, max_sequence_length: int) 
         return frequencies / rope.factor
     if rope.rope_type == "yarn":
         return _yarn(turns, dim, rope)
+    # "dynamic" has other ones past max_position_embeddings only, which no run's sequences reach.
     return _llama3(frequencies, rope) if rope.rope_type == "llama3" else frequencies
 
 

@@ -11,6 +11,13 @@ from dataclasses import dataclass
 
 from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.models.architecture import Architecture, MixtureOfExperts
+from megatron_oprd.models.softcap import BLOCK
+from megatron_oprd.planning.delta_activations import (
+    DeltaShape,
+    backward_workspace_of_delta_net,
+    forward_workspace_of_delta_net,
+    saved_by_delta_net,
+)
 
 _FP32 = 4
 _INT64 = 8
@@ -45,10 +52,12 @@ class LayerShape:
 
     architecture: Architecture
     has_experts: bool  # in the place of the gated MLP
+    has_delta_net: bool  # in the place of attention
     parallel: ParallelConfig
     kernels: Kernels
     num_rows: int  # rows of the micro-batch
     row_tokens: int  # tokens of a row on a context-parallel rank, [s/cp]
+    num_sequences: int  # of the micro-batch; more than rows if these are packed
     is_packed: bool  # a row has several sequences
     itemsize: int  # bytes per element of the hidden states
 
@@ -56,6 +65,21 @@ class LayerShape:
     def moe(self) -> MixtureOfExperts | None:
         """The layer's experts; None for a layer with a gated MLP."""
         return self.architecture.moe if self.has_experts else None
+
+    @property
+    def delta(self) -> DeltaShape | None:
+        """The layer's gated DeltaNet; None for a layer with attention."""
+        if not self.has_delta_net:
+            return None
+        assert self.architecture.delta is not None
+        return DeltaShape(
+            delta=self.architecture.delta,
+            tp=self.tp,
+            num_sequences=self.num_sequences,
+            sequence_tokens=self.sequence_tokens,
+            itemsize=self.itemsize,
+            is_packed=self.is_packed,
+        )
 
     @property
     def tp(self) -> int:
@@ -71,6 +95,11 @@ class LayerShape:
     def tokens(self) -> int:
         """Tokens of the micro-batch on a context-parallel rank."""
         return self.num_rows * self.row_tokens
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of a sequence on a context-parallel rank, padding included."""
+        return self.tokens // self.num_sequences
 
     @property
     def sliced_tokens(self) -> int:
@@ -126,6 +155,17 @@ class LayerShape:
         return self.tokens * self.groups * self.architecture.head_dim * self.itemsize
 
     @property
+    def softcapped_bytes(self) -> int:
+        """Scores of one block of queries, in fp32; 0 without a softcap."""
+        a, length = self.architecture, self.sequence_tokens
+        if a.score_softcap is None:
+            return 0
+        # Packed sequences are attended one by one.
+        queries = (1 if self.is_packed else self.num_rows) * min(BLOCK, length)
+        keys = length * self.parallel.context_parallel_size
+        return queries * keys * a.num_attention_heads // self.tp * _FP32
+
+    @property
     def rotary_bytes(self) -> int:
         """Cosines or sines of the rotary embedding, [s, 1, 1, head_dim]."""
         return self.row_tokens * self.architecture.rotary_dim * self.itemsize
@@ -174,11 +214,21 @@ def backward_workspace(shape: LayerShape) -> int:
     ]
     if shape.moe is not None:
         # The dispatched gradient, its copy in the experts' order, and the experts' output.
-        return max(steps) + 3 * shape.dispatched_bytes + 2 * shape.hidden_bytes
-    # The incoming gradient, gathered; the layer's output, if recomputed; with sequence parallelism,
-    # the re-gathered input.
-    gathered = shape.gathered_bytes * (2 if shape.parallel.sequence_parallel else 1)
-    return max(steps) + gathered + shape.hidden_bytes
+        of_mlp = max(steps) + 3 * shape.dispatched_bytes + 2 * shape.hidden_bytes
+    else:
+        # The incoming gradient, gathered; the layer's output, if recomputed; with sequence
+        # parallelism, the re-gathered input.
+        gathered = shape.gathered_bytes * (2 if shape.parallel.sequence_parallel else 1)
+        of_mlp = max(steps) + gathered + shape.hidden_bytes
+    of_attention = 0
+    if shape.delta is not None:
+        of_attention = backward_workspace_of_delta_net(shape.delta)
+    elif a.score_softcap is not None:
+        # Scores in four steps of the formula or its gradient; gradients of query, key and value,
+        # and those of the block before.
+        of_attention = 4 * shape.softcapped_bytes + 2 * shape.query_bytes + 4 * shape.key_bytes
+    # Of what the MLP saved nothing is left then.
+    return max(of_mlp, of_attention + 2 * shape.hidden_bytes - _saved_by_mlp(shape))
 
 
 def embedding_workspace(shape: LayerShape, *, padded_vocab_size: int) -> int:
@@ -232,13 +282,23 @@ def forward_workspace(shape: LayerShape) -> int:
         # Input and output of the experts, and the output of the one for all tokens.
         entered = 2 * shape.dispatched_bytes
         entered += 0 if moe.shared_ffn_hidden_size is None else shape.hidden_bytes
-    return _num_inner(shape) * shape.mlp_bytes + entered + 2 * shape.hidden_bytes
+    of_mlp = _num_inner(shape) * shape.mlp_bytes + entered + 2 * shape.hidden_bytes
+    of_attention = 0
+    if shape.delta is not None:
+        of_attention = forward_workspace_of_delta_net(shape.delta)
+    elif a.score_softcap is not None:
+        # Scores in three steps, beside query, key, value and the output.
+        of_attention = 3 * shape.softcapped_bytes + 3 * shape.query_bytes + 3 * shape.key_bytes
+    return max(of_mlp, of_attention + 2 * shape.hidden_bytes)
 
 
 def _saved_by_attention(shape: LayerShape, recompute_attention: bool) -> int:
     a = shape.architecture
     if a.latent is not None:
         return _saved_by_latent_attention(shape, recompute_attention)
+    if shape.delta is not None:
+        # The norm, and the input of two projections.
+        return _saved_by_norms(shape) + shape.hidden_bytes + saved_by_delta_net(shape.delta)
     heads = a.num_attention_heads // shape.tp
     saved = _saved_by_norms(shape) + shape.hidden_bytes  # the norms, and linear_qkv's input
     # Query, key and value in one tensor, of which the values are a view; query and key after the
@@ -246,6 +306,9 @@ def _saved_by_attention(shape: LayerShape, recompute_attention: bool) -> int:
     saved += (shape.query_bytes + 2 * shape.key_bytes) + (shape.query_bytes + shape.key_bytes)
     saved += shape.query_bytes
     saved += 4 * shape.rotary_bytes  # cosines and sines, for query and for key
+    if a.attention_gate:
+        # Gates in the joint tensor; their sigmoids in fp32, and linear_proj's input.
+        saved += 2 * shape.query_bytes + shape.query_bytes * _FP32 // shape.itemsize
     cp = shape.parallel.context_parallel_size
     if cp > 1 and not shape.kernels.transformer_engine:
         # Only gathered keys and values are saved. The joint tensor then survives only if a QK norm
@@ -254,10 +317,11 @@ def _saved_by_attention(shape: LayerShape, recompute_attention: bool) -> int:
         saved -= 0 if a.qk_norm else shape.query_bytes + 2 * shape.key_bytes
         saved += shape.row_tokens * shape.row_tokens * cp  # the mask
     in_blocks = a.sliding_window is not None and cp == 1 and shape.row_tokens > a.sliding_window
-    if (shape.is_packed or in_blocks) and not shape.kernels.transformer_engine:
-        saved += shape.query_bytes  # concatenated, for linear_proj
-    if not recompute_attention:
-        saved += shape.tokens * heads * _FP32  # log-sum-exp of each row
+    if a.score_softcap is None:
+        if (shape.is_packed or in_blocks) and not shape.kernels.transformer_engine:
+            saved += shape.query_bytes  # concatenated, for linear_proj
+        if not recompute_attention:
+            saved += shape.tokens * heads * _FP32  # log-sum-exp of each row
     if a.qk_norm and a.qk_norm_over_all_heads:
         # Plain torch in fp32: the input, the normalised input, and two numbers for each token.
         width = heads * a.head_dim + shape.groups * a.head_dim

@@ -99,6 +99,8 @@ def _teacher_layers(layout: RunLayout, pp_rank: int) -> list[int]:
 def _teacher_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
     layers = _teacher_layers(layout, pp_rank)
     steps = 2 * _parallel_halves(layout.teacher, layers)
+    if layout.config.parallel.sequence_parallel:
+        steps += _second_projections(layout.teacher, layers)
     # The embedding's output: a scatter with sequence parallelism, else an all-reduce.
     if pp_rank == 0:
         steps += 1 if layout.config.parallel.sequence_parallel else 2
@@ -114,12 +116,18 @@ def _student_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
     stages = layout.stages_of_rank(pp_rank)
     sequence_parallel = layout.config.parallel.sequence_parallel
     running, recomputed = _student_layers(layout, pp_rank)
+    a = layout.student.architecture
+    linear = _second_projections(layout.student, running)
     # Per half layer a gather and a scatter (one all-reduce without sequence parallelism). With
     # sequence parallelism, the backward pass gathers the input of the half's first linear layer
     # again.
     in_backward = 3 if sequence_parallel else 2
     steps = 2 * _parallel_halves(layout.student, running + recomputed)
     steps += in_backward * _parallel_halves(layout.student, running)
+    if sequence_parallel:
+        steps += _second_projections(layout.student, running + recomputed)
+    # With sequence parallelism a gather and a scatter, without it an all-reduce.
+    steps += 2 * linear
     if pp_rank == 0:
         steps += 2
     if has_output_loss(layout, pp_rank):
@@ -131,12 +139,19 @@ def _student_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
     if sequence_parallel:
         # Gradients of norms are all-reduced, as each rank has seen only its slice of the sequence.
         replicated = count_parameters(layout, layout.student, pp_rank).replicated
+        if a.delta is not None:
+            replicated -= linear * a.delta.value_dim  # as below
         sent += _ring(layout, 2 * replicated * _FP32)
-    elif layout.student.architecture.qk_norm:
+    elif a.qk_norm:
         # Without it only those of query and key heads.
-        a = layout.student.architecture
         heads = a.num_attention_heads + a.num_query_groups if a.qk_norm_over_all_heads else 2
-        sent += _ring(layout, 2 * len(running) * heads * a.head_dim * _FP32)
+        sent += _ring(layout, 2 * (len(running) - linear) * heads * a.head_dim * _FP32)
+    if a.delta is not None:
+        # The gradient of the heads' norm, in every backward pass; packed sequences have their own.
+        is_packed = layout.config.batch.sequence_packing
+        passes = workload.num_sequences if is_packed else workload.num_micro_batches
+        itemsize = DTYPES[layout.config.model.params_dtype].itemsize
+        sent += _ring(layout, 2 * linear * passes * a.delta.value_dim * itemsize)
     passes = 2 * len(running) + len(recomputed)
     return sent + _squares(layout, layout.student, workload, passes)
 
@@ -159,6 +174,11 @@ def _parallel_halves(model: ModelLayout, layers: list[int]) -> int:
     if moe is not None and moe.shared_ffn_hidden_size is None:
         halves -= model.architecture.num_with_experts(layers)
     return halves
+
+
+def _second_projections(model: ModelLayout, layers: list[int]) -> int:
+    """Layers in which two projections read the input, each with messages of its own."""
+    return sum(map(model.architecture.has_delta_net, layers))
 
 
 def _squares(layout: RunLayout, model: ModelLayout, workload: Workload, passes: int) -> int:

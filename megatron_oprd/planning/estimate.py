@@ -52,20 +52,13 @@ def read_models(config: RunConfig) -> Models:
     """Reads the models' configurations; of a Hugging Face folder only config.json.
 
     The bridge file is not needed if ``bridge.rank`` is given. Raises UserError if a configuration
-    is missing or unsupported, or the bridge cannot be read, or the student has linear attention.
+    is missing or unsupported, or the bridge cannot be read.
     """
-    student = _read(config.model.student, config.model.student_hf_config)
-    if student.delta is not None:
-        raise UserError(
-            f"model.student = {config.model.student} has linear attention, and plan does not "
-            "estimate what this keeps for the backward pass; plan another student, or start train, "
-            "which needs no plan"
-        )
     bridge_rank = config.bridge.rank
     if config.bridge.path is not None and bridge_rank is None:
         bridge_rank = open_bridge(Path(config.bridge.path)).rank
     return Models(
-        student=student,
+        student=_read(config.model.student, config.model.student_hf_config),
         teacher=_read(config.model.teacher, config.model.teacher_hf_config),
         bridge_rank=bridge_rank,
         others=tuple(
@@ -118,8 +111,11 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimates the memory of a run; ``memory_gb`` is per GPU, in 10^9 bytes.
 
-    Raises UserError if the settings do not fit the models or the number of GPUs.
+    Raises UserError if the settings do not fit the models or the number of GPUs, or the kernels a
+    model.
     """
+    if kernels.transformer_engine:
+        _check_softcaps(config, models)
     layouts = models.placed(config, num_gpus=num_gpus)
     largest = workload(
         layouts[0],
@@ -128,6 +124,24 @@ def estimate_memory(
         others=layouts[1:],
     )
     return memory_of(layouts, largest, kernels, memory_gb=memory_gb)
+
+
+def _check_softcaps(config: RunConfig, models: Models) -> None:
+    of_extra = [
+        (extra.model, one)
+        for extra, (one, _) in zip(config.extra_teachers, models.others, strict=True)
+    ]
+    for folder, model in (
+        (config.model.student, models.student),
+        (config.model.teacher, models.teacher),
+        *of_extra,
+    ):
+        if model.score_softcap is not None:
+            raise UserError(
+                f"{folder} has attn_logit_softcapping = {model.score_softcap}, which Transformer "
+                "Engine's attention does not have; give --layers local, and run it without the "
+                "package transformer_engine"
+            )
 
 
 def memory_of(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from megatron_oprd.distill.head import CHUNK_TOKENS
+from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.teacher import uses_engine
 from megatron_oprd.planning.activations import (
@@ -142,12 +143,12 @@ def _saved_by_chunk(
     running = len(layers)
     tapped = len(layout.pairs_of_stage(stage))
     of_kind = {
-        one.has_experts: saved_by_layer(
+        (one.has_experts, one.has_delta_net): saved_by_layer(
             one, recompute_attention=recompute.recompute_granularity == "selective"
         )
         for one in shapes
     }
-    of_layers = [of_kind[shape.architecture.has_experts(layer)] for layer in layers]
+    of_layers = [of_kind[_kind(shape.architecture, layer)] for layer in layers]
     of_taps = tapped * saved_by_tap(shape, rows)
     norm = (
         saved_by_norm(shape) if is_last_stage(layout, stage) else 0
@@ -191,19 +192,25 @@ def _shapes(
     """Sizes of each kind of layer on a pipeline rank, for the largest micro-batch."""
     config, of_stage = layout.config, model.extent.layers_of_stage
     layers = [layer for stage in layout.stages_of_rank(pp_rank) for layer in of_stage(stage)]
-    # In a mixture of experts the first layers may have none. A rank without layers of the teacher
-    # passes on the hidden states of any.
-    kinds = sorted({model.architecture.has_experts(layer) for layer in layers or [0]})
+    # A rank without layers of the teacher passes on the hidden states of any.
+    kinds = sorted({_kind(model.architecture, layer) for layer in layers or [0]})
     return [
         LayerShape(
             architecture=model.architecture,
             has_experts=has_experts,
+            has_delta_net=has_delta_net,
             parallel=model.parallel,
             kernels=kernels,
             num_rows=workload.num_rows,
             row_tokens=workload.row_tokens // config.parallel.context_parallel_size,
+            num_sequences=workload.micro_batch_size,
             is_packed=config.batch.sequence_packing,
             itemsize=DTYPES[config.model.params_dtype].itemsize,
         )
-        for has_experts in kinds
+        for has_experts, has_delta_net in kinds
     ]
+
+
+def _kind(architecture: Architecture, layer: int) -> tuple[bool, bool]:
+    """In what a layer may differ from others: experts, and linear attention."""
+    return architecture.has_experts(layer), architecture.has_delta_net(layer)

@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
 )
@@ -25,6 +26,12 @@ from megatron_oprd.rollout.sampling import (
     seed_of,
 )
 from megatron_oprd.weights.fused_experts import published_name
+
+
+def attention_of(config: PretrainedConfig) -> str | None:
+    """The implementation of attention that has what the model's scores need; None: any."""
+    # Some versions of transformers choose another one by themselves, and leave the softcap out.
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
 class HFEngine:
@@ -52,7 +59,9 @@ class HFEngine:
         """Builds the model from ``folder``'s config.json, without reading weights."""
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device(device), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention_of(config)
+            )
         model.tie_weights()  # no_init_weights skips tying, too
         # generate() reads defaults from here for fields that its explicit config leaves unset.
         model.generation_config = GenerationConfig()

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_oprd.data.batching import MicroBatch
 from megatron_oprd.distill.head import ResponseLogprobs, head_weight
 from megatron_oprd.distill.output_space import VocabularyShard
+from megatron_oprd.models.logits import LogitForm
 from megatron_oprd.models.schedule import run_schedule
 from megatron_oprd.models.student import whole_model
 from megatron_oprd.rollout.engine import Rollout
@@ -166,7 +167,7 @@ class LogprobCheck:
             is_meaningless=self.is_meaningless,
             num_tokens=sum(len(rollout.response_ids) for rollout in rollouts),
             sequence_parallel=parallel.sequence_parallel,
-            logits_divisor=distiller.plan.layout.student.architecture.logits_divisor,
+            logit_form=LogitForm.of(distiller.plan.layout.student.architecture),
         )
         modules = state.modules
 

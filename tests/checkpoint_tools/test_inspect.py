@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
+from transformers import AutoModelForCausalLM, CohereConfig, GPT2Config
 from transformers.core_model_loading import revert_weight_conversion
 
 from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron
@@ -98,30 +98,30 @@ def test_the_module_does_not_stand_in_the_way_of_the_standard_library(folders: P
 
 
 def test_what_stands_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Gemma 2 has fields for what no family here does, and not the norms of heads of Gemma 3."""
-    config = Gemma2Config(
+    """Cohere's has fields for what no family here does, and one norm for attention and MLP."""
+    config = CohereConfig(
         vocab_size=50,
         hidden_size=8,
         intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma2")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "cohere")
     file = tmp_path / "report.json"
-    assert main([str(tmp_path / "gemma2"), "--json", str(file)]) == 0
+    assert main([str(tmp_path / "cohere"), "--json", str(file)]) == 0
     found = json.loads(file.read_text())["obstacles"]
-    assert found["family"] == "Gemma3ForCausalLM"
-    assert {"attn_logit_softcapping", "final_logit_softcapping"} <= set(found["fields"])
+    assert found["family"] == "GraniteForCausalLM"
+    assert {"logit_scale", "layer_norm_eps"} <= set(found["fields"])
     assert "hidden_size" not in found["fields"]
     assert found["unknown_tensors"] == []
-    assert found["missing_tensors"] == [
-        f"model.layers.*.self_attn.{one}_norm.weight" for one in "kq"
-    ]
+    assert found["missing_tensors"] == ["model.layers.*.post_attention_layernorm.weight"]
     said = capsys.readouterr().out
     assert f"compared with {found['family']}" in said
-    assert "final_logit_softcapping = 30.0" in said
+    assert "logit_scale = 0.0625" in said
 
 
 def test_a_field_of_a_known_family_stands_in_the_way(tmp_path: Path) -> None:

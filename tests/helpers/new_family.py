@@ -2,7 +2,7 @@
 
     python -m tests.helpers.new_family MODEL_TYPE [FIELD=VALUE ...]
 
-MODEL_TYPE is transformers' name in config.json, such as gemma2; a VALUE is JSON. The lines that are
+MODEL_TYPE is transformers' name in config.json, such as cohere; a VALUE is JSON. The lines that are
 printed belong in the files above them. docs/add-a-family.md goes through them.
 """
 

@@ -82,6 +82,14 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     },
     # The window is in three layers; the last has none, and is not rotated.
     "exaone4": {**_WIDE_HEADS, "sliding_window": 7},
+    # Both caps are below the largest scores and logits.
+    "gemma2": {
+        **_WIDE_HEADS,
+        "query_pre_attn_scalar": 5,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+    },
     # Every third layer has no window, and the rotation of the others is another.
     "gemma3_text": {
         **_WIDE_HEADS,
@@ -196,10 +204,10 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     """A config of ``family``, a transformers model_type: 4 layers, hidden size 32, 97 tokens.
 
-    4 query heads share 2 key-value heads. The head_dim of EXAONE, GLM, MiniMax, Ministral, Mistral,
-    Mixtral, Qwen3 and Seed-OSS is 16, which is not hidden / heads. The last layer of SmolLM3 and
-    EXAONE is not rotated. With a mixture of experts each token goes through 2 of 8. The embeddings
-    are not tied unless ``tie_word_embeddings=True``.
+    4 query heads share 2 key-value heads. The head_dim of EXAONE, Gemma, GLM, MiniMax, Ministral,
+    Mistral, Mixtral, Qwen3 and Seed-OSS is 16, which is not hidden / heads. The last layer of
+    SmolLM3 and EXAONE is not rotated. With a mixture of experts each token goes through 2 of 8. The
+    embeddings are not tied unless ``tie_word_embeddings=True``.
     """
     fields: dict[str, Any] = {
         "vocab_size": 97,

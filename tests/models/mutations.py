@@ -26,7 +26,7 @@ def mutate(
             ``permuted_experts``, ``shifted_embedding``, ``other_rope_theta``, ``unscaled_rope``,
             ``full_rotary``, ``no_attention_factor``, ``longer_window``, ``shorter_window``
             (in layer 0), ``swapped_gate_up_of_experts``, ``all_rotated``,
-            ``unscaled_embedding``, or ``missing <norm>``.
+            ``unscaled_embedding``, ``no_softcap``, or ``missing <norm>``.
         architecture: The model's.
         parameters: Its parameters under their layout-independent names.
         chunks: The model.
@@ -89,6 +89,9 @@ def mutate(
     def unscaled_embedding() -> None:
         chunks[0].embedding_multiplier = 1.0
 
+    def no_softcap() -> None:
+        chunks[0].decoder.layers[1].self_attention.core_attention.softcap = None
+
     def all_rotated() -> None:
         chunks[0].config.no_rope_freq = None
 
@@ -112,6 +115,7 @@ def mutate(
         "shorter_window": shorter_window,
         "swapped_gate_up_of_experts": swapped_gate_up_of_experts,
         "all_rotated": all_rotated,
+        "no_softcap": no_softcap,
         "unscaled_embedding": unscaled_embedding,
     }
     if name.startswith("missing "):

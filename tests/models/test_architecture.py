@@ -38,8 +38,8 @@ def read(models: Path, tmp_path: Path, family: str, **changes: Any) -> Architect
 ROPES: list[tuple[dict[str, Any], str]] = [
     ({"rope_type": "linear", "factor": 2.0, "beta_fast": 4}, "'linear' has .*beta_fast"),
     (
-        {"rope_type": "dynamic", "factor": 2.0},
-        "rope_type 'dynamic' is not supported: .*_embeddings = 256, in other engines always",
+        {"rope_type": "dynamic", "factor": 2.0, "alpha": 1000.0},
+        r"'dynamic' has \['alpha', 'factor'\]; .* \['factor'\]",
     ),
     (
         {

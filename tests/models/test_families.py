@@ -289,6 +289,19 @@ GPT_OSS_4 = {
     "tie_word_embeddings": False, "transformers_version": "4.55.0.dev0", "use_cache": True,
     "vocab_size": 1001,
 }  # fmt: skip
+# As the 9B's, but for the sizes; layer_types is not written, and alternates.
+GEMMA2_4 = {
+    "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid",
+    "eos_token_id": 1, "final_logit_softcapping": 30.0, "head_dim": 32,
+    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 48, "initializer_range": 0.02, "intermediate_size": 80,
+    "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 6,
+    "num_hidden_layers": 5, "num_key_value_heads": 2, "pad_token_id": 0,
+    "query_pre_attn_scalar": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+    "sliding_window": 4096, "sliding_window_size": 4096, "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 1001,
+}  # fmt: skip
 # As the 1B's, but for the sizes. The class ties the head where the configuration does not say.
 GEMMA3_4 = {
     "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
@@ -420,6 +433,16 @@ WRITTEN_BY_4: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "moe": MixtureOfExperts(num_experts=16, num_experts_per_token=4, ffn_hidden_size=80,
                                  norm_topk_prob=True),
          "max_position_embeddings": 131072},
+    ),
+    "gemma2": (
+        GEMMA2_4,
+        {"family": "Gemma2ForCausalLM", "head_dim": 32, "layernorm_epsilon": 1e-6, "tied": True,
+         "rope": Rope(theta=10000), "max_position_embeddings": 8192,
+         "sliding_window": 4096, "sliding_layers": (True, False, True, False, True),
+         "zero_centered_norms": True, "post_norms": True, "softmax_scale": 0.125,
+         "score_softcap": 50.0, "activation": Activation(function="gelu_tanh"),
+         "embedding_multiplier": math.sqrt(48), "rounds_embedding_multiplier": True,
+         "logits_softcap": 30.0},
     ),
     "gemma3": (
         GEMMA3_4,
@@ -568,7 +591,9 @@ def test_a_copy_of_the_class_under_another_model_type(models: Path, tmp_path: Pa
         ("gpt_oss", {"num_experts_per_tok": 1}),
         ("gpt_oss", {"num_experts_per_tok": 9}),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}),
-        ("gemma3_text", {"final_logit_softcapping": 30.0}),
+        ("gemma3_text", {"final_logit_softcapping": 0.0}),
+        ("gemma2", {"attn_logit_softcapping": -1.0}),
+        ("gemma2", {"use_bidirectional_attention": True}),
         ("gemma3_text", {"use_bidirectional_attention": True}),
         ("gemma3_text", {"hidden_activation": "gelu"}),
         ("llama", {"attention_dropout": 0.1}),

@@ -78,7 +78,10 @@ def neutral(family: str) -> dict[str, Any]:
 
 
 # The root of the width, a factor on embeddings, is the same in bf16.
-BASE: dict[str, dict[str, Any]] = {"gemma3_text": {"hidden_size": 64}}
+BASE: dict[str, dict[str, Any]] = {
+    "gemma2": {"hidden_size": 64},
+    "gemma3_text": {"hidden_size": 64},
+}
 
 
 def base(family: str) -> PretrainedConfig:

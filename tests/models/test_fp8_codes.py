@@ -118,3 +118,31 @@ def test_rows_at_a_time(weight_format: WeightFormat, monkeypatch: pytest.MonkeyP
     in_parts = decode(whole, scales, weight_format, torch.float32)
     monkeypatch.undo()
     assert_close_relative(in_parts, decode(whole, scales, weight_format, torch.float32), 1e-6)
+
+
+def test_codes_of_a_checkpoint_in_the_same_blocks_are_kept() -> None:
+    """Weights published in FP8 with 128 x 128 scales, read in bf16, and stored with block_128.
+
+    The largest code of a block is the format's largest, as quantisers make it. Then the codes are
+    the published ones, and the scales are off by what bf16 rounds.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 384, generator=generator)
+    rows, columns = (torch.arange(size) // 128 for size in weight.shape)
+
+    def of_blocks(matrix: Tensor) -> Scales:
+        largest = matrix.float().abs().unflatten(0, (2, 128)).unflatten(2, (3, 128)).amax((1, 3))
+        return Scales(values=largest / 448, row_block=rows.int(), column_block=columns.int())
+
+    published = of_blocks(weight)
+    spread = published.values[rows][:, columns]
+    codes = (weight / spread).to(torch.float8_e4m3fn)
+    values = (codes.float() * spread).bfloat16()
+    again = stored(values, of_blocks(values), FORMATS["block_128"])
+    assert torch.equal(again.float(), codes.float())
+    found = decode(again, of_blocks(values), FORMATS["block_128"], dtype=torch.float32)
+    difference = (found - codes.float() * spread).abs() / (codes.float() * spread).abs()
+    assert 0 < float(difference.nan_to_num().max()) <= 2.0**-8
+    # Scales of rows would round most weights to other numbers.
+    error = (values.float() - codes.float() * spread).norm() / weight.norm()
+    assert relative_error(values, FORMATS["per_channel_log"]) > 2 * float(error)

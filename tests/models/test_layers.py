@@ -72,6 +72,24 @@ def test_grouped_experts_number_their_matrices() -> None:
     assert "local_expert_indices_offset + i" in source
 
 
+def test_a_softcap_of_scores_is_refused_with_transformer_engine() -> None:
+    """Megatron does not hand it on; Transformer Engine 2.11 has no argument for it."""
+    found = ast.parse(Path(transformer_engine.__file__).read_text())
+    assert "softcap" not in ast.unparse(found)
+    architecture = FAMILIES["Gemma2ForCausalLM"].architecture(tiny_config("gemma2"), "config.json")
+    config: Any = SimpleNamespace(context_parallel_size=1)
+    context: Any = SimpleNamespace(transformer_engine=True)
+    with pytest.raises(UserError, match=r"attn_logit_softcapping = 1\.5, which .*; use an env"):
+        build_model(
+            architecture,
+            None,  # type: ignore[arg-type]
+            config,
+            context=context,
+            padded_vocab_size=97,
+            max_sequence_length=64,
+        )
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "what"),
     [

@@ -166,6 +166,48 @@ def test_qwens_decoder_as_published(tmp_path: Path) -> None:
         assert torch.equal(found.source.read(name), expected.source.read(name)), name
 
 
+@pytest.fixture(params=["qwen3_5_text", "qwen3_5_moe_text"])
+def saved_decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A whole model, and beside it its decoder as transformers reads and saves it."""
+    save_tiny_model(tmp_path / "whole", with_vision(tiny_config(request.param)), seed=4)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "tokenizer.json").write_bytes(
+        (tmp_path / "whole" / "tokenizer.json").read_bytes()
+    )
+    return tmp_path
+
+
+def test_a_saved_decoder_keeps_longer_names(saved_decoder: Path) -> None:
+    """It is the decoder of the whole folder, and the plain names are those of its export."""
+    names = load_file(saved_decoder / "saved" / "model.safetensors").keys()
+    assert any(name.startswith("model.language_model.layers.") for name in names)
+    whole, saved = (open_checkpoint(saved_decoder / one) for one in ("whole", "saved"))
+    saved.check_tensors()
+    assert saved.architecture == whole.architecture
+    assert sorted(saved.source.names()) == sorted(whole.source.names())
+    for name in whole.source.names():
+        assert torch.equal(saved.source.read(name), whole.source.read(name)), name
+    hf_to_megatron(saved_decoder / "saved", saved_decoder / "megatron", Settings())
+    back = saved_decoder / "back"
+    assert megatron_to_hf(["--megatron", str(saved_decoder / "megatron"), "--out", str(back)]) == 0
+    assert not any("language_model" in name for name in load_file(back / "model.safetensors"))
+    assert verify([str(saved_decoder / "saved"), str(back), "--level", "bitwise"]) == 0
+    one, other = (
+        transformers_states(folder, [[5, 6, 7]], device=torch.device("cpu"))
+        for folder in (saved_decoder / "saved", back)
+    )
+    assert torch.equal(one.logits[0], other.logits[0])
+
+
+def test_both_names_of_a_tensor(saved_decoder: Path) -> None:
+    file = saved_decoder / "saved" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = tensors["model.language_model.norm.weight"].clone()
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"left over: model\.language_model"):
+        open_checkpoint(saved_decoder / "saved").check_tensors()
+
+
 def test_a_megatron_checkpoint_needs_the_decoders_configuration(
     models: Path, tmp_path: Path
 ) -> None:

@@ -29,8 +29,11 @@ def test_lengths_and_ends() -> None:
         assert (ends.tolist(), ends.dtype) == ([0, 4, 6, 8], torch.int32)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, (1, 0)])
-def test_attention_asks_the_device_for_nothing(window: tuple[int, int] | None) -> None:
+def test_attention_asks_the_device_for_nothing(
+    window: tuple[int, int] | None, softcap: float | None
+) -> None:
     """On the meta device there are no values: whoever asks for one gets an error."""
     alone = SimpleNamespace(size=lambda: 1)
     groups: Any = SimpleNamespace(cp=alone, tp=alone)
@@ -39,6 +42,7 @@ def test_attention_asks_the_device_for_nothing(window: tuple[int, int] | None) -
         window_size=window,
         window_attn_skip_freq=None,
         softmax_type="vanilla",
+        score_softcap=softcap,
     )
     attention = ScaledDotProductAttention(
         config, 1, AttnMaskType.causal, "self", pg_collection=groups

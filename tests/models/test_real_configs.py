@@ -68,6 +68,7 @@ PARAMETERS = {
     "Seed-OSS-36B-Instruct": 36_151_104_512,
     "SmolLM3-3B": 3_075_098_624,
     "granite-3.3-8b-instruct": 8_170_864_640,
+    "gemma-2-27b-it": 27_227_128_320,
     "gemma-3-27b-it": 27_009_346_304,  # the decoder
     "gpt-oss-120b": 116_829_156_672,
     "gpt-oss-20b": 20_914_757_184,
@@ -100,6 +101,7 @@ LAYOUTS = {
     "glm_4.6": Layout(model="GLM-4.6", layers=(23,) * 4, ep=8, etp=1),
     # 2 key/value heads on 8 ranks.
     "glm4_32b": Layout(model="GLM-4-32B-0414", layers=(16, 15, 15, 15)),
+    "gemma2_27b": Layout(model="gemma-2-27b-it", layers=(12, 12, 11, 11)),
     "gemma3_27b": Layout(model="gemma-3-27b-it", layers=(16, 16, 15, 15)),
     "gpt_oss_120b": Layout(model="gpt-oss-120b", layers=(9,) * 4, ep=8, etp=1),
     "gpt_oss_20b": Layout(model="gpt-oss-20b", layers=(6,) * 4, ep=8, etp=1),
@@ -141,6 +143,7 @@ NIGHTLY = (
     "exaone_32b",
     "glm_4.6",
     "glm4_32b",
+    "gemma2_27b",
     "gemma3_27b",
     "gpt_oss_120b",
     "gpt_oss_20b",

@@ -58,6 +58,11 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "mistral",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}},
     ),
+    "dynamic": (
+        "llama",
+        {"head_dim": 64, "max_position_embeddings": 65}
+        | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}},
+    ),
     "yarn": ("qwen3", {"head_dim": 64, "rope_parameters": YARN}),
     "yarn_attention_factor": ("qwen2", {"rope_parameters": YARN | {"attention_factor": 0.9}}),
     "yarn_of_whole_fields": (
@@ -131,6 +136,17 @@ def test_frequencies_are_transformers_own(tmp_path: Path, name: str, longer: int
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
         assert rope.attention_factor == factor
     assert found.dtype == torch.float32
+
+
+def test_a_dynamic_rotation_ends_where_it_changes(tmp_path: Path) -> None:
+    """One token more, and transformers has other frequencies: runs are not that long."""
+    architecture, hf_config = read("dynamic", tmp_path)
+    assert architecture.max_position_embeddings == 65
+    assert architecture.length_field.startswith("max_position_embeddings, past which rope_type 'd")
+    module = LlamaRotaryEmbedding(hf_config)
+    module(torch.zeros(1), torch.tensor([[65]]))
+    found = frequencies(architecture, 65)
+    assert not torch.allclose(found, module.inv_freq, rtol=1e-3)
 
 
 def test_llama3_by_its_formula(tmp_path: Path) -> None:

@@ -56,6 +56,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}},
     ),
+    # The longest sequence here is as long as the rotation stays the same.
+    "llama_dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 40,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
     "qwen3_yarn": ("qwen3", {"rope_parameters": YARN}),
     "qwen2_yarn": (
         "qwen2",
@@ -125,7 +133,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "gemma3": ("gemma3_text", {}),
+    "gemma2": ("gemma2", {}),
+    # One key head for all ranks, biases; layers with a window alone, and no cap on scores.
+    "gemma2_biased_tied": (
+        "gemma2",
+        {"num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True}
+        | {"layer_types": ["sliding_attention"] * 4, "attn_logit_softcapping": None},
+    ),
+    "gemma3": ("gemma3_text", {"final_logit_softcapping": 2.5}),
     # One key head for all ranks, biases, a pattern in the place of layer_types.
     "gemma3_biased_tied": (
         "gemma3_text",
@@ -264,6 +279,8 @@ MOE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 ALL_LAYOUTS = LAYOUTS | MOE_LAYOUTS
 # What differs does not depend on the layout, or on the layer's number only.
 FEW_LAYOUTS = {
+    "gemma2": ("tp1", "tp2_sp", "pp2_vpp2"),
+    "gemma2_biased_tied": ("tp1", "tp2"),
     "gemma3": ("tp1", "tp2_sp", "pp2_vpp2"),
     "gemma3_biased_tied": ("tp1", "tp2_sp"),
     "vision_gemma3": ("tp1", "pp2"),
@@ -274,6 +291,7 @@ FEW_LAYOUTS = {
     **dict.fromkeys(
         ("llama_linear", "qwen3_yarn", "qwen2_yarn", "mistral_window"), ("tp1", "tp2", "pp2")
     ),
+    "llama_dynamic": ("tp1", "pp2"),
     "mistral3": ("tp1", "tp2_sp", "pp2_vpp2"),
     "mistral3_tied": ("tp1", "pp2"),
     "mistral3_ministral3": ("tp1", "tp2"),
@@ -415,6 +433,7 @@ MISTAKES: dict[tuple[str, str], tuple[int, set[str]]] = {
     ),
     ("longer_window", "gemma3"): (1, set()),
     ("unscaled_embedding", "gemma3"): (0, set()),
+    ("no_softcap", "gemma2"): (1, set()),
     (f"missing {NORM}.mlp.linear_fc2.post_layernorm.weight", "glm4"): (
         1,
         {"model.layers.1.post_mlp_layernorm.weight"},

@@ -159,7 +159,11 @@ BIASES = {
     },
 }
 # Norms of 1 + weight, before and behind; GELU; scaled embeddings; two rotations.
-GEMMA = {"zero_centered_norms": {"family": "gemma3_text", "teacher_layers": 4, "tied": True}}
+GEMMA = {
+    "zero_centered_norms": {"family": "gemma3_text", "teacher_layers": 4, "tied": True},
+    # Softcaps of scores and logits, in windows and without.
+    "softcaps": {"family": "gemma2", "tied": True},
+}
 # Factors on embeddings, scores, residuals and logits.
 MULTIPLIERS = {
     "multipliers": {"family": "granite", "teacher_family": "exaone4", "tied": True},
@@ -373,6 +377,8 @@ CASES = [
     ),
     *(("multipliers", "reverse_kl", layout) for layout in ("tp2_sp_full", "pp2_vpp2")),
     ("multipliers", "logprobs", "tp2"),
+    *(("softcaps", "reverse_kl", layout) for layout in ("tp2_sp_packed", "pp2_vpp2_full", "cp2")),
+    ("softcaps", "logprobs", "tp2"),
     *(("moe", "default", layout) for layout in ("mbs1", "tp2_sp", "pp2_vpp2", *MOE_LAYOUTS)),
     *(("moe_teacher", "default", layout) for layout in ("tp2", "ep2_pp2", "tp2_sp_etp1_ep2")),
     *(
@@ -553,6 +559,8 @@ FURTHER: set[tuple[str, ...]] = {
     *(("post_norms", "default", layout) for layout in ("pp2_vpp2_full", "cp2", "tp4_sp")),
     *(("two_ropes", "default", layout) for layout in ("pp2_vpp2_full", "cp2")),
     ("multipliers", "reverse_kl", "pp2_vpp2"),
+    *(("softcaps", "reverse_kl", layout) for layout in ("tp2_sp_packed", "pp2_vpp2_full")),
+    ("softcaps", "logprobs", "tp2"),
     ("biases", "default", "pp2_vpp2_full"),
     *(("zero_centered_norms", "default", layout) for layout in ("pp2_vpp2_full", "cp2")),
     *(("shared_expert", "default", layout) for layout in ("ep2_pp2_vpp2_full", "tp2_sp_ep2")),

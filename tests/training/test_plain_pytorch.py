@@ -38,6 +38,7 @@ PAIRS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"family": "deepseek_v3"},
     "glm4_moe": {"family": "glm4_moe"},
     "gemma3": {"family": "gemma3_text", "tied": True},
+    "gemma2": {"family": "gemma2", "tied": True},
     "gpt_oss": {"family": "gpt_oss"},
     "biased": {"family": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen3_next": {"family": "qwen3_next", "rms_norm_eps": 0.01},
@@ -172,6 +173,11 @@ STEPS = {
     ),
     "multipliers_and_outputs": Step(
         pair="granite_tied",
+        overrides=["output_loss.kind=reverse_kl"],
+        output=(OutputLossConfig(kind="reverse_kl"), 1.0),
+    ),
+    "softcaps_and_outputs": Step(
+        pair="gemma2",
         overrides=["output_loss.kind=reverse_kl"],
         output=(OutputLossConfig(kind="reverse_kl"), 1.0),
     ),

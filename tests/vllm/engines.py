@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
-from megatron_oprd.rollout.hf import HFEngine
+from megatron_oprd.rollout.hf import HFEngine, attention_of
 from megatron_oprd.rollout.vllm import transfers
 from megatron_oprd.rollout.vllm.engine import VLLMEngine
 from megatron_oprd.rollout.vllm.shared_memory import Chunk, write
@@ -59,7 +59,10 @@ def prompt(index: int, *token_ids: int) -> Prompt:
 
 def logits_of(folder: Path, weights: Weights, rollout: Rollout) -> Tensor:
     """Logits [t, vocabulary] that transformers' model predicts the rollout's t tokens with."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    attention = attention_of(AutoConfig.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    ).eval()
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
     tokens = torch.tensor([[*rollout.prompt_ids, *rollout.response_ids]])

@@ -13,6 +13,7 @@ from megatron_oprd.models.architecture import Architecture
 from megatron_oprd.models.families import (
     deepseek_v3,
     exaone4,
+    gemma2,
     gemma3,
     gemma3_images,
     glm4,
@@ -42,7 +43,7 @@ from megatron_oprd.models.families import (
 )
 from megatron_oprd.models.families.decoder import Family
 from megatron_oprd.models.families.nested import Nested
-from megatron_oprd.weights.hf_files import HFFolder
+from megatron_oprd.weights.hf_files import HFCheckpoint, HFFolder
 from megatron_oprd.weights.mapping import Mapping
 from megatron_oprd.weights.quantization import read_quantization, without_quantization
 from megatron_oprd.weights.source import WeightSource
@@ -52,6 +53,7 @@ FAMILIES: dict[str, Family] = {
     for module in (
         deepseek_v3,
         exaone4,
+        gemma2,
         gemma3,
         glm4,
         glm4_moe,
@@ -164,6 +166,22 @@ def unread_tensors(checkpoint: Folder) -> tuple[str, ...]:
     """Beginnings of the names of tensors that the supported model does not have."""
     (name,) = checkpoint.config["architectures"]
     return FAMILIES[name].unread(checkpoint.config)
+
+
+def plain_names(checkpoint: HFCheckpoint) -> dict[str, str]:
+    """Names on disk that begin with a family's `longer_prefix` -> the names of its table."""
+    architectures = checkpoint.config.get("architectures") or [None]
+    family = FAMILIES.get(architectures[0])
+    if family is None or not family.longer_prefix:
+        return {}
+    names = checkpoint.names()
+    plain = {
+        name: "model." + name.removeprefix(family.longer_prefix)
+        for name in names
+        if name.startswith(family.longer_prefix)
+    }
+    # With both names on disk none is renamed, so that the longer ones are reported as left over.
+    return {} if set(names) & set(plain.values()) else plain
 
 
 def mapping_table(architecture: Architecture, *, padded_vocab_size: int) -> list[Mapping]:

@@ -34,6 +34,9 @@ class Family:
     mappings: Callable[[Architecture, int], list[Mapping]]
     # config.json -> beginnings of tensors' names that are no part of the model that is trained.
     unread: Callable[[dict[str, Any]], tuple[str, ...]] = lambda raw: ()
+    # In the place of `model.` in names of tensors, where transformers has read the decoder out of a
+    # folder with more parts and saved it; "": the names are the plain ones then, too.
+    longer_prefix: str = ""
     # model_types of folders whose own code is that of this family's class.
     other_model_types: tuple[str, ...] = ()
 
@@ -131,6 +134,22 @@ def read_shared(config: Any, source: str, *, ffn_hidden_size: int | None = None)
         "layernorm_epsilon": config.rms_norm_eps,
         "tied": config.tie_word_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
+        **_dynamic_length_field(config.rope_parameters),
+    }
+
+
+def _dynamic_length_field(rope: dict[str, Any]) -> dict[str, str]:
+    """Why sequences are no longer, where rotations change with the length."""
+    types = {rope.get("rope_type")} | {
+        kind.get("rope_type") for kind in rope.values() if isinstance(kind, dict)
+    }
+    if "dynamic" not in types:
+        return {}
+    return {
+        "length_field": (
+            "max_position_embeddings, past which rope_type 'dynamic' changes all rotations with "
+            "the sequence's length, which is not supported"
+        )
     }
 
 
@@ -166,6 +185,18 @@ def read_windows(config: Any, source: str, *, by_layer: bool) -> dict[str, Any]:
     if window < 1:
         raise UserError(f"{source}: sliding_window = {window} has to be at least 1")
     return {"sliding_window": window, "sliding_layers": sliding}
+
+
+def read_softcap(config: Any, source: str, field: str) -> float | None:
+    """Reads a softcap of `Architecture`; None: there is none.
+
+    Raises:
+        UserError: It is not above 0.
+    """
+    cap = getattr(config, field)
+    if cap is not None and cap <= 0:
+        raise UserError(f"{source}: {field} = {cap} has to be above 0; null is no softcap")
+    return None if cap is None else float(cap)
 
 
 def own_code_of(**classes: str) -> Check:

@@ -17,6 +17,7 @@ from megatron_oprd.models.families.decoder import (
     equals,
     off,
     read_shared,
+    read_softcap,
     read_windows_with_ropes,
 )
 from megatron_oprd.weights.mapping import QKV, Copy, GatedMLP, Mapping, RowSplit, Vocabulary
@@ -29,12 +30,12 @@ FIELDS: dict[str, Check] = {
     **SHARED_FIELDS,
     "hidden_act": equals(GELU),
     "hidden_activation": equals(GELU),
-    # Neither is published with this class; transformers computes with the second only.
+    # The class has the field, and does not compute with it.
     "attn_logit_softcapping": equals(None),
-    "final_logit_softcapping": equals(None),
     "use_bidirectional_attention": off,
     # `architecture` reads these: the first for biases of q, k, v and o.
     "attention_bias": anything,
+    "final_logit_softcapping": anything,
     "query_pre_attn_scalar": anything,
     "sliding_window": anything,
     "layer_types": anything,
@@ -63,6 +64,7 @@ def architecture(config: Any, source: str) -> Architecture:
         activation=Activation(function="gelu_tanh"),
         embedding_multiplier=config.hidden_size**0.5,
         rounds_embedding_multiplier=True,
+        logits_softcap=read_softcap(config, source, "final_logit_softcapping"),
     )
 
 

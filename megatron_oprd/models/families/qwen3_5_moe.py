@@ -224,6 +224,7 @@ FAMILY = Family(
     fields=FIELDS,
     architecture=architecture,
     mappings=mappings,
+    longer_prefix="model.language_model.",
     # Layers that predict further tokens.
     unread=lambda raw: ("mtp.",),
 )

@@ -44,6 +44,7 @@ _SAME = (
     *("short_factor", "long_factor", "attention_factor", "mscale", "mscale_all_dim"),
     *("beta_fast", "beta_slow", "truncate", "no_rope_layers"),
     *("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"),
+    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
 )
 _SECONDS_TO_ANSWER = 30
 _SECONDS_FOR_INFO = 300  # vLLM collects information on the whole machine

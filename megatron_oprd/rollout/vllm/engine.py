@@ -94,9 +94,15 @@ class VLLMEngine:
     ) -> None:
         """Starts the engine without reading weights; call `load_weights` before `generate`.
 
-        Raises RolloutEngineError if vLLM does not start.
+        Raises RolloutEngineError if vLLM does not start, UserError for experts on a CPU.
         """
         self._check = SyncCheck(folder, dtype=dtype, interval=config.check_weights_interval)
+        if device.type == "cpu" and self._check.has_experts:
+            # There vLLM's own reload of the same weights changes what the experts compute.
+            raise UserError(
+                f"rollout.engine = vllm: {folder} is a mixture of experts, whose weights vLLM's "
+                "CPU build replaces with wrong ones; give rollout.engine = hf, or run on GPUs"
+            )
         self._config = config
         self._decode = decode
         self._under_way: tuple[Sequence[Prompt], SamplingParams] | None = None

@@ -21,6 +21,7 @@ class SyncCheck:
     Attributes:
         tied: Whether the LM head is the embedding, which is then sent alone.
         vocab_size: Rows of the embedding.
+        has_experts: Whether the model is a mixture of experts.
         largest_elements: Elements of the largest weight.
         is_due: Whether the workers' checksums are compared after the current sync.
     """
@@ -32,6 +33,7 @@ class SyncCheck:
         self.vocab_size = int(model.vocab_size)
         self.is_due = False
         self._shapes = checkpoint_shapes(model, tied=self.tied)
+        self.has_experts = any(".experts." in name for name in self._shapes)
         self.largest_elements = max(prod(shape) for shape in self._shapes.values())
         self._dtype = dtype  # the engine's; weights are converted to it before the checksum
         self._interval = interval  # syncs between two comparisons; None: never compare

@@ -55,7 +55,8 @@ def watch_weights(model: Any, *, tied: bool, digests: dict[str, str] | None) -> 
             if digests is not None:
                 digests[name] = checksum(tensor)
             yield name, tensor
-            if tied and name == EMBEDDING:
+            # Gemma 2's class computes logits with the embedding itself.
+            if tied and name == EMBEDDING and hasattr(model, "lm_head"):
                 yield HEAD, tensor
 
     model.load_weights = lambda weights: load_weights(model, seen(weights))

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.errors import UserError
-from megatron_oprd.rollout.vllm.engine import engine_environment
+from megatron_oprd.rollout.vllm.engine import VLLMEngine, engine_environment
 from megatron_oprd.rollout.vllm.memory import loses_weights
 from megatron_oprd.rollout.vllm.sync_check import checkpoint_shapes
 from megatron_oprd.training.plan import make_plan
@@ -49,6 +51,22 @@ def test_a_missing_library_of_the_cpu_build(
     monkeypatch.setattr(ctypes, "CDLL", lambda name: load(f"{tmp_path}/{name}"))
     with pytest.raises(UserError, match=r"needs the system library libnuma\.so\.1"):
         make_plan(config_of(pair, ["rollout.engine=vllm"]), world_size=1)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_on_a_cpu(tmp_path: Path, family: str) -> None:
+    """vLLM's own reload gives them other numbers, so that rollouts would be another model's."""
+    save_tiny_model(tmp_path, tiny_config(family), seed=0)
+    with pytest.raises(UserError, match=r"is a mixture of experts, .* give rollout\.engine = hf"):
+        VLLMEngine(
+            tmp_path,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            eos_token_ids=[1],
+            known_ids=range(97),
+            max_model_len=64,
+            config=VLLMConfig(),
+        )
 
 
 def test_sequences_longer_than_the_model(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
