@@ -22,6 +22,7 @@ from megatron_oprd.planning.ladder import check_fits
 from megatron_oprd.planning.recommend import Lengths, recommend
 from megatron_oprd.planning.recommended import print_recommended
 from megatron_oprd.planning.report import as_json, print_plan, write_json
+from megatron_oprd.planning.staleness import other_policy
 
 
 def main() -> int:
@@ -38,7 +39,10 @@ def main() -> int:
     if arguments.recommend:
         lengths = Lengths(prompt=prompt, response=response)
         found = recommend(config, models, kernels, hardware, num_gpus=num_gpus, lengths=lengths)
-        print_recommended(make_console(highlight=False), found, hardware, num_gpus=num_gpus)
+        other = other_policy(
+            config, models, kernels, hardware, found, num_gpus=num_gpus, lengths=lengths
+        )
+        print_recommended(make_console(highlight=False), found, other, hardware, num_gpus=num_gpus)
         return 0
     memory = estimate_memory(
         config, models, kernels, num_gpus=num_gpus, memory_gb=hardware.memory_gb
@@ -162,7 +166,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--recommend",
         action="store_true",
-        help="rank the layouts that fit by the time of a step, and print the five fastest",
+        help="rank the layouts that fit by the time of a step, and print the first five, and "
+        "what other staleness of the rollouts would gain",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write it all as JSON")
     parser.add_argument("overrides", nargs="*", help="settings, as in optimizer.lr=1e-5")

@@ -36,8 +36,7 @@ def num_engines(layout: RunLayout) -> int:
     """The run's rollout engines: over all its GPUs, or one per data-parallel replica."""
     if engine_place(layout) != "device":
         return layout.data_parallel_size
-    world_size = layout.data_parallel_size * layout.config.parallel.replica_size
-    return world_size // engine_of(layout).num_gpus(layout.config.rollout)
+    return layout.world_size // engine_of(layout).num_gpus(layout.config.rollout)
 
 
 def responses_of_engine(layout: RunLayout, workload: Workload) -> int:

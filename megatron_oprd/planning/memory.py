@@ -60,23 +60,13 @@ def teacher_bytes(layout: RunLayout, *, pp_rank: int, itemsize: int) -> TeacherB
         else:
             weights += number * math.prod(shape) * itemsize
     a = layout.teacher.architecture
-    # The last stage has a copy of the tied embedding.
-    if a.tied and pp_rank > 0 and has_output_loss(layout, pp_rank):
-        weights += (
-            layout.teacher.padded_vocab_size
-            // place.tensor_model_parallel_size
-            * a.hidden_size
-            * itemsize
-        )
-    decodes = largest and not uses_engine(teacher)
     head = 0
     if has_output_loss(layout, pp_rank):
-        head = (
-            layout.teacher.padded_vocab_size
-            // place.tensor_model_parallel_size
-            * a.hidden_size
-            * itemsize
-        )
+        rows = layout.teacher.padded_vocab_size // place.tensor_model_parallel_size
+        head = rows * a.hidden_size * itemsize
+        if a.tied and pp_rank > 0:
+            weights += head  # the last stage has a copy of the tied embedding
+    decodes = largest and not uses_engine(teacher)
     return TeacherBytes(
         weights=weights,
         head=head,

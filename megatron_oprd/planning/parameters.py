@@ -120,7 +120,7 @@ def held_parameters(
 
 
 # A search plans a layout with many other settings, and a large mixture of experts has 10^4 tensors.
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)
 def _held_by_stage(model: ModelLayout) -> dict[int | None, list[tuple[Mapping, int]]]:
     place = ParallelLayout.of(model.parallel)
     found: dict[tuple[int | None, str], tuple[Mapping, int]] = {}

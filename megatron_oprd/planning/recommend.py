@@ -1,20 +1,17 @@
-"""The layouts of a run that fit, by the time of a step.
-
-Of two layouts the simpler one comes first, unless the other is faster by more than 2% of a step for
-each setting that only trades time for memory (`_ONLY_FOR_MEMORY`): the estimates are no finer.
+"""The layouts of a run that fit, in the order of `ranking`.
 
 Chosen are the sizes of tensor, pipeline, expert and (if nothing fits without it) context
 parallelism, recompute, offload, and the settings that the rollout engine's kind names. All else is
 as configured: what changes the results (the teacher's precision, ``rollout.max_staleness``), the
-batch, targets' memory. Settings that the run itself would refuse are refused here by its own checks
-(`check_values`, `Models.placed`, `check_host_memory`).
+batch, targets' memory. `staleness` ranks what other staleness gains. Settings that the run itself
+would refuse are refused here by its own checks (`check_values`, `Models.placed`,
+`check_host_memory`).
 """
 
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from operator import attrgetter
 
 from megatron_oprd.config.checks import check_values
 from megatron_oprd.config.schema import RunConfig
@@ -30,26 +27,22 @@ from megatron_oprd.planning.estimate import (
     memory_of,
 )
 from megatron_oprd.planning.hardware import Hardware
-from megatron_oprd.planning.time import (
-    StepSeconds,
-    overlaps_training,
-    rollout_seconds,
-    step_seconds,
+from megatron_oprd.planning.ranking import (
+    Candidate,
+    always_first,
+    bound_of_others,
+    counted,
+    num_on,
+    off_policy,
+    ranked,
 )
+from megatron_oprd.planning.time import overlaps_training, rollout_seconds, step_seconds
 from megatron_oprd.planning.workload import Workload, workload
 from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.training.layout import RunLayout
 from megatron_oprd.training.plan import alone
 
 _LARGEST_PP = 16  # deeper pipelines of these models are mostly bubble
-# Settings that a run is simpler without, with the values that switch them off. A step counts so
-# many times longer for each that is on.
-_ONLY_FOR_MEMORY = {
-    "recompute.recompute_granularity": None,
-    "teacher.offload": "none",
-    "optimizer.offload_states": False,
-}
-_LEAST_GAIN = 1.02
 _SILENT_SECONDS = 5.0  # of a search, before it says how far it is
 
 _RECOMPUTE = tuple(
@@ -82,22 +75,6 @@ class Lengths:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A layout with the fastest of the other settings with which it fits."""
-
-    change: Change  # what differs from the configuration that was given
-    memory: MemoryEstimate
-    seconds: StepSeconds
-
-    @property
-    def rank_seconds(self) -> float:
-        """The time of a step, longer for each setting that the run is simpler without."""
-        config = self.memory.layout.config
-        set_to = [(name, attrgetter(name)(config)) for name in _ONLY_FOR_MEMORY]
-        return self.seconds.total * _factor(Change(tuple(set_to)))
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Trainer:
     """A layout with a choice of recompute, and the time of its passes and updates."""
 
@@ -111,15 +88,11 @@ class _Trainer:
 
     def least(self, rollout: float, *changes: Change) -> float:
         """A lower bound of `Candidate.rank_seconds`, with further changes and such rollouts."""
-        overlaps = overlaps_training(self.layouts[0])
-        together = max(rollout, self.training) if overlaps else rollout + self.training
-        return together * _factor(self.recompute, *changes)
-
-    @property
-    def num_gpus(self) -> int:
-        """GPUs of the run."""
-        layout = self.layouts[0]
-        return layout.data_parallel_size * layout.config.parallel.replica_size
+        hidden = 0.0
+        if overlaps_training(self.layouts[0]):
+            hidden = min(rollout, self.training)
+        seconds = rollout + self.training - hidden
+        return counted(seconds, hidden, num_on(self.recompute, *changes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,69 +114,55 @@ def recommend(
     lengths: Lengths,
     number: int = 5,
 ) -> list[Candidate]:
-    """The ``number`` first layouts by `Candidate.rank_seconds` that fit; fewer if fewer fit.
+    """The ``number`` first layouts that fit, in order; fewer if fewer fit.
 
     Layouts differ in their parallel sizes. Ranks share sequences only if nothing fits otherwise.
     """
     so_far = ""
 
-    def fastest_with(cp: int) -> list[Candidate]:
+    def first_with(cp: int) -> list[Candidate]:
         nonlocal so_far
         trainers: list[_Trainer] = []
         sizes = list(_sizes(config, models, hardware, num_gpus=num_gpus, cp=cp))
         for done, one in enumerate(sizes):
             so_far = f"{done} of {len(sizes)} layouts timed"
             trainers += _trainers(one, config, models, hardware, num_gpus=num_gpus, lengths=lengths)
-        best: dict[Change, Candidate] = {}
+        found: dict[Change, list[Candidate]] = {}  # by parallel sizes
         for done, trainer in enumerate(sorted(trainers, key=lambda one: one.bound)):
             so_far = f"memory of {done} settings, of {len(trainers)} at most"
-            if not _tried(trainer, best, config, models, kernels, hardware, number):
+            if not _tried(trainer, found, config, models, kernels, hardware, number):
                 break
-        return sorted(best.values(), key=lambda one: (one.rank_seconds, _peak(one)))[:number]
+        return ranked(found, hardware, number)
 
-    work = f"ranking the layouts of {num_gpus} GPUs"
+    ahead = config.rollout.max_staleness
+    work = f"ranking the layouts of {num_gpus} GPUs{f', {off_policy(ahead)}' if ahead else ''}"
     with heartbeat(work, lambda _: so_far, first_seconds=_SILENT_SECONDS):
-        return next(filter(None, map(fastest_with, _divisors(num_gpus))), [])
+        return next(filter(None, map(first_with, _divisors(num_gpus))), [])
 
 
 def _tried(
     trainer: _Trainer,
-    best: dict[Change, Candidate],
+    found: dict[Change, list[Candidate]],
     config: RunConfig,
     models: Models,
     kernels: Kernels,
     hardware: Hardware,
     number: int,
 ) -> bool:
-    """Tries a trainer and notes what comes first of its sizes.
+    """Tries a trainer and notes what may come first of its sizes.
 
     Trainers come in the order of their bounds. False if neither this one nor a later one can be
     among the first ``number``.
     """
-    ranked = sorted(one.rank_seconds for one in best.values())
-    if len(ranked) >= number and trainer.bound > ranked[number - 1]:
+    bounds = sorted(
+        min(bound_of_others(one, hardware) for one in group) for group in found.values()
+    )
+    if len(bounds) >= number and trainer.bound > bounds[number - 1]:
         return False
-    known = best.get(trainer.sizes)
-    limit = known.rank_seconds if known else math.inf
-    found = _fastest_of(trainer, config, models, kernels, hardware, limit)
-    if found is not None:
-        best[trainer.sizes] = found
+    known = found.get(trainer.sizes, [])
+    if new := _fitting(trainer, config, models, kernels, hardware, known):
+        found[trainer.sizes] = [*known, *new]
     return True
-
-
-def _factor(*changes: Change) -> float:
-    """How many times longer a step counts for what the changes switch on."""
-    on = [
-        name
-        for change in changes
-        for name, value in change.settings
-        if name in _ONLY_FOR_MEMORY and value != _ONLY_FOR_MEMORY[name]
-    ]
-    return _LEAST_GAIN ** len(on)
-
-
-def _peak(candidate: Candidate) -> int:
-    return candidate.memory.fullest.peak_bytes
 
 
 def _is_allowed(config: RunConfig, models: Models, hardware: Hardware, *, num_gpus: int) -> bool:
@@ -222,19 +181,20 @@ def _is_allowed(config: RunConfig, models: Models, hardware: Hardware, *, num_gp
     return True
 
 
-def _fastest_of(
+def _fitting(
     trainer: _Trainer,
     config: RunConfig,
     models: Models,
     kernels: Kernels,
     hardware: Hardware,
-    limit: float,
-) -> Candidate | None:
-    """The first choice of offload and engine with which the trainer fits, if below ``limit``.
+    known: list[Candidate],
+) -> list[Candidate]:
+    """The choices of offload and engine with which the trainer fits and may come first of its size.
 
-    ``limit`` is of `Candidate.rank_seconds`.
+    ``known`` are candidates of the same sizes.
     """
-    best: Candidate | None = None
+    found: list[Candidate] = []
+    limit = min((bound_of_others(one, hardware) for one in known), default=math.inf)
     engines = sorted(_engines(trainer, config, hardware), key=lambda one: one.seconds)
     smallest = min(engines, key=lambda one: one.awake)
 
@@ -246,31 +206,34 @@ def _fastest_of(
         return memory_of(layouts, trainer.largest, kernels, memory_gb=hardware.memory_gb)
 
     for offload in _OFFLOAD:
-        if trainer.least(engines[0].seconds, offload) >= limit:
+        if trainer.least(engines[0].seconds, offload) > limit:
             continue
         # If the least engine is too much, all are.
         least = memory_with(unchecked(config, settings(offload, smallest)))
         if least.fullest.peak_bytes > hardware.memory_gb * 1e9:
             continue
         for engine in engines:
-            if trainer.least(engine.seconds, offload) >= limit:
+            if trainer.least(engine.seconds, offload) > limit:
                 break
-            new = unchecked(config, settings(offload, engine))
+            changes = settings(offload, engine)
+            new = unchecked(config, changes)
             memory = memory_with(new)
             if not memory.fits(hardware):
                 continue
-            changes = settings(offload, engine)
             change = Change(tuple(one for group in changes for one in group.settings))
-            found = Candidate(
+            one = Candidate(
                 change=change.new_in(config),
                 memory=memory,
                 seconds=step_seconds(memory.layouts, trainer.typical, hardware),
             )
-            if found.rank_seconds < limit and _is_allowed(
-                new, models, hardware, num_gpus=trainer.num_gpus
+            if one.rank_seconds > limit or any(
+                always_first(better, one, hardware) for better in (*known, *found)
             ):
-                best, limit = found, found.rank_seconds
-    return best
+                continue
+            if _is_allowed(new, models, hardware, num_gpus=trainer.layouts[0].world_size):
+                found.append(one)
+                limit = min(limit, bound_of_others(one, hardware))
+    return found
 
 
 def _with(trainer: _Trainer, config: RunConfig) -> tuple[RunLayout, ...]:
@@ -288,7 +251,7 @@ def _engines(trainer: _Trainer, config: RunConfig, hardware: Hardware) -> list[_
     kind = engine_kind(config.rollout)
     found = []
     # An engine's GPUs are of one node, and engines are on all GPUs.
-    most = math.gcd(hardware.gpus_per_node, trainer.num_gpus)
+    most = math.gcd(hardware.gpus_per_node, trainer.layouts[0].world_size)
     for settings in kind.alternatives(config.rollout, gpus_per_node=most):
         change = Change(settings)
         layout = _with(trainer, unchecked(config, [trainer.sizes, change]))[0]

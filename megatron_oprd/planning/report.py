@@ -252,8 +252,7 @@ def work_table(layout: RunLayout, work: WorkEstimate, hardware: Hardware) -> Tab
 def checkpoint_line(layout: RunLayout, hardware: Hardware) -> str:
     """Size of a checkpoint, and the seconds in which it is written."""
     size = checkpoint_bytes(layout)
-    world_size = layout.data_parallel_size * layout.config.parallel.replica_size
-    nodes = -(-world_size // hardware.gpus_per_node)
+    nodes = -(-layout.world_size // hardware.gpus_per_node)
     seconds = size / (nodes * hardware.disk_bandwidth * _GB)
     return (
         f"a checkpoint has {in_bytes(size)}: at least {in_time(seconds)} at "

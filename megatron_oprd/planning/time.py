@@ -96,11 +96,14 @@ class StepSeconds:
         return self.teacher.total + self.student.total + self.update + self.copies
 
     @property
+    def hidden(self) -> float:
+        """Seconds of the shorter of rollouts and training, if they go on beside each other."""
+        return min(self.rollout, self.training) if self.overlaps else 0.0
+
+    @property
     def total(self) -> float:
         """Seconds of the whole step."""
-        if self.overlaps:
-            return max(self.rollout, self.training) + self.sync
-        return self.rollout + self.training + self.sync
+        return self.rollout + self.training + self.sync - self.hidden
 
 
 def step_seconds(
@@ -207,15 +210,11 @@ def _pass(
         "context": hardware.seconds_of_ring(context, Group(size=cp, stride=tp)),
         "experts": hardware.seconds_of_all_to_all(experts, of_experts),
         "pipeline": hardware.seconds_of_send(
-            pipeline, between_nodes=_world_size(layout) > hardware.gpus_per_node
+            pipeline, between_nodes=layout.world_size > hardware.gpus_per_node
         ),
     }
     bubble = (pp - 1) / workload.group_size / (parallel.virtual_pipeline_model_parallel_size or 1)
     return PassSeconds(**parts, bubble=bubble * sum(parts.values()))
-
-
-def _world_size(layout: RunLayout) -> int:
-    return layout.data_parallel_size * layout.config.parallel.replica_size
 
 
 def _over_replicas(layout: RunLayout, hardware: Hardware, plain: int, experts: int) -> float:
@@ -278,7 +277,8 @@ def _copies(
         shown = max(brought - teacher.compute, 0.0)
         seconds = max(seconds, shown + hardware.seconds_of_copy(2 * states))
     engine = engine_bytes(layout, workload, memory_gb=hardware.memory_gb)
-    if engine is not None:
+    # One that generates ahead sleeps before a checkpoint only.
+    if engine is not None and engine.sleeps:
         seconds += hardware.seconds_of_copy(2 * engine.host_bytes / engine.num_gpus)
     return seconds
 
@@ -296,7 +296,7 @@ def _weight_sync(layout: RunLayout, hardware: Hardware, sent: SentBytes) -> floa
     ranks = max(shares, of_experts)
     stages = parallel.pipeline_model_parallel_size
     if stages > 1:
-        between = _world_size(layout) > hardware.gpus_per_node
+        between = layout.world_size > hardware.gpus_per_node
         seconds = hardware.seconds_of_send(sent.weight_sync / ranks, between_nodes=between)
     else:
         group = Group(size=ranks, stride=1)

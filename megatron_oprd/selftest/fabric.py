@@ -1,4 +1,4 @@
-"""How fast collectives are between all ranks, and over what NCCL sends."""
+"""How fast collectives are between all ranks and within a machine; over what NCCL sends."""
 
 import os
 import re
@@ -41,12 +41,16 @@ def run(arguments: dict[str, Any], place: Place) -> str:
         part = torch.ones(len(numbers) // count, device=device)
         whole = torch.empty(len(part) * count, device=device)
         gather = _seconds(lambda: dist.all_gather_into_tensor(whole, part))
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        inside = ""
+        if 1 < local < count:
+            of_machine, _ = dist.new_subgroups(local)
+            seconds = _seconds(lambda: dist.all_reduce(numbers, group=of_machine))
+            inside = f"; within a machine all-reduce {2 * _sent(numbers, local) / seconds:.2f} GB/s"
         is_nccl = dist.get_backend() == "nccl"
-    # Of a ring: each rank sends its part on, count - 1 times; twice for a sum.
-    sent = 4 * len(part) * (count - 1) / 1e9
     found = (
-        f"all-reduce {2 * sent / reduce:.2f} GB/s, all-gather {sent / gather:.2f} GB/s "
-        f"({arguments['mib']} MiB)"
+        f"all-reduce {2 * _sent(numbers, count) / reduce:.2f} GB/s, all-gather "
+        f"{_sent(numbers, count) / gather:.2f} GB/s{inside} ({arguments['mib']} MiB)"
     )
     if not is_nccl:
         return f"{found}, gloo"
@@ -58,6 +62,14 @@ def run(arguments: dict[str, Any], place: Place) -> str:
             f"NCCL_IB_HCA, NCCL_SOCKET_IFNAME and {log}"
         )
     return found
+
+
+def _sent(numbers: torch.Tensor, count: int) -> float:
+    """GB that each of ``count`` ranks sends in a ring's gather: its part, count - 1 times.
+
+    A sum is as much again.
+    """
+    return numbers.nbytes / count * (count - 1) / 1e9
 
 
 def _seconds(collective: Callable[[], object]) -> float:

@@ -60,6 +60,11 @@ class RunLayout:
         return self.config.compares_outputs
 
     @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.data_parallel_size * self.config.parallel.replica_size
+
+    @property
     def trains_projectors(self) -> bool:
         """Whether the student's states are projected by what trains with the student."""
         return self.config.bridge.trainable != "none"

@@ -165,17 +165,25 @@ def steps(out: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_the_network_between_two_nodes(cluster: dict[str, str]) -> None:
+def test_the_network_between_two_nodes(tmp_path: Path, cluster: dict[str, str]) -> None:
+    """Of two processes each."""
     done = subprocess.run(
-        ["bash", SLURM / "fabric.sbatch", "--megabytes", "1", "--repeats", "1"],
-        env=cluster,
+        ["bash", SLURM / "fabric.sbatch", "--output", tmp_path / "selftest"],
+        env={**cluster, "SLURM_GPUS_ON_NODE": "2"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"all ranks: 2 ranks, 1 MB, [\d.]+ ms, bus [\d.]+ GB/s", done.stdout)
-    assert "a machine: 1 ranks, 1 MB" in done.stdout
+    (file,) = (tmp_path / "selftest").glob("*/results.json")
+    (result,) = json.loads(file.read_text())["results"]
+    assert (result["part"], result["status"], result["num_ranks"]) == ("fabric", "ok", 4)
+    speed = r"[\d.]+ GB/s"
+    assert re.fullmatch(
+        rf"all-reduce {speed}, all-gather {speed}; within a machine all-reduce {speed} "
+        r"\(16 MiB\), gloo",
+        result["found"],
+    )
 
 
 def ip(*words: str) -> None:

@@ -87,6 +87,10 @@ def test_offload_costs_copies(qwen: Callable[..., RunConfig]) -> None:
     slow = replace(H100, host_bandwidth=0.5)
     assert seconds_with(qwen, 8, "teacher.offload=cpu", hardware=slow).copies > 0
     assert seconds_with(qwen, 8, "optimizer.offload_states=true").copies > 0.1
+    # An engine's weights, on the way to the host's memory and back; not while it generates.
+    engine = ["rollout.engine=vllm", "rollout.vllm.sleep_level=1"]
+    assert seconds_with(qwen, 8, *engine).copies == pytest.approx(2 * 4.02e9 * 2 / 55e9, rel=0.01)
+    assert seconds_with(qwen, 8, *engine, "rollout.max_staleness=1").copies == 0
 
 
 def test_rollouts_beside_training(qwen: Callable[..., RunConfig]) -> None:
