@@ -64,8 +64,8 @@ class EngineStarter:
     max_restarts: int = 0  # per engine, between two calls of `EnginePool.take_restarts`
     max_restarts_setting: str = "max_restarts"  # its name in messages
     is_shared: bool = False  # all engines use the same servers, to which weights are sent once
-    # On global rank 0, if the run starts the servers: starts those that do not respond, and waits
-    # for them. Called before engines start and after a failure.
+    # On ranks that start servers, which need not be owners: starts those that do not respond, and
+    # waits for them. Called before engines start and after a failure.
     ensure_server: Callable[[], None] | None = None
     # The same without waiting, for servers that the engines can do without. Called before a sync.
     revive_servers: Callable[[], None] | None = None
@@ -127,7 +127,7 @@ class EnginePool:
         self._under_way: deque[tuple[RolloutEngine | None, Sequence[Prompt], SamplingParams]] = (
             deque()
         )
-        failures = self.told(self._server_failure())
+        failures = self._server_failures()
         if not any(failures):
             failures = self.told(self._start())
         for number, failure in enumerate(failures):
@@ -306,7 +306,7 @@ class EnginePool:
             has_failed = self._own is not None and failures[self._own] is not None
             # A shared server gets weights from the first owner, whoever noticed the failure.
             take = self._own == 0 if self._starter.is_shared else has_failed
-            while any(of_server := self.told(self._server_failure())):
+            while any(of_server := self._server_failures()):
                 self._count(of_server)
             failure = None
             if has_failed:
@@ -333,14 +333,16 @@ class EnginePool:
             if self._context.rank == 0:
                 logger.warning("rollout engine %d is started again: %s", number, failure.message)
 
-    def _server_failure(self) -> _Failure | None:
-        """Runs ``ensure_server`` on the rank that has it; returns its failure, if any."""
+    def _server_failures(self) -> list[_Failure | None]:
+        """Runs ``ensure_server`` on the ranks that have it; the first failure as engine 0's."""
+        own = None
         if self._starter.ensure_server is not None:
             try:
                 self._starter.ensure_server()
             except RolloutEngineError as error:
-                return _failure(error)
-        return None
+                own = _failure(error)
+        first = next((one for one in self._everyone(own) if one is not None), None)
+        return [first, *[None] * (self.size - 1)]
 
     def _start(self) -> _Failure | None:
         """Starts this rank's engine, if it owns one."""
@@ -392,9 +394,14 @@ class EnginePool:
 
     def told(self, value: Result) -> list[Result]:
         """Gathers the values of all engines' owners on every rank."""
+        everyone = self._everyone(value)
+        return [everyone[owner] for owner in self._starter.owners]
+
+    def _everyone(self, value: Result) -> list[Result]:
+        """Gathers the values of all ranks on every rank."""
         everyone: list[Any] = [None] * self._context.control.size()
         dist.all_gather_object(everyone, value, group=self._context.control)
-        return [everyone[owner] for owner in self._starter.owners]
+        return everyone
 
 
 def _num_responses(prompts: Sequence[Prompt], sampling: SamplingParams) -> int:
