@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_oprd.parallel.context import ParallelContext
     from megatron_oprd.parallel.node import Node
     from megatron_oprd.rollout.engine import RolloutEngine
-    from megatron_oprd.rollout.pool import EngineStarter
+    from megatron_oprd.rollout.recovery import EngineStarter
     from megatron_oprd.rollout.served_model import ServedModel
 
 # In the trainer's process, in a process of its own on the trainer's devices, or elsewhere.

@@ -10,7 +10,8 @@ from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.parallel.node import Node
 from megatron_oprd.rollout.engine import SamplingParams
-from megatron_oprd.rollout.pool import EnginePool, WeightStream
+from megatron_oprd.rollout.pool import EnginePool
+from megatron_oprd.rollout.recovery import WeightStream
 from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.rollout.served_model import ServedModel
 from megatron_oprd.training.plan import RunPlan

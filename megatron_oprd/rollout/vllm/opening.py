@@ -18,7 +18,7 @@ from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.parallel.node import Node
 from megatron_oprd.rollout.engine import RolloutEngine, RolloutEngineError
 from megatron_oprd.rollout.gpus import engine_places, leaders
-from megatron_oprd.rollout.pool import EngineStarter
+from megatron_oprd.rollout.recovery import EngineStarter
 from megatron_oprd.rollout.served_model import ServedModel
 from megatron_oprd.rollout.vllm.engine import VLLMEngine
 from megatron_oprd.rollout.vllm.launch import ServerProcess
