@@ -34,41 +34,43 @@ def servers_of(vllm: VLLMConfig, node: int) -> dict[int, list[int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """Addresses of two nodes as a rank sees them."""
+    """What a rank sees of the network."""
 
-    network: str  # an id of the rank's network: equal ids share a loopback device
-    first: str  # the node of global rank 0
-    own: str  # the rank's node, on the way to the first
+    network: str  # an id of its own: equal ids share a loopback device
+    first: str  # address of the node of global rank 0
 
 
 def server_host() -> str:
     """Returns the address under which all ranks reach this rank's node.
 
     Loopback if all ranks share a network, so that no server is reachable from outside. Otherwise
-    what ``MASTER_ADDR`` is for the other nodes, or an other node's own address on the way there.
+    what ``MASTER_ADDR`` is for the other nodes, or another node's own address on the way there.
     Collective over the default group.
     """
-    family, kind, _, _, address = socket.getaddrinfo(
-        os.environ["MASTER_ADDR"], _ANY_PORT, type=socket.SOCK_DGRAM
-    )[0]
-    with socket.socket(family, kind) as way:
-        way.connect(address)  # chooses the way and sends nothing
-        own = way.getsockname()[0]
+    first = socket.getaddrinfo(os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM)[0][4][0]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, Seen(network=_network(), first=str(address[0]), own=own))
+    dist.all_gather_object(everyone, Seen(network=_network(), first=str(first)))
     return host_of(everyone, dist.get_rank())
 
 
 def host_of(ranks: Sequence[Seen], rank: int) -> str:
-    """Returns the address of one rank's node; ``ranks`` is what each of them sees."""
-    first = ranks[0].network
-    others = [one for one in ranks if one.network != first]
+    """Returns the address of the node of ``rank``, this rank; ``ranks`` has what each sees."""
+    of_first, own = ranks[0].network, ranks[rank]
+    others = [one.first for one in ranks if one.network != of_first]
     if not others:
         return LOOPBACK
-    if ranks[rank].network != first:
-        return ranks[rank].own
+    if own.network != of_first:
+        return address_towards(own.first)
     # Another node's view: on its own node, MASTER_ADDR may resolve to loopback.
-    return others[0].first
+    return others[0]
+
+
+def address_towards(address: str) -> str:
+    """This node's address on the way to another one's."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as way:
+        way.connect((address, _ANY_PORT))  # chooses the way and sends nothing
+        return way.getsockname()[0]
 
 
 def _network() -> str:

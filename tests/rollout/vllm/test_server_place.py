@@ -5,8 +5,10 @@ import pytest
 from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.errors import UserError
 from megatron_oprd.parallel.node import Node
+from megatron_oprd.rollout.vllm import server_place
 from megatron_oprd.rollout.vllm.server_place import (
     Seen,
+    address_towards,
     check_gpus,
     check_servers,
     host_of,
@@ -14,22 +16,24 @@ from megatron_oprd.rollout.vllm.server_place import (
 )
 
 TABLE = "0, GPU-aa\n1, GPU-bb\n2, GPU-cc\n3, GPU-dd\n"
-FIRST = Seen(network="one", first="127.0.1.1", own="127.0.0.1")
-SECOND = Seen(network="two", first="10.0.0.1", own="10.0.0.2")
-THIRD = Seen(network="three", first="10.0.0.1", own="10.0.0.3")
+FIRST = Seen(network="one", first="127.0.1.1")
+SECOND = Seen(network="two", first="10.0.0.1")
 
 
 def test_loopback_on_one_machine() -> None:
     assert host_of([FIRST] * 3, 2) == "127.0.0.1"
 
 
-def test_what_the_other_machines_call_the_first() -> None:
+def test_what_the_other_machines_call_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not what the machine takes for its own name, which may be a loopback address."""
-    ranks = [FIRST, FIRST, SECOND, SECOND, THIRD]
-    assert [host_of(ranks, rank) for rank in range(5)] == [
-        *("10.0.0.1", "10.0.0.1"),
-        *("10.0.0.2", "10.0.0.2", "10.0.0.3"),
-    ]
+    monkeypatch.setattr(server_place, "address_towards", lambda first: f"own way to {first}")
+    ranks = [FIRST, FIRST, SECOND, SECOND]
+    assert [host_of(ranks, rank) for rank in (0, 1)] == ["10.0.0.1"] * 2
+    assert [host_of(ranks, rank) for rank in (2, 3)] == ["own way to 10.0.0.1"] * 2
+
+
+def test_the_own_address_on_the_way_to_another() -> None:
+    assert address_towards("127.0.0.1") == "127.0.0.1"
 
 
 def test_servers_are_divided_over_nodes() -> None:
