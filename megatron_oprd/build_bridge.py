@@ -19,6 +19,7 @@ from megatron_oprd.config.advice import warnings_of
 from megatron_oprd.console import make_console
 from megatron_oprd.errors import run_entry_point, say
 from megatron_oprd.parallel.context import parallel_run
+from megatron_oprd.parallel.node import Node
 from megatron_oprd.training.rollouts import check_rollout_server, check_server_to_start
 
 
@@ -38,8 +39,8 @@ def main() -> int:
     # On rank 0 only: other hosts may reach a server at another address.
     if os.environ.get("RANK", "0") == "0":
         check_rollout_server(plan)
-        ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        check_server_to_start(plan, ranks_on_host=ranks_on_host)
+    if (node := Node.of_environment()).is_first_rank:
+        check_server_to_start(plan, node)
     with parallel_run(config.parallel, seed=config.seed) as context:
         manifest = build_bridge(config, plan, context)
         first = context.rank == 0

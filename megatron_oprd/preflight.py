@@ -10,6 +10,7 @@ from megatron_oprd.config.advice import warnings_of
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.errors import UserError, say
 from megatron_oprd.parallel.context import fewest_ranks
+from megatron_oprd.parallel.node import Node
 from megatron_oprd.planning.estimate import check_host_memory
 from megatron_oprd.training.hub import check_hub
 from megatron_oprd.training.plan import RunPlan, make_plan
@@ -24,7 +25,7 @@ class Launch:
     """The processes of a run, as started by the launcher."""
 
     num_ranks: int  # of the run
-    ranks_on_host: int  # on this machine
+    node: Node  # of this process
     is_first: bool  # global rank 0
 
     @classmethod
@@ -32,7 +33,7 @@ class Launch:
         """Reads torchrun's variables; without them there are ``without_launcher`` processes."""
         return cls(
             num_ranks=int(os.environ.get("WORLD_SIZE", without_launcher)),
-            ranks_on_host=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            node=Node.of_environment(),
             is_first=os.environ.get("RANK", "0") == "0",
         )
 
@@ -58,13 +59,13 @@ def prepare(config: RunConfig, *, dry_run: bool) -> tuple[RunPlan, Launch]:
         check_hub(config)
         # Other hosts may reach a server at another address. An engine that cannot start reports it.
         check_rollout_server(plan)
-        if not dry_run:
-            check_server_to_start(plan, ranks_on_host=launch.ranks_on_host)
+    if launch.node.is_first_rank and not dry_run:
+        check_server_to_start(plan, launch.node)
     try:
         check_host_memory(
             config,
             num_ranks=launch.num_ranks,
-            ranks_on_host=launch.ranks_on_host,
+            ranks_on_host=launch.node.num_ranks,
             available_bytes=psutil.virtual_memory().available,
         )
     except UserError as error:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from megatron_oprd.parallel.context import ParallelContext
     from megatron_oprd.rollout.engine import RolloutEngine
-    from megatron_oprd.rollout.pool import EngineStarter
+    from megatron_oprd.rollout.recovery import EngineStarter
     from megatron_oprd.rollout.served_model import ServedModel
 
 _FP32, _FP64 = 4, 8
@@ -39,7 +39,7 @@ class HFKind(EngineKind):
     ) -> Iterator[EngineStarter]:
         """The first rank of each data-parallel replica has an engine."""
         from megatron_oprd.rollout.gpus import leaders
-        from megatron_oprd.rollout.pool import EngineStarter
+        from megatron_oprd.rollout.recovery import EngineStarter
 
         yield EngineStarter(
             owners=leaders(context),

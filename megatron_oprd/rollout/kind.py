@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_oprd.parallel.context import ParallelContext
+    from megatron_oprd.parallel.node import Node
     from megatron_oprd.rollout.engine import RolloutEngine
-    from megatron_oprd.rollout.pool import EngineStarter
+    from megatron_oprd.rollout.recovery import EngineStarter
     from megatron_oprd.rollout.served_model import ServedModel
 
 # In the trainer's process, in a process of its own on the trainer's devices, or elsewhere.
@@ -86,8 +87,8 @@ class EngineKind(ABC):
         """Raises UserError if a server that is there already cannot serve the model."""
         return
 
-    def check_host(self, rollout: RolloutConfig, *, ranks_on_host: int) -> None:
-        """Raises UserError if engines, or a server, cannot be started on rank 0's machine."""
+    def check_host(self, rollout: RolloutConfig, node: Node) -> None:
+        """Raises UserError if engines, or servers, cannot be started on this node."""
         return
 
     @abstractmethod

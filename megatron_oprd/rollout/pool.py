@@ -1,18 +1,12 @@
-"""All rollout engines of a run, and recovery when one fails."""
+"""All rollout engines of a run: what they are asked for, and how long it took."""
 
-import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TypeVar
 
 from megatron_oprd.data.prompts import Prompt
-from megatron_oprd.errors import UserError
 from megatron_oprd.heartbeat import heartbeat
 from megatron_oprd.parallel.context import ParallelContext
 from megatron_oprd.phases import phase
@@ -23,52 +17,13 @@ from megatron_oprd.rollout.engine import (
     OverlappingEngine,
     Rollout,
     RolloutEngine,
-    RolloutEngineError,
     SamplingParams,
-    WrongWeightsError,
 )
-from megatron_oprd.rollout.function import RolloutFunctionError, UserFunction
+from megatron_oprd.rollout.function import UserFunction
+from megatron_oprd.rollout.recovery import EngineStarter, RecoveringEngines, WeightStream
 from megatron_oprd.rollout.sampling import samples_of
 
-logger = logging.getLogger(__name__)
-
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Failure:
-    """Description of an engine failure, sent to all ranks."""
-
-    message: str
-    is_final: bool  # wrong weights: raised without a restart
-    is_users: bool = False  # of the user's function, not of the engine: a UserError
-
-
-class WeightStream(Protocol):
-    """Exports the student's current weights, tensor by tensor; all ranks exhaust it together."""
-
-    def __call__(
-        self, *, trainable_only: bool, wanted: bool
-    ) -> Iterator[tuple[str, Tensor | None]]:
-        """Leaves frozen weights out if ``trainable_only``; yields None where not ``wanted``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStarter:
-    """Where engines run, how they are started, and how often."""
-
-    # Global rank that each engine is controlled from; one engine a rank at most. The same on all
-    # ranks.
-    owners: Sequence[int]
-    create: Callable[[], RolloutEngine]  # called on owners
-    max_restarts: int = 0  # per engine, between two calls of `EnginePool.take_restarts`
-    max_restarts_setting: str = "max_restarts"  # its name in messages
-    is_shared: bool = False  # all engines use the same servers, to which weights are sent once
-    # On global rank 0, if the run starts the servers: starts those that do not respond, and waits
-    # for them. Called before engines start and after a failure.
-    ensure_server: Callable[[], None] | None = None
-    # The same without waiting, for servers that the engines can do without. Called before a sync.
-    revive_servers: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +50,10 @@ class EnginePool:
     """The rollout engines of a run, each controlled from the rank that owns it.
 
     Their number has nothing to do with the trainer's layout. A failed engine is restarted, gets the
-    weights of the last `sync` and repeats the request; with the same seeds it returns the same
-    rollouts. Other engines keep their results. Every method except `take_restarts` and `close` is
-    collective over all ranks (on ``context.control``), because all ranks export weights and have to
-    learn of failures. These methods raise RolloutEngineError on every rank if an engine failed too
-    often.
+    weights of the last `sync` and repeats the request (`RecoveringEngines`); with the same seeds it
+    returns the same rollouts. Every method except `take_restarts` and `close` is collective over
+    all ranks (on ``context.control``), and raises RolloutEngineError on every rank if an engine
+    failed too often.
     """
 
     def __init__(
@@ -112,41 +66,22 @@ class EnginePool:
         context: ParallelContext,
     ) -> None:
         """Starts the engines; raises RolloutEngineError on every rank if one does not start."""
-        self._starter = starter
-        self._stream = stream
-        self._frozen = frozenset(frozen)
-        self._context = context
-        self._version = 0
-        self._bytes_sent = 0
-        self._restarts = [0] * len(starter.owners)
-        # Index of this rank's engine; None if it owns none.
-        self._own = starter.owners.index(context.rank) if context.rank in starter.owners else None
-        self._engine: RolloutEngine | None = None
+        self._engines = RecoveringEngines(starter, stream, frozen=frozen, context=context)
         self._work = EngineWork(tokens=0, seconds=0.0)
         self._work_taken = time.perf_counter()
         self._under_way: deque[tuple[RolloutEngine | None, Sequence[Prompt], SamplingParams]] = (
             deque()
         )
-        failures = self.told(self._server_failure())
-        if not any(failures):
-            failures = self.told(self._start())
-        for number, failure in enumerate(failures):
-            if failure is not None:
-                self.close()
-                raise RolloutEngineError(
-                    f"rollout engine {number}, of rank {starter.owners[number]}, did not start: "
-                    f"{failure.message}"
-                )
 
     @property
     def size(self) -> int:
         """The number of engines."""
-        return len(self._starter.owners)
+        return self._engines.size
 
     @property
     def own(self) -> int | None:
         """Index of this rank's engine; None if it has none."""
-        return self._own
+        return self._engines.own
 
     @phase("weight sync")
     def sync(self, *, version: int = 0) -> int:
@@ -155,13 +90,8 @@ class EnginePool:
         Returns the bytes sent to this rank's engine, failed attempts included. 0 on ranks without
         an engine; for a shared server, nonzero only on the first engine's owner.
         """
-        self._version = version
-        self._bytes_sent = 0
-        if self._starter.revive_servers is not None:
-            self._starter.revive_servers()
-        take = not self._starter.is_shared or self._own == 0
-        self._recover(self.told(self._send_weights(take=take)))
-        return self._bytes_sent
+        self._engines.version = version
+        return self._engines.sync()
 
     @phase("rollout")
     def generate(
@@ -191,9 +121,9 @@ class EnginePool:
 
         def so_far(seconds: float) -> str:
             # A function asks the engine several times; its own count is not known.
-            if function is not None or not isinstance(self._engine, CountingEngine):
+            if function is not None or not isinstance(self._engines.engine, CountingEngine):
                 return ""
-            done = self._engine.progress()
+            done = self._engines.engine.progress()
             return f"{done.responses} of {asked}, {_rate(done.tokens, seconds)}"
 
         def at_end(seconds: float) -> str:
@@ -201,16 +131,16 @@ class EnginePool:
 
         work = f"rollouts, {asked} responses of this rank's engine"
         with heartbeat(work, so_far, at_end=at_end):
-            return self._run(generate)
+            return self._engines.run(generate)
 
     def take_work(self) -> list[EngineWork]:
         """What each engine did since the last call, of what has come to its end; collective."""
         now = time.perf_counter()
         work = replace(self._work, window=now - self._work_taken)
         self._work, self._work_taken = EngineWork(tokens=0, seconds=0.0), now
-        if isinstance(self._engine, MeasuringEngine):
-            work = replace(work, use=self._engine.take_use())
-        return self.told(work)
+        if isinstance(self._engines.engine, MeasuringEngine):
+            work = replace(work, use=self._engines.engine.take_use())
+        return self._engines.told(work)
 
     def _add_work(self, rollouts: Sequence[Rollout], seconds: float) -> None:
         self._work = replace(
@@ -226,8 +156,8 @@ class EnginePool:
             assert isinstance(engine, OverlappingEngine)
             engine.start(prompts, sampling)
 
-        self._run(start)
-        self._under_way.append((self._engine, prompts, sampling))
+        self._engines.run(start)
+        self._under_way.append((self._engines.engine, prompts, sampling))
 
     @phase("rollout")
     def finish(self, *, version: int) -> list[Rollout] | None:
@@ -236,7 +166,7 @@ class EnginePool:
         # `version` belongs to the current weights, which an engine restarted below gets. They may
         # be newer than the weights that the rollouts were started with.
         started, prompts, sampling = self._under_way.popleft()
-        self._version = version
+        self._engines.version = version
 
         def finish(engine: RolloutEngine) -> list[Rollout]:
             # Restarted meanwhile: the new engine does not have the request.
@@ -253,148 +183,28 @@ class EnginePool:
 
         def so_far(seconds: float) -> str:
             # A new engine has begun anew; an old one's tokens took longer than this wait.
-            if not isinstance(self._engine, CountingEngine):
+            if not isinstance(self._engines.engine, CountingEngine):
                 return ""
-            return f"{self._engine.progress().responses} of {asked}"
+            return f"{self._engines.engine.progress().responses} of {asked}"
 
         with heartbeat("waiting for rollouts that were begun before", so_far):
-            return self._run(finish)
+            return self._engines.run(finish)
 
     def sleep(self) -> None:
         """Frees engine memory that is not needed until the next `sync`."""
-        self._run(lambda engine: engine.sleep())
+        self._engines.run(lambda engine: engine.sleep())
 
     def take_restarts(self) -> int:
         """Returns the number of engine restarts since the last call, over all engines."""
-        count = sum(self._restarts)
-        self._restarts = [0] * self.size
-        return count
-
-    def close(self) -> None:
-        """Ends this rank's engine."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-
-    def _run(self, action: Callable[[RolloutEngine], Result]) -> Result | None:
-        """Runs the action on every engine until it succeeds; returns the result on owners."""
-        is_due, result = self._own is not None, None
-        while True:
-            failure = None
-            if is_due:
-                assert self._engine is not None
-                try:
-                    result = action(self._engine)
-                    # Not repeated here when another engine fails.
-                    is_due = False
-                except RolloutEngineError as error:
-                    failure = _failure(error)
-                except UserError as error:
-                    failure = _Failure(message=str(error), is_final=True, is_users=True)
-            failures = self.told(failure)
-            if not any(failures):
-                return result
-            for of_engine in failures:
-                if of_engine is not None and of_engine.is_users:
-                    raise RolloutFunctionError(of_engine.message)
-            self._recover(failures)
-
-    def _recover(self, failures: list[_Failure | None]) -> None:
-        """Restarts failed engines and sends them the weights, until none fails."""
-        while any(failures):
-            self._count(failures)
-            has_failed = self._own is not None and failures[self._own] is not None
-            # A shared server gets weights from the first owner, whoever noticed the failure.
-            take = self._own == 0 if self._starter.is_shared else has_failed
-            while any(of_server := self.told(self._server_failure())):
-                self._count(of_server)
-            failure = None
-            if has_failed:
-                self.close()
-                failure = self._start()
-            # Starting takes long: ranks wait for it on the control group, whose timeout allows for
-            # that, not in a collective of the weight stream.
-            failures = self.told(failure)
-            if not any(failures):
-                failures = self.told(self._send_weights(take=take))
-
-    def _count(self, failures: list[_Failure | None]) -> None:
-        for number, failure in enumerate(failures):
-            if failure is None:
-                continue
-            if failure.is_final or self._restarts[number] == self._starter.max_restarts:
-                raise RolloutEngineError(
-                    f"rollout engine {number} failed and was not started again "
-                    f"({self._restarts[number]} restarts in this step, "
-                    f"{self._starter.max_restarts_setting} = {self._starter.max_restarts}): "
-                    f"{failure.message}"
-                )
-            self._restarts[number] += 1
-            if self._context.rank == 0:
-                logger.warning("rollout engine %d is started again: %s", number, failure.message)
-
-    def _server_failure(self) -> _Failure | None:
-        """Runs ``ensure_server`` on the rank that has it; returns its failure, if any."""
-        if self._starter.ensure_server is not None:
-            try:
-                self._starter.ensure_server()
-            except RolloutEngineError as error:
-                return _failure(error)
-        return None
-
-    def _start(self) -> _Failure | None:
-        """Starts this rank's engine, if it owns one."""
-        _give_up_device_memory()
-        if self._own is not None:
-            try:
-                self._engine = self._starter.create()
-            except RolloutEngineError as error:
-                return _failure(error)
-        return None
-
-    def _send_weights(self, *, take: bool) -> _Failure | None:
-        """Streams the weights; if ``take``, this rank's engine receives them."""
-        _give_up_device_memory()
-        # All engines receive the full stream even if some need less, because all ranks drive it
-        # together.
-        sends_all = not self._frozen or any(self.told(take and self._needs_all_weights()))
-        takes = take and self._engine is not None
-        stream, failure = self._stream(trainable_only=not sends_all, wanted=takes), None
-        if takes:
-            assert self._engine is not None
-            try:
-                self._engine.load_weights(
-                    self._counted(stream),
-                    version=self._version,
-                    left_out=() if sends_all else self._frozen,
-                )
-            except RolloutEngineError as error:
-                failure = _failure(error)
-        # Exhaust the stream if no engine took it or one failed: other ranks wait in its
-        # collectives.
-        for _ in stream:
-            pass
-        return failure
-
-    def _needs_all_weights(self) -> bool:
-        if self._engine is None:
-            return False
-        try:
-            return self._engine.needs_all_weights()
-        except RolloutEngineError:
-            return True  # `load_weights` will fail, too, and report the error
-
-    def _counted(self, stream: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in stream:
-            if tensor is not None:
-                self._bytes_sent += tensor.nbytes
-                yield name, tensor
+        return self._engines.take_restarts()
 
     def told(self, value: Result) -> list[Result]:
         """Gathers the values of all engines' owners on every rank."""
-        everyone: list[Any] = [None] * self._context.control.size()
-        dist.all_gather_object(everyone, value, group=self._context.control)
-        return [everyone[owner] for owner in self._starter.owners]
+        return self._engines.told(value)
+
+    def close(self) -> None:
+        """Ends this rank's engine."""
+        self._engines.close()
 
 
 def _num_responses(prompts: Sequence[Prompt], sampling: SamplingParams) -> int:
@@ -404,12 +214,3 @@ def _num_responses(prompts: Sequence[Prompt], sampling: SamplingParams) -> int:
 def _rate(tokens: int, seconds: float) -> str:
     rate = tokens / seconds
     return f"{rate:,.0f} tokens/s" if rate >= 10 else f"{rate:.2g} tokens/s"
-
-
-def _give_up_device_memory() -> None:
-    """Returns torch's cached memory to the device, for an engine that starts or wakes there."""
-    torch.cuda.empty_cache()
-
-
-def _failure(error: RolloutEngineError) -> _Failure:
-    return _Failure(message=str(error), is_final=isinstance(error, WrongWeightsError))

@@ -8,8 +8,10 @@ from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.data.benchmarks import tokenized
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.parallel.node import Node
 from megatron_oprd.rollout.engine import SamplingParams
-from megatron_oprd.rollout.pool import EnginePool, WeightStream
+from megatron_oprd.rollout.pool import EnginePool
+from megatron_oprd.rollout.recovery import WeightStream
 from megatron_oprd.rollout.registry import engine_kind
 from megatron_oprd.rollout.served_model import ServedModel
 from megatron_oprd.training.plan import RunPlan
@@ -58,14 +60,14 @@ def check_rollout_server(plan: RunPlan) -> None:
     engine_kind(rollout).check_server(rollout, _served_model(plan))
 
 
-def check_server_to_start(plan: RunPlan, *, ranks_on_host: int) -> None:
-    """Checks, on rank 0, the GPUs of a rollout server that the run starts, if it does.
+def check_server_to_start(plan: RunPlan, node: Node) -> None:
+    """Checks, on each node's first rank, the GPUs of the rollout servers that it starts, if any.
 
     Raises:
-        UserError: A GPU is missing or in use.
+        UserError: A GPU is missing or in use, or servers are to run on a node that is not there.
     """
     rollout = plan.config.rollout
-    engine_kind(rollout).check_host(rollout, ranks_on_host=ranks_on_host)
+    engine_kind(rollout).check_host(rollout, node)
 
 
 def _served_model(plan: RunPlan) -> ServedModel:

@@ -36,6 +36,7 @@ FP8 = "rollout.vllm.quantization=fp8_per_channel"
 SPLIT = "rollout.vllm.tensor_model_parallel_size=2"
 SERVER = "rollout.vllm.servers=[http://10.0.0.1:8000]"
 START = "rollout.vllm.start_servers=1"
+NODES = "rollout.vllm.server_nodes=[0,2]"
 OWN_PROMPT = "teacher_prompt.privileged_key=a"
 # Settings that a setting needs and that are no condition of its rules.
 RELATED: dict[str, dict[str, Any]] = {
@@ -378,6 +379,15 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
             ([VLLM, START, SPLIT, f"rollout.vllm.server_gpus={gpus}"], [f"server_gpus = {gpus}"])
             for gpus in ("[0]", "[1, 1]", "[-1, 0]", "[0, 1, 1]")
         ),
+        *(
+            ([VLLM, START, f"rollout.vllm.server_nodes={nodes}"], [f"server_nodes = {nodes}"])
+            for nodes in ("[]", "[1, 1]", "[-1]")
+        ),
+        ([VLLM, START, NODES], ["start_servers = 1", "server_nodes = [0, 2]", "a multiple of 2"]),
+        (
+            [VLLM, "rollout.vllm.start_servers=4", NODES, "rollout.vllm.server_gpus=[0,1,2,3]"],
+            ["server_gpus = [0, 1, 2, 3]", "start_servers = 4", "2 different GPUs on each node"],
+        ),
         ([VLLM, "rollout.temperature=2.5"], ["rollout.temperature = 2.5", "at most 2.0"]),
         ([VLLM, "evaluation.temperature=2.5"], ["evaluation.temperature = 2.5", "at most 2.0"]),
         (
@@ -398,6 +408,7 @@ def test_contradictions(tmp_path: Path, overrides: list[str], names: list[str]) 
         [PP2, VPP2, "parallel.num_layers_per_stage=[1,1,1,1]"],
         [TP2, SP],
         [VLLM, START, SPLIT, "rollout.vllm.server_gpus=[3,1]"],
+        [VLLM, "rollout.vllm.start_servers=4", NODES, "rollout.vllm.server_gpus=[3,1]"],
         ["recompute.recompute_granularity=selective"],
         [FULL, METHOD, LAYERS, TP2, DISTRIBUTE],
         ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"],

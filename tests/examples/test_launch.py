@@ -259,6 +259,41 @@ def test_two_nodes_with_networks_of_their_own(
 
 
 @pytest.mark.slow
+def test_servers_of_two_nodes_with_networks_of_their_own(
+    tmp_path: Path, cluster: dict[str, str], networks: str
+) -> None:
+    """Stand-ins for vLLM, each of which rank 0 reaches at an address of its node."""
+    pair = save_pair(tmp_path / "pair", "llama")
+    (tmp_path / "faults").mkdir()
+    settings = {
+        "IN_NETWORK": networks,
+        "FIRST_NODE": "10.77.0.1",
+        "GLOO_SOCKET_IFNAME": "cable",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/fakes/vllm_stand_in'}",
+        "FAKE_VLLM_FAULTS": str(tmp_path / "faults"),
+    }
+    done = subprocess.run(
+        [
+            *("bash", str(SLURM / "train.sbatch"), str(pair / "run.yaml"), "rollout.engine=vllm"),
+            *("rollout.vllm.start_servers=2", "rollout.vllm.server_nodes=[0,1]"),
+            *(f"output_dir={tmp_path / 'run'}", "train_iters=2"),
+        ],
+        env={**cluster, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "is left out" not in done.stdout + done.stderr
+    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+        # What a stand-in always says; 0 of a server that nobody could ask.
+        assert json.loads(line)["rollout_kv_cache_peak_of_engine"] == {"0": 0.25, "1": 0.25}
+    logs = sorted(path.name for path in (tmp_path / "run").glob("vllm_server_*.log"))
+    assert logs == ["vllm_server_0.log", "vllm_server_1.log"]
+
+
+@pytest.mark.slow
 def test_two_nodes_stop_on_a_signal_and_go_on(tmp_path: Path, cluster: dict[str, str]) -> None:
     pair = save_pair(tmp_path / "pair", "llama")
     out = tmp_path / "out"

@@ -8,7 +8,8 @@ import pytest
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.collect import collect, gather
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
-from megatron_oprd.rollout.pool import EnginePool, EngineStarter
+from megatron_oprd.rollout.pool import EnginePool
+from megatron_oprd.rollout.recovery import EngineStarter
 
 PROMPTS = [Prompt(index=index, token_ids=(1,)) for index in (4, 2)]
 

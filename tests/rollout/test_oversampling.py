@@ -9,7 +9,8 @@ import pytest
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.oversampling import Key, complete_prompts, generate_until
-from megatron_oprd.rollout.pool import EnginePool, EngineStarter
+from megatron_oprd.rollout.pool import EnginePool
+from megatron_oprd.rollout.recovery import EngineStarter
 
 END = 9
 SAMPLING = SamplingParams(max_new_tokens=7, samples_per_prompt=2, seed=0)

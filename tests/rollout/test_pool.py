@@ -19,7 +19,8 @@ from megatron_oprd.rollout.engine import (
     SamplingParams,
     WrongWeightsError,
 )
-from megatron_oprd.rollout.pool import EnginePool, EngineStarter, EngineWork
+from megatron_oprd.rollout.pool import EnginePool, EngineWork
+from megatron_oprd.rollout.recovery import EngineStarter
 
 SAMPLING = SamplingParams(max_new_tokens=1, seed=0)
 

@@ -32,7 +32,7 @@ from megatron_oprd.planning.ladder import nearest_that_fits
 from megatron_oprd.rollout.costs import EngineBytes, EngineLoad, MemoryChanges
 from megatron_oprd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from megatron_oprd.rollout.kind import EngineKind, Place
-from megatron_oprd.rollout.pool import EngineStarter
+from megatron_oprd.rollout.recovery import EngineStarter
 from megatron_oprd.rollout.registry import ENGINES
 from megatron_oprd.rollout.served_model import ServedModel
 from megatron_oprd.training.plan import make_plan

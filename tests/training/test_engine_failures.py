@@ -23,6 +23,7 @@ VLLM = [
     "taps.layers=[0,1]",
 ]
 SERVER = ["rollout.vllm.start_servers=1", *(one for one in VLLM if "bucket" not in one)]
+SERVERS = [*SERVER[1:], "rollout.vllm.start_servers=2", "rollout.vllm.server_nodes=[0,1]"]
 TP2_TWO_ENGINES = [*VLLM, "parallel.tensor_model_parallel_size=2"]
 # One engine of two workers.
 TP2 = [*TP2_TWO_ENGINES, "rollout.vllm.tensor_model_parallel_size=2"]
@@ -47,6 +48,13 @@ CASES: dict[str, tuple[list[str], list[str], str]] = {
     # A server for both, which is killed at the second step's first request. Its successor is killed
     # in the sync after its start.
     "dp2_server_fails": (SERVER, ["1.generate.9.kill", "2.weights.1.kill"], "dp2_server_fails"),
+    # A server of each of two nodes, of which the second's rank controls no engine.
+    "tp2_node_fails": ([*SERVERS, *TP2_TWO_ENGINES[-1:]], [], "tp2_node_fails"),
+    "tp2_nodes_fail": ([*SERVERS, *TP2_TWO_ENGINES[-1:]], [], "tp2_nodes_fail"),
+}
+KILLED: dict[str, dict[str, Any]] = {
+    "tp2_node_fails": {"nodes": True, "kill_server_before": 1, "kill_server_of": [1]},
+    "tp2_nodes_fail": {"nodes": True, "kill_server_before": 1, "kill_server_of": [0, 1]},
 }
 
 
@@ -61,6 +69,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "overrides": overrides,
             "faults": faults,
             "folder": folder,
+            **KILLED.get(name, {}),
         }
         for name, (overrides, faults, folder) in CASES.items()
     ]
@@ -99,7 +108,13 @@ def values(root: Path, name: str, metric: str) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("name", "layout", "count"),
-    [("tp2_fails", "tp2", 3), ("dp2_fails", "dp2", 2), ("dp2_server_fails", "dp2", 3)],
+    [
+        ("tp2_fails", "tp2", 3),
+        ("dp2_fails", "dp2", 2),
+        ("dp2_server_fails", "dp2", 3),
+        ("tp2_node_fails", "tp2", 0),
+        ("tp2_nodes_fail", "tp2", 1),
+    ],
 )
 def test_the_run_is_the_same(root: Path, name: str, layout: str, count: int) -> None:
     found, expected = result(root, name)["rollouts"], result(root, layout)["rollouts"]
@@ -144,15 +159,26 @@ def test_an_engine_for_each_rank(root: Path) -> None:
     assert values(root, "tp2_two_engines", "rollout_engine_restarts") == [0, 1]
 
 
-def test_nothing_of_a_server_is_left(root: Path) -> None:
-    """Of none of three, of which each was two processes."""
-    files = sorted((root / "dp2_server_fails.faults").glob("process_*/pids"))
-    assert len(files) == 3
+@pytest.mark.parametrize(("name", "killed"), [("tp2_node_fails", [1]), ("tp2_nodes_fail", [0, 1])])
+def test_each_node_starts_its_own_servers_again(root: Path, name: str, killed: list[int]) -> None:
+    warnings = result(root, name)["warnings_of_ranks"]
+    assert any("is left out until the next sync" in one for one in warnings[0]) == (killed == [1])
+    for rank, own in enumerate(warnings):
+        again = [one for one in own if "started again: it ended with exit code 137" in one]
+        assert len(again) == (rank in killed)
+        assert all(f"vllm_server_{rank}.log" in one for one in again)
+
+
+@pytest.mark.parametrize(("name", "count"), [("dp2_server_fails", 3), ("tp2_nodes_fail", 4)])
+def test_nothing_of_a_server_is_left(root: Path, name: str, count: int) -> None:
+    """Of none that was started; each was two processes."""
+    files = sorted((root / f"{name}.faults").glob("process_*/pids"))
+    assert len(files) == count
     for file in files:
         for pid in map(int, file.read_text().split()):
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(pid).wait(timeout=30)  # what was killed may not be gone at once
-    assert (root / "dp2_server_fails" / "vllm_server_0.log").exists()
+    assert (root / name / "vllm_server_0.log").exists()
 
 
 def test_used_up(root: Path) -> None:

@@ -27,6 +27,7 @@ TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=t
 SPLIT = ["rollout.vllm.tensor_model_parallel_size=2"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 GREEDY = ["rollout.temperature=0", "optimizer.lr=0.01"]
+NODES = ["rollout.vllm.start_servers=2", "rollout.vllm.server_nodes=[0,1]"]
 CASES = {
     "hf": (2, ["train_iters=2", *GREEDY]),
     "tp2_sp": (2, [*VLLM, *GREEDY, *TP2_SP]),
@@ -39,12 +40,33 @@ CASES = {
     "tp2_sp_dp2": (4, [*VLLM, *TP2_SP]),
     # Two servers, of which one is killed.
     "servers": (2, [*VLLM, *GREEDY, *PP2, "rollout.vllm.start_servers=2"]),
+    # The same on two nodes, of which the second one's is killed and comes back.
+    "nodes": (2, [*VLLM, *GREEDY, *PP2, *NODES, "train_iters=4"]),
+    "hf_longer": (2, [*GREEDY, "train_iters=4"]),
 }
 
 # Runs that only slow tests look at.
-NIGHTLY = {"ahead", "frozen", "dp2_killed", "pp2_dp2", "tp2_sp_dp2", "servers"}
+NIGHTLY = {
+    "ahead",
+    "frozen",
+    "dp2_killed",
+    "pp2_dp2",
+    "tp2_sp_dp2",
+    "servers",
+    "nodes",
+    "hf_longer",
+}
 # The first rank's engine, or the last server, before the second step's rollouts.
-KILLED = {"dp2_killed": {"kill_engine_before": 1}, "servers": {"kill_server_before": 1}}
+KILLED: dict[str, dict[str, Any]] = {
+    "dp2_killed": {"kill_engine_before": 1},
+    "servers": {"kill_server_before": 1},
+    "nodes": {
+        "nodes": True,
+        "kill_server_before": 1,
+        "kill_server_of": [1],
+        "wait_for_server_before": 3,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +147,7 @@ def test_both_engines_follow_the_student(root: Path) -> None:
     "name",
     [
         pytest.param(name, marks=[pytest.mark.cases(name), *[pytest.mark.slow] * (name in NIGHTLY)])
-        for name in ("tp2_sp", "dp2_killed", "frozen", "pp2_dp2", "tp2_sp_dp2", "servers")
+        for name in ("tp2_sp", "dp2_killed", "frozen", "pp2_dp2", "tp2_sp_dp2", "servers", "nodes")
     ],
 )
 def test_log_probabilities_are_the_trainers(root: Path, name: str) -> None:
@@ -156,6 +178,22 @@ def test_one_of_two_servers_is_killed(root: Path) -> None:
         assert tokens(ours) == tokens(expected)
     assert [one["rollout_engine_restarts"] for one in records(root, "servers")] == [0, 0]
     assert any("is left out until the next sync" in one for one in warnings_of(root, "servers"))
+
+
+@pytest.mark.slow
+@pytest.mark.cases("nodes", "hf_longer")
+def test_the_second_nodes_server_is_killed_and_comes_back(root: Path) -> None:
+    """Its own node starts it again, and the last step's sync gives it the weights."""
+    found, expected = (rollouts_of(root, name) for name in ("nodes", "hf_longer"))
+    assert len(found) == 4
+    assert [tokens(of_step) for of_step in found] == [tokens(of_step) for of_step in expected]
+    assert [one["rollout_engine_restarts"] for one in records(root, "nodes")] == [0, 0, 0, 0]
+    first, second = torch.load(root / "nodes.pt", weights_only=False)["warnings_of_ranks"]
+    assert any("is left out until the next sync" in one for one in first)
+    (again,) = (one for one in second if "is started again" in one)
+    assert "ended with exit code 137" in again
+    logs = [(root / "nodes" / f"vllm_server_{i}.log").read_text() for i in range(2)]
+    assert [log.count("POST /finish_weight_update") for log in logs] == [4, 2]
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """A whole run of the training loop; rank 0 writes every step's rollouts, or what stopped it."""
 
 import dataclasses
+import itertools
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.rollout.engine import RolloutEngineError
 from megatron_oprd.rollout.hf import HFEngine
+from megatron_oprd.rollout.vllm.client import ServerClient
 from megatron_oprd.training import loop
 from megatron_oprd.training.plan import make_plan
 from megatron_oprd.training.rollout_source import RolloutSource, StepRollouts
@@ -35,7 +38,10 @@ def run(case: dict[str, Any], directory: Path) -> None:
     faults: vLLM is the stand-in of tests/fakes/vllm_stand_in, with these faults.
     No other case of the same ranks may have the real one.
     kill_engine_before: A step whose rollouts the first rank's vLLM process is killed before.
-    kill_server_before: The same of the last vLLM server that the run started.
+    kill_server_before: The same of the last vLLM server that a rank started.
+    kill_server_of: Ranks whose servers these are, if not the first.
+    wait_for_server_before: A step before which that server, started again, has to answer.
+    nodes: Whether each rank counts as a node.
     stale: Whether the hf engine keeps its first weights.
     all_weights: Whether the hf engine wants all weights each time.
     skip_steps: Numbers of steps that count as skipped.
@@ -49,15 +55,13 @@ def run(case: dict[str, Any], directory: Path) -> None:
     def recorded(source: RolloutSource, step: int) -> StepRollouts:
         if case.get("kill_engine_before") == len(rollouts) and dist.get_rank() == 0:
             engine_processes()[0].kill()
-        if case.get("kill_server_before") == len(rollouts) and dist.get_rank() == 0:
-            servers = [
-                process
-                for process in psutil.Process().children(recursive=True)
-                if any("vllm.entrypoints" in word for word in process.cmdline())
-                and "--port" in process.cmdline()
-                and "guard" not in " ".join(process.cmdline())
-            ]
-            max(servers, key=lambda process: process.pid).kill()
+        is_owner = dist.get_rank() in case.get("kill_server_of", [0])
+        if case.get("kill_server_before") == len(rollouts) and is_owner:
+            _kill_server()
+        if case.get("wait_for_server_before") == len(rollouts):
+            if is_owner:
+                _wait_for_server()
+            dist.barrier()
         found = of_step(source, step)
         rollouts.append(found.rollouts)
         return found
@@ -96,6 +100,8 @@ def run(case: dict[str, Any], directory: Path) -> None:
             (faults / fault).touch()
         os.environ["FAKE_VLLM_FAULTS"] = str(faults)
         Distiller.step = announced  # type: ignore[method-assign,assignment]
+    if case.get("nodes"):
+        os.environ |= {"GROUP_RANK": os.environ["RANK"], "LOCAL_RANK": "0"}
     stopped = ""
     with parallel_run(config.parallel, seed=config.seed) as context:
         plan = make_plan(config, world_size=dist.get_world_size())
@@ -105,18 +111,50 @@ def run(case: dict[str, Any], directory: Path) -> None:
             stopped = str(error)
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (rollouts, stopped))
+        warned: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(warned, warnings)
         if context.rank == 0:
             assert all(one == everyone[0] for one in everyone), "ranks know different things"
-            torch.save(
-                {"rollouts": rollouts, "stopped": stopped, "warnings": warnings},
-                directory / f"{case['name']}.pt",
-            )
+            found = {"rollouts": rollouts, "stopped": stopped}
+            found |= {"warnings": warnings, "warnings_of_ranks": warned}
+            torch.save(found, directory / f"{case['name']}.pt")
+    if case.get("nodes"):
+        del os.environ["GROUP_RANK"]
+        os.environ["LOCAL_RANK"] = os.environ["RANK"]
     RolloutSource.of_step = of_step  # type: ignore[method-assign]
     Distiller.step = distil  # type: ignore[method-assign]
     TeacherReader.read = read  # type: ignore[method-assign]
     HFEngine.load_weights = load_weights  # type: ignore[method-assign]
     HFEngine.needs_all_weights = needs_all_weights  # type: ignore[method-assign]
     logging.getLogger("megatron_oprd").removeHandler(handler)
+
+
+def _own_server() -> psutil.Process:
+    """The last vLLM server that this rank started."""
+    servers = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if any("vllm.entrypoints" in word for word in process.cmdline())
+        and "--port" in process.cmdline()
+        and "guard" not in " ".join(process.cmdline())
+    ]
+    return max(servers, key=lambda process: process.pid)
+
+
+def _wait_for_server() -> None:
+    options = dict(itertools.pairwise(_own_server().cmdline()))
+    ServerClient(f"http://{options['--host']}:{options['--port']}").wait(300)
+
+
+def _kill_server() -> None:
+    """Kills this rank's server, and waits until its guard knows."""
+    server = _own_server()
+    guard = server.parent()
+    assert guard is not None
+    server.kill()
+    # A zombie until this process asks for its exit code.
+    while guard.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
 
 
 def _without_pairs(read: Callable[..., TeacherSequence]) -> Callable[..., TeacherSequence]:

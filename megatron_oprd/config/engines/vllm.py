@@ -31,9 +31,18 @@ class VLLMConfig:
     run on the trainer's GPUs."""
 
     start_servers: int = setting(0, ge=0)
-    """Servers that the run starts, on the machine of global rank 0, and ends. Their output is in
+    """Servers that the run starts, on the nodes of ``server_nodes``, and ends. Their output is in
     ``<output_dir>/vllm_server_N.log`` (of ``build_bridge`` in ``<output_dir>.vllm_server_N.log``).
     """
+
+    server_nodes: list[int] = setting(
+        [0],
+        ge=0,
+        only_with=when("rollout.vllm.start_servers"),
+        no_effect_with=_GIVEN_SERVER,
+    )
+    """Nodes of the run that start the servers, the same number each, as torchrun numbers them; 0
+    has global rank 0. Servers are numbered from node to node."""
 
     server_gpus: list[int] = setting(
         [],
@@ -41,8 +50,8 @@ class VLLMConfig:
         only_with=when("rollout.vllm.start_servers"),
         no_effect_with=_GIVEN_SERVER,
     )
-    """GPUs that the servers have for themselves on that machine, as nvidia-smi counts them:
-    ``tensor_model_parallel_size`` for each server in turn. Empty on a CPU."""
+    """GPUs that the servers have for themselves on each of these nodes, as nvidia-smi counts them:
+    ``tensor_model_parallel_size`` for each server of a node in turn. Empty on a CPU."""
 
     gpu_memory_utilization: float = setting(0.4, gt=0, lt=1, no_effect_with=_GIVEN_SERVER)
     """Share of the device's memory (of the host's, on a CPU) that the engine may take, its weights
@@ -104,6 +113,11 @@ class VLLMConfig:
     def chunk_bytes(self) -> int:
         """``sync_bucket_mb`` in bytes."""
         return self.sync_bucket_mb * 10**6
+
+    @property
+    def servers_per_node(self) -> int:
+        """Servers that each of ``server_nodes`` starts."""
+        return self.start_servers // len(self.server_nodes)
 
     @property
     def uses_server(self) -> bool:

@@ -1,6 +1,6 @@
 """Refuses settings of vLLM that are wrong whatever the models are."""
 
-from megatron_oprd.config.engines.vllm import MAX_TEMPERATURE
+from megatron_oprd.config.engines.vllm import MAX_TEMPERATURE, VLLMConfig
 from megatron_oprd.config.schema import RunConfig
 from megatron_oprd.config.urls import check_url
 from megatron_oprd.errors import UserError
@@ -26,14 +26,7 @@ def check_vllm(config: RunConfig) -> None:
             raise UserError(
                 f"rollout.vllm.servers = {vllm.servers}: a server is there twice; name each once"
             )
-    size = vllm.tensor_model_parallel_size
-    gpus = vllm.server_gpus
-    if gpus and not len(set(gpus)) == len(gpus) == size * vllm.start_servers:
-        raise UserError(
-            f"rollout.vllm.server_gpus = {gpus}: rollout.vllm.start_servers = "
-            f"{vllm.start_servers} with rollout.vllm.tensor_model_parallel_size = {size} GPUs each "
-            f"need {size * vllm.start_servers} different GPUs"
-        )
+    _check_places(vllm)
     if vllm.quantization is not None:
         _check_quantization(config)
     if (ahead := config.rollout.steps_ahead) > 1 and not vllm.uses_server:
@@ -71,6 +64,31 @@ def check_vllm(config: RunConfig) -> None:
             f"rollout.vllm.max_model_len = {vllm.max_model_len} is below data.max_prompt_tokens + "
             f"rollout.max_new_tokens = {needed}: responses to long prompts would be cut early; "
             f"give at least {needed}, or leave it out"
+        )
+
+
+def _check_places(vllm: VLLMConfig) -> None:
+    """Checks the nodes and GPUs of servers that the run starts."""
+    nodes = vllm.server_nodes
+    if not nodes or len(set(nodes)) < len(nodes):
+        raise UserError(
+            f"rollout.vllm.server_nodes = {nodes}: name each node that starts servers once; 0 is "
+            "the first"
+        )
+    if vllm.start_servers % len(nodes):
+        raise UserError(
+            f"rollout.vllm.start_servers = {vllm.start_servers}: the {len(nodes)} nodes of "
+            f"rollout.vllm.server_nodes = {nodes} start the same number each; give a multiple of "
+            f"{len(nodes)}"
+        )
+    size, gpus = vllm.tensor_model_parallel_size, vllm.server_gpus
+    needed = size * vllm.servers_per_node
+    if gpus and not len(set(gpus)) == len(gpus) == needed:
+        raise UserError(
+            f"rollout.vllm.server_gpus = {gpus}: rollout.vllm.start_servers = "
+            f"{vllm.start_servers} on rollout.vllm.server_nodes = {nodes} with "
+            f"rollout.vllm.tensor_model_parallel_size = {size} GPUs each need {needed} different "
+            "GPUs on each node"
         )
 
 

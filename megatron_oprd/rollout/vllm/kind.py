@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_oprd.parallel.context import ParallelContext
+    from megatron_oprd.parallel.node import Node
     from megatron_oprd.rollout.engine import RolloutEngine
-    from megatron_oprd.rollout.pool import EngineStarter
+    from megatron_oprd.rollout.recovery import EngineStarter
     from megatron_oprd.rollout.served_model import ServedModel
 
 
@@ -80,16 +81,16 @@ class VLLMKind(EngineKind):
                 max_model_len=model.max_model_len,
             )
 
-    def check_host(self, rollout: RolloutConfig, *, ranks_on_host: int) -> None:
-        """The GPUs of a server (`launch.check_server_gpus`), or those of engines."""
+    def check_host(self, rollout: RolloutConfig, node: Node) -> None:
+        """The node and GPUs of servers (`server_place.check_servers`), or those of engines."""
         from megatron_oprd.rollout.gpus import check_divides_host
-        from megatron_oprd.rollout.vllm.launch import check_server_gpus
+        from megatron_oprd.rollout.vllm.server_place import check_servers
 
         if rollout.vllm.start_servers:
-            check_server_gpus(rollout.vllm.server_gpus, ranks_on_host=ranks_on_host)
+            check_servers(rollout.vllm, node)
         elif not rollout.vllm.uses_server:
             check_divides_host(
-                ranks_on_host,
+                node.num_ranks,
                 size=self.num_gpus(rollout),
                 setting=self.setting("tensor_model_parallel_size"),
             )

@@ -1,4 +1,4 @@
-"""vLLM servers that the run starts: address, GPUs, start, health checks and end."""
+"""A vLLM server that the run starts: start, health checks and end."""
 
 import importlib.metadata
 import logging
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.errors import UserError
@@ -242,81 +241,3 @@ def serve_command(folder: Path) -> list[str]:
         # another name.
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
-
-
-LOOPBACK = "127.0.0.1"
-_SETTING = "rollout.vllm.server_gpus"
-
-
-def server_host() -> str:
-    """Returns the address under which all ranks reach the machine of global rank 0.
-
-    Loopback if all ranks are on that machine, so that the server is not reachable from outside;
-    otherwise ``MASTER_ADDR`` as the other machines resolve it. Collective over the default group.
-    """
-    master = socket.getaddrinfo(os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM)
-    own = (_network(), str(master[0][4][0]))
-    everyone: list[tuple[str, str]] = [own] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return host_of(everyone)
-
-
-def host_of(ranks: Sequence[tuple[str, str]]) -> str:
-    """Returns the address of the first rank's machine.
-
-    ``ranks`` has, for each rank, an id of its network (equal ids share a loopback device) and the
-    first rank's address as this rank resolves it.
-    """
-    first, _ = ranks[0]
-    # Another machine's view: on its own machine, MASTER_ADDR may resolve to loopback.
-    return next((address for network, address in ranks if network != first), LOOPBACK)
-
-
-def _network() -> str:
-    """An id of this process's network: of a machine or of a container on it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {Path('/proc/self/ns/net').stat().st_ino}"
-
-
-def check_server_gpus(gpus: Sequence[int], *, ranks_on_host: int) -> None:
-    """Checks on global rank 0, whose machine runs the server, that no rank trains on its GPUs.
-
-    Local rank i trains on the i-th visible GPU. Raises UserError if a GPU is missing or in use, or
-    if none is given although the machine has GPUs.
-    """
-    found = f"{_SETTING} = {list(gpus)}"
-    if not torch.cuda.is_available():
-        if gpus:
-            raise UserError(f"{found}: there is no GPU here; leave it out")
-        return
-    try:
-        table = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{found}: nvidia-smi, which counts GPUs, does not run: {error}") from error
-    trained_on = [str(torch.cuda.get_device_properties(i).uuid) for i in range(ranks_on_host)]
-    check_gpus(gpus, table, trained_on)
-
-
-def check_gpus(gpus: Sequence[int], table: str, trained_on: Sequence[str]) -> None:
-    """Does the checks of `check_server_gpus`, with UUIDs of the GPUs that are trained on.
-
-    ``table`` is nvidia-smi's output: lines of index and UUID.
-    """
-    rows = [line.split(",") for line in table.splitlines()]
-    uuids = {int(index): uuid.strip().removeprefix("GPU-") for index, uuid in rows}
-    taken = {uuid.removeprefix("GPU-") for uuid in trained_on}
-    free = [index for index, uuid in uuids.items() if uuid not in taken]
-    found = f"{_SETTING} = {list(gpus)}"
-    right = f"free for a server here are {free}" if free else "no GPU is left for a server here"
-    if not gpus:
-        raise UserError(f"rollout.vllm.start_servers needs {_SETTING}: {right}")
-    for gpu in gpus:
-        if gpu not in uuids:
-            raise UserError(f"{found}: there is no GPU {gpu} here (nvidia-smi); {right}")
-        if uuids[gpu] in taken:
-            raise UserError(f"{found}: a rank trains on GPU {gpu}; {right}")

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +15,15 @@ import torch.distributed as dist
 from megatron_oprd.config.engines.vllm import VLLMConfig
 from megatron_oprd.config.schema import RolloutConfig
 from megatron_oprd.parallel.context import ParallelContext
+from megatron_oprd.parallel.node import Node
 from megatron_oprd.rollout.engine import RolloutEngine, RolloutEngineError
 from megatron_oprd.rollout.gpus import engine_places, leaders
-from megatron_oprd.rollout.pool import EngineStarter
+from megatron_oprd.rollout.recovery import EngineStarter
 from megatron_oprd.rollout.served_model import ServedModel
 from megatron_oprd.rollout.vllm.engine import VLLMEngine
-from megatron_oprd.rollout.vllm.launch import ServerProcess, server_host
+from megatron_oprd.rollout.vllm.launch import ServerProcess
 from megatron_oprd.rollout.vllm.secret import VARIABLE
+from megatron_oprd.rollout.vllm.server_place import server_host, servers_of
 from megatron_oprd.rollout.vllm.servers import VLLMServersEngine
 
 
@@ -55,11 +58,8 @@ def open_vllm(
     with contextlib.ExitStack() as stack:
         started: list[ServerProcess] = []
         if vllm.start_servers:
-            started = _start_servers(vllm, model, context, stack, log_prefix=log_prefix)
-            # Rank 0 starts the servers and tells the others their addresses.
-            urls = [[server.url for server in started]]
-            dist.broadcast_object_list(urls, src=0)
-            vllm = dataclasses.replace(vllm, servers=urls[0])
+            started = _own_servers(vllm, model, stack, log_prefix=log_prefix)
+            vllm = dataclasses.replace(vllm, servers=_urls(started))
         with_urls = dataclasses.replace(rollout, vllm=vllm)
 
         def begin() -> None:
@@ -80,17 +80,18 @@ def open_vllm(
             ensure_server=ensure if started else None,
             revive_servers=begin if started else None,
         )
+        if vllm.start_servers:
+            # Rank 0's engine, closed by now, had connections with all nodes' servers.
+            dist.barrier(context.control)
 
 
-def _start_servers(
-    vllm: VLLMConfig,
-    model: ServedModel,
-    context: ParallelContext,
-    stack: contextlib.ExitStack,
-    *,
-    log_prefix: str,
+def _own_servers(
+    vllm: VLLMConfig, model: ServedModel, stack: contextlib.ExitStack, *, log_prefix: str
 ) -> list[ServerProcess]:
-    """On rank 0 the run's servers, not started yet. Every rank gets their secret."""
+    """The servers that this rank starts, not started yet; collective over the default group.
+
+    The first rank of each node of ``server_nodes`` has some. Every rank gets the run's secret.
+    """
     host = server_host()
     secret = [secrets.token_hex()]
     dist.broadcast_object_list(secret, src=0)
@@ -98,24 +99,31 @@ def _start_servers(
     os.environ[VARIABLE] = secret[0]
     logs = [Path(f"{log_prefix}vllm_server_{i}.log") for i in range(vllm.start_servers)]
     stack.enter_context(_naming(logs))
-    if context.rank != 0:
+    node = Node.of_environment()
+    if not node.is_first_rank:
         return []
     servers = []
-    for number, log in enumerate(logs):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        size = vllm.tensor_model_parallel_size
+    for number, gpus in servers_of(vllm, node.number).items():
+        logs[number].parent.mkdir(parents=True, exist_ok=True)
         server = ServerProcess(
             model.folder,
             dtype=model.dtype,
             max_model_len=model.max_model_len,
             host=host,
-            gpus=vllm.server_gpus[number * size : (number + 1) * size],
-            log=log,
+            gpus=gpus,
+            log=logs[number],
             config=vllm,
         )
         stack.enter_context(contextlib.closing(server))
         servers.append(server)
     return servers
+
+
+def _urls(started: Sequence[ServerProcess]) -> list[str]:
+    """URLs of all ranks' servers, in their order; collective over the default group."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [server.url for server in started])
+    return [url for of_rank in everyone for url in of_rank]
 
 
 def create_vllm(
