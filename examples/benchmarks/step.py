@@ -32,6 +32,8 @@ METHODS = {
         "taps.positions=last_k",
         "taps.k=16",
     ],
+    # The next step's rollouts too are generated at once, with this step's weights.
+    "OPRD, rollouts up to 1 update old": ["output_loss.kind=none", "rollout.max_staleness=1"],
     "OPRD and reverse KL (the demo)": [],
     "top-16": ["output_loss.kind=top_k", "output_loss.k=16", *NO_STATES],
     "reverse KL": [*NO_STATES],
@@ -45,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--student", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl", type=Path, metavar="PYTHON", help="of an environment with TRL")
     parser.add_argument("--method", action="append", choices=[*METHODS, TRL], help="only these")
