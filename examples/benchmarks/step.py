@@ -51,24 +51,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl", type=Path, metavar="PYTHON", help="of an environment with TRL")
     parser.add_argument("--method", action="append", choices=[*METHODS, TRL], help="only these")
-    parser.add_argument("--out", type=Path, default=Path("runs/step"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/step"), help="keeps earlier methods' results"
+    )
     parser.add_argument(
         "overrides", nargs="*", help="settings of all runs, as in rollout.engine=vllm"
     )
     args = parser.parse_intermixed_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for name in args.method or METHODS:
-        if name in METHODS:
-            print(name, file=sys.stderr, flush=True)
-            found[name] = of_method(name, args)
-    if args.trl is None:
-        print(f"{TRL}: left out, --trl is not given", file=sys.stderr)
-    elif not args.method or TRL in args.method:
-        print(TRL, file=sys.stderr, flush=True)
-        found[TRL] = of_trl(args)
+    results = args.out / "steps.json"
+    found = json.loads(results.read_text()) if results.exists() else {}
+    for name in args.method or [*METHODS, TRL]:
+        if name == TRL and args.trl is None:
+            print(f"{TRL}: left out, --trl is not given", file=sys.stderr)
+            continue
+        print(name, file=sys.stderr, flush=True)
+        found[name] = of_trl(args) if name == TRL else of_method(name, args)
+        # At once, so that a method that fails loses nothing of the others.
+        results.write_text(json.dumps(found, indent=1))
     quality = evaluate({name: one["exported"] for name, one in found.items()}, args)
-    (args.out / "step.json").write_text(json.dumps({"steps": found, "quality": quality}, indent=1))
+    (args.out / "quality.json").write_text(json.dumps(quality, indent=1))
     print_table(found, quality)
 
 

@@ -67,7 +67,7 @@ def main() -> None:
             learning_rate=3e-4,
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr": 3e-5},
-            warmup_ratio=0.2,
+            warmup_steps=round(0.2 * args.steps),
             weight_decay=0.0,
             max_grad_norm=1.0,
             use_cpu=not torch.cuda.is_available(),

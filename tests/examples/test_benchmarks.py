@@ -60,4 +60,4 @@ def test_step(tmp_path: Path) -> None:
     rows = [line.split("|")[1:-1] for line in found.splitlines() if line.startswith("| ")]
     assert [row[0].strip() for row in rows] == ["method", "before", "OPRD", "reverse KL"]
     assert all(cell.strip() for row in rows[2:] for cell in row)
-    assert json.loads((out / "step.json").read_text())["steps"].keys() == {"OPRD", "reverse KL"}
+    assert json.loads((out / "steps.json").read_text()).keys() == {"OPRD", "reverse KL"}
