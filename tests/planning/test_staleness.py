@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -21,13 +22,21 @@ KERNEL = KERNELS["transformer_engine"]
 ENGINE = ["rollout.engine=vllm", "rollout.max_batch_size=null"]
 
 
+LENGTHS = Lengths(prompt=512, response=2048)
+
+
 def both(config: RunConfig, *, memory_gb: float = 80) -> tuple[list[Candidate], OtherPolicy | None]:
     """The first layout of the settings, and the other policy's, on a node of two GPUs."""
-    hardware = Hardware(memory_gb=memory_gb, gpus_per_node=2)
-    models, lengths = read_models(config), Lengths(prompt=512, response=2048)
-    found = recommend(config, models, KERNEL, hardware, num_gpus=2, lengths=lengths, number=1)
-    other = other_policy(config, models, KERNEL, hardware, found, num_gpus=2, lengths=lengths)
-    return found, other
+    hardware, models = Hardware(memory_gb=memory_gb, gpus_per_node=2), read_models(config)
+    found = recommend(config, models, KERNEL, hardware, num_gpus=2, lengths=LENGTHS, number=1)
+    return found, beside(config, found, memory_gb=memory_gb)
+
+
+def beside(
+    config: RunConfig, found: list[Candidate], *, memory_gb: float = 80
+) -> OtherPolicy | None:
+    hardware, models = Hardware(memory_gb=memory_gb, gpus_per_node=2), read_models(config)
+    return other_policy(config, models, KERNEL, hardware, found, num_gpus=2, lengths=LENGTHS)
 
 
 def shown(
@@ -74,6 +83,20 @@ def test_off_policy_holds_trainer_and_engine_and_takes_the_longer(
     before, after = text.split("off-policy by 1 update", maxsplit=1)
     assert before.count("├") == 1, "a line above the other policy"
     assert "faster" in after
+
+
+def test_it_has_to_gain_2_percent(qwen: Callable[..., RunConfig]) -> None:
+    """Against a first layout that is made as fast."""
+    config = qwen(*ENGINE)
+    (first,), other = both(config)
+    assert other is not None
+    best = other.found[0]
+    for gain, pays in ((1.019, False), (1.021, True)):
+        more = (gain * best.rank_seconds - first.rank_seconds) / 1.02**first.num_savers
+        seconds = replace(first.seconds, decode=first.seconds.decode + more)
+        against = beside(config, [replace(first, seconds=seconds)])
+        assert against is not None
+        assert (best.change in [one.change for one in against.found]) == pays
 
 
 def test_without_memory_for_both_it_says_so(
