@@ -87,9 +87,9 @@ class VLLMConfig:
 
     sync_bucket_mb: int = setting(16, ge=1)
     """Size (10^6 bytes) of the chunks in which weights go to the engine, and of the buffer that
-    these pass through. A larger tensor is a chunk of its own. On a CPU a buffer that fits in the
-    processor's cache is fastest; on GPUs, and to servers, each chunk costs a call, and vLLM's
-    default is 1000."""
+    these pass through. A larger tensor is a chunk of its own; an engine on a CPU gets it in pieces,
+    and a buffer that fits in the processor's cache is fastest there. On GPUs, and to servers, each
+    chunk costs a call, and vLLM's default is 1000."""
 
     check_weights_interval: int | None = setting(None, ge=1)
     """Weight syncs between two checks that the engine's workers got the weights that were sent, by

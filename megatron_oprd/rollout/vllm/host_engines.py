@@ -3,6 +3,7 @@
 Imported by vLLM's factory in the workers' processes, which have the names from `worker.py`.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,9 @@ class ChunkInfo(WeightTransferUpdateInfo):
     dtype_names: list[str]
     shapes: list[list[int]]
     offset: int = 0  # first byte in the shared memory
+    # Of a piece of a tensor, which it is alone: the tensor's shape, and where the piece is in it.
+    whole: list[int] | None = None
+    first: int = 0
 
     @property
     def dtypes(self) -> list[torch.dtype]:
@@ -80,11 +84,27 @@ class SharedMemoryEngine(_HostEngine):
 
     init_info_cls = SharedMemoryInfo
     _values: Tensor
+    _divided: Tensor  # a tensor that comes in pieces
 
     def init_transfer_engine(self, init_info: SharedMemoryInfo) -> None:
         """Maps the memory."""
         keep_freed_memory()
         self._values = map_memory(init_info.path, init_info.num_bytes)
+
+    def receive_weights(self, update_info: ChunkInfo) -> None:
+        """Loads a chunk, and a tensor that comes in pieces with its last one."""
+        if update_info.whole is None:
+            super().receive_weights(update_info)
+            return
+        ((length,),), (dtype,) = update_info.shapes, update_info.dtypes
+        first, after = update_info.first, update_info.first + length
+        if first == 0:
+            self._divided = torch.empty(math.prod(update_info.whole), dtype=dtype)
+        values = self._values[update_info.offset :][: length * dtype.itemsize]
+        self._divided[first:after] = values.view(dtype)
+        if after == self._divided.numel():
+            self.model.load_weights([(*update_info.names, self._divided.view(update_info.whole))])
+            del self._divided  # what the model still needs it has
 
     def _tensors(self, info: ChunkInfo) -> Iterable[Tensor]:
         return read(self._values[info.offset :], dtypes=info.dtypes, shapes=info.shapes)

@@ -78,6 +78,23 @@ def update_info(chunk: Chunk) -> dict[str, list[Any]]:
     }
 
 
+def pieces(chunk: Chunk, *, num_bytes: int) -> Iterator[tuple[Chunk, dict[str, Any]]]:
+    """Divides a chunk's tensor that is larger than ``num_bytes``; yields other chunks as they are.
+
+    Beside each piece is its `update_info`; of a divided tensor also its ``whole`` shape, and the
+    place of the piece's ``first`` value.
+    """
+    name, tensor = chunk[0]
+    if tensor.nbytes <= num_bytes:
+        yield chunk, update_info(chunk)
+        return
+    first = 0
+    for values in tensor.reshape(-1).split(num_bytes // tensor.itemsize):
+        piece = [(name, values)]
+        yield piece, update_info(piece) | {"whole": list(tensor.shape), "first": first}
+        first += values.numel()
+
+
 def write(chunk: Chunk, values: Tensor) -> None:
     """Copies the tensors into memory, back to back; they have one dtype."""
     used = 0

@@ -22,6 +22,7 @@ from megatron_oprd.rollout.vllm.shared_memory import (
     SharedMemory,
     aligned,
     chunks,
+    pieces,
     update_info,
     write,
 )
@@ -65,7 +66,7 @@ def open_engine_transfer(
     gpu_uuids: Sequence[str],  # of the engine's workers; empty on a CPU
     dtype: torch.dtype,
     num_bytes: int,  # of the buffer
-    largest: int,  # bytes of the largest tensor, which the buffer has to hold
+    largest: int,  # bytes of the largest tensor, which a GPU's buffer has to hold
 ) -> EngineTransfer:
     """Connects an engine on the trainer's machine."""
     if device.type == "cuda":
@@ -73,7 +74,7 @@ def open_engine_transfer(
 
         size = max(num_bytes, largest)
         return IPCTransfer(client, gpu_uuids=gpu_uuids, dtype=dtype, num_bytes=size)
-    return SharedMemoryTransfer(client, dtype=dtype, num_bytes=num_bytes, largest=largest)
+    return SharedMemoryTransfer(client, dtype=dtype, num_bytes=num_bytes)
 
 
 def open_server_transfer(
@@ -97,12 +98,11 @@ class SharedMemoryTransfer:
     One half is filled while workers read the other.
     """
 
-    def __init__(self, client: Client, *, dtype: torch.dtype, num_bytes: int, largest: int) -> None:
+    def __init__(self, client: Client, *, dtype: torch.dtype, num_bytes: int) -> None:
         self._client = client
         self._dtype = dtype
-        # Chunks stay small when a tensor is large: small ones stay in the processor's cache.
         self._chunk_bytes = num_bytes // 2
-        self._half_bytes = aligned(max(self._chunk_bytes, largest))
+        self._half_bytes = aligned(self._chunk_bytes)
         self._memory = SharedMemory(2 * self._half_bytes)
         self._calls = ThreadPoolExecutor(1)
         client.init_weight_transfer_engine(
@@ -114,15 +114,18 @@ class SharedMemoryTransfer:
         self._client.start_weight_update()
         under_way: Future[None] | None = None
         try:
-            parts = chunks(stream, dtype=self._dtype, num_bytes=self._chunk_bytes)
-            for number, chunk in enumerate(parts):
+            whole = chunks(stream, dtype=self._dtype, num_bytes=self._chunk_bytes)
+            # A tensor that is written as one would be read only afterwards.
+            parts = (part for chunk in whole for part in pieces(chunk, num_bytes=self._chunk_bytes))
+            for number, (part, info) in enumerate(parts):
                 # Workers may still read the other half, and no longer this one.
                 offset = number % 2 * self._half_bytes
-                write(chunk, self._memory.values[offset:])
+                write(part, self._memory.values[offset:])
                 if under_way is not None:
                     under_way.result()
-                info = update_info(chunk) | {"offset": offset}
-                under_way = self._calls.submit(self._client.update_weights, info)
+                under_way = self._calls.submit(
+                    self._client.update_weights, info | {"offset": offset}
+                )
         finally:
             if under_way is not None:
                 under_way.exception()  # a call at a time
