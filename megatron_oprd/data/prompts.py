@@ -48,6 +48,8 @@ class Prompt:
     # that each has noise of its own.
     turn: int = 0
     max_new_tokens: int | None = None  # at most, of each response to it; None: the step's
+    # Of the noise, where prompts of several steps are generated together; None: the step's.
+    seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

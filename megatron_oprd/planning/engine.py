@@ -46,6 +46,14 @@ def responses_of_engine(layout: RunLayout, workload: Workload) -> int:
     return -(-started // (rollout.prompts_per_step * num_engines(layout)))
 
 
+def _steps_at_once(layout: RunLayout) -> int:
+    """Steps whose responses an engine generates together (`RolloutSource`)."""
+    rollout = layout.config.rollout
+    if engine_of(layout).overlaps or rollout.function is not None:
+        return 1
+    return rollout.steps_ahead + 1
+
+
 def engine_load(layout: RunLayout, workload: Workload, *, memory_gb: float) -> EngineLoad:
     """The numbers of a run that an engine's memory depends on."""
     a = layout.student.architecture
@@ -68,7 +76,7 @@ def engine_load(layout: RunLayout, workload: Workload, *, memory_gb: float) -> E
         vocab_size=a.vocab_size,
         prompt_tokens=workload.prompt_tokens,
         response_tokens=workload.response_tokens,
-        num_sequences=responses_of_engine(layout, workload),
+        num_sequences=responses_of_engine(layout, workload) * _steps_at_once(layout),
         max_sequence_length=layout.max_sequence_length,
         memory_gb=memory_gb,
     )

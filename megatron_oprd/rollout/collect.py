@@ -72,14 +72,16 @@ def gather(
             )
             for prompt, rollout in zip(repeated, generated, strict=True)
         ]
-    # A prompt can come more than once, but no (prompt, occurrence, sample).
-    of_request: dict[tuple[int, int, int], Rollout] = {}
+    # A prompt can come more than once, but no (seed, prompt, occurrence, sample).
+    of_request: dict[tuple[int | None, int, int, int], Rollout] = {}
     for share, found in zip(divided, engines.told(generated), strict=True):
         assert found is not None
-        requests = [(p.index, p.occurrence, sample) for p in share for sample in p.samples or ()]
+        requests = [
+            (p.seed, p.index, p.occurrence, sample) for p in share for sample in p.samples or ()
+        ]
         of_request.update(zip(requests, found, strict=True))
     rollouts = [
-        of_request[prompt.index, prompt.occurrence, sample]
+        of_request[prompt.seed, prompt.index, prompt.occurrence, sample]
         for prompt in prompts
         for sample in range(sampling.samples_per_prompt)
     ]

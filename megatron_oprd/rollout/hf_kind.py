@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_oprd.rollout.recovery import EngineStarter
     from megatron_oprd.rollout.served_model import ServedModel
 
-_FP32, _FP64 = 4, 8
+_FP32, _INT64 = 4, 8
 
 
 class HFKind(EngineKind):
@@ -93,9 +93,9 @@ class HFKind(EngineKind):
         repeated = load.num_attention_heads * per_head
         of_token = 3 * (load.ffn_hidden_size + load.hidden_size) * itemsize
         prefill = batch * load.prompt_tokens * of_token
-        # Logits in the weights' type and, with and without noise, in fp32; noise and its logarithm
-        # in fp64.
-        sampling = batch * load.vocab_size * (itemsize + 2 * _FP32 + 2 * _FP64)
+        # Logits in the weights' type and, with and without noise, in fp32; the noise's bits, and
+        # noise in fp32.
+        sampling = batch * load.vocab_size * (itemsize + 3 * _FP32 + _INT64)
         # One layer more: appending a token copies a layer's cache.
         kv_cache = (load.num_layers + 1) * layer
         return EngineBytes(

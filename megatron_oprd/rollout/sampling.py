@@ -97,7 +97,8 @@ def seed_of(prompt: Prompt, sample: int, sampling: SamplingParams) -> int:
     A repeated prompt gets new seeds per occurrence, and a response that is continued per turn.
     """
     number = prompt.occurrence * sampling.samples_per_prompt + sample
-    seed = sample_seed(sampling.seed, prompt.index, number)
+    of_step = sampling.seed if prompt.seed is None else prompt.seed
+    seed = sample_seed(of_step, prompt.index, number)
     return sample_seed(seed, prompt.turn, 0) if prompt.turn else seed
 
 

@@ -116,18 +116,15 @@ class RolloutSource:
             sent = self._engines.sync(version=step)
         synced = time.perf_counter()
         fixed = self._fixed(step) if uses_weights else ()
-        rollouts: list[Rollout] | None = None
-        if is_fresh:
-            rollouts = self._generate(step, weights_version=step)
+        now = [*([step] if is_fresh else []), *([] if self._overlaps else begun)]
+        done = self._generate(now, weights_version=step)
         for later in begun:
-            done = None
             if self._overlaps:
                 sampling = sampling_of_step(later, self._plan.config)
                 share = share_of_engine(self._engines, self._prompts_of(later), sampling)
                 self._engines.start(share, sampling)
-            else:
-                done = self._generate(later, weights_version=step)
-            self._ahead.append(_Ahead(step=later, weights_version=step, rollouts=done))
+            self._ahead.append(_Ahead(step=later, weights_version=step, rollouts=done.get(later)))
+        rollouts = done.get(step)
         if rollouts is None:
             first = self._ahead.popleft()
             assert first.step == step
@@ -216,16 +213,31 @@ class RolloutSource:
         work, self._work = tuple(self._work), []
         return work
 
-    def _generate(self, step: int, *, weights_version: int) -> list[Rollout]:
-        """A step's rollouts, generated now."""
-        return collect(
-            self._engines,
-            self._prompts_of(step),
-            sampling_of_step(step, self._plan.config),
-            weights_version=weights_version,
-            reader=self._plan.teachers[0].reader,
-            function=self._plan.function,
-        )
+    def _generate(self, steps: Sequence[int], *, weights_version: int) -> dict[int, list[Rollout]]:
+        """The rollouts of steps, generated now: in one call, as an engine is faster with more."""
+        function = self._plan.function
+        # A function is asked for a step's responses, with what that step's sampling is.
+        calls = [list(steps)] if function is None else [[one] for one in steps]
+        found: dict[int, list[Rollout]] = {}
+        for call in filter(None, calls):
+            samplings = [sampling_of_step(one, self._plan.config) for one in call]
+            prompts = [
+                [replace(prompt, seed=sampling.seed) for prompt in self._prompts_of(one)]
+                for one, sampling in zip(call, samplings, strict=True)
+            ]
+            rollouts = collect(
+                self._engines,
+                [prompt for of_step in prompts for prompt in of_step],
+                replace(samplings[0], logprobs=any(one.logprobs for one in samplings)),
+                weights_version=weights_version,
+                reader=self._plan.teachers[0].reader,
+                function=function,
+            )
+            for one, of_step, sampling in zip(call, prompts, samplings, strict=True):
+                count = len(of_step) * sampling.samples_per_prompt
+                own, rollouts = rollouts[:count], rollouts[count:]
+                found[one] = own if sampling.logprobs else [_without_logprobs(r) for r in own]
+        return found
 
     def _wait(self, ahead: _Ahead, *, weights_version: int) -> list[Rollout]:
         """The rollouts of the step that was begun first of those in progress."""
@@ -259,3 +271,7 @@ class RolloutSource:
             if later > last:
                 steps.append(later)
         return steps
+
+
+def _without_logprobs(rollout: Rollout) -> Rollout:
+    return rollout if rollout.logprobs is None else replace(rollout, logprobs=None)

@@ -10,6 +10,8 @@ from tests.helpers.closeness import assert_close_relative
 from tests.helpers.pairs import LINEAR_UPDATES, save_pair
 from tests.helpers.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 PAIRS: dict[str, dict[str, Any]] = {
     "untied": {"family": "llama", "teacher_layers": 7},
     "tied": {"family": "qwen3", "tied": True},

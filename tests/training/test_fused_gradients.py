@@ -8,6 +8,8 @@ import torch
 from tests.helpers.closeness import assert_close_relative
 from tests.helpers.pairs import save_pair
 from tests.helpers.ranks import run_ranks
+from tests.helpers.selection import cases as as_parameters
+from tests.helpers.selection import selected
 
 MBS1 = "batch.micro_batch_size=1"
 OVERLAP = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
@@ -25,22 +27,24 @@ SETTINGS = {
     ],
     "frozen_layers": [MBS1, "taps.layers=[0,2]"],
 }
+NIGHTLY = ("recompute", "frozen_layers")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("fused")
     pair = str(save_pair(root / "pair", "qwen3", teacher_layers=7, tied=True))
     for kind, worker in (("plain", "step"), ("fused", "fused_gradients")):
         cases = [
             {"name": f"{kind}.{name}", "pair": pair, "overrides": overrides}
             for name, overrides in SETTINGS.items()
+            if name in selected(request)
         ]
         run_ranks(worker, cases, 1, root)
     return root
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", as_parameters(SETTINGS, nightly=NIGHTLY))
 def test_same_step(results: Path, name: str) -> None:
     fused, plain = (torch.load(results / f"{kind}.{name}.pt") for kind in ("fused", "plain"))
     assert fused["num_groups"] == plain["num_groups"]

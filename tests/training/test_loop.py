@@ -40,7 +40,7 @@ LAYOUTS = {
     "moe_ep2_pp2": (4, ["parallel.expert_model_parallel_size=2", *PP2]),
 }
 REFERENCES = ("one", "other_seed", "moe_one")
-NIGHTLY = ("again", "small_generation_batches", "moe_ep2_pp2")
+NIGHTLY = ("again", "small_generation_batches", "dp2_pp2", "moe_ep2_pp2")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_seed_and_step_change_rollouts(root: Path) -> None:
     assert [r.response_ids for r in first] != [r.response_ids for r in other[0]]
 
 
-@pytest.mark.parametrize(("name", "pair"), [("dp2_pp2", "pair"), ("moe_ep2_pp2", "moe_pair")])
+@pytest.mark.parametrize(("name", "pair"), [("pp2", "pair"), ("moe_ep2", "moe_pair")])
 def test_exported_student_generates(root: Path, name: str, pair: str) -> None:
     folder = root / name / "student"
     model = AutoModelForCausalLM.from_pretrained(folder)

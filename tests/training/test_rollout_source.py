@@ -1,12 +1,19 @@
 """Rollouts ahead of their step: with a stand-in for vLLM in a process of its own, and with hf."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
+from megatron_oprd.config.schema import RunConfig
+from megatron_oprd.data.prompts import Prompt
+from megatron_oprd.rollout.engine import Rollout, SamplingParams
+from megatron_oprd.training import rollout_source
 from tests.data.test_benchmarks import row, write
 from tests.helpers.pairs import save_pair
 from tests.helpers.ranks import run_ranks
@@ -167,6 +174,52 @@ def test_an_engine_in_the_trainers_process_generates_for_several_steps_at_once(r
     assert [one["rollout_staleness"] for one in metrics] == [0, 1, 2, 0, 0, 1]
     assert metrics[2]["rollout_staleness_counts"] == {"2": 8}
     assert [one["weight_sync_gb"] > 0 for one in metrics] == [True, False, False, True, True, False]
+
+
+def test_several_steps_are_one_call_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With each step's own seed, and log-probabilities for the steps that compare them."""
+    calls: list[list[int | None]] = []
+
+    def collect(
+        engines: Any, prompts: Sequence[Prompt], sampling: SamplingParams, **_: Any
+    ) -> list[Rollout]:
+        assert sampling.logprobs
+        calls.append([prompt.seed for prompt in prompts])
+        return [
+            Rollout(
+                prompt_index=prompt.index,
+                sample_index=sample,
+                prompt_ids=prompt.token_ids,
+                response_ids=(5,),
+                finished=True,
+                weights_version=0,
+                logprobs=(-1.0,),
+            )
+            for prompt in prompts
+            for sample in range(sampling.samples_per_prompt)
+        ]
+
+    def prompts_of(step: int, *_: Any) -> list[Prompt]:
+        return [Prompt(index=10 * step + i, token_ids=(1,)) for i in range(2)]
+
+    monkeypatch.setattr(rollout_source, "collect", collect)
+    monkeypatch.setattr(rollout_source, "sent_prompts_of_step", prompts_of)
+    monkeypatch.setattr(rollout_source, "sent_first_prompts", lambda *_: prompts_of(0))
+    config = RunConfig(train_iters=3, seed=7)
+    config.rollout.max_staleness = 2
+    config.rollout.samples_per_prompt = 3
+    config.rollout.logprob_check_interval = 3
+    plan: Any = SimpleNamespace(
+        config=config, teachers=[SimpleNamespace(reader=None)], function=None
+    )
+    source = rollout_source.RolloutSource(plan, MagicMock(), MagicMock(), [])
+    found = [source.of_step(step).rollouts for step in range(3)]
+    # The check's prompts, then all steps'.
+    assert calls == [[None] * 2, [7, 7, 8, 8, 9, 9]]
+    for step, of_step in enumerate(found):
+        expected = [(10 * step + i, sample) for i in range(2) for sample in range(3)]
+        assert [(one.prompt_index, one.sample_index) for one in of_step] == expected
+        assert [one.logprobs is None for one in of_step] == [step > 0] * 6
 
 
 @pytest.mark.slow

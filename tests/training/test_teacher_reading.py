@@ -15,6 +15,8 @@ from tests.helpers.pairs import save_pair
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import CHAT_TEMPLATE
 
+pytestmark = pytest.mark.slow
+
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 COMMON = ["train_iters=2", "optimizer.lr=0.01"]
 SELF = [

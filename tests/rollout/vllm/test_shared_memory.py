@@ -130,20 +130,22 @@ def test_workers_put_pieces_together(host_engines: Any) -> None:
 def test_a_half_stays_until_it_is_read() -> None:
     """While a worker reads one half the other is filled, and that one is not touched."""
     worker, sent = Worker(), threading.Semaphore(0)
-    worker.before_reading = lambda: sent.acquire(timeout=20)  # type: ignore[assignment]
+    waits = []
+    worker.before_reading = lambda: waits.append(sent.acquire(timeout=20))
     transfer = SharedMemoryTransfer(worker, dtype=torch.float32, num_bytes=128)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for number in range(6):
-            if number >= 3:
-                sent.release()  # two chunks are written before the first is read
+            if number >= 2:
+                sent.release()  # when the second chunk is complete, the first is read
             yield str(number), torch.full((16,), float(number))
-        for _ in range(3):
+        for _ in range(2):
             sent.release()
 
     transfer.send_weights(stream())
     for number in range(6):
         assert torch.equal(worker.arrived[str(number)], torch.full((16,), float(number)))
+    assert waits == [True] * 6
     transfer.close()
 
 
