@@ -12,8 +12,6 @@ from tests.helpers.pairs import save_pair
 from tests.helpers.ranks import run_ranks
 from tests.helpers.selection import cases, selected
 
-pytestmark = pytest.mark.slow
-
 STEPS = 5
 TP2_SP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 VPP2 = [
