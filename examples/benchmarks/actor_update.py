@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         overrides=[
             *(FULL_RECOMPUTE if args.recompute == "full" else ()),
             *(CHUNKED if args.kind == "top_16_chunked" else ()),
+            *args.overrides,
         ],
     )
     with parallel_run(config.parallel, seed=config.seed) as context:
@@ -156,7 +157,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", help="settings, as in taps.compile=true")
+    args = parser.parse_intermixed_args()
     if args.kind:
         print(json.dumps(run(args)))
         return

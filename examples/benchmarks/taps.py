@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             vocab_size=512,
             tokens=args.tokens,
             params_dtype=args.dtype,
+            overrides=args.overrides,
         )
         with parallel_run(config.parallel, seed=config.seed) as context:
             distiller = Distiller(make_plan(config, world_size=1), context)
@@ -75,7 +76,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", help="settings, as in taps.compile=true")
+    args = parser.parse_intermixed_args()
     if args.in_this_process:
         print(json.dumps(run(args)))
         return
