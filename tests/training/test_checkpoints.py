@@ -130,6 +130,7 @@ LOADERS = {
 }
 # Cases that resemble others; `make test-nightly` runs them.
 NIGHTLY = {
+    *("dp2_pp2", "one_from_dp2_pp2", "odd_dp3_B"),
     *("dp2_from_plain", "one_from_vpp2", "vpp2_from_one", "dp2_from_one", "dp2_tp2_from_one"),
     *("output_tied_vpp2", "output_tied_one_from_vpp2"),
     *("moe_tp2_sp", "moe_one_from_ep2", "moe_ep2_from_one", "moe_ep2_pp2_from_tp2_sp"),

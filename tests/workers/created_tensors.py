@@ -19,7 +19,7 @@ Made = set[tuple[str, tuple[int, ...]]]
 
 
 class Recorder(TorchDispatchMode):
-    """Records every tensor that an operation returns, in forward, backward and update.
+    """Records every tensor that an operation returns or updates, in forward, backward and update.
 
     Attributes:
         made: (operation, shape).
@@ -33,7 +33,8 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        # Fused updates return nothing: what they were given is what they write.
+        for leaf in tree_leaves(args if result is None else result):
             if isinstance(leaf, Tensor):
                 self.made.add((str(func), tuple(leaf.shape)))
         return result
