@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_oprd.parallel.node import Node
 from megatron_oprd.selftest.cases import Case, Result, Status
 
 # Imports of torch, megatron-core and Transformer Engine, on a cold disk and a busy machine.
@@ -68,7 +69,8 @@ class Agents:
         os.environ.setdefault("MASTER_PORT", "0")
         dist.init_process_group("gloo", timeout=timedelta(hours=1))
         self.is_first = dist.get_rank() == 0
-        self.machine = int(os.environ.get("GROUP_RANK", "0"))
+        node = Node.of_environment()
+        self.machine = node.number
         local = int(os.environ["LOCAL_RANK"])
         self.is_first_on_machine = local == 0
         self._has_gpus = torch.cuda.is_available()
@@ -77,7 +79,7 @@ class Agents:
             devices = list(range(torch.cuda.device_count()))
         self._device_of = [device for device in devices for _ in range(ranks_per_device)]
         self._shares_gpu = self._has_gpus and ranks_per_device > 1
-        self._local_agents = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._local_agents = node.num_ranks
         self.num_ranks = dist.get_world_size() * len(self._device_of)
         # For the word that a launch has failed.
         address = os.environ["MASTER_ADDR"]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_oprd.config.schema import ParallelConfig
 from megatron_oprd.parallel.context import parallel_run
+from megatron_oprd.parallel.node import Node
 from megatron_oprd.selftest.cases import CaseSkippedError, CaseWarning, Place
 
 _REPEATS = 5
@@ -41,7 +42,7 @@ def run(arguments: dict[str, Any], place: Place) -> str:
         part = torch.ones(len(numbers) // count, device=device)
         whole = torch.empty(len(part) * count, device=device)
         gather = _seconds(lambda: dist.all_gather_into_tensor(whole, part))
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        local = Node.of_environment().num_ranks
         inside = ""
         if 1 < local < count:
             of_machine, _ = dist.new_subgroups(local)

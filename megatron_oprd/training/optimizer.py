@@ -142,16 +142,19 @@ def make_train_state(
     return state
 
 
+def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Adam]:
+    """The optimizer's parts that are torch's Adam, not Transformer Engine's or Apex's."""
+    inner = [one.optimizer for one in optimizer.chained_optimizers]
+    return [one for one in inner if isinstance(one, torch.optim.Adam)]
+
+
 def _allocate_adam_states(optimizer: MegatronOptimizer) -> None:
     """Gives torch's Adam the states that its first step would create.
 
     Megatron cannot save or load the distributed optimizer without them. Transformer Engine's and
     Apex's Adam do not need this.
     """
-    for one in optimizer.chained_optimizers:
-        adam = one.optimizer
-        if not isinstance(adam, torch.optim.Adam):
-            continue
+    for adam in _torch_adams(optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:
                 adam.state[parameter] = {
@@ -167,19 +170,17 @@ def _fuse_adam_on_cpu(optimizer: MegatronOptimizer) -> None:
     Megatron offers no option for it. It is set before each update, because a checkpoint may bring
     parameter groups from another device.
     """
-    for one in optimizer.chained_optimizers:
-        if isinstance(one.optimizer, torch.optim.Adam):
-            for group in one.optimizer.param_groups:
-                on_cpu = all(p.device.type == "cpu" for p in group["params"])
-                group["fused"] = True if on_cpu else None  # None: torch's own choice
+    for adam in _torch_adams(optimizer):
+        for group in adam.param_groups:
+            on_cpu = all(p.device.type == "cpu" for p in group["params"])
+            group["fused"] = True if on_cpu else None  # None: torch's own choice
 
 
 def _keep_step_counters_on_host(optimizer: MegatronOptimizer) -> None:
     """Moves step counters back: torch's Adam wants them on the CPU, Megatron moves them too."""
-    for one in optimizer.chained_optimizers:
-        if isinstance(one.optimizer, torch.optim.Adam):
-            for state in one.optimizer.state.values():
-                state["step"] = state["step"].cpu()
+    for adam in _torch_adams(optimizer):
+        for state in adam.state.values():
+            state["step"] = state["step"].cpu()
 
 
 def _make_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

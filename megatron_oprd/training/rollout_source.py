@@ -236,7 +236,8 @@ class RolloutSource:
             for one, of_step, sampling in zip(call, prompts, samplings, strict=True):
                 count = len(of_step) * sampling.samples_per_prompt
                 own, rollouts = rollouts[:count], rollouts[count:]
-                found[one] = own if sampling.logprobs else [_without_logprobs(r) for r in own]
+                # Asked for because another step compares them.
+                found[one] = own if sampling.logprobs else [replace(r, logprobs=None) for r in own]
         return found
 
     def _wait(self, ahead: _Ahead, *, weights_version: int) -> list[Rollout]:
@@ -271,7 +272,3 @@ class RolloutSource:
             if later > last:
                 steps.append(later)
         return steps
-
-
-def _without_logprobs(rollout: Rollout) -> Rollout:
-    return rollout if rollout.logprobs is None else replace(rollout, logprobs=None)
