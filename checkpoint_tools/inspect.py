@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from checkpoint_tools.common import add_layout_arguments, check_report_file, layout_of, positive
@@ -150,7 +149,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _show(console: Console, found: Inspection) -> None:
-    console.print(f"{found.folder}: {found.format}", markup=False, highlight=False)
+    console.print(f"{found.folder}: {found.format}", highlight=False)
     if found.manifest is not None:
         short = {key: _short(value) for key, value in found.manifest.items()}
         console.print(_fields("Manifest", short))
@@ -163,7 +162,7 @@ def _show(console: Console, found: Inspection) -> None:
             fields["vocab_size"] += f", padded to {found.padded_vocab_size} in this checkpoint"
         console.print(_fields("Architecture", fields))
     else:
-        console.print(f"not supported here: {found.refusal}", markup=False, highlight=False)
+        console.print(f"not supported here: {found.refusal}", highlight=False)
     if found.obstacles is not None:
         console.print(_obstacles_table(found.obstacles))
     console.print(_parts_table(found.parts))
@@ -180,7 +179,7 @@ def _fields(title: str, fields: dict[str, str]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in fields.items():
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     return table
 
 
@@ -192,11 +191,11 @@ def _obstacles_table(of: Obstacles) -> Table:
     table.add_column("what")
     table.add_column("which", overflow="fold")
     for name, value in of.fields.items():
-        table.add_row("field", escape(f"{name} = {_short(value)}"))
+        table.add_row("field", f"{name} = {_short(value)}")
     for name in of.unknown_tensors:
-        table.add_row("unknown tensor", escape(name))
+        table.add_row("unknown tensor", name)
     for name in of.missing_tensors:
-        table.add_row("missing tensor", escape(name))
+        table.add_row("missing tensor", name)
     return table
 
 
@@ -231,7 +230,7 @@ def _groups_table(groups: Sequence[TensorGroup]) -> Table:
         table.add_column(title, justify="right")
     for group in groups:
         shape = " x ".join(map(str, group.shape))
-        table.add_row(escape(group.pattern), str(group.count), shape, dtype_name(group.dtype))
+        table.add_row(group.pattern, str(group.count), shape, dtype_name(group.dtype))
     return table
 
 
@@ -241,7 +240,7 @@ def _tensors_table(tensors: Sequence[tuple[str, list[int], str]]) -> Table:
     table.add_column("shape", justify="right")
     table.add_column("dtype", justify="right")
     for name, shape, dtype in tensors:
-        table.add_row(escape(name), " x ".join(map(str, shape)), dtype)
+        table.add_row(name, " x ".join(map(str, shape)), dtype)
     return table
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from checkpoint_tools.hidden_states import StateDifference
@@ -19,7 +18,7 @@ def checksums_table(differences: Sequence[ChecksumDifference]) -> Table:
     table.add_column("on disk", no_wrap=True)
     for one in differences[:_MAX_ROWS]:
         found = "other values" if one.expected is not None else "not in the manifest"
-        table.add_row(escape(one.name), "missing" if one.found is None else found)
+        table.add_row(one.name, "missing" if one.found is None else found)
     return table
 
 

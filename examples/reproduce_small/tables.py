@@ -6,6 +6,7 @@ from methods import BY_KEY
 from plan import PAIRS, Cell
 from results import NEAR_TEACHER, Comparison, MethodResult, Reference
 from rich.table import Table
+from rich.text import Text
 
 
 def cell_table(comparison: Comparison, cell: Cell) -> Table:
@@ -70,10 +71,12 @@ def sweep_table(comparison: Comparison, cell: Cell) -> Table:
         table.add_column(f"{lr:g}", justify="right")
     for key, by_lr in comparison.sweep_of(cell).items():
         best = max(by_lr.values())
-        texts = []
-        for lr in cell.rates:
-            text = f"{by_lr[lr]:.1%}" if lr in by_lr else ""
-            texts.append(f"[bold]{text}[/bold]" if by_lr.get(lr) == best else text)
+        texts = [
+            Text(f"{by_lr[lr]:.1%}", style="bold" if by_lr[lr] == best else "")
+            if lr in by_lr
+            else ""
+            for lr in cell.rates
+        ]
         table.add_row(BY_KEY[key].name, *texts)
     return table
 

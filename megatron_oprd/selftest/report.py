@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from megatron_oprd.console import make_console
 from megatron_oprd.selftest.cases import Result, Status
@@ -25,7 +26,7 @@ def print_table(results: Sequence[Result]) -> None:
     for column in ("part", "case", "ranks", "result", "seconds", "found"):
         shown.add_column(column, overflow="fold")
     for one in results:
-        status = f"[{_COLORS[one.status]}]{one.status}[/]"
+        status = Text(one.status, style=_COLORS[one.status])
         seconds = f"{one.seconds:.1f}" if one.seconds else ""
         shown.add_row(one.part, one.name, str(one.num_ranks), status, seconds, one.found)
     make_console().print(shown)

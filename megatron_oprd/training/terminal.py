@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from megatron_oprd.console import make_console
 from megatron_oprd.training.samples import TextSample
 from megatron_oprd.training.step_line import step_fields, step_line
 
@@ -38,7 +39,7 @@ class TerminalLogger:
         self._live: Live | None = None
         if sys.stderr.isatty():
             # While it is shown, other lines on stderr appear above it.
-            self._live = Live(self._bar, console=Console(stderr=True), redirect_stdout=False)
+            self._live = Live(self._bar, console=make_console(stderr=True), redirect_stdout=False)
             self._live.start()
 
     def log(self, metrics: dict[str, Any]) -> None:
