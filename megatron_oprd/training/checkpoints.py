@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import queue
 import re
 import shutil
 import time
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -142,6 +144,10 @@ def save(
         content["scheduler_steps"] = state.scheduler.num_steps
         if refresh is not None:
             content["teacher"] = refresh.sharded_state_dict(metadata=dict(_MODEL_METADATA))
+        # Megatron takes its writers' answers from a queue in a process of its own, for saves in the
+        # background. That process imports torch at the first save of each rank and stays. This
+        # save returns when all is written, so a queue of this process does.
+        filesystem_async._results_queue = queue.Queue()
         dist_checkpointing.save(content, str(temporary))
     dist.barrier()
     if context.rank == 0:

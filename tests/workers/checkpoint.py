@@ -1,6 +1,7 @@
 """Steps on fixed rollouts with a checkpoint loaded before or saved after the first of them."""
 
 import dataclasses
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -60,6 +61,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
                     context=context,
                     identity=RunIdentity.new(plan),
                 )
+                assert not multiprocessing.active_children(), "a save leaves processes"
                 if context.rank == 0:
                     torch.save(saved, directory / f"{case['name']}_saved.pt")
         result["weights"] = dict(exporter.stream())
