@@ -1,6 +1,6 @@
 # make demo    sets everything up and distils a real language model on two processes, on the CPU
 # make test    sets everything up and runs lint, type checks and the tests
-# make test-fast    runs the tests that start no processes
+# make test-fast    runs the tests that start no processes and take no seconds
 # make test-nightly    runs all tests, those with vLLM and the mutations too (hours)
 # make test-vllm   runs the tests with vLLM rollouts, in an environment of their own, .venv-vllm
 # make mutation    breaks the code in 146 places, one after another: tests have to notice (an hour)
@@ -141,7 +141,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-fast: $(TEACHER)/config.json $(ENGINE)
-	$(PYTEST) -m "not ranks and not slow"
+	$(PYTEST) -m "not ranks and not long and not slow"
 
 test: lint $(TEACHER)/config.json $(ENGINE)
 	$(PYTEST) -m "not slow"

@@ -6,7 +6,10 @@ from megatron_oprd.selftest.cases import Result, Status
 from megatron_oprd.selftest.report import print_table
 
 
-def test_an_extra_in_brackets_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_extra_in_brackets_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     found = "pip install 'megatron-oprd[vllm]'"
     print_table(
         [

@@ -27,6 +27,8 @@ from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from tests.helpers.closeness import assert_close_relative
 
+pytestmark = pytest.mark.long
+
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 TOKENS = [*bytes_to_unicode().values(), "<|im_start|>", "<|im_end|>", "he", "Ġt"]
 HEADS, KV_HEADS = 4, 2

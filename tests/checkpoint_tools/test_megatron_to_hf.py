@@ -20,6 +20,8 @@ from megatron_oprd.weights.hf_files import HFCheckpoint
 from tests.helpers.tiny import save_tiny_model, tiny_config
 from tests.helpers.torch_dist import save_torch_dist
 
+pytestmark = pytest.mark.long
+
 SMOLLM2 = Path(__file__).parents[2] / ".cache" / "smollm2" / "SmolLM2-135M-Instruct"
 MODELS: dict[str, dict[str, Any]] = {
     "llama_mha": {"family": "llama", "num_key_value_heads": 4, "vocab_size": 101},

@@ -17,6 +17,8 @@ from megatron_oprd.rollout.hf import HFEngine
 from tests.data.test_benchmarks import row, write
 from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
+pytestmark = pytest.mark.long
+
 QUESTIONS = [("1+1", "2"), ("what is 2*3", "6"), ("12-7", "5"), ("1+1", "2"), ("9", "9")]
 
 

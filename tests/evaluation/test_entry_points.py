@@ -15,6 +15,8 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.evaluation.students import evaluate_students, read_evaluation, write_evaluation
 from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,6 +16,8 @@ from megatron_oprd.evaluation.plots import read_metrics, report_figure, series, 
 from megatron_oprd.evaluation.students import Evaluation, StudentResult
 from megatron_oprd.evaluation.teacher_forced import TeacherForcedMeasures
 
+pytestmark = pytest.mark.long
+
 
 def record(step: int, **changes: Any) -> dict[str, Any]:
     """A step as the training loop writes it."""

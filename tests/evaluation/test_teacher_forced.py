@@ -18,6 +18,8 @@ from megatron_oprd.evaluation.teacher_forced import (
 )
 from tests.helpers.tiny import save_tiny_model, tiny_config
 
+pytestmark = pytest.mark.long
+
 
 def tiny_model(
     folder: Path, family: str, seed: int, num_layers: int, dtype: torch.dtype = torch.float64

@@ -27,6 +27,8 @@ from tests.helpers.bridges import save_random_bridge
 from tests.helpers.ranks import ROOT
 from tests.helpers.stub_models import num_parameters, save_stub_model
 
+pytestmark = pytest.mark.long
+
 RECIPES = ROOT / "examples/recipes"
 BUILDS = sorted(path.name for path in RECIPES.glob("*-build-bridge.yaml"))
 RUNS = sorted({path.name for path in RECIPES.glob("*.yaml")} - set(BUILDS))

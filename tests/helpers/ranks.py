@@ -24,10 +24,9 @@ from tests.helpers.rank_server import STOP
 ROOT = Path(__file__).resolve().parents[2]
 # A slow machine takes longer for many cases than for one.
 SECONDS_TO_START, SECONDS_A_CASE = 300, 30
-# What takes long to import and starts no threads. pyarrow does start one, so what imports pyarrow
-# is left to the ranks.
+# What takes long to import and starts no threads.
 PRELOADED = (
-    "megatron_oprd",
+    "megatron_oprd.training.loop",
     "megatron.core.models.gpt",
     "megatron.core.optimizer",
     "megatron.core.dist_checkpointing",
@@ -155,7 +154,9 @@ class StartedRanks:
 
 @functools.cache
 def _servers() -> tuple[Connection, ...]:
-    return tuple(_start_server(PRELOADED, {}) for _ in range(2))
+    # Otherwise pyarrow's allocator starts a thread when pyarrow is imported.
+    without_threads = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    return tuple(_start_server(PRELOADED, without_threads) for _ in range(2))
 
 
 def _start_server(modules: Sequence[str], environment: Mapping[str, str]) -> Connection:

@@ -20,6 +20,8 @@ from megatron_oprd.planning.memory import teacher_bytes
 from megatron_oprd.planning.parameters import count_parameters
 from tests.planning.models import EXAMPLES, model_folder
 
+pytestmark = pytest.mark.long
+
 H100 = Hardware(memory_gb=80, tflops=989, bandwidth=3350, mfu=0.4)
 # Parameters without embedding, final norm and LM head, which are counted beside: by hand.
 LARGE_TEACHERS = {

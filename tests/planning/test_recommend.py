@@ -29,6 +29,8 @@ from megatron_oprd.training.plan import make_plan
 from tests.helpers.pairs import save_pair
 from tests.planning.models import EXAMPLES, model_folder
 
+pytestmark = pytest.mark.long
+
 KERNEL = KERNELS["transformer_engine"]
 LENGTHS = Lengths(prompt=512, response=2048)
 # Two GPUs a node, so that some groups cross nodes, and little memory, so that much does not fit.

@@ -18,6 +18,8 @@ from megatron_oprd.planning.staleness import OtherPolicy, other_policy
 from megatron_oprd.planning.time import step_seconds
 from megatron_oprd.planning.workload import workload
 
+pytestmark = pytest.mark.long
+
 KERNEL = KERNELS["transformer_engine"]
 ENGINE = ["rollout.engine=vllm", "rollout.max_batch_size=null"]
 

@@ -22,6 +22,8 @@ from tests.helpers.closeness import assert_close_relative
 from tests.helpers.tiny import EOS_ID, PAD_ID, save_tiny_model, tiny_config
 from tests.rollout.test_sampling import chi_square
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 COMMON = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": PAD_ID}
 LLAMA3_ROPE = {
