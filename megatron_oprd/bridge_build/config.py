@@ -148,6 +148,11 @@ def _check_relations(config: BuildBridgeConfig) -> None:
                 f"rollout.{name} = {shown(value)} has no effect on how a bridge is built; leave it "
                 "out"
             )
+    if config.teacher.max_tokens is not None:
+        raise UserError(
+            f"teacher.max_tokens = {config.teacher.max_tokens} has no effect on how a bridge is "
+            "built, where both models read the same micro-batches; leave it out"
+        )
     if config.batch.sequence_packing:
         raise UserError(
             "batch.sequence_packing = true has no effect on how a bridge is built; leave it out"

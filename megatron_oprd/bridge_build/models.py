@@ -14,7 +14,7 @@ from megatron_oprd.data.batching import (
     MicroBatch,
     ModelInput,
     collate,
-    context_parallel_share,
+    context_parallel_shares,
     pack,
     with_teacher,
 )
@@ -74,8 +74,7 @@ class _RowTaps(PairTaps):
 
     def _student_tap(self, number: int, pair: LayerPair) -> Tap:
         def take(hidden: Tensor) -> Tensor:
-            selection = self._current
-            assert selection is not None
+            selection = self._of_student
             rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)
             teacher_rows = self._take_target(pair.teacher, selection.micro_batch)
             assert selection.numbers is not None
@@ -178,10 +177,7 @@ class FrozenModels:
         micro_batches = collate(batches, sequences.token_ids, numbers=sequences.row_numbers, **rows)
         if sequences.reading is not None:
             micro_batches = with_teacher(micro_batches, batches, sequences.reading, **rows)
-        shares = [
-            context_parallel_share(one, rank=context.cp_rank, size=context.cp_size)
-            for one in micro_batches
-        ]
+        shares = context_parallel_shares(micro_batches, rank=context.cp_rank, size=context.cp_size)
         return [shares[i : i + multiple] for i in range(0, len(shares), multiple)]
 
     @torch.no_grad()

@@ -396,6 +396,13 @@ def _check_oversample(config: RunConfig) -> None:
 
 
 def _check_batch(config: RunConfig) -> None:
+    of_teacher, of_student = config.teacher.max_tokens, config.batch.max_tokens
+    if of_teacher is not None and of_teacher < of_student:
+        raise UserError(
+            f"teacher.max_tokens = {of_teacher} is below batch.max_tokens = {of_student}; the "
+            "teacher's micro-batches consist of the student's, so give at least that, or leave "
+            "teacher.max_tokens out"
+        )
     if config.batch.sequence_packing and config.parallel.context_parallel_size > 1:
         raise UserError(
             "batch.sequence_packing = true cannot be combined with parallel.context_parallel_size "

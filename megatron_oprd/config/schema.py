@@ -86,6 +86,12 @@ class TeacherConfig:
     targets of a step need more, teacher and student take turns on groups of micro-batches. A
     micro-batch is never divided. Without this setting all targets are kept."""
 
+    max_tokens: int | None = setting(None, ge=1)
+    """Tokens in a micro-batch of the teachers' passes, padding included; at least
+    ``batch.max_tokens``. Up to this, whole micro-batches of the student are put together, since a
+    pass without gradients needs less memory. A larger one stays by itself. By default the teachers'
+    micro-batches are the student's."""
+
     expert_model_parallel_size: int | None = setting(None, ge=1)
     """Ranks that share out the teacher's experts; by default
     ``parallel.expert_model_parallel_size``. The teacher's other parallel sizes are the student's,

@@ -1,12 +1,15 @@
 """Collates a step's sequences into micro-batches, the same number for every data-parallel replica.
 
-A teacher that reads other sequences gets its own micro-batches, with the same sequences in the same
-order, and the pairs of positions that are compared.
+A teacher that reads other sequences, or several micro-batches of the student together, gets its own
+micro-batches, and the pairs of positions that are compared. Each consists of whole micro-batches of
+the student.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -45,23 +48,29 @@ class LossWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Pairs of a student's and a teacher's position, numbered from 1; 0 is no pair.
+    """Pairs of a student's and a teacher's position in a micro-batch of the student.
 
-    On the CPU, int64. Under context parallelism s is a rank's share.
+    Pairs are numbered from 1 over the teacher's micro-batch, so that all of its parts have one
+    ``teacher``; 0 is no pair. On the CPU, int64. Under context parallelism s is a rank's share.
     """
 
     student: Tensor  # [b, s]; the pair of each of the student's positions
-    teacher: Tensor  # [b, s of the teacher]
-    count: int  # of the whole micro-batch
+    teacher: Tensor  # [b, s] of the teacher's micro-batch
+    first: int  # the pairs before this micro-batch's
+    count: int  # of this micro-batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class OtherInput:
-    """The input of a teacher that reads other sequences, and the positions that are compared."""
+    """What teachers read if it is not the student's micro-batch, and the compared positions.
+
+    Micro-batches of the student that teachers read together have one ``input``.
+    """
 
     input: ModelInput
-    pairs: Pairs  # of the loss on hidden states
+    pairs: Pairs  # the first teacher's, of the loss on hidden states
     output_pairs: Pairs | None  # of the output-space loss
+    extra_pairs: tuple[Pairs, ...] = ()  # `pairs` of each extra teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +86,30 @@ class MicroBatch:
     # [b, s], int64, CPU: in passes without a loss, the number, from 1, of what is collected at each
     # position; 0 is nothing.
     numbers: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherBatch:
+    """A micro-batch of a teacher's pass."""
+
+    input: ModelInput
+    members: tuple[MicroBatch, ...]  # the student's micro-batches that it consists of
+
+
+def teacher_batches(micro_batches: Sequence[MicroBatch]) -> list[TeacherBatch]:
+    """The micro-batches in which a teacher reads those of the student."""
+    members: dict[int, list[MicroBatch]] = {}
+    for one in micro_batches:
+        read = one.input if one.other_input is None else one.other_input.input
+        # By identity: tensors have no cheap equality, and parts of one micro-batch share the input.
+        members.setdefault(id(read), []).append(one)
+    return [
+        TeacherBatch(
+            input=parts[0].input if (other := parts[0].other_input) is None else other.input,
+            members=tuple(parts),
+        )
+        for parts in members.values()
+    ]
 
 
 def pack(
@@ -117,9 +150,8 @@ def pack(
             f"multiple of {multiple} micro-batches each need a multiple of {per_round}"
         )
 
-    def cost(batch: list[int]) -> int:
-        tokens = [lengths[i] for i in batch]
-        return max(tokens) * len(batch) if is_padded else sum(tokens)
+    def cost(batch: Sequence[int]) -> int:
+        return batch_tokens([lengths[i] for i in batch], is_padded=is_padded)
 
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -145,6 +177,63 @@ def pack(
         for replica, batch in zip(replicas, deal, strict=True):
             replica.append(batch)
     return replicas
+
+
+def merge(
+    replicas: Sequence[Sequence[Sequence[int]]],
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    multiple: int = 1,
+    is_padded: bool = True,
+) -> list[list[list[int]]]:
+    """Puts micro-batches together into larger ones, the same number for every replica.
+
+    Those with the longest sequences come first, which keeps padding low, and fill up the token
+    budget. Then the largest are halved until every replica has the same number.
+
+    Args:
+        replicas: For each replica its micro-batches, each a list of indices into ``lengths``. All
+            have the same number of them, a multiple of ``multiple``.
+        lengths: Tokens of each sequence.
+        max_tokens: Budget of what is put together, padding included. A micro-batch that takes more
+            stays by itself.
+        multiple: The number of a replica's larger micro-batches is a multiple of this.
+        is_padded: Whether sequences are padded to the longest of their micro-batch.
+
+    Returns:
+        For each replica the numbers of the micro-batches that are together.
+    """
+
+    def cost(batches: Sequence[Sequence[int]], numbers: Sequence[int]) -> int:
+        of_all = [lengths[i] for number in numbers for i in batches[number]]
+        return batch_tokens(of_all, is_padded=is_padded)
+
+    merged: list[list[list[int]]] = []
+    for batches in replicas:
+        longest = [max(lengths[i] for i in batch) for batch in batches]
+        parts: list[list[int]] = []
+        for number in sorted(range(len(batches)), key=lambda n: -longest[n]):
+            if parts and cost(batches, [*parts[-1], number]) <= max_tokens:
+                parts[-1].append(number)
+            else:
+                parts.append([number])
+        merged.append(parts)
+    most = max(map(len, merged))
+    needed = most + -most % multiple
+    for batches, parts in zip(replicas, merged, strict=True):
+        while len(parts) < needed:
+            several = [part for part in parts if len(part) > 1]
+            largest = max(several, key=partial(cost, batches))
+            half = len(largest) // 2
+            parts.remove(largest)
+            parts += [largest[:half], largest[half:]]
+    return merged
+
+
+def batch_tokens(lengths: Sequence[int], *, is_padded: bool) -> int:
+    """Tokens of a micro-batch with sequences of ``lengths``, padded to the longest or not."""
+    return max(lengths) * len(lengths) if is_padded else sum(lengths)
 
 
 def collate(
@@ -277,13 +366,22 @@ def _followers(sequence: Sequence[int]) -> Tensor:
     return torch.tensor([*sequence[1:], 0])
 
 
-def context_parallel_share(micro_batch: MicroBatch, *, rank: int, size: int) -> MicroBatch:
-    """The part of a micro-batch on one rank of ``size`` in the context-parallel group.
+def context_parallel_shares(
+    micro_batches: Sequence[MicroBatch], *, rank: int, size: int
+) -> list[MicroBatch]:
+    """The part of each micro-batch on one rank of ``size`` in the context-parallel group.
 
-    ``micro_batch`` is padded to a multiple of twice the ranks (Megatron's zigzag split).
+    ``micro_batches`` are padded to a multiple of twice the ranks (Megatron's zigzag split).
     """
+    # What several micro-batches have in common is divided once, and stays one object.
+    found: dict[int, Any] = {}
 
     def share(value: Any) -> Any:
+        if id(value) not in found:
+            found[id(value)] = divided(value)
+        return found[id(value)]
+
+    def divided(value: Any) -> Any:
         if isinstance(value, Tensor):
             # By its own length: a teacher can read longer sequences than the student.
             positions = context_parallel_positions(value.shape[1], rank=rank, size=size)
@@ -295,18 +393,19 @@ def context_parallel_share(micro_batch: MicroBatch, *, rank: int, size: int) -> 
             return dataclasses.replace(value, **{name: share(one) for name, one in fields.items()})
         return value
 
-    return share(micro_batch)
+    return [share(one) for one in micro_batches]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherReading:
-    """The sequences that the teacher reads in a step."""
+    """The sequences that teachers read in a step."""
 
     sequences: Sequence[Sequence[int]]
     # For each of the student's sequences [length], int64: the teacher's position that each position
     # is compared with; -1 is none.
     positions: Sequence[Tensor]
     output_positions: Sequence[Tensor] | None  # the same for the output-space loss
+    extra_positions: Sequence[Sequence[Tensor]] = ()  # `positions` of each extra teacher
 
 
 def with_teacher(
@@ -314,41 +413,74 @@ def with_teacher(
     batches: Sequence[Sequence[int]],
     reading: TeacherReading,
     *,
+    together: Sequence[Sequence[int]] | None = None,
     is_packed: bool,
     pad_to_multiple_of: int,
     device: torch.device,
 ) -> list[MicroBatch]:
-    """Adds the teacher's sequences and the pairs to the student's micro-batches.
+    """Adds what teachers read, and the pairs, to the student's micro-batches.
 
-    ``reading`` has all sequences of the step. The other arguments are those of `collate`.
+    ``reading`` has all sequences of the step. ``together`` has the numbers of the micro-batches
+    that teachers read together; by default each is read by itself. The other arguments are those of
+    `collate`.
     """
     rows: dict[str, Any] = {"is_packed": is_packed, "pad_to_multiple_of": pad_to_multiple_of}
-    inputs = collate_inputs(batches, reading.sequences, device=device, **rows)
-
-    def pairs_of(batch: Sequence[int], positions: Sequence[Tensor]) -> Pairs:
-        lengths = [len(reading.sequences[i]) for i in batch]
-        of_student, of_teacher, count = _numbers([positions[i] for i in batch], lengths)
-        in_order = [range(len(batch))]
-        (student,) = _collate_values(in_order, of_student, **rows)
-        (teacher,) = _collate_values(in_order, of_teacher, **rows)
-        return Pairs(student=student, teacher=teacher, count=count)
-
-    result = []
-    for micro_batch, of_teacher, batch in zip(micro_batches, inputs, batches, strict=True):
-        outputs = reading.output_positions
-        other = OtherInput(
-            input=of_teacher,
-            pairs=pairs_of(batch, reading.positions),
-            output_pairs=None if outputs is None else pairs_of(batch, outputs),
-        )
-        result.append(dataclasses.replace(micro_batch, other_input=other))
+    if together is None:
+        together = [[number] for number in range(len(batches))]
+    parts = [[batches[number] for number in numbers] for numbers in together]
+    merged = [[i for batch in of_one for i in batch] for of_one in parts]
+    inputs = collate_inputs(merged, reading.sequences, device=device, **rows)
+    lengths = [len(sequence) for sequence in reading.sequences]
+    result = list(micro_batches)
+    for numbers, of_one, read in zip(together, parts, inputs, strict=True):
+        pairs, *of_extra = [
+            _pairs(of_one, positions, lengths, **rows)
+            for positions in (reading.positions, *reading.extra_positions)
+        ]
+        outputs: Sequence[Pairs | None] = [None] * len(numbers)
+        if reading.output_positions is not None:
+            outputs = _pairs(of_one, reading.output_positions, lengths, **rows)
+        for place, number in enumerate(numbers):
+            other = OtherInput(
+                input=read,
+                pairs=pairs[place],
+                output_pairs=outputs[place],
+                extra_pairs=tuple(one[place] for one in of_extra),
+            )
+            result[number] = dataclasses.replace(result[number], other_input=other)
     return result
+
+
+def _pairs(
+    parts: Sequence[Sequence[int]],
+    positions: Sequence[Tensor],
+    lengths: Sequence[int],
+    *,
+    is_packed: bool,
+    pad_to_multiple_of: int,
+) -> list[Pairs]:
+    """The pairs of each of the student's micro-batches in one of the teacher's.
+
+    ``parts`` has the indices of each one's sequences; ``positions`` is as in `TeacherReading`, and
+    ``lengths`` are of all sequences as the teacher reads them.
+    """
+    rows: dict[str, Any] = {"is_packed": is_packed, "pad_to_multiple_of": pad_to_multiple_of}
+    merged = [i for part in parts for i in part]
+    of_student, of_teacher = _numbers([positions[i] for i in merged], [lengths[i] for i in merged])
+    (teacher,) = _collate_values([range(len(merged))], of_teacher, **rows)
+    found, first = [], 0
+    for start, end in pairwise(accumulate(map(len, parts), initial=0)):
+        (student,) = _collate_values([range(start, end)], of_student, **rows)
+        count = int((student > 0).sum())
+        found.append(Pairs(student=student, teacher=teacher, first=first, count=count))
+        first += count
+    return found
 
 
 def _numbers(
     positions: Sequence[Tensor], teacher_lengths: Sequence[int]
-) -> tuple[list[Tensor], list[Tensor], int]:
-    """The pair (from 1) of each position of the student and of the teacher, and their number."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The pair (from 1) of each position of the student and of the teacher, by sequence."""
     of_student, of_teacher, count = [], [], 0
     for targets, length in zip(positions, teacher_lengths, strict=True):
         is_paired = targets >= 0
@@ -358,4 +490,4 @@ def _numbers(
         count += int(is_paired.sum())
         of_student.append(ids)
         of_teacher.append(mirrored)
-    return of_student, of_teacher, count
+    return of_student, of_teacher

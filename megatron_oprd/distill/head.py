@@ -4,6 +4,7 @@ The teacher's last hidden states are kept, not its logits. Both models' logits e
 of positions at a time: no [b, s, vocabulary] tensor is ever made.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_oprd.distill.output_space import (
     log_softmax,
     output_space_loss,
 )
-from megatron_oprd.distill.taps import Exchange, slice_of_sequence
+from megatron_oprd.distill.taps import Exchange
 from megatron_oprd.models.logits import LogitForm
 
 
@@ -114,30 +115,31 @@ class HeadTap:
         self._positions: dict[int, _Positions] = {}
         self._loss = torch.zeros((), device=self._student_head.device, dtype=torch.float64)
 
-    def collect(self, hidden: Tensor, micro_batch: MicroBatch) -> None:
+    def collect(self, hidden: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
         """Keeps the teacher's last hidden states, [s, b, h] or [s/tp, b, h], at the positions.
 
-        With a teacher that reads other sequences this communicates on the context-parallel group.
+        ``micro_batches`` are the student's that the teacher has read together. With a teacher whose
+        micro-batches are others this communicates on the context-parallel group.
         """
         whole = self._whole(hidden.detach()).flatten(0, 1)
-        # Kept for the student's pass: building them copies to the GPU and would make it wait again.
-        positions = self._positions[micro_batch.index] = _Positions.of(micro_batch)
-        if micro_batch.other_input is None:
-            targets = whole.index_select(0, positions.index)
-        else:
-            pairs = micro_batch.other_input.output_pairs
-            assert pairs is not None
-            index, exchange = Exchange.of(
+        for micro_batch in micro_batches:
+            # Kept for the student's pass: building them copies to the GPU and would make it wait
+            # again.
+            positions = self._positions[micro_batch.index] = _Positions.of(micro_batch)
+            if micro_batch.other_input is None:
+                targets = whole.index_select(0, positions.index)
+            else:
+                pairs = micro_batch.other_input.output_pairs
+                assert pairs is not None
                 # One slice, the whole sequence: `_whole` has gathered it over the tensor-parallel
                 # group, so only context parallelism still splits it.
-                wanted=slice_of_sequence(pairs.student, 0, 1),
-                ids=slice_of_sequence(pairs.teacher, 0, 1),
-                count=pairs.count,
-                group=self._cp_group,
-                device=whole.device,
-            )
-            targets = exchange.targets(whole.index_select(0, index))
-        self._targets[micro_batch.index] = targets
+                index, exchange = Exchange.of(
+                    pairs, tp_rank=0, tp_size=1, group=self._cp_group, device=whole.device
+                )
+                targets = whole.index_select(0, index)
+                if exchange is not None:
+                    targets = exchange.targets(targets)
+            self._targets[micro_batch.index] = targets
 
     def attach(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Returns the student's last hidden states with the loss attached.

@@ -18,7 +18,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_oprd.config.schema import Normalize
-from megatron_oprd.data.batching import MicroBatch, ModelInput
+from megatron_oprd.data.batching import MicroBatch, ModelInput, Pairs
 from megatron_oprd.distill.layer_map import LayerPair
 from megatron_oprd.distill.projectors import Projectors
 from megatron_oprd.distill.representation import compare
@@ -29,39 +29,44 @@ from megatron_oprd.parallel.context import ParallelContext
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Moves a teacher's rows to the student's positions if the teacher reads other sequences.
+    """Moves a teacher's rows to the student's positions if they can be on different ranks.
 
-    A pair is a student position and its teacher position. They can be on different ranks, because
-    the two models' sequences are sharded separately.
+    A pair is a student position and its teacher position. They are on different ranks where ranks
+    share sequences and the two models' micro-batches differ, as each is sharded by its own length.
     """
 
     slots: Tensor  # [m], int64; the pair, from 0, of each teacher row on this rank
     wanted: Tensor  # [n], int64; the pairs that this rank compares, by position
     num_pairs: int  # of the micro-batch, over all ranks of the group
-    # The ranks that share sequences; None if each has whole sequences.
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup  # the ranks that share sequences
 
     @classmethod
     def of(
         cls,
+        pairs: Pairs,
         *,
-        wanted: Tensor,
-        ids: Tensor,
-        count: int,
+        tp_rank: int,
+        tp_size: int,
         group: dist.ProcessGroup | None,
         device: torch.device,
-    ) -> "tuple[Tensor, Exchange]":
+    ) -> "tuple[Tensor, Exchange | None]":
         """The indices of the teacher's rows that this rank contributes, and the exchange.
 
-        ``wanted`` and ``ids`` have the pair of each of the student's and of the teacher's rows on
-        this rank. Pairs count from 1 here, 0 is no pair. ``count`` is the micro-batch's number of
-        pairs.
+        Without a ``group``, each rank having whole sequences, the rows are in the order of the
+        student's, and there is nothing to exchange. The other arguments are as in `RankSelector`.
         """
-        index = ids.nonzero().squeeze(1)
+        wanted = slice_of_sequence(pairs.student, tp_rank, tp_size)
+        wanted = wanted[wanted > 0] - 1 - pairs.first
+        ids = slice_of_sequence(pairs.teacher, tp_rank, tp_size) - 1 - pairs.first
+        # Others belong to other micro-batches of the student that the teacher reads along.
+        index = ((ids >= 0) & (ids < pairs.count)).nonzero().squeeze(1)
+        slots = ids[index]
+        if group is None:
+            return index[slots.argsort()][wanted].to(device), None
         return index.to(device), cls(
-            slots=(ids[index] - 1).to(device),
-            wanted=(wanted[wanted > 0] - 1).to(device),
-            num_pairs=count,
+            slots=slots.to(device),
+            wanted=wanted.to(device),
+            num_pairs=pairs.count,
             group=group,
         )
 
@@ -73,8 +78,7 @@ class Exchange:
         # Each pair's row is on exactly one rank and 0 on the others, so a sum gathers them. A rank
         # without rows still has to join.
         pairs = rows.new_zeros(self.num_pairs, rows.shape[1]).index_copy(0, self.slots, rows)
-        if self.group is not None:
-            dist.all_reduce(pairs, group=self.group)
+        dist.all_reduce(pairs, group=self.group)
         return pairs.index_select(0, self.wanted)
 
 
@@ -86,7 +90,7 @@ class Selection:
     index: Tensor  # [n], int64; rows of the flattened hidden state [s * b, h] or [s/tp * b, h]
     weights: Tensor | None = None  # [n], fp32; None without a loss, and on the teacher's side
     numbers: Tensor | None = None  # [n], int64; in passes without a loss, see `MicroBatch`
-    exchange: Exchange | None = None  # for a teacher that reads other sequences
+    exchange: Exchange | None = None  # on the teacher's side, if its micro-batches are others
 
     @classmethod
     def of(cls, micro_batch: MicroBatch, *, tp_rank: int, tp_size: int) -> "Selection":
@@ -118,16 +122,15 @@ class Selection:
         tp_size: int,
         group: dist.ProcessGroup | None,
     ) -> "Selection":
-        """Selects the teacher's rows at the compared positions, if it reads other sequences.
+        """Selects the teacher's rows at the compared positions, if its micro-batches are others.
 
         ``group`` is as in `RankSelector`.
         """
         assert micro_batch.other_input is not None
-        pairs = micro_batch.other_input.pairs
         index, exchange = Exchange.of(
-            wanted=slice_of_sequence(pairs.student, tp_rank, tp_size),
-            ids=slice_of_sequence(pairs.teacher, tp_rank, tp_size),
-            count=pairs.count,
+            micro_batch.other_input.pairs,
+            tp_rank=tp_rank,
+            tp_size=tp_size,
             group=group,
             device=micro_batch.input.tokens.device,
         )
@@ -220,7 +223,7 @@ class PairTaps:
         self._pairs = list(pairs)
         self._post_norm = post_norm
         self._projectors = projectors
-        self._current: Selection | None = None
+        self._current: tuple[Selection, ...] = ()
         self._is_paused = False
         self._users = Counter(pair.teacher for pair in self._pairs)
         # (teacher layer, micro-batch): the target, and the number of student layers still to read
@@ -237,9 +240,12 @@ class PairTaps:
         for number, pair in enumerate(self._pairs):
             self._attach(chunks, pair.student, depth, self._student_tap(number, pair))
 
-    def begin(self, selection: Selection) -> None:
-        """Announces the micro-batch of the next forward pass."""
-        self._current = selection
+    def begin(self, *selections: Selection) -> None:
+        """Announces the next forward pass: the student's micro-batch, or those that it consists of.
+
+        Only a teacher's has several.
+        """
+        self._current = selections
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -249,6 +255,12 @@ class PairTaps:
             yield
         finally:
             self._is_paused = False
+
+    @property
+    def _of_student(self) -> Selection:
+        """The student's micro-batch that is running."""
+        (selection,) = self._current
+        return selection
 
     def _student_tap(self, number: int, pair: LayerPair) -> Tap:
         """The tap on the student's layer of the ``number``-th pair."""
@@ -277,15 +289,17 @@ class PairTaps:
 
     def _collecting_tap(self, layer: int) -> Tap:
         def collect(hidden: Tensor) -> Tensor:
-            selection = self._current
-            assert selection is not None
-            rows = hidden.detach().flatten(0, 1).index_select(0, selection.index)
-            # Projected here, so that r numbers of each row are kept and exchanged instead of d_T.
-            if self._projectors is not None:
-                rows = self._projectors.project_teacher(layer, rows)
-            if selection.exchange is not None:
-                rows = selection.exchange.targets(rows)
-            self._targets[layer, selection.micro_batch] = rows, self._users[layer]
+            assert self._current
+            states = hidden.detach().flatten(0, 1)
+            # One by one, so that each target is a tensor of its own, freed after its last use.
+            for selection in self._current:
+                rows = states.index_select(0, selection.index)
+                # Projected here, so that r numbers of each row are kept and exchanged, not d_T.
+                if self._projectors is not None:
+                    rows = self._projectors.project_teacher(layer, rows)
+                if selection.exchange is not None:
+                    rows = selection.exchange.targets(rows)
+                self._targets[layer, selection.micro_batch] = rows, self._users[layer]
             return hidden
 
         return collect
@@ -354,11 +368,10 @@ class Taps(PairTaps):
         def attach(hidden: Tensor) -> Tensor:
             if self._is_paused:
                 return hidden
-            assert self._current is not None
             if not torch.is_grad_enabled():
-                pending.append(self._current)
+                pending.append(self._of_student)
                 return hidden
-            selection = pending.popleft() if pending else self._current
+            selection = pending.popleft() if pending else self._of_student
             target = self._take_target(pair.teacher, selection.micro_batch)
             if layer in self.trainable:
                 rows = hidden.flatten(0, 1).index_select(0, selection.index)  # [n, h]

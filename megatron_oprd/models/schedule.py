@@ -2,23 +2,25 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_oprd.data.batching import MicroBatch, ModelInput
+from megatron_oprd.data.batching import MicroBatch, ModelInput, TeacherBatch
 from megatron_oprd.models.layers import HostPackedSeqParams
+
+Batch = TypeVar("Batch", MicroBatch, TeacherBatch)
 
 
 def run_schedule(
     chunks: Sequence[Any],
-    micro_batches: Sequence[MicroBatch],
+    micro_batches: Sequence[Batch],
     *,
     forward_only: bool,
-    begin: Callable[[MicroBatch], ModelInput],
-    end: Callable[[Tensor, MicroBatch, Any], Tensor] = lambda hidden, micro_batch, chunk: hidden,
+    begin: Callable[[Batch], ModelInput],
+    end: Callable[[Tensor, Batch, Any], Tensor] = lambda hidden, micro_batch, chunk: hidden,
 ) -> None:
     """Runs a model over micro-batches, forward only or with the backward pass.
 
@@ -30,7 +32,7 @@ def run_schedule(
         end: Called after it with output, micro-batch and chunk; returns the output to pass on.
     """
 
-    def forward_step(data: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Any]:
+    def forward_step(data: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
         micro_batch = next(data)
         read = begin(micro_batch)
         hidden = chunk(

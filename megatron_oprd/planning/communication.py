@@ -22,6 +22,7 @@ from megatron_oprd.planning.parameters import (
     parameter_replicas,
     stage_of,
 )
+from megatron_oprd.planning.passes import exchanges_targets
 from megatron_oprd.planning.workload import Workload
 from megatron_oprd.training.layout import ModelLayout, RunLayout
 
@@ -35,12 +36,16 @@ class SentBytes:
     Fields named student_* include the backward pass.
     """
 
-    teacher_tp: int  # on the tensor-parallel group
+    # On the tensor-parallel group, and targets on their way to the student's positions if ranks
+    # share sequences and the teacher's micro-batches are others.
+    teacher_tp: int
     student_tp: int
     # Tokens to and from experts (expert-parallel and expert-tensor-parallel groups).
     teacher_experts: int
     student_experts: int  # with gradients
-    teacher_cp: int  # keys and values on the context-parallel group
+    # Keys and values on the context-parallel group. Targets, too, of sequences that both groups
+    # share: that group has the slower links.
+    teacher_cp: int
     student_cp: int  # with gradients
     teacher_pp: int  # to neighbouring stages
     student_pp: int
@@ -69,8 +74,9 @@ def sent_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> SentBy
     expert_gradients, expert_parameters = _data_parallel(
         layout, counts.trainable_experts, expert_replicas(layout), counts
     )
+    over_tp, over_cp = _exchanged_targets(layout, workload, pp_rank)
     return SentBytes(
-        teacher_tp=_teacher_tp(layout, read, pp_rank),
+        teacher_tp=_teacher_tp(layout, read, pp_rank) + over_tp,
         student_tp=_student_tp(layout, workload, pp_rank),
         teacher_experts=layout.teacher.architecture.num_with_experts(
             _teacher_layers(layout, pp_rank)
@@ -78,7 +84,8 @@ def sent_bytes(layout: RunLayout, workload: Workload, *, pp_rank: int) -> SentBy
         * _tokens_to_experts(layout, layout.teacher, read),
         student_experts=_student_experts(layout, workload, pp_rank),
         teacher_cp=len(_teacher_layers(layout, pp_rank))
-        * _keys_and_values(layout, layout.teacher, read),
+        * _keys_and_values(layout, layout.teacher, read)
+        + over_cp,
         student_cp=_student_cp(layout, workload, pp_rank),
         teacher_pp=_hidden_states_sent(layout, layout.teacher, pp_rank)[0] * of_teacher,
         student_pp=(forward + backward) * of_student,
@@ -110,6 +117,27 @@ def _teacher_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:
     return _ring(layout, steps * _whole_bytes(layout, layout.teacher, workload)) + _squares(
         layout, layout.teacher, workload, len(layers)
     )
+
+
+def _exchanged_targets(layout: RunLayout, workload: Workload, pp_rank: int) -> tuple[int, int]:
+    """Bytes that a rank sends in the sums that bring targets to their ranks: TP group, CP group."""
+    if not exchanges_targets(layout):
+        return 0, 0
+    cp, sp = layout.config.parallel.context_parallel_size, layout.parallel.sequence_size
+    # Equal sequences: those of the largest micro-batch times the rest of the step.
+    share = workload.num_sequences / workload.micro_batch_size
+    layers = {pair.teacher for pair in layout.pairs_of_rank(pp_rank)}
+    of_states = share * workload.supervised_rows * len(layers) * layout.bytes_of_target
+    of_outputs = 0.0
+    if has_output_loss(layout, pp_rank):
+        of_outputs = share * workload.supervised_output_rows * layout.output_target_bytes_per_row
+
+    def all_reduce(num_bytes: float, ranks: int) -> int:
+        return round(2 * num_bytes * (ranks - 1) / ranks)
+
+    if cp == 1:  # the head's hidden states are gathered whole
+        return all_reduce(of_states, sp), 0
+    return 0, all_reduce(of_states, sp * cp) + all_reduce(of_outputs, cp)
 
 
 def _student_tp(layout: RunLayout, workload: Workload, pp_rank: int) -> int:

@@ -103,6 +103,7 @@ def _ladder(config: RunConfig) -> list[list[Change]]:
     any_layout = (("parallel.num_layers_per_stage", None),) if parallel.num_layers_per_stage else ()
     of_engine = engine_kind(config.rollout).memory_changes(config.rollout)
     rungs = [
+        [_change(("teacher.max_tokens", None))],
         [_change(change) for change in of_engine.cheap],
         [_change(("parallel.sequence_parallel", True))],
         [

@@ -62,8 +62,20 @@ def teacher_workspace(
     shapes = _shapes(layout, layout.teacher, workload.of_teacher, kernels, pp_rank)
     # The chunk's input, and the output on its way to the next stage, which the last one has not.
     sends = any(not is_last_stage(layout, stage) for stage in layout.stages_of_rank(pp_rank))
-    others = 1 + sends
-    return max(forward_workspace(shape) + others * shape.hidden_bytes for shape in shapes)
+    others = (1 + sends) * shapes[0].hidden_bytes
+    # An exchange has a micro-batch's targets of all ranks, beside the rows of this one.
+    at_tap = shapes[0].hidden_bytes
+    if exchanges_targets(layout):
+        at_tap += (workload.target_rows + workload.supervised_rows) * layout.bytes_of_target
+    return others + max(at_tap, *map(forward_workspace, shapes))
+
+
+def exchanges_targets(layout: RunLayout) -> bool:
+    """Whether a target's row can be on another rank than the student's position."""
+    config = layout.config
+    has_own_batches = config.teacher_prompt.is_own or config.teacher.max_tokens is not None
+    shares = layout.parallel.sequence_size * config.parallel.context_parallel_size
+    return has_own_batches and shares > 1
 
 
 def logprob_check_workspace(

@@ -71,7 +71,7 @@ def summary(memory: MemoryEstimate, work: WorkEstimate) -> str:
         f"a replica's step: {largest.num_sequences} sequences of at most "
         f"{largest.prompt_tokens} + {largest.response_tokens} tokens in "
         f"{largest.num_micro_batches} micro-batches of at most {largest.micro_batch_size}"
-        f"{_turns(memory)}",
+        f"{_read_together(memory)}{_turns(memory)}",
     ]
     if others := memory.others:
         lines.append(
@@ -373,6 +373,16 @@ def _rollouts(memory: MemoryEstimate) -> str | None:
         f"{title}: {num_engines(memory.layout)} engines; one takes {_gb(engine.awake)} GB of "
         f"{gpus} awake, {asleep}; its KV cache holds {engine.num_tokens:,} tokens, "
         f"{engine.num_responses} of its {responses} responses at once"
+    )
+
+
+def _read_together(memory: MemoryEstimate) -> str:
+    largest = memory.largest
+    if memory.layout.config.teacher.max_tokens is None:
+        return ""
+    return (
+        f", the teacher's in {largest.teacher_num_micro_batches} of at most "
+        f"{largest.teacher_micro_batch_size}"
     )
 
 

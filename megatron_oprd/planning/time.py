@@ -163,7 +163,7 @@ def _teacher_pass(
         stage_flops(layout, workload, stage).teacher for stage in layout.stages_of_rank(pp_rank)
     )
     return _pass(
-        layout, workload, hardware, layout.teacher, flops=flops, tensor=sent.teacher_tp,
+        layout, workload.of_teacher, hardware, layout.teacher, flops=flops, tensor=sent.teacher_tp,
         context=sent.teacher_cp, experts=sent.teacher_experts, pipeline=sent.teacher_pp,
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from megatron_oprd.data.batching import Rows
 from megatron_oprd.training.batches import (
     groups_of_run,
     output_target_rows,
+    read_together,
     replica_batches,
     supervise_both,
     target_bytes,
@@ -39,16 +40,29 @@ class Workload:
     output_rows: int
     kept_output_rows: int  # of these, kept at the same time
     group_size: int  # micro-batches per group
-    # Tokens of a row and of a prompt as the teacher reads them: more, if it has prompts or tokens
-    # of its own.
+    # Supervised positions of the largest micro-batch on all ranks together, for either loss.
+    supervised_rows: int
+    supervised_output_rows: int
+    # Micro-batches, rows and prompts as the teachers read them: larger micro-batches under
+    # teacher.max_tokens, longer rows of a teacher with prompts or tokens of its own.
+    teacher_num_micro_batches: int
+    teacher_micro_batch_size: int
+    teacher_num_rows: int
     teacher_row_tokens: int
     teacher_prompt_tokens: int
+    teacher_group_size: int
 
     @property
     def of_teacher(self) -> Self:
-        """The workload as the teacher reads it."""
+        """The workload as the teachers read it."""
         return replace(
-            self, row_tokens=self.teacher_row_tokens, prompt_tokens=self.teacher_prompt_tokens
+            self,
+            num_micro_batches=self.teacher_num_micro_batches,
+            micro_batch_size=self.teacher_micro_batch_size,
+            num_rows=self.teacher_num_rows,
+            row_tokens=self.teacher_row_tokens,
+            prompt_tokens=self.teacher_prompt_tokens,
+            group_size=self.teacher_group_size,
         )
 
     @property
@@ -79,9 +93,9 @@ def workload(
     length = prompt_tokens + response_tokens
     longer = layout.teacher_max_sequence_length / layout.max_sequence_length
     teacher_length = math.ceil(length * longer) if config.teacher_prompt.is_own else length
-    replica = replica_batches(
-        layout, [length] * (config.rollout.prompts_per_step * config.rollout.samples_per_prompt)
-    )[0]
+    count = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    replicas = replica_batches(layout, [length] * count)
+    replica = replicas[0]
     states, outputs = supervise_both(layout, [prompt_tokens], [response_tokens])
     # Sequences are equal: rows depend only on a micro-batch's size.
     of_size, outputs_of_size = {}, {}
@@ -102,6 +116,8 @@ def workload(
     )
     largest = max(groups, key=lambda group: sum(rows[i] for i in group))
     size = max(map(len, replica))
+    together = read_together(layout, replicas, groups, [teacher_length] * count)[0]
+    teacher_size = max(sum(len(replica[number]) for number in part) for part in together)
     is_packed = config.batch.sequence_packing
     multiple = layout.parallel.pad_to_multiple_of
     return Workload(
@@ -117,8 +133,16 @@ def workload(
         output_rows=max(output_rows),
         kept_output_rows=sum(output_rows[i] for i in largest),
         group_size=len(largest),
+        supervised_rows=size * int((states.weights[0] > 0).sum()),
+        supervised_output_rows=(
+            0 if outputs is None else size * int((outputs.weights[0] > 0).sum())
+        ),
+        teacher_num_micro_batches=len(together),
+        teacher_micro_batch_size=teacher_size,
+        teacher_num_rows=1 if is_packed else teacher_size,
         teacher_row_tokens=Rows(
-            [teacher_length] * size, is_packed=is_packed, multiple=multiple
+            [teacher_length] * teacher_size, is_packed=is_packed, multiple=multiple
         ).length,
         teacher_prompt_tokens=teacher_length - response_tokens,
+        teacher_group_size=sum(part[0] in largest for part in together),
     )

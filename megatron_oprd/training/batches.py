@@ -1,6 +1,15 @@
 """A step's micro-batches of both models, in groups whose teacher targets fit a memory budget.
 
 Every rank works out all replicas' batches from the same rollouts, without communication.
+
+With ``teacher.max_tokens`` the teachers read several micro-batches of a group together. These are
+whole micro-batches, of any place in the group, so that each target still belongs to one of the
+student's passes, and nothing changes for the student. A target's row is found as for a teacher that
+reads other sequences, by pairs of positions (`with_teacher`): where ranks share sequences
+(sequence and context parallelism) a position of a longer micro-batch can be on another rank, and
+the rows are exchanged. Every replica makes the same number of micro-batches, as experts communicate
+across replicas. All targets of a group are kept until the student's pass in any case, so only the
+working memory of the teacher's pass grows.
 """
 
 import dataclasses
@@ -17,7 +26,8 @@ from megatron_oprd.data.batching import (
     TeacherReading,
     collate,
     collate_weights,
-    context_parallel_share,
+    context_parallel_shares,
+    merge,
     pack,
     with_teacher,
 )
@@ -138,14 +148,6 @@ def make_micro_batches(
     replicas = replica_batches(plan.layout, [len(sequence) for sequence in sequences])
     batches, rows = replicas[context.dp_rank], _row_options(plan, context)
     micro_batches = collate(batches, sequences, weights, output_weights, **rows)
-    if reading is not None:
-        micro_batches = with_teacher(micro_batches, batches, reading, **rows)
-    del rows["device"]
-    extra = [collate_weights(batches, one, **rows) for one in of_others]
-    micro_batches = [
-        dataclasses.replace(one, extra_weights=tuple(of_one[number] for of_one in extra))
-        for number, one in enumerate(micro_batches)
-    ]
 
     def size(batch: Sequence[int]) -> int:
         of_teachers = [
@@ -163,7 +165,19 @@ def make_micro_batches(
         # parallelism the passes communicate across replicas.
         [max(map(size, batches)) for batches in zip(*replicas, strict=True)],
     )
-    shares = _shares(micro_batches, context)
+    if reading is None and plan.config.teacher.max_tokens is not None:
+        reading = _same_sequences(sequences, weights, output_weights, of_others)
+    if reading is not None:
+        lengths = [len(sequence) for sequence in reading.sequences]
+        together = read_together(plan.layout, replicas, groups, lengths)[context.dp_rank]
+        micro_batches = with_teacher(micro_batches, batches, reading, together=together, **rows)
+    del rows["device"]
+    extra = [collate_weights(batches, one, **rows) for one in of_others]
+    micro_batches = [
+        dataclasses.replace(one, extra_weights=tuple(of_one[number] for of_one in extra))
+        for number, one in enumerate(micro_batches)
+    ]
+    shares = context_parallel_shares(micro_batches, rank=context.cp_rank, size=context.cp_size)
     return StepBatches(
         groups=[[shares[i] for i in group] for group in groups],
         supervises=[_any(one) for one in (weights, *of_others)],
@@ -198,7 +212,7 @@ def make_response_micro_batches(
         numbers=numbers,
         **_row_options(plan, context),
     )
-    return _shares(micro_batches, context)
+    return context_parallel_shares(micro_batches, rank=context.cp_rank, size=context.cp_size)
 
 
 def micro_batch_multiple(layout: RunLayout) -> int:
@@ -222,20 +236,62 @@ def replica_batches(layout: RunLayout, lengths: Sequence[int]) -> list[list[list
     )
 
 
+def read_together(
+    layout: RunLayout,
+    replicas: Sequence[Sequence[Sequence[int]]],
+    groups: Sequence[range],
+    lengths: Sequence[int],
+) -> list[list[list[int]]]:
+    """For each replica, the numbers of the micro-batches that teachers read together.
+
+    ``replicas`` are those of `replica_batches`, and ``groups`` of `groups_of_run`; ``lengths`` are
+    those of all sequences as the teachers read them.
+    """
+    max_tokens = layout.config.teacher.max_tokens
+    if max_tokens is None:
+        return [[[number] for number in range(len(batches))] for batches in replicas]
+    found: list[list[list[int]]] = [[] for _ in replicas]
+    for group in groups:
+        merged = merge(
+            [[batches[number] for number in group] for batches in replicas],
+            lengths,
+            max_tokens=max_tokens,
+            multiple=micro_batch_multiple(layout),
+            is_padded=not layout.config.batch.sequence_packing,
+        )
+        for of_replica, parts in zip(found, merged, strict=True):
+            of_replica += [[group[number] for number in part] for part in parts]
+    return found
+
+
+def _same_sequences(
+    sequences: Sequence[Sequence[int]],
+    weights: Sequence[Tensor],
+    output_weights: Sequence[Tensor] | None,
+    of_others: Sequence[Sequence[Tensor]],
+) -> TeacherReading:
+    """The reading of teachers that read the student's sequences, in other micro-batches.
+
+    The weights are the position weights of the first teacher's two losses and of the others'.
+    """
+
+    def supervised(of_loss: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.where(one > 0, torch.arange(len(one)), -1) for one in of_loss]
+
+    return TeacherReading(
+        sequences=sequences,
+        positions=supervised(weights),
+        output_positions=None if output_weights is None else supervised(output_weights),
+        extra_positions=[supervised(one) for one in of_others],
+    )
+
+
 def _row_options(plan: RunPlan, context: ParallelContext) -> dict[str, Any]:
     return {
         "is_packed": plan.config.batch.sequence_packing,
         "pad_to_multiple_of": plan.layout.parallel.pad_to_multiple_of,
         "device": context.device,
     }
-
-
-def _shares(micro_batches: Sequence[MicroBatch], context: ParallelContext) -> list[MicroBatch]:
-    """This context-parallel rank's part of each micro-batch."""
-    return [
-        context_parallel_share(one, rank=context.cp_rank, size=context.cp_size)
-        for one in micro_batches
-    ]
 
 
 def _supervision(

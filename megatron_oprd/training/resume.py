@@ -37,6 +37,7 @@ _MAY_CHANGE = (
     "profile.",
     "teacher.offload",
     "teacher.target_memory_gb",
+    "teacher.max_tokens",
     "parallel.",
     "batch.",
     "recompute.",

@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from megatron_oprd.data.batching import MicroBatch, ModelInput
+from megatron_oprd.data.batching import MicroBatch, ModelInput, TeacherBatch
 from megatron_oprd.distill.coefficients import coefficient_at
 from megatron_oprd.distill.head import HeadTap, head_weight
 from megatron_oprd.distill.trainable_projectors import add_projectors
@@ -185,11 +185,11 @@ class Distiller:
 
             # A default argument for `keeps`: a closure would see the value of the last teacher.
             def end(
-                hidden: Tensor, micro_batch: MicroBatch, chunk: Any, keeps: bool = keeps_hidden
+                hidden: Tensor, batch: TeacherBatch, chunk: Any, keeps: bool = keeps_hidden
             ) -> Tensor:
                 if keeps and chunk.post_process:
                     assert self.head is not None
-                    self.head.collect(hidden, micro_batch)
+                    self.head.collect(hidden, batch.members)
                 return hidden
 
             one.run(micro_batches, end)

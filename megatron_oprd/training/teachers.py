@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_oprd.data.batching import MicroBatch, ModelInput
+from megatron_oprd.data.batching import MicroBatch, ModelInput, TeacherBatch, teacher_batches
 from megatron_oprd.distill.taps import RankSelector, Selection, Taps
 from megatron_oprd.models.offload import OffloadedWeights
 from megatron_oprd.models.schedule import run_schedule
@@ -53,7 +53,7 @@ class Teacher:
             context, sequence_parallel=config.parallel.sequence_parallel
         )
         self._weights: OffloadedWeights | None = None
-        self._selections: dict[tuple[int, bool], tuple[ModelInput, Selection]] = {}
+        self._selections: dict[tuple[int, bool], Selection] = {}
 
     def offload(self, resident: Sequence[Tensor]) -> None:
         """Keeps all weights but ``resident`` in host memory from now on, except during `run`."""
@@ -62,23 +62,23 @@ class Teacher:
     def run(
         self,
         micro_batches: Sequence[MicroBatch],
-        end: Callable[[Tensor, MicroBatch, Any], Tensor],
+        end: Callable[[Tensor, TeacherBatch, Any], Tensor],
     ) -> None:
         """Runs the teacher over a group of micro-batches and keeps the targets at the taps.
 
-        ``end`` (see `run_schedule`) gets the micro-batches with this teacher's weights.
+        ``end`` (see `run_schedule`) gets the micro-batches with this teacher's weights, as the
+        teacher reads them.
         """
 
-        def begin(micro_batch: MicroBatch) -> ModelInput:
-            read, selection = self._select(micro_batch, for_teacher=True)
-            self.taps.begin(selection)
-            return read
+        def begin(batch: TeacherBatch) -> ModelInput:
+            self.taps.begin(*(self._select(one, for_teacher=True) for one in batch.members))
+            return batch.input
 
         weights = self._weights
         with torch.no_grad(), weights.on_device() if weights else nullcontext():
             run_schedule(
                 self.chunks,
-                [self._own(micro_batch) for micro_batch in micro_batches],
+                teacher_batches([self._own(micro_batch) for micro_batch in micro_batches]),
                 forward_only=True,
                 begin=begin,
                 end=end,
@@ -86,27 +86,29 @@ class Teacher:
 
     def begin_student(self, micro_batch: MicroBatch) -> None:
         """Announces the micro-batch of the student's next forward pass."""
-        _, selection = self._select(self._own(micro_batch), for_teacher=False)
-        self.taps.begin(selection)
+        self.taps.begin(self._select(self._own(micro_batch), for_teacher=False))
 
     def end_step(self) -> tuple[Tensor, Tensor]:
         """The metrics of the step, see `Taps.end_step`."""
         self._selections.clear()
         return self.taps.end_step()
 
-    def _select(
-        self, micro_batch: MicroBatch, *, for_teacher: bool
-    ) -> tuple[ModelInput, Selection]:
-        """What a model reads, and its compared positions."""
+    def _select(self, micro_batch: MicroBatch, *, for_teacher: bool) -> Selection:
+        """The compared positions of a micro-batch of the student, in what a model reads."""
         # Cached for the step, for all chunks and passes: building a selection copies to the GPU and
         # waits for it.
         key = micro_batch.index, for_teacher and micro_batch.other_input is not None
         if key not in self._selections:
-            self._selections[key] = self._selector.select(micro_batch, for_teacher=for_teacher)
+            _, selection = self._selector.select(micro_batch, for_teacher=for_teacher)
+            self._selections[key] = selection
         return self._selections[key]
 
     def _own(self, micro_batch: MicroBatch) -> MicroBatch:
         if self._number == 0:
             return micro_batch
-        own = micro_batch.extra_weights[self._number - 1]
-        return dataclasses.replace(micro_batch, weights=own)
+        number, other = self._number - 1, micro_batch.other_input
+        if other is not None:
+            other = dataclasses.replace(other, pairs=other.extra_pairs[number])
+        return dataclasses.replace(
+            micro_batch, weights=micro_batch.extra_weights[number], other_input=other
+        )

@@ -37,6 +37,7 @@ def test_example_of_the_demo() -> None:
         ("fit.rank=4", r"unknown setting 'fit\.rank'; the nearest is 'fit\.ranks'"),
         ("optimizer.lr=1", r"unknown setting 'optimizer'"),
         ("batch.sequence_packing=true", r"batch\.sequence_packing"),
+        ("teacher.max_tokens=32768", r"teacher\.max_tokens = 32768 has no effect"),
         ("taps.k=null", r"taps\.positions = last_k needs taps\.k"),
         ("output_dir=", "setting output_dir"),
     ],

@@ -40,6 +40,7 @@ NODES = "rollout.vllm.server_nodes=[0,2]"
 OWN_PROMPT = "teacher_prompt.privileged_key=a"
 # Settings that a setting needs and that are no condition of its rules.
 RELATED: dict[str, dict[str, Any]] = {
+    "teacher.max_tokens": {"batch.max_tokens": 1},
     "parallel.virtual_pipeline_model_parallel_size": {"parallel.pipeline_model_parallel_size": 2},
     "recompute.recompute_num_layers": {"recompute.recompute_method": "block"},
     "recompute.recompute_method": {"recompute.recompute_num_layers": 1},
@@ -340,6 +341,10 @@ def test_the_way_out_is_named(tmp_path: Path) -> None:
             ["batch.sequence_packing=true", "parallel.context_parallel_size=2"],
             ["batch.sequence_packing = true", "parallel.context_parallel_size = 2"],
         ),
+        (
+            ["batch.max_tokens=4096", "teacher.max_tokens=4095"],
+            ["teacher.max_tokens = 4095", "batch.max_tokens = 4096", "at least that"],
+        ),
         ([FULL, METHOD], ["recompute_granularity = full", "recompute.recompute_num_layers"]),
         ([FULL, LAYERS], ["recompute_granularity = full", "recompute.recompute_method"]),
         ([DISTRIBUTE, TP2], ["distribute_saved_activations = true", "full (found null)"]),
@@ -407,6 +412,7 @@ def test_contradictions(tmp_path: Path, overrides: list[str], names: list[str]) 
         ["taps.positions=last_k", "taps.k=1"],
         [PP2, VPP2, "parallel.num_layers_per_stage=[1,1,1,1]"],
         [TP2, SP],
+        ["batch.max_tokens=4096", "teacher.max_tokens=4096"],
         [VLLM, START, SPLIT, "rollout.vllm.server_gpus=[3,1]"],
         [VLLM, "rollout.vllm.start_servers=4", NODES, "rollout.vllm.server_gpus=[3,1]"],
         ["recompute.recompute_granularity=selective"],

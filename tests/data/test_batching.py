@@ -8,7 +8,16 @@ import torch
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from megatron_oprd.data.batching import MicroBatch, collate, context_parallel_share, pack
+from megatron_oprd.data.batching import (
+    MicroBatch,
+    TeacherReading,
+    collate,
+    context_parallel_shares,
+    merge,
+    pack,
+    teacher_batches,
+    with_teacher,
+)
 
 CPU = torch.device("cpu")
 
@@ -143,11 +152,83 @@ def test_context_parallel_shares_are_megatrons(size: int, monkeypatch: pytest.Mo
             },
             cp_group=group,
         )
-        found = context_parallel_share(whole, rank=rank, size=size)
+        (found,) = context_parallel_shares([whole], rank=rank, size=size)
         assert torch.equal(found.input.tokens, expected["tokens"])
         assert torch.equal(found.input.position_ids, expected["ids"])
         assert torch.equal(states_of(found), expected["weights"])
         assert (found.index, found.input.num_tokens) == (whole.index, whole.input.num_tokens)
+
+
+def test_what_always_holds_of_micro_batches_together() -> None:
+    draw = random.Random(1)
+    for _ in range(500):
+        num_replicas, multiple = draw.randrange(1, 5), draw.choice([1, 1, 2, 3])
+        lengths = [
+            draw.randrange(1, 130) for _ in range(num_replicas * multiple * draw.randrange(1, 8))
+        ]
+        replicas = packed(lengths, num_replicas=num_replicas, multiple=multiple)
+        max_tokens = draw.choice([100, 200, 1000])
+        merged = merge(replicas, lengths, max_tokens=max_tokens, multiple=multiple)
+        (count,) = {len(parts) for parts in merged}
+        assert count % multiple == 0
+        for batches, parts in zip(replicas, merged, strict=True):
+            assert sorted(itertools.chain(*parts)) == list(range(len(batches))), "each once"
+            for part in parts:
+                together = [i for number in part for i in batches[number]]
+                assert len(part) == 1 or cost(together, lengths) <= max_tokens
+
+
+def test_micro_batches_of_similar_length_are_together() -> None:
+    lengths = [10, 50, 11, 49]
+    of_one = [[[0], [1], [2], [3]]]
+    assert merge(of_one, lengths, max_tokens=100) == [[[1, 3], [2, 0]]]
+    # 50 x 2 = 100 tokens are one too many, 49 x 2 are not.
+    assert merge(of_one, lengths, max_tokens=99) == [[[1], [3, 2], [0]]]
+    # Without padding three sequences fit.
+    assert merge(of_one, lengths, max_tokens=110, is_padded=False) == [[[1, 3, 2], [0]]]
+
+
+def test_every_replica_puts_as_many_together() -> None:
+    """The second could have one; the first needs two."""
+    lengths = [60, 60, 10, 10]
+    assert merge([[[0], [1]], [[2], [3]]], lengths, max_tokens=100) == [[[0], [1]], [[0], [1]]]
+
+
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_pairs_of_micro_batches_together(cp_size: int) -> None:
+    """Every pair has the same token on both sides, and what is shared is one tensor."""
+    draw = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(1, 90, (n,), generator=draw).tolist() for n in (13, 9, 4, 6)]
+    # -1 at every third position: not supervised.
+    positions = [torch.where(torch.arange(len(s)) % 3 > 0, torch.arange(len(s)), -1)
+                 for s in sequences]  # fmt: skip
+    rows: dict[str, Any] = {"is_packed": False, "pad_to_multiple_of": 2 * cp_size, "device": CPU}
+    batches = [[2], [0, 3], [1]]
+    whole = with_teacher(
+        collate(batches, sequences, **rows),
+        batches,
+        TeacherReading(sequences=sequences, positions=positions, output_positions=None),
+        together=[[1, 2], [0]],
+        **rows,
+    )
+    tokens: list[dict[int, list[int]]] = [{} for _ in whole]
+    for rank in range(cp_size):
+        shares = context_parallel_shares(whole, rank=rank, size=cp_size)
+        assert [[m.index for m in one.members] for one in teacher_batches(shares)] == [[0], [1, 2]]
+        for one, found in zip(shares, tokens, strict=True):
+            assert one.other_input is not None
+            pairs = one.other_input.pairs
+            for ids, read in (
+                (pairs.student, one.input.tokens),
+                (pairs.teacher, one.other_input.input.tokens),
+            ):
+                own = (ids > pairs.first) & (ids <= pairs.first + pairs.count)
+                for number, token in zip(ids[own].tolist(), read[own].tolist(), strict=True):
+                    found.setdefault(number, []).append(token)
+    for batch, found in zip(batches, tokens, strict=True):
+        wanted = [s for i in batch for n, s in enumerate(sequences[i]) if n % 3 > 0]
+        assert sorted(one for one, _ in found.values()) == sorted(wanted)
+        assert all(one == other for one, other in found.values())
 
 
 def test_packed() -> None:

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_oprd.data.batching import LossWeights, MicroBatch, ModelInput
+from megatron_oprd.data.batching import (
+    LossWeights,
+    MicroBatch,
+    ModelInput,
+    TeacherReading,
+    collate,
+    teacher_batches,
+    with_teacher,
+)
 from megatron_oprd.distill.layer_map import LayerPair
 from megatron_oprd.distill.projectors import Projectors
-from megatron_oprd.distill.taps import Selection, Taps
+from megatron_oprd.distill.taps import RankSelector, Selection, Taps
 from tests.helpers.closeness import assert_close_relative
 
 S, B, H = 8, 3, 5
@@ -70,6 +78,46 @@ def test_a_slice_without_supervised_positions_is_empty() -> None:
     selection = Selection.of(batch, tp_rank=0, tp_size=2)
     assert selection.weights is not None
     assert selection.index.shape == selection.weights.shape == (0,)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_each_micro_batch_gets_its_own_rows_of_a_larger_one(is_packed: bool) -> None:
+    """As states both models have the tokens, so that a target is the student's own row."""
+    generator = torch.Generator().manual_seed(0)
+    sequences = [
+        torch.randint(1, 1000, (length,), generator=generator).tolist() for length in (7, 3, 6, 4)
+    ]
+    weights = [torch.rand(len(one), generator=generator).round() for one in sequences]
+    positions = [torch.where(one > 0, torch.arange(len(one)), -1) for one in weights]
+    rows: dict[str, Any] = {
+        "is_packed": is_packed,
+        "pad_to_multiple_of": 4,
+        "device": torch.device("cpu"),
+    }
+    batches = [[1, 3], [2], [0]]
+    micro_batches = with_teacher(
+        collate(batches, sequences, weights, **rows),
+        batches,
+        TeacherReading(sequences=sequences, positions=positions, output_positions=None),
+        together=[[2, 0], [1]],
+        **rows,
+    )
+
+    def states(read: ModelInput) -> Tensor:
+        return read.tokens.t().float()[..., None]  # [s, b, 1]
+
+    chunk, selector = model(1), RankSelector(tp_rank=0, tp_size=1, group=None)
+    taps = taps_on(chunk, model(2), post_norm=False)
+    for batch in teacher_batches(micro_batches):
+        chosen = [selector.select(one, for_teacher=True) for one in batch.members]
+        assert all(read is batch.input for read, _ in chosen)
+        taps.begin(*(selection for _, selection in chosen))
+        chunk.decoder.layers[0].tap(states(batch.input))
+    for one in micro_batches:
+        read, selection = selector.select(one, for_teacher=False)
+        found = taps._take_target(0, selection.micro_batch)
+        assert torch.equal(found, states(read).flatten(0, 1)[selection.index])
+        assert len(found) > 0
 
 
 class Layer(nn.Module):

@@ -113,6 +113,8 @@ BLOCK = [FULL[0], "recompute.recompute_method=block", "recompute.recompute_num_l
 BF16 = ["model.params_dtype=bf16"]
 FP8 = [*BF16, "teacher.precision=fp8"]
 OUTPUT = ["output_loss.kind=reverse_kl"]
+# Two micro-batches of the student's, or with virtual stages one.
+TOGETHER = ["teacher.max_tokens=256"]
 # name: (family, ranks, overrides)
 CASES: dict[str, tuple[str, int, list[str]]] = {
     "llama": ("llama", 1, []),
@@ -163,6 +165,13 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "llama-pp-full": ("llama", 2, [*PP2, *FULL]),
     "llama-vpp": ("llama", 2, VPP2),
     "llama-cp": ("llama", 2, CP2),
+    "llama-together": ("llama", 1, TOGETHER),
+    "llama-packed-together": ("llama", 1, [*TOGETHER, "batch.sequence_packing=true"]),
+    "llama-few-together": ("llama", 1, [*TOGETHER, "taps.positions=last_k", "taps.k=3"]),
+    "llama-pp-together-output": ("llama", 2, [*PP2, *TOGETHER, *OUTPUT]),
+    "vpp-together": ("llama", 2, [*VPP2, *TOGETHER]),
+    "llama-sp-together": ("llama", 2, [*SP2, *TOGETHER]),
+    "llama-cp-together-output": ("llama", 2, [*CP2, *TOGETHER, *OUTPUT]),
     "moe-sp-full": ("qwen3_moe", 2, [*SP2, *FULL]),
     "moe-ep": ("qwen3_moe", 2, EP2),
     "moe-sp-ep": ("qwen3_moe", 2, [*SP2, *EP2, "parallel.expert_tensor_parallel_size=1"]),
@@ -172,6 +181,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
 # rotation's angles, a final norm that does not train.
 LOOSE = {
     "llama-tp-full": 0.03, "llama-few-taps": 0.02, "llama-sp-full": 0.01, "llama-cp": 0.01,
+    "llama-cp-together-output": 0.01,
     "latent": 0.01,  # a router of sigmoids keeps a few numbers more for each token
     "delta-full": 0.01,  # 0.6% more is planned than was kept
     "smollm3": 0.015,  # layers without rotation count as if they had it

@@ -32,6 +32,10 @@ def memory(config: RunConfig) -> MemoryEstimate:
         ([], 45, "teacher.offload=cpu"),
         (["rollout.max_batch_size=2"], 33, "optimizer.offload_states=true"),
         (["teacher.target_memory_gb=null"], 55, "teacher.target_memory_gb=16.0"),
+        (
+            ["teacher.max_tokens=294912", "teacher.target_memory_gb=null"], 80,
+            "teacher.max_tokens=null",
+        ),
         # Keys and values of the rollout.
         ([], 42, "rollout.max_batch_size=8"),
         (

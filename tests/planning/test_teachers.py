@@ -15,6 +15,7 @@ from megatron_oprd.planning.estimate import (
     read_models,
 )
 from megatron_oprd.planning.hardware import Hardware
+from megatron_oprd.planning.memory import teacher_bytes
 
 
 def planned(config: RunConfig) -> tuple[MemoryEstimate, WorkEstimate]:
@@ -59,11 +60,54 @@ def test_a_teacher_that_reads_more(qwen: Callable[..., RunConfig]) -> None:
     longer = 12288 / 9216
     ratio = more.seconds.teacher.compute / work.seconds.teacher.compute
     assert longer < ratio < longer**2
-    assert more.seconds.teacher.tensor == pytest.approx(longer * work.seconds.teacher.tensor)
+    expected = longer * work.seconds.teacher.tensor + EXCHANGE_SECONDS
+    assert more.seconds.teacher.tensor == pytest.approx(expected)
     assert more.seconds.student == work.seconds.student
     assert more.seconds.rollout == work.seconds.rollout
     before, after = (found.ranks[0].phases["teacher"]["workspace"] for found in (one, two))
     assert after > before
+
+
+# Of 64 sequences of a replica 2000 positions, in 36 layers of 5120 numbers in bf16: all four ranks
+# that share them sum them, at 370 GB/s.
+EXCHANGE_SECONDS = 2 * 3 / 4 * 64 * 2000 * 36 * 5120 * 2 / 370e9
+
+
+def test_teachers_that_read_several_micro_batches_together(qwen: Callable[..., RunConfig]) -> None:
+    """Four of the student's, of two sequences each."""
+    everything = "teacher.target_memory_gb=null"
+    (one, work), (two, more) = (
+        planned(qwen(everything, *setting)) for setting in ((), ("teacher.max_tokens=73728",))
+    )
+    assert (one.largest.num_micro_batches, one.largest.micro_batch_size) == (32, 2)
+    of_teacher = two.largest.of_teacher
+    assert (of_teacher.num_micro_batches, of_teacher.micro_batch_size) == (8, 8)
+    before, after = (found.ranks[0].phases for found in (one, two))
+    # Nothing but the workspace grows, without its part that decodes a weight.
+    decoding = teacher_bytes(one.layout, pp_rank=0, itemsize=2).decoding
+    assert after["teacher"]["workspace"] - decoding == pytest.approx(
+        4 * (before["teacher"]["workspace"] - decoding)
+    )
+    assert after["teacher"] | {"workspace": 0} == before["teacher"] | {"workspace": 0}
+    assert after["student"] == before["student"]
+    seconds, longer = work.seconds.teacher, more.seconds.teacher
+    assert longer.compute == seconds.compute
+    assert longer.tensor == pytest.approx(seconds.tensor + EXCHANGE_SECONDS)
+    assert more.seconds.student == work.seconds.student
+
+
+def test_fewer_micro_batches_make_a_longer_bubble(qwen: Callable[..., RunConfig]) -> None:
+    sizes = [
+        "teacher.target_memory_gb=null",
+        "parallel.pipeline_model_parallel_size=4",
+        "parallel.tensor_model_parallel_size=2",
+    ]
+    (_, work), (_, more) = (
+        planned(qwen(*sizes, *setting)) for setting in ((), ("teacher.max_tokens=73728",))
+    )
+    for found, count in ((work.seconds.teacher, 64), (more.seconds.teacher, 16)):
+        assert found.bubble == pytest.approx(3 / count * (found.compute + found.messages))
+    assert more.seconds.student == work.seconds.student
 
 
 def test_checkpoint(qwen: Callable[..., RunConfig]) -> None:

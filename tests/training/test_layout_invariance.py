@@ -106,7 +106,27 @@ MOE_LAYOUTS: dict[str, tuple[int, list[str], bool]] = {
     "tp2_sp_pp2_teacher_etp1_ep2": (4, [TP2, SP, PP2, MBS2, T_EP2, T_ETP1], True),
     "dp2_tp2_sp_teacher_ep4": (4, [TP2, SP, EP2, T_EP4, T_ETP1, MBS2, WHOLE_GRADIENTS], True),
 }
-ALL_LAYOUTS = LAYOUTS | MOE_LAYOUTS
+# Teachers that read several of the student's micro-batches together; some of one replica's, or of
+# one group, are not put together.
+TOGETHER = "teacher.max_tokens=70"
+FEW_TOKENS = "batch.max_tokens=30"
+TOGETHER_LAYOUTS: dict[str, tuple[int, list[str], bool]] = {
+    "together": (1, [MBS1, FEW_TOKENS, TOGETHER], True),
+    "packed_together": (1, [PACKED, FEW_TOKENS, TOGETHER], True),
+    "tp2_together_offload": (2, [TP2, FEW_TOKENS, TOGETHER, "teacher.offload=cpu"], True),
+    "tp2_sp_together": (2, [TP2, SP, MBS1, FEW_TOKENS, TOGETHER, FEW_TARGETS], True),
+    "tp2_sp_packed_together": (2, [TP2, SP, PACKED, FEW_TOKENS, TOGETHER], True),
+    "pp2_full_together": (2, [PP2, MBS1, FEW_TOKENS, TOGETHER, *FULL], True),
+    "pp2_vpp2_together": (2, [PP2, VPP2, MBS1, FEW_TOKENS, TOGETHER], True),
+    "cp2_together": (2, [CP2, MBS1, FEW_TOKENS, TOGETHER, WHOLE_GRADIENTS], True),
+    "dp2_together": (2, [FEW_TOKENS, TOGETHER, OVERLAP, OVERLAP_GATHER], False),
+    "ep2_together": (2, [EP2, MBS1, FEW_TOKENS, TOGETHER, WHOLE_GRADIENTS], True),
+    "ep2_pp2_together": (4, [EP2, PP2, MBS1, FEW_TOKENS, TOGETHER, WHOLE_GRADIENTS], True),
+    "cp2_tp2_sp_together": (
+        4, [CP2, TP2, SP, FEW_TOKENS, TOGETHER, FEW_TARGETS, WHOLE_GRADIENTS], True,
+    ),
+}  # fmt: skip
+ALL_LAYOUTS = LAYOUTS | MOE_LAYOUTS | TOGETHER_LAYOUTS
 PAIRS = {
     "llama_equal": {"family": "llama"},
     "llama_tied_deeper": {"family": "llama", "teacher_layers": 7, "tied": True},
@@ -498,6 +518,23 @@ CASES = [
             "dp2_pp2",
         )
     ),
+    *(
+        ("llama_tied_deeper", "default", layout)
+        for layout in TOGETHER_LAYOUTS
+        if "ep2" not in layout
+    ),
+    *(
+        ("llama_tied_deeper", method, layout)
+        for method in ("top_k", "other_prompt", SEVERAL)
+        for layout in ("packed_together", "pp2_vpp2_together", "cp2_tp2_sp_together")
+    ),
+    ("qwen3_other_vocabulary", "reverse_kl", "tp2_sp_together"),
+    ("qwen3_equal", "other_tokens", "tp2_sp_packed_together"),
+    ("qwen3_deeper", FP8[0], "tp2_sp_together"),
+    ("llama_tied_deeper", "trainable_mlp", "tp2_sp_together"),
+    ("bridge", "default", "cp2_tp2_sp_together"),
+    *(("moe", "default", layout) for layout in ("ep2_together", "ep2_pp2_together")),
+    ("moe_teacher", "other_tokens_sequence_mean", "ep2_together"),
 ]
 # What carries over from one step to the next (buffers, overlapped gathers, offloaded weights)
 # depends on the layout, not on model or method: these have every layout, and take a second step.
@@ -614,7 +651,21 @@ FURTHER: set[tuple[str, ...]] = {
 # Left to the nightly run: the pairs that go through the same layouts as llama_tied_deeper, without
 # its second step, and most layouts of some settings (the main run has those that differ most).
 NIGHTLY = (
-    {case for case in [*DEFAULTS, *OTHERS] if case[0] != "llama_tied_deeper"}
+    {
+        case
+        for case in CASES
+        if case[2] in TOGETHER_LAYOUTS
+        and case
+        not in {
+            *(
+                ("llama_tied_deeper", "default", layout)
+                for layout in ("together", "dp2_together", "cp2_tp2_sp_together")
+            ),
+            ("llama_tied_deeper", SEVERAL, "pp2_vpp2_together"),
+            ("moe", "default", "ep2_together"),
+        }
+    }
+    | {case for case in [*DEFAULTS, *OTHERS] if case[0] != "llama_tied_deeper"}
     | {
         case
         for case in CASES
@@ -714,6 +765,8 @@ def _with_folders(overrides: list[str], root: Path) -> list[str]:
 def test_layout_changes_nothing(results: Path, pair: str, method: str, layout: str) -> None:
     reference = torch.load(results / f"{pair}.{method}.reference.pt")
     found = torch.load(results / f"{pair}.{method}.{layout}.pt")
+    if layout in TOGETHER_LAYOUTS:
+        assert found["num_teacher_batches"] < found["num_micro_batches"]
     for name in ("loss", "output_loss", "grad_norm", "second_loss"):
         assert_close_relative(found[name], reference[name], 1e-5, what=name)
     for one, expected in zip(found["extra_teachers"], reference["extra_teachers"], strict=True):
@@ -763,15 +816,19 @@ def _logprobs(model: torch.nn.Module) -> torch.Tensor:
 
 def test_cases_differ_in_micro_batches(results: Path) -> None:
     """The micro-batch settings do what they say, or the comparison would compare nothing."""
-    counts = {
-        layout: torch.load(results / f"llama_tied_deeper.default.{layout}.pt")["num_micro_batches"]
-        for layout in ("reference", "mbs1", "token_budget", "selective", "dp2_pp2")
+    found = {
+        layout: torch.load(results / f"llama_tied_deeper.default.{layout}.pt")
+        for layout in ("reference", "mbs1", "token_budget", "selective", "dp2_pp2", "together")
     }
+    counts = {layout: one["num_micro_batches"] for layout, one in found.items()}
     assert counts["reference"] == 1
     assert counts["mbs1"] == 8
     assert 1 < counts["token_budget"] < 8
     assert counts["selective"] == 4
     assert counts["dp2_pp2"] == 4
+    of_teacher = {layout: one["num_teacher_batches"] for layout, one in found.items()}
+    assert counts["together"] == of_teacher["mbs1"] == 8
+    assert 1 < of_teacher["together"] < 8
 
 
 def _assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -94,6 +94,7 @@ def test_models_with_lists_of_layers(tmp_path: Path) -> None:
         "train_iters=1000",
         "teacher.offload=cpu",
         "teacher.target_memory_gb=0.5",
+        "teacher.max_tokens=20000",
         "optimizer.overlap_grad_reduce=true",
         "optimizer.use_distributed_optimizer=false",
         "optimizer.lr_decay_iters=500",

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_oprd.data.batching import collate, context_parallel_share
+from megatron_oprd.data.batching import collate, context_parallel_shares
 from megatron_oprd.distill.taps import Selection
 from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.training.batches import supervised_rows, target_groups
@@ -57,7 +57,7 @@ def test_rows_are_those_that_the_ranks_select(
     )
     selected = []
     for cp_rank in range(cp_size):
-        share = context_parallel_share(whole, rank=cp_rank, size=cp_size)
+        (share,) = context_parallel_shares([whole], rank=cp_rank, size=cp_size)
         assert share.input.tokens.shape[1] % (tp_size * multiple) == 0
         for tp_rank in range(tp_size):
             selection = Selection.of(share, tp_rank=tp_rank, tp_size=tp_size)

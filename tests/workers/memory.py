@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_oprd.data.batching import teacher_batches
 from megatron_oprd.parallel.context import ParallelContext, parallel_run
 from megatron_oprd.training.logprob_check import LogprobCheck
 from megatron_oprd.training.plan import make_plan
@@ -154,11 +155,13 @@ def run(case: dict[str, Any], directory: Path) -> None:
         adam = [t for one in optimizers for states in one.state.values() for t in states.values()]
         main = [t for one in optimizers for options in one.param_groups for t in options["params"]]
 
+        read = [m.input for m in group] + [m.input for m in teacher_batches(group)]
+        token_ids = [t for one in read for t in (one.tokens, one.position_ids)]
         of_teacher = Allocations(
             [
                 *(t for chunk in distiller.teachers[0].chunks for t in chunk.parameters()),
                 *(t for chunk in distiller.teachers[0].chunks for t in chunk.buffers()),
-                *(t for m in group for t in (m.input.tokens, m.input.position_ids)),
+                *token_ids,
             ]
         )
         with of_teacher:
@@ -175,7 +178,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
             *(buffer.grad_data for buffer in buffers),
             *adam,
             *main,
-            *(t for m in group for t in (m.input.tokens, m.input.position_ids)),
+            *token_ids,
         ]
         del targets
         saved, allocated = SavedTensors(known), Allocations(known)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_oprd.data.batching import teacher_batches
 from megatron_oprd.distill import head as taps_logprobs
 from megatron_oprd.parallel.context import parallel_run
 from megatron_oprd.selftest.steps import gradient
@@ -91,6 +92,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
                     "projector_gradients": of_projectors,
                     "projectors": projectors_after,
                     "num_micro_batches": sum(len(group) for group in groups),
+                    "num_teacher_batches": sum(len(teacher_batches(group)) for group in groups),
                     "num_groups": len(groups),
                     "logprobs": logprobs,
                 },
