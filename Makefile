@@ -121,7 +121,7 @@ bridge-real: $(TEACHER)/config.json
 SCRIPTS = .ci/run $(wildcard docker/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
 
 # Their modules import each other by bare names, so each folder is checked by itself.
-SCRIPT_FOLDERS = examples/benchmarks examples/bridge_real examples/reproduce_small
+SCRIPT_FOLDERS = docker examples/benchmarks examples/bridge_real examples/reproduce_small
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -27,9 +27,10 @@ if [ "$BASE" = cuda ] && [ "$COMPILE" = yes ]; then
     grep -E '^transformer-engine-torch==' "$constraints" > "$work/extension.txt"
     pip install --no-cache-dir "pybind11>=3,<4" "wheel>=0.45,<1"
     packages=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    # cuDNN and NCCL in the releases that torch loads, not those of the base image.
+    # cuDNN and NCCL in the releases that torch loads, not those of the base image. Without FORCE_BUILD
+    # its setup first looks on GitHub for a wheel, which nothing here has a checksum of.
     CPATH=$packages/nvidia/cudnn/include:$packages/nvidia/nccl/include${CPATH:+:$CPATH} \
-        NVTE_FRAMEWORK=pytorch \
+        NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE \
         pip install --no-cache-dir --no-deps --no-build-isolation --requirement "$work/extension.txt"
 fi
 

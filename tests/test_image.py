@@ -52,6 +52,7 @@ def install(folder: Path, **settings: str) -> tuple[list[list[str]], str]:
         f"for word in \"$@\"; do if [ -f \"$word\" ]; then sed 's/==.*//' \"$word\" | tr '\\n' ' ';"
         f" else printf '%s ' \"$word\"; fi; done >> {folder}/calls\n"
         f"echo >> {folder}/calls\n"
+        f"echo ${{NVTE_PYTORCH_FORCE_BUILD:-}} >> {folder}/forced\n"
     )
     pip.chmod(0o755)
     # An environment has a command `python`; a system may have python3 alone.
@@ -79,6 +80,7 @@ def test_the_extension_is_compiled_after_torch(tmp_path: Path) -> None:
     assert any(word.startswith("pybind11") for word in tools)
     assert extension[-1] == EXTENSION
     assert "--no-build-isolation" in extension
+    assert (tmp_path / "forced").read_text().splitlines()[-1] == "TRUE"
 
 
 def test_nvidias_image_keeps_its_own_builds(tmp_path: Path) -> None:

@@ -1,18 +1,27 @@
-"""examples/recipes: a dry run of each on stubs of its models, and the plan that it states."""
+"""examples/recipes: a dry run of each on stubs of its models, its plan and its commands."""
 
+import argparse
+import importlib
 import json
 import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from checkpoint_tools.common import LAYOUT_SIZES, layout_of
+from checkpoint_tools.hf_to_megatron import Settings, megatron_content
 from megatron_oprd import train
 from megatron_oprd.bridge_build.config import load_build_config
 from megatron_oprd.bridge_build.models import plan_build
 from megatron_oprd.config.load import load_config
 from megatron_oprd.config.schema import RunConfig
+from megatron_oprd.models.open_checkpoint import open_checkpoint
+from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.planning.activations import KERNELS
 from megatron_oprd.planning.estimate import (
     MemoryEstimate,
@@ -216,3 +225,89 @@ def test_commands_name_the_recipe_and_its_folder(name: str) -> None:
     assert f"after={output[1]}/student" in head
     for file in re.findall(r"examples/\S+", head):
         assert (ROOT / file).exists(), file
+
+
+STEPS = ["Convert", "Bridge", "Train", "Evaluate", "Export"]
+
+
+def commands(name: str) -> dict[str, list[str]]:
+    """The steps of a recipe's head in their order, each with its command's words, if it has one."""
+    head = re.split(r"^output_dir:", (RECIPES / name).read_text(), flags=re.MULTILINE)[0]
+    return {
+        step: shlex.split(text) if text.startswith(("torchrun ", "python ", "sbatch ")) else []
+        for step, text in re.findall(r"^# (\w+): +(.+)$", head, re.MULTILINE)
+        if step in STEPS
+    }
+
+
+class ParsedError(Exception):
+    """Ends a command when its arguments are parsed; they are its only argument."""
+
+
+def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[str, argparse.Namespace]:
+    """Module and arguments of a command, as the module itself parses them."""
+    if words[0] == "sbatch":
+        file = next(Path(word).name for word in words if word.endswith(".sbatch"))
+        rest = words[words.index(f"examples/slurm/{file}") + 1 :]
+        # As the batch files do (tests/examples/test_launch.py).
+        if file == "convert.sbatch":
+            module, *arguments = f"checkpoint_tools.{rest[0]}", *rest[1:]
+        else:
+            module, *arguments = f"megatron_oprd.{Path(file).stem}", "--config", *rest
+    else:
+        module, *arguments = words[words.index("-m") + 1 :]
+    original = argparse.ArgumentParser.parse_known_args
+
+    def parse(self: argparse.ArgumentParser, *given: Any, **named: Any) -> None:
+        found, unknown = original(self, *given, **named)
+        assert not unknown
+        raise ParsedError(found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments])
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+        with pytest.raises(ParsedError) as found:
+            importlib.import_module(module).main()
+    return module, found.value.args[0]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_head_has_all_steps_in_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the recipe's own models, layout and folders."""
+    config = yaml.safe_load((RECIPES / name).read_text())
+    steps = commands(name)
+    assert list(steps) == STEPS
+    path = config.get("bridge", {}).get("path")
+    assert bool(steps["Bridge"]) == (path is not None)
+    found = {step: parsed(words, monkeypatch) for step, words in steps.items() if words}
+    module, convert = found["Convert"]
+    assert module == "checkpoint_tools.hf_to_megatron"
+    assert str(convert.hf) == config["model"]["teacher"]
+    assert f"model.teacher={convert.out}\n" in (RECIPES / name).read_text()
+    parallel = config.get("parallel", {})
+    sizes = {size: parallel[size] for size in LAYOUT_SIZES if size in parallel}
+    assert layout_of(convert) == ParallelLayout(**sizes)
+    if path is not None:
+        module, bridge = found["Bridge"]
+        assert module == "megatron_oprd.build_bridge"
+        assert yaml.safe_load((ROOT / bridge.config).read_text())["output_dir"] == path
+    module, train_ = found["Train"]
+    assert module == "megatron_oprd.train"
+    assert ROOT / train_.config == RECIPES / name
+    module, evaluate = found["Evaluate"]
+    assert module == "megatron_oprd.evaluate"
+    assert f"{config['output_dir']}/evaluation" == str(evaluate.output)
+    module, export = found["Export"]
+    assert module == "checkpoint_tools.megatron_to_hf"
+    assert str(export.megatron) == config["output_dir"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_teacher_can_be_converted(
+    stubs: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the recipe's layout, as far as the converter's dry run looks without asking for disk."""
+    _, convert = parsed(commands(name)["Convert"], monkeypatch)
+    settings = Settings(layout=layout_of(convert))
+    content = megatron_content(open_checkpoint(stubs / convert.hf.name), settings)
+    assert content.num_bytes > 2 * num_parameters(stubs / convert.hf.name)
