@@ -25,6 +25,7 @@ from megatron_oprd.training.identity import RunIdentity
 from megatron_oprd.training.optimizer import TrainState
 from megatron_oprd.training.optimizer_states import load_states, sharded_states
 from megatron_oprd.training.plan import RunPlan
+from megatron_oprd.training.stopping import helpers_outlive_signals
 from megatron_oprd.training.teacher_refresh import TeacherRefresh
 from megatron_oprd.weights.disk import sync, write_json
 from megatron_oprd.weights.hf_files import copy_companions
@@ -142,7 +143,9 @@ def save(
         content["scheduler_steps"] = state.scheduler.num_steps
         if refresh is not None:
             content["teacher"] = refresh.sharded_state_dict(metadata=dict(_MODEL_METADATA))
-        dist_checkpointing.save(content, str(temporary))
+        # At the first save Megatron starts a process that every later one needs.
+        with helpers_outlive_signals():
+            dist_checkpointing.save(content, str(temporary))
     dist.barrier()
     if context.rank == 0:
         _add_companions(temporary, plan)

@@ -1,9 +1,12 @@
 """Ends a run early at the end of a step, on a signal or after a time."""
 
+import contextlib
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Self
 
@@ -82,3 +85,20 @@ class StopRequests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
+
+
+@contextlib.contextmanager
+def helpers_outlive_signals() -> Iterator[None]:
+    """Processes that are started inside do not end on the signals that stop a run.
+
+    torchrun and some batch systems signal a rank's children, too, also those that its last
+    checkpoint needs. This process gets such a signal at the end of the block at the latest.
+    """
+    # Its start would unblock SIGTERM; once it runs, it stays.
+    resource_tracker.ensure_running()
+    # Children inherit what is blocked; handlers they would lose.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
