@@ -49,11 +49,9 @@ torchrun_on_nodes() {
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # Jobs that share a node do not meet on a port.
     port=$((20000 + SLURM_JOB_ID % 20000))
-    # Slurm signals torchrun, or every process of a step; that depends on its ProctrackType. Those that
-    # have no handler yet, or never (vLLM's engines), would end, so SIGUSR1 is ignored from the start;
-    # training sets a handler, and torchrun one that passes the signal on and waits GRACE seconds.
+    # torchrun passes a signal on, and waits GRACE seconds for the ranks to save.
     # shellcheck disable=SC2016 # SLURM_NODEID is each node's own
-    on_nodes "$nodes" bash -c 'trap "" USR1; exec torchrun --node-rank "$SLURM_NODEID" --log-dir "$0/node$SLURM_NODEID" "$@"' \
+    on_nodes "$nodes" bash -c 'exec torchrun --node-rank "$SLURM_NODEID" --log-dir "$0/node$SLURM_NODEID" "$@"' \
         "$LOGS" --nnodes "$nodes" --nproc-per-node "$gpus" --master-addr "$first" --master-port "$port" \
         --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "$GRACE" \
         --tee 3 --local-ranks-filter 0 -m "$@"

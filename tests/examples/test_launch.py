@@ -379,8 +379,10 @@ def test_two_nodes_stop_on_a_signal_and_go_on(
     pair = save_pair(tmp_path / "pair", "llama")
     out = tmp_path / "out"
     run = ["bash", str(SLURM / "train.sbatch"), str(pair / "run.yaml"), f"output_dir={out}"]
+    # What the last checkpoint needs has been started before the signal comes.
+    often = ["checkpoint.save_interval=1", "checkpoint.keep=1"]
     first = subprocess.Popen(
-        [*run, "train_iters=100000", "checkpoint.save_interval=100000"],
+        [*run, "train_iters=100000", *often],
         env=cluster,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -406,7 +408,7 @@ def test_two_nodes_stop_on_a_signal_and_go_on(
     assert {re.sub(r".*/(node\d)/.*", r"\1", str(path)) for path in logs} == {"node0", "node1"}
 
     second = subprocess.run(
-        [*run, f"train_iters={done + 3}", "checkpoint.save_interval=100000"],
+        [*run, f"train_iters={done + 3}", *often],
         env={**cluster, "SLURM_RESTART_COUNT": "1"},
         capture_output=True,
         text=True,
