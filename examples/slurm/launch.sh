@@ -49,20 +49,27 @@ torchrun_on_nodes() {
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # Jobs that share a node do not meet on a port.
     port=$((20000 + SLURM_JOB_ID % 20000))
-    # Slurm signals every process of a step. Those that have no handler yet, or never (vLLM's engines),
-    # would end, so SIGUSR1 is ignored from the start; training sets a handler, and torchrun one that
-    # passes the signal on and waits GRACE seconds.
+    # torchrun passes a signal on, and waits GRACE seconds for the ranks to save.
     # shellcheck disable=SC2016 # SLURM_NODEID is each node's own
-    on_nodes "$nodes" bash -c 'trap "" USR1; exec torchrun --node-rank "$SLURM_NODEID" --log-dir "$0/node$SLURM_NODEID" "$@"' \
+    on_nodes "$nodes" bash -c 'exec torchrun --node-rank "$SLURM_NODEID" --log-dir "$0/node$SLURM_NODEID" "$@"' \
         "$LOGS" --nnodes "$nodes" --nproc-per-node "$gpus" --master-addr "$first" --master-port "$port" \
         --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "$GRACE" \
         --tee 3 --local-ranks-filter 0 -m "$@"
 }
 
-# Puts the job back into the queue if its run was stopped at a step's end, and not if it failed.
+# Puts the job back into the queue if its run was stopped and saved, or if another job preempted it and
+# it ended before its GraceTime: only what lasts until then is requeued by Slurm itself.
 requeue_if_stopped() {
-    if grep -rqs "stopped after step" "$LOGS"; then
+    if grep -rqs "stopped after step .*newest checkpoint" "$LOGS"; then
         echo "the run was stopped and saved; requeued: it goes on from its newest checkpoint"
-        scontrol requeue "$SLURM_JOB_ID"
+    elif scontrol show job "$SLURM_JOB_ID" | grep "PreemptTime=[0-9]" >/dev/null; then
+        echo "another job preempted this one; requeued: it goes on from what was saved"
+    elif grep -rqs "stopped after step" "$LOGS"; then
+        # It would start anew, and be stopped at the same step again and again.
+        echo "error: the run was stopped without a checkpoint (checkpoint.save_interval is null): not requeued; set an interval" >&2
+        return 0
+    else
+        return 0
     fi
+    scontrol requeue "$SLURM_JOB_ID"
 }

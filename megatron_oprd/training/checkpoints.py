@@ -146,7 +146,8 @@ def save(
             content["teacher"] = refresh.sharded_state_dict(metadata=dict(_MODEL_METADATA))
         # Megatron takes its writers' answers from a queue in a process of its own, for saves in the
         # background. That process imports torch at the first save of each rank and stays. This
-        # save returns when all is written, so a queue of this process does.
+        # save returns when all is written, so a queue of this process does. A signal that stops the
+        # run reaches the processes of the step, and would end that one, too.
         filesystem_async._results_queue = queue.Queue()
         dist_checkpointing.save(content, str(temporary))
     dist.barrier()

@@ -19,10 +19,12 @@ from typing import Any
 import pytest
 import yaml
 
+from checkpoint_tools.prune_depth import evenly_spaced_layers, prune_depth
 from tests.helpers.pairs import save_pair
 from tests.helpers.ranks import ROOT
 
 SLURM = ROOT / "examples/slurm"
+SMOLLM2 = ROOT / ".cache/smollm2/SmolLM2-135M-Instruct"
 SBATCH = sorted(path.name for path in SLURM.glob("*.sbatch"))
 JOBSET: dict[str, Any] = yaml.safe_load((ROOT / "examples/kubernetes/train.yaml").read_text())
 
@@ -42,7 +44,12 @@ for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
 exit $status
 """
 SCONTROL = """#!/usr/bin/env bash
-if [ "$1" = show ]; then echo "${FIRST_NODE:-localhost}"; else echo "$@" >> "$REQUEUED"; fi
+case "$*" in
+    "show hostnames"*) echo "${FIRST_NODE:-localhost}" ;;
+    "show job $SLURM_JOB_ID") echo "PreemptEligibleTime=x PreemptTime=${PREEMPTED:-None}" ;;
+    requeue*) echo "$@" >> "$REQUEUED" ;;
+    *) echo "scontrol: unexpected $*" >&2; exit 1 ;;
+esac
 """
 
 
@@ -150,6 +157,65 @@ def test_what_saves_is_requeued_and_nothing_else(name: str) -> None:
     assert ("#SBATCH --signal=USR1@900" in text) == (name == "train.sbatch")
 
 
+SAVED = "stopped after step 4, on SIGTERM: the newest checkpoint is of step 5, from which the ..."
+UNSAVED = (
+    "stopped after step 4, on SIGUSR1: checkpoint.save_interval is None, so that there is no ..."
+)
+PREEMPTED = {"PREEMPTED": "2026-11-29T00:40:04"}
+
+
+@pytest.mark.parametrize(
+    ("line", "settings", "is_requeued", "said"),
+    [
+        (SAVED, {}, True, "stopped and saved; requeued"),
+        (SAVED, PREEMPTED, True, "stopped and saved; requeued"),
+        (UNSAVED, PREEMPTED, True, "another job preempted this one; requeued"),
+        ("still reading weights", PREEMPTED, True, "another job preempted this one; requeued"),
+        (UNSAVED, {}, False, "error: the run was stopped without a checkpoint"),
+        ("error: model.student: no such folder", {}, False, ""),
+    ],
+    ids=["saved", "preempted", "no-checkpoints", "early", "no-checkpoints-in-time", "failed"],
+)
+def test_which_runs_are_requeued(
+    cluster: dict[str, str], line: str, settings: dict[str, str], is_requeued: bool, said: str
+) -> None:
+    log = Path(cluster["LOGS"]) / f"{cluster['SLURM_JOB_ID']}.0/node0/attempt_0/0/stdout.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(f"step 4  loss 1.4\n{line}\n")
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"source {SLURM / 'launch.sh'}; requeue_if_stopped"],
+        env={**cluster, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (said in done.stdout + done.stderr) if said else (done.stdout + done.stderr == "")
+    assert Path(cluster["REQUEUED"]).exists() == is_requeued
+
+
+@pytest.mark.parametrize("is_preempted", [True, False])
+def test_an_evaluation_that_was_preempted_is_requeued(
+    tmp_path: Path, cluster: dict[str, str], is_preempted: bool
+) -> None:
+    """SIGTERM ends it; what it has kept serves the next start."""
+    python = tmp_path / "environment/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nkill -TERM $$\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", SLURM / "evaluate.sbatch", "--model", "student=a"],
+        env={
+            **cluster,
+            **(PREEMPTED if is_preempted else {}),
+            "VENV": str(tmp_path / "environment"),
+        },
+        check=False,
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert Path(cluster["REQUEUED"]).exists() == is_preempted
+
+
 def wait_for(condition: Any, seconds: float) -> None:
     until = time.monotonic() + seconds
     while not condition():
@@ -224,13 +290,15 @@ def bytes_over(network: str) -> int:
     return int(link["stats64"]["rx"]["bytes"])
 
 
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs the demo's model: make demo or make test")
 @pytest.mark.slow
-def test_two_nodes_with_networks_of_their_own(
+def test_the_demo_on_two_nodes_with_networks_of_their_own(
     tmp_path: Path, cluster: dict[str, str], networks: str
 ) -> None:
     """Nothing goes over localhost: neither is there a port of the other node, nor its address."""
-    pair = save_pair(tmp_path / "pair", "llama")
-    losses = {}
+    student = tmp_path / "student"
+    prune_depth(SMOLLM2, student, evenly_spaced_layers(30, 24), force=False)  # as `make demo` does
+    metrics = {}
     for name, settings in (
         (
             "apart",
@@ -239,23 +307,28 @@ def test_two_nodes_with_networks_of_their_own(
         ("together", {}),
     ):
         before = bytes_over(f"{networks}1")
+        out = tmp_path / name
         done = subprocess.run(
             [
-                *("bash", str(SLURM / "train.sbatch"), str(pair / "run.yaml")),
-                *(f"output_dir={tmp_path / name}", "train_iters=2"),
+                *("bash", str(SLURM / "train.sbatch"), "examples/demo.yaml"),
+                *(f"model.student={student}", f"output_dir={out}", "train_iters=2"),
+                *("rollout.prompts_per_step=2", "rollout.max_new_tokens=8"),
             ],
             env={**cluster, **settings},
             capture_output=True,
             text=True,
             check=False,
-            timeout=240,
+            timeout=600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert (bytes_over(f"{networks}1") - before > 1e5) == (name == "apart")
-        metrics = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses[name] = [json.loads(line)["loss"] for line in metrics]
-    assert len(losses["apart"]) == 2
-    assert losses["apart"] == pytest.approx(losses["together"], rel=1e-5)
+        sent = bytes_over(f"{networks}1") - before
+        assert (sent > 1e6) == (name == "apart"), sent
+        assert (out / "student/config.json").exists()
+        metrics[name] = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert [step["step"] for step in metrics["apart"]] == [0, 1]
+    for number in ("loss", "output_loss", "grad_norm"):
+        apart, together = ([step[number] for step in metrics[name]] for name in metrics)
+        assert apart == pytest.approx(together, rel=1e-5), number
 
 
 @pytest.mark.slow
@@ -294,12 +367,22 @@ def test_servers_of_two_nodes_with_networks_of_their_own(
 
 
 @pytest.mark.slow
-def test_two_nodes_stop_on_a_signal_and_go_on(tmp_path: Path, cluster: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("numbers", "are_all_signalled"),
+    [((signal.SIGCONT, signal.SIGUSR1), True), ((signal.SIGCONT, signal.SIGTERM), False)],
+    ids=["warned", "preempted"],
+)
+def test_two_nodes_stop_on_a_signal_and_go_on(
+    tmp_path: Path, cluster: dict[str, str], numbers: tuple[int, ...], are_all_signalled: bool
+) -> None:
+    """Slurm signals all processes of the step (ProctrackType linuxproc), or torchrun (cgroup)."""
     pair = save_pair(tmp_path / "pair", "llama")
     out = tmp_path / "out"
     run = ["bash", str(SLURM / "train.sbatch"), str(pair / "run.yaml"), f"output_dir={out}"]
+    # What the last checkpoint needs has been started before the signal comes.
+    often = ["checkpoint.save_interval=1", "checkpoint.keep=1"]
     first = subprocess.Popen(
-        [*run, "train_iters=100000", "checkpoint.save_interval=100000"],
+        [*run, "train_iters=100000", *often],
         env=cluster,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -310,21 +393,22 @@ def test_two_nodes_stop_on_a_signal_and_go_on(tmp_path: Path, cluster: dict[str,
         wait_for(lambda: len(steps(out)) >= 2 or first.poll() is not None, 240)
         # The step's processes: the children of srun, and theirs. Not srun, and not the script.
         srun = int(Path(cluster["PIDS"]).read_text())
-        for pid in descendants(srun):
-            os.kill(pid, signal.SIGUSR1)
+        for number in numbers:
+            for pid in descendants(srun) if are_all_signalled else children(srun):
+                os.kill(pid, number)
         said, _ = first.communicate(timeout=240)
     finally:
         if first.poll() is None:
             os.killpg(first.pid, signal.SIGKILL)
     assert first.returncode == 1, said
     done = steps(out)[-1]
-    assert f"stopped after step {done}, on SIGUSR1" in said
+    assert f"stopped after step {done}, on {signal.Signals(numbers[-1]).name}" in said
     assert Path(cluster["REQUEUED"]).read_text() == f"requeue {cluster['SLURM_JOB_ID']}\n"
     logs = sorted(Path(cluster["LOGS"]).glob("*.0/node*/*/attempt_0/0/std*.log"))
     assert {re.sub(r".*/(node\d)/.*", r"\1", str(path)) for path in logs} == {"node0", "node1"}
 
     second = subprocess.run(
-        [*run, f"train_iters={done + 3}", "checkpoint.save_interval=100000"],
+        [*run, f"train_iters={done + 3}", *often],
         env={**cluster, "SLURM_RESTART_COUNT": "1"},
         capture_output=True,
         text=True,
@@ -337,9 +421,12 @@ def test_two_nodes_stop_on_a_signal_and_go_on(tmp_path: Path, cluster: dict[str,
     assert len(Path(cluster["REQUEUED"]).read_text().splitlines()) == 1
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [one for child in map(int, children) for one in (child, *descendants(child))]
+    return [one for child in children(pid) for one in (child, *descendants(child))]
 
 
 # --- Kubernetes ---

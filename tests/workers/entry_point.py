@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import pytest
 
 
@@ -17,7 +18,8 @@ def run(case: dict[str, Any], directory: Path) -> None:
 
     columns: Of the terminal.
     code: The exit code.
-    signal, signal_after: A signal that rank 1 gets when the run in a folder has done two steps.
+    signal, signal_after: A signal that rank 1 gets when the run in a folder has done two steps. Its
+        children get it, too, as when torchrun signals the process group.
     """
     os.environ["COLUMNS"] = str(case.get("columns", 80))
     if "signal" in case and os.environ["RANK"] == "1":
@@ -34,4 +36,6 @@ def run(case: dict[str, Any], directory: Path) -> None:
 def _send(number: int, metrics: Path) -> None:
     while not metrics.exists() or metrics.read_text().count("\n") < 2:
         time.sleep(0.02)
+    for child in psutil.Process().children(recursive=True):
+        child.send_signal(number)
     os.kill(os.getpid(), number)
