@@ -12,7 +12,7 @@ def make_console(**options: Any) -> Console:
     """A console as wide as the terminal; a log, which has no width, gets the widest tables.
 
     The variable COLUMNS sets the width of both. Text is printed as it is, without rich's markup: a
-    message that names an extra, as in megatron-oprd[vllm], would lose it.
+    message that names an extra, as in megatron-oprd[te], would lose it.
     """
     options = {"markup": False, **options}
     console = Console(**options)
