@@ -3,7 +3,7 @@
 # make test-fast    runs the tests that start no processes and take no seconds
 # make test-nightly    runs all tests, those with vLLM and the mutations too (hours)
 # make test-vllm   runs the tests with vLLM rollouts, in an environment of their own, .venv-vllm
-# make mutation    breaks the code in 146 places, one after another: tests have to notice (an hour)
+# make mutation    breaks the code in 149 places, one after another: tests have to notice (an hour)
 # make reproduce-small    compares the main methods on a task that a small model learns on the CPU
 # make reproduce-small-widths    a wider teacher through a bridge, on the same task
 # make reproduce-small-chains    responses of 109 tokens: which positions are compared
