@@ -85,7 +85,8 @@ def test_each_micro_batch_gets_its_own_rows_of_a_larger_one(is_packed: bool) -> 
     """As states both models have the tokens, so that a target is the student's own row."""
     generator = torch.Generator().manual_seed(0)
     sequences = [
-        torch.randint(1, 1000, (length,), generator=generator).tolist() for length in (7, 3, 6, 4)
+        torch.randint(1, 1000, (length,), generator=generator).tolist()
+        for length in (17, 9, 12, 14)
     ]
     weights = [torch.rand(len(one), generator=generator).round() for one in sequences]
     positions = [torch.where(one > 0, torch.arange(len(one)), -1) for one in weights]

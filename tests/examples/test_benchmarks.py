@@ -32,6 +32,18 @@ def test_taps() -> None:
     assert "times the targets'" in found
 
 
+def test_teacher_tokens(tmp_path: Path) -> None:
+    """Fewer micro-batches and operations each time."""
+    config = tiny_config("llama", max_position_embeddings=2048)
+    save_tiny_model(tmp_path / "model", config, seed=0)
+    tiny_tokenizer(config.vocab_size).save_pretrained(tmp_path / "model")
+    found = printed("teacher_tokens", "--model", str(tmp_path / "model"), "--repeats", "1")
+    rows = [list(map(float, line.split())) for line in found.splitlines()[-3:]]
+    assert [row[0] for row in rows] == [1, 4, 16]
+    assert rows[0][1] > rows[1][1] > rows[2][1] == 1
+    assert rows[0][3] > rows[1][3] > rows[2][3]
+
+
 def test_actor_update() -> None:
     found = printed("actor_update", *SMALL, "optimizer.gradient_accumulation_fusion=false")
     assert "top" in found
