@@ -6,7 +6,7 @@
 Makes a Qwen2-shaped checkpoint of random bf16 weights, then lets ``cp``, Hugging Face -> Megatron
 and Megatron -> Hugging Face take turns, each in a process of its own, the files warm in the page
 cache. Like the tools, the ``cp`` that is compared with ends when its files are on the disk (fsync);
-``cp`` alone, which leaves them in the page cache, is shown as well. Goals: at least 70% of cp, and
+``cp`` alone, which leaves them in the page cache, is shown as well. Goals: at least 90% of cp, and
 a peak of at most 1.5 GB over the interpreter with its imports.
 """
 

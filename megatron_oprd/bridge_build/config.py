@@ -148,11 +148,12 @@ def _check_relations(config: BuildBridgeConfig) -> None:
                 f"rollout.{name} = {shown(value)} has no effect on how a bridge is built; leave it "
                 "out"
             )
-    if config.teacher.max_tokens is not None:
-        raise UserError(
-            f"teacher.max_tokens = {config.teacher.max_tokens} has no effect on how a bridge is "
-            "built, where both models read the same micro-batches; leave it out"
-        )
+    for name in ("max_tokens", "target_memory_gb"):
+        if (value := getattr(config.teacher, name)) is not None:
+            raise UserError(
+                f"teacher.{name} = {value} has no effect on how a bridge is built, where both "
+                "models read one micro-batch after another; leave it out"
+            )
     if config.batch.sequence_packing:
         raise UserError(
             "batch.sequence_packing = true has no effect on how a bridge is built; leave it out"

@@ -38,6 +38,7 @@ def test_example_of_the_demo() -> None:
         ("optimizer.lr=1", r"unknown setting 'optimizer'"),
         ("batch.sequence_packing=true", r"batch\.sequence_packing"),
         ("teacher.max_tokens=32768", r"teacher\.max_tokens = 32768 has no effect"),
+        ("teacher.target_memory_gb=4", r"teacher\.target_memory_gb = 4\.0 has no effect"),
         ("taps.k=null", r"taps\.positions = last_k needs taps\.k"),
         ("output_dir=", "setting output_dir"),
     ],

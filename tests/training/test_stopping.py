@@ -25,7 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         arguments = ["--config", str(pair / "run.yaml"), f"output_dir={root / out}", *overrides]
         return {"program": "megatron_oprd.train", "arguments": arguments, **entries}
 
-    # The processes that write checkpoints have been started before the signal comes.
+    # The signal comes after saves, whose processes get it, too, if they are still there.
     endless = ["train_iters=100000", "checkpoint.save_interval=1", "checkpoint.keep=1"]
     # Rank 1 alone gets the signal, once two steps are done.
     asked = [
