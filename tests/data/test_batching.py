@@ -1,3 +1,4 @@
+import inspect
 import itertools
 import random
 from types import SimpleNamespace
@@ -132,8 +133,10 @@ def test_collate(multiple: int) -> None:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_context_parallel_shares_are_megatrons(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Megatron asks a process group only where there is one.
-    monkeypatch.setattr("megatron.core.utils.get_pg_size", lambda group: group.size())
-    monkeypatch.setattr("megatron.core.utils.get_pg_rank", lambda group: group.rank())
+    for name in ("megatron.core.utils.get_pg_size", "torch.distributed.get_world_size"):
+        monkeypatch.setattr(name, lambda group: group.size())
+    for name in ("megatron.core.utils.get_pg_rank", "torch.distributed.get_rank"):
+        monkeypatch.setattr(name, lambda group: group.rank())
     draw = torch.Generator().manual_seed(0)
     (whole,) = collate(
         [[0, 1]],
@@ -142,6 +145,8 @@ def test_context_parallel_shares_are_megatrons(size: int, monkeypatch: pytest.Mo
         pad_to_multiple_of=2 * size,
         device=CPU,
     )
+    # megatron-core 0.19 asks for it.
+    asked = inspect.signature(get_batch_on_this_cp_rank).parameters.keys() & {"is_hybrid_cp"}
     for rank in range(size):
         group = SimpleNamespace(size=lambda: size, rank=lambda rank=rank: rank)
         expected = get_batch_on_this_cp_rank(
@@ -149,8 +154,10 @@ def test_context_parallel_shares_are_megatrons(size: int, monkeypatch: pytest.Mo
                 "tokens": whole.input.tokens,
                 "ids": whole.input.position_ids.clone(),
                 "weights": states_of(whole),
+                "cu_seqlens": None,
             },
             cp_group=group,
+            **dict.fromkeys(asked, False),
         )
         (found,) = context_parallel_shares([whole], rank=rank, size=size)
         assert torch.equal(found.input.tokens, expected["tokens"])

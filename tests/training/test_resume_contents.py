@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools.verify import main as verify
@@ -41,9 +41,9 @@ def missing_metadata(out: Path) -> Path:
     return out / NEWEST / ".metadata"
 
 
-def missing_common(out: Path) -> Path:
-    (out / NEWEST / "common.pt").unlink()
-    return out / NEWEST / "common.pt"
+def missing_format(out: Path) -> Path:
+    (out / NEWEST / "metadata.json").unlink()
+    return out / NEWEST / "metadata.json"
 
 
 def flipped(out: Path) -> Path:
@@ -62,7 +62,7 @@ def other_manifest(out: Path) -> Path:
 
 DAMAGES: dict[str, Callable[[Path], Path]] = {
     one.__name__: one
-    for one in (truncated, missing_metadata, missing_common, flipped, other_manifest)
+    for one in (truncated, missing_metadata, missing_format, flipped, other_manifest)
 }
 
 
@@ -241,4 +241,6 @@ def test_optimizer_states_are_written_once(root: Path) -> None:
     found = sum(file.stat().st_size for file in (root / "whole" / NEWEST).glob("*.distcp"))
     padding = (128 - 97) * 32 * 4 * 2
     assert num_bytes * 2.2 < found < 3.3 * (num_bytes + padding) + 200_000
-    assert torch.load(root / "whole" / NEWEST / "common.pt")["scheduler_steps"] == 4
+    # In common.pt, or since megatron-core 0.19 in the shards.
+    common = dist_checkpointing.load_common_state_dict(str(root / "whole" / NEWEST))
+    assert common["scheduler_steps"] == 4
