@@ -133,6 +133,14 @@ def load_build_config(path: Path, overrides: Sequence[str] = ()) -> BuildBridgeC
     return config
 
 
+# Both models read one micro-batch after another, of rollouts with the student's first weights.
+_WITHOUT_EFFECT = {
+    "rollout": ("max_staleness", "oversample", "logprob_check_interval"),
+    "teacher": ("max_tokens", "target_memory_gb"),
+    "batch": ("sequence_packing",),
+}
+
+
 # Not in config/, which knows the settings of a training run only. Rules of the fields cannot say it
 # either: the groups are a training run's, where these settings have an effect.
 def _check_relations(config: BuildBridgeConfig) -> None:
@@ -142,19 +150,11 @@ def _check_relations(config: BuildBridgeConfig) -> None:
             f"fit.num_prompts = {num_prompts} is not a multiple of rollout.prompts_per_step = "
             f"{per_step}, the prompts of one round"
         )
-    for name in ("max_staleness", "oversample", "logprob_check_interval"):
-        if (value := getattr(config.rollout, name)) != getattr(RolloutConfig(), name):
-            raise UserError(
-                f"rollout.{name} = {shown(value)} has no effect on how a bridge is built; leave it "
-                "out"
-            )
-    for name in ("max_tokens", "target_memory_gb"):
-        if (value := getattr(config.teacher, name)) is not None:
-            raise UserError(
-                f"teacher.{name} = {value} has no effect on how a bridge is built, where both "
-                "models read one micro-batch after another; leave it out"
-            )
-    if config.batch.sequence_packing:
-        raise UserError(
-            "batch.sequence_packing = true has no effect on how a bridge is built; leave it out"
-        )
+    for group_name, names in _WITHOUT_EFFECT.items():
+        group = getattr(config, group_name)
+        for name in names:
+            if (value := getattr(group, name)) != getattr(type(group)(), name):
+                raise UserError(
+                    f"{group_name}.{name} = {shown(value)} has no effect on how a bridge is built; "
+                    "leave it out"
+                )

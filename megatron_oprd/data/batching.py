@@ -87,6 +87,11 @@ class MicroBatch:
     # position; 0 is nothing.
     numbers: Tensor | None = None
 
+    @property
+    def teacher_input(self) -> ModelInput:
+        """What teachers read."""
+        return self.input if self.other_input is None else self.other_input.input
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherBatch:
@@ -100,14 +105,10 @@ def teacher_batches(micro_batches: Sequence[MicroBatch]) -> list[TeacherBatch]:
     """The micro-batches in which a teacher reads those of the student."""
     members: dict[int, list[MicroBatch]] = {}
     for one in micro_batches:
-        read = one.input if one.other_input is None else one.other_input.input
         # By identity: tensors have no cheap equality, and parts of one micro-batch share the input.
-        members.setdefault(id(read), []).append(one)
+        members.setdefault(id(one.teacher_input), []).append(one)
     return [
-        TeacherBatch(
-            input=parts[0].input if (other := parts[0].other_input) is None else other.input,
-            members=tuple(parts),
-        )
+        TeacherBatch(input=parts[0].teacher_input, members=tuple(parts))
         for parts in members.values()
     ]
 

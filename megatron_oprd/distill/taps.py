@@ -169,7 +169,7 @@ class RankSelector:
         slice_ = {"tp_rank": self.tp_rank, "tp_size": self.tp_size}
         if for_teacher and micro_batch.other_input is not None:
             selection = Selection.of_teacher(micro_batch, **slice_, group=self.group)
-            return micro_batch.other_input.input, selection
+            return micro_batch.teacher_input, selection
         return micro_batch.input, Selection.of(micro_batch, **slice_)
 
 

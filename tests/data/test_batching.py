@@ -32,13 +32,17 @@ def cost(batch: list[int], lengths: list[int]) -> int:
     return max(lengths[i] for i in batch) * len(batch)
 
 
+def drawn_step(draw: random.Random) -> tuple[int, int, list[int]]:
+    """The number of replicas, the multiple of a replica's micro-batches, and all lengths."""
+    num_replicas, multiple = draw.randrange(1, 5), draw.choice([1, 1, 2, 3])
+    count = num_replicas * multiple * draw.randrange(1, 8)
+    return num_replicas, multiple, [draw.randrange(1, 130) for _ in range(count)]
+
+
 def test_what_always_holds() -> None:
     draw = random.Random(0)
     for _ in range(500):
-        num_replicas, multiple = draw.randrange(1, 5), draw.choice([1, 1, 2, 3])
-        lengths = [
-            draw.randrange(1, 130) for _ in range(num_replicas * multiple * draw.randrange(1, 8))
-        ]
+        num_replicas, multiple, lengths = drawn_step(draw)
         micro_batch_size = draw.choice([None, 1, 2, 5])
         max_tokens = draw.choice([1, 60, 100, 1000])
         settings = {
@@ -169,10 +173,7 @@ def test_context_parallel_shares_are_megatrons(size: int, monkeypatch: pytest.Mo
 def test_what_always_holds_of_micro_batches_together() -> None:
     draw = random.Random(1)
     for _ in range(500):
-        num_replicas, multiple = draw.randrange(1, 5), draw.choice([1, 1, 2, 3])
-        lengths = [
-            draw.randrange(1, 130) for _ in range(num_replicas * multiple * draw.randrange(1, 8))
-        ]
+        num_replicas, multiple, lengths = drawn_step(draw)
         replicas = packed(lengths, num_replicas=num_replicas, multiple=multiple)
         max_tokens = draw.choice([100, 200, 1000])
         merged = merge(replicas, lengths, max_tokens=max_tokens, multiple=multiple)
