@@ -17,6 +17,8 @@ from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
 from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:

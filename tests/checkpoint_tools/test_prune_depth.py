@@ -24,6 +24,8 @@ from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from tests.helpers.closeness import assert_close_relative
 
+pytestmark = pytest.mark.long
+
 LAYERS = 6
 
 

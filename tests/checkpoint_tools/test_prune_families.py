@@ -18,6 +18,8 @@ from tests.helpers.tiny import random_weight, save_tiny_model, tiny_config, with
 from tests.weights.test_dequantised import fp8, quantise
 from tests.weights.test_mxfp4 import mxfp4_folder
 
+pytestmark = pytest.mark.long
+
 COMMON: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0,

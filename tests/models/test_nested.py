@@ -20,6 +20,8 @@ from megatron_oprd.parallel.layout import ParallelLayout
 from megatron_oprd.weights.hf_files import HFFolder
 from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config, with_vision
 
+pytestmark = pytest.mark.long
+
 INNER = "language_model."
 
 

@@ -13,6 +13,8 @@ from megatron_oprd.errors import UserError
 from megatron_oprd.planning.memory import PHASES
 from tests.planning.models import EXAMPLES, model_folder
 
+pytestmark = pytest.mark.long
+
 PIPELINE = "parallel.pipeline_model_parallel_size=2"
 CHUNKS = "parallel.virtual_pipeline_model_parallel_size=2"
 

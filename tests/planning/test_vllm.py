@@ -20,6 +20,8 @@ from megatron_oprd.planning.memory import PHASES, RankMemory
 from megatron_oprd.planning.time import step_seconds
 from megatron_oprd.rollout.vllm.memory import CONTEXT_BYTES, check_kv_cache
 
+pytestmark = pytest.mark.long
+
 KERNEL = KERNELS["transformer_engine"]
 VLLM = ["rollout.engine=vllm", "rollout.max_batch_size=null"]
 # Qwen3-4B: parameters, without the tied head, and bytes of a token's keys and values.

@@ -22,6 +22,8 @@ from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.megatron_checkpoint import is_megatron, resolve_checkpoint_folder
 from tests.helpers.tiny import copy_with_config, save_tiny_model, tiny_config
 
+pytestmark = pytest.mark.long
+
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
