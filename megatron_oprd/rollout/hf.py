@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from megatron_oprd.data.prompts import Prompt
 from megatron_oprd.parallel import cpu
 from megatron_oprd.rollout.engine import Progress, Rollout, SamplingParams
+from megatron_oprd.rollout.packed import linears_packed
 from megatron_oprd.rollout.sampling import (
     StopTexts,
     logits_processors,
@@ -174,7 +175,7 @@ class HFEngine:
         )
         # Megatron's stand-in for a GPU would look at every operation: 13 of 160 ms of a token (24
         # layers, 8 sequences, one core).
-        with cpu.left():
+        with cpu.left(), linears_packed(self.model):
             sequences = self.model.generate(
                 input_ids.to(self._device),
                 attention_mask=attention_mask.to(self._device),
