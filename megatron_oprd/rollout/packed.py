@@ -27,7 +27,7 @@ def linears_packed(model: nn.Module) -> Iterator[None]:
         ]
     try:
         for one in packed:
-            one.forward = _by_onednn(one)  # type: ignore[method-assign]
+            one.__dict__["forward"] = _by_onednn(one)
         yield
     finally:
         for one in packed:

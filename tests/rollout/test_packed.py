@@ -7,9 +7,9 @@ from torch import nn
 from megatron_oprd.rollout.packed import linears_packed
 
 
-def _layers(**options: object) -> nn.Sequential:
+def _layers() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 17, bias=False)).to(**options)
+    return nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 17, bias=False))
 
 
 @pytest.mark.parametrize("shape", [(3, 24), (2, 5, 24), (1, 1, 24)])
@@ -29,7 +29,7 @@ def test_later_products_have_later_weights() -> None:
     layers = _layers()
     with torch.no_grad():
         for _ in range(2):
-            layers[0].weight.mul_(2)
+            next(layers.parameters()).mul_(2)
             states = torch.randn(3, 24)
             expected = layers(states)
             with linears_packed(layers):
@@ -40,8 +40,8 @@ def test_later_products_have_later_weights() -> None:
 
 def test_an_error_leaves_the_layers_as_they_were() -> None:
     layers = _layers()
-    with pytest.raises(RuntimeError, match="shapes|size|dimension"), linears_packed(layers):
-        nn.functional.linear(torch.randn(3, 5), layers[0].weight)
+    with pytest.raises(RuntimeError), linears_packed(layers):
+        layers(torch.randn(3, 5))
     assert not any("forward" in one.__dict__ for one in layers)
 
 
@@ -49,6 +49,6 @@ def test_other_dtypes_and_subclasses_stay() -> None:
     class Own(nn.Linear):
         pass
 
-    for layers in (_layers(dtype=torch.bfloat16), nn.Sequential(Own(4, 4))):
+    for layers in (_layers().to(torch.bfloat16), nn.Sequential(Own(4, 4))):
         with linears_packed(layers):
             assert not any("forward" in one.__dict__ for one in layers)
