@@ -127,15 +127,19 @@ class HFEngine:
         batch_size = self._max_batch_size or max(len(requests), 1)
         rollouts: dict[int, Rollout] = {}
         self._progress = Progress()
-        for start in range(0, len(requests), batch_size):
-            batch = by_length[start : start + batch_size]
-            rollouts.update(
-                zip(batch, self._generate([requests[i] for i in batch], sampling), strict=True)
-            )
-            self._progress = Progress(
-                responses=len(rollouts),
-                tokens=sum(len(one.response_ids) for one in rollouts.values()),
-            )
+        # Around all batches: the packed copies of the weights are made once. And Megatron's stand-in
+        # for a GPU would look at every operation: 13 of 160 ms of a token (24 layers, 8 sequences,
+        # one core).
+        with cpu.left(), linears_packed(self.model):
+            for start in range(0, len(requests), batch_size):
+                batch = by_length[start : start + batch_size]
+                rollouts.update(
+                    zip(batch, self._generate([requests[i] for i in batch], sampling), strict=True)
+                )
+                self._progress = Progress(
+                    responses=len(rollouts),
+                    tokens=sum(len(one.response_ids) for one in rollouts.values()),
+                )
         return [rollouts[i] for i in range(len(requests))]
 
     def progress(self) -> Progress:
@@ -173,24 +177,21 @@ class HFEngine:
         processors, logprobs = logits_processors(
             sampling, seeds, self._device, never=self._meaningless_ids
         )
-        # Megatron's stand-in for a GPU would look at every operation: 13 of 160 ms of a token (24
-        # layers, 8 sequences, one core).
-        with cpu.left(), linears_packed(self.model):
-            sequences = self.model.generate(
-                input_ids.to(self._device),
-                attention_mask=attention_mask.to(self._device),
-                generation_config=GenerationConfig(
-                    # Greedy decoding of logits with Gumbel noise is sampling (GumbelNoise).
-                    do_sample=False,
-                    num_beams=1,
-                    use_cache=True,
-                    max_new_tokens=max(limits),
-                    eos_token_id=sorted(end_ids) or None,
-                    pad_token_id=self._pad_token_id,
-                ),
-                logits_processor=processors,
-                stopping_criteria=StoppingCriteriaList([] if stop_texts is None else [stop_texts]),
-            )
+        sequences = self.model.generate(
+            input_ids.to(self._device),
+            attention_mask=attention_mask.to(self._device),
+            generation_config=GenerationConfig(
+                # Greedy decoding of logits with Gumbel noise is sampling (GumbelNoise).
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                max_new_tokens=max(limits),
+                eos_token_id=sorted(end_ids) or None,
+                pad_token_id=self._pad_token_id,
+            ),
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([] if stop_texts is None else [stop_texts]),
+        )
         rollouts = []
         reported = None if logprobs is None else logprobs.rows()
         for row, ((prompt, sample), generated) in enumerate(
