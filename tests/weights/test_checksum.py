@@ -31,3 +31,14 @@ def test_examine(dtype: torch.dtype) -> None:
         large[[0, -1]] = torch.tensor([torch.nan, torch.nan]).to(dtype)
     assert examine(large) == (checksum(large), 2 if is_float else 0)
     assert examine(large[:0]) == (checksum(large[:0]), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_infinities_are_no_nans(dtype: torch.dtype, sign: int) -> None:
+    limits = torch.finfo(dtype)
+    values = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, limits.max, limits.min], dtype=dtype)
+    assert examine(values)[1] == 0
+    nan = torch.copysign(torch.tensor(torch.nan, dtype=dtype), torch.tensor(sign, dtype=dtype))
+    assert examine(torch.cat([values, nan[None]]))[1] == 1
+    assert examine(nan)[1] == 1
