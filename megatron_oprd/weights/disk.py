@@ -8,16 +8,13 @@ import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from megatron_oprd.errors import UserError
 
 # flock's error codes on file systems without locks (NFS without lockd, Lustre without -o flock).
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-
-_SYNCED_BYTES = 2**28  # brought to the disk at a time while a file is written
 
 _logger = logging.getLogger(__name__)
 
@@ -56,38 +53,6 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-class EarlySync:
-    """Brings an open file to the disk in another thread while it is written.
-
-    The kernel would start late, and `sync` at the end, which is still needed, would wait for the
-    whole file. The disk's OSError comes from `advance` or `finish`; `sync` may not see it again.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._thread = ThreadPoolExecutor(1)
-        self._synced = self._thread.submit(lambda: None)
-        self._waiting = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown()
-
-    def advance(self, num_bytes: int) -> None:
-        """Takes note of ``num_bytes`` more that were written."""
-        self._waiting += num_bytes
-        if self._waiting >= _SYNCED_BYTES and self._synced.done():
-            self._synced.result()
-            self._synced = self._thread.submit(os.fdatasync, self._descriptor)
-            self._waiting = 0
-
-    def finish(self) -> None:
-        """Waits for the sync under way, if there is one."""
-        self._synced.result()
 
 
 def bytes_on_disk(folder: Path) -> int:

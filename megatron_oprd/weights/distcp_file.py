@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_oprd.errors import UserError
 from megatron_oprd.weights.casting import count_overflows, overflow_error
 from megatron_oprd.weights.checksum import Checksum, examine
-from megatron_oprd.weights.disk import EarlySync
 from megatron_oprd.weights.positioned_reads import (
     bounds_of,
     common,
@@ -78,12 +77,8 @@ def write_file(
         UserError: The source cannot be read, or finite values overflow a chunk's dtype.
     """
     record: dict[str, Any] = {"entries": [], "checksums": {}, "nans": {}}
-    # Both threads end before the file is closed, even on an error.
-    with (
-        path.open("wb") as stream,
-        EarlySync(stream.fileno()) as early,
-        ThreadPoolExecutor(1) as writer,
-    ):
+    # The executor is entered last, so its thread ends before the file is closed, even on an error.
+    with path.open("wb") as stream, ThreadPoolExecutor(1) as writer:
 
         def write(key: str, starts: tuple[int, ...] | None, value: Any) -> None:
             offset = stream.tell()
@@ -99,7 +94,6 @@ def write_file(
 
         def write_chunk(chunk: Chunk, tensor: Tensor) -> None:
             write(chunk.key, chunk.starts, tensor)
-            early.advance(chunk.num_bytes)
             on_written(chunk.num_bytes)
 
         written, bytes_in_flight = writer.submit(lambda: None), 0
@@ -119,7 +113,6 @@ def write_file(
         written.result()
         for key in file.objects:
             write(key, None, _EMPTY_OBJECT)
-        early.finish()
     return record
 
 

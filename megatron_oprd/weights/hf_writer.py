@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_oprd.weights.checksum import CHECKSUMS_FIELD, examine, warn_of_nans
-from megatron_oprd.weights.disk import EarlySync, sync, write_json, writing
+from megatron_oprd.weights.disk import sync, write_json, writing
 from megatron_oprd.weights.hf_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, copy_companions
 from megatron_oprd.weights.output_folder import OutputFolder
 from megatron_oprd.weights.progress import Progress
@@ -176,11 +176,10 @@ def _write_shard(
     def write(name: str, tensor: Tensor) -> None:
         with writing(out):
             target.write(name, tensor)
-            early.advance(tensor.nbytes)
         progress.advance(tensor.nbytes)
 
-    # Both threads end before the file is closed, even on an error.
-    with target, EarlySync(target.fileno()) as early, ThreadPoolExecutor(1) as writer:
+    # The executor is entered last, so its thread ends before the file is closed, even on an error.
+    with target, ThreadPoolExecutor(1) as writer:
         written, bytes_in_flight = writer.submit(lambda: None), 0
         for name, spec in specs.items():
             # Too large for two in memory: wait before reading the next.
@@ -196,8 +195,6 @@ def _write_shard(
             # written.
             del tensor
         written.result()
-        with writing(out):
-            early.finish()
     return record
 
 

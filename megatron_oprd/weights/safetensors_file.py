@@ -116,10 +116,6 @@ class SafetensorsWriter:
         if error is None and self._missing:
             raise ValueError(f"{self.path.name} did not get tensor {next(iter(self._missing))}")
 
-    def fileno(self) -> int:
-        """The open file's descriptor."""
-        return self._stream.fileno()
-
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes a tensor, on any device; in any order and from any thread.
 

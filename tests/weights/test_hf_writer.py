@@ -1,6 +1,5 @@
 import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_oprd.errors import UserError
-from megatron_oprd.weights import disk
 from megatron_oprd.weights.checksum import checksum
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.hf_writer import (
@@ -155,23 +153,6 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: st
     monkeypatch.setattr(SafetensorsWriter, place, full)
     with pytest.raises(UserError, match=r"cannot write .*out: .*No space left"):
         write_hf_folder(tmp_path / "out", content_of(TENSORS), TENSORS.items())
-    assert list(tmp_path.iterdir()) == []
-
-
-# With all bytes, the only sync follows the last tensor.
-@pytest.mark.parametrize("synced_bytes", [1, sum(one.nbytes for one in TENSORS.values())])
-def test_a_disk_that_fails_while_a_file_grows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced_bytes: int
-) -> None:
-    def fail(descriptor: int) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "fdatasync", fail)
-    monkeypatch.setattr(disk, "_SYNCED_BYTES", synced_bytes)
-    with pytest.raises(UserError, match=r"cannot write .*out: .*Input/output error"):
-        write_hf_folder(
-            tmp_path / "out", content_of(TENSORS, max_shard_size=10**9), TENSORS.items()
-        )
     assert list(tmp_path.iterdir()) == []
 
 

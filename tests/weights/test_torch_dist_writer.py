@@ -16,7 +16,7 @@ from checkpoint_tools.hf_to_megatron import Settings, hf_to_megatron, megatron_c
 from megatron_oprd.errors import UserError
 from megatron_oprd.models.open_checkpoint import open_checkpoint
 from megatron_oprd.parallel.layout import ParallelLayout
-from megatron_oprd.weights import disk, distcp_file, torch_dist_plan, torch_dist_writer
+from megatron_oprd.weights import distcp_file, torch_dist_plan, torch_dist_writer
 from megatron_oprd.weights.distcp_file import AlternatingBuffers, read_chunk, write_file
 from megatron_oprd.weights.hf_files import HFCheckpoint
 from megatron_oprd.weights.torch_dist_files import TorchDistFiles
@@ -188,19 +188,6 @@ def test_a_write_that_the_system_refuses_is_an_os_error(
     monkeypatch.setattr(torch, "save", refused)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "file")
-
-
-def test_a_disk_that_fails_while_a_file_grows(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(descriptor: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "fdatasync", fail)
-    monkeypatch.setattr(disk, "_SYNCED_BYTES", 1)
-    with pytest.raises(UserError, match=r"cannot write .*m: .*Input/output error"):
-        hf_to_megatron(model, tmp_path / "m", Settings())
-    assert not (tmp_path / "m").exists()
 
 
 def test_two_processes_write_what_one_does(model: Path, tmp_path: Path) -> None:
