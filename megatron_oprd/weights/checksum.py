@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -16,6 +17,7 @@ _logger = logging.getLogger(__name__)
 # for NaNs.
 _PIECE = 2**20
 _BLOCK_BYTES = 2**24  # read at a time from a file
+# As wide as a floating-point element of so many bytes.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -56,16 +58,16 @@ def examine(tensor: Tensor) -> tuple[str, int]:
 
 def count_nans(piece: Tensor) -> int:
     """Counts NaNs in a small contiguous CPU tensor, in the calling thread."""
-    if not piece.is_floating_point() or not piece.numel():
+    if not piece.is_floating_point():
         return 0
     if piece.dtype.itemsize == 1:
         piece = piece.float()  # float8's formats differ in how they store NaN
     integers = _INTEGERS[piece.dtype.itemsize]
     infinity = torch.tensor(torch.inf, dtype=piece.dtype).view(integers).item()
-    # Without the sign, only NaNs are larger than infinity. NumPy's, as torch's own operations wait
-    # for threads of their own, which is half of the time while another thread writes.
+    # Without the sign, only NaNs are larger than infinity. In NumPy: torch would share the work
+    # with other threads, and wait for one whose core the thread that writes has.
     magnitudes = piece.view(integers).numpy() & torch.iinfo(integers).max
-    return int((magnitudes > infinity).sum()) if magnitudes.max() > infinity else 0
+    return int(np.count_nonzero(magnitudes > infinity))
 
 
 def warn_of_nans(out: Path, nans: Mapping[str, int], *, what: str) -> None:
